@@ -1,0 +1,18 @@
+//! Outrigger: a self-hosted LLM inference server with high availability built in.
+//!
+//! Layers import strictly downward; `tests/tidy.rs` keeps it so:
+//!
+//! ```text
+//! main            process: arguments, exit code
+//! app             composition root: builds and starts every task, owns the drain order
+//! config          gathers each module's Config: TOML < environment < flags
+//! api             HTTP (axum): OpenAI wire types, SSE, health
+//! admission │ engine │ health │ hub
+//! tokenizer       text <-> token ids, chat templates, incremental detokenizer, stop strings
+//! observability   every metric in one table
+//! types           the shared nouns, the Backend trait, Failure
+//! ```
+//!
+//! The numeric kernels are a crate of their own, `outrigger-kernels`.
+
+pub mod types;

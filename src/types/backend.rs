@@ -1,0 +1,93 @@
+//! The one seam through which requests reach something that generates: this node's engine, a peer, a test's double.
+
+use super::failure::Failure;
+use super::ids::{Fingerprint, TokenId};
+use super::request::GenerateRequest;
+use super::status::EngineStatus;
+
+/// Something that turns a request into a stream of token events.
+pub trait Backend: Send + Sync + 'static {
+    /// Accepts the request or refuses it at once with a typed failure. Never blocks.
+    fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure>;
+
+    /// The latest published status.
+    fn status(&self) -> EngineStatus;
+
+    fn fingerprint(&self) -> Fingerprint;
+}
+
+/// Events of one request. Dropping it cancels the request: its sequences leave the engine within one step.
+pub struct GenerationStream {
+    events: tokio::sync::mpsc::UnboundedReceiver<GenerationEvent>,
+}
+
+impl GenerationStream {
+    /// The sender's side holds at most `n * (max_tokens + 2)` events, so the channel needs no bound of its own. A sender
+    /// sees `is_closed` once the stream is dropped.
+    pub fn channel() -> (tokio::sync::mpsc::UnboundedSender<GenerationEvent>, Self) {
+        let (sender, events) = tokio::sync::mpsc::unbounded_channel();
+        (sender, Self { events })
+    }
+
+    /// The next event; `None` when the backend is gone without a terminal event (treat as `EngineFailed`).
+    pub async fn next(&mut self) -> Option<GenerationEvent> {
+        self.events.recv().await
+    }
+
+    /// The next event if one is there already, to coalesce writes.
+    pub fn try_next(&mut self) -> Option<GenerationEvent> {
+        self.events.try_recv().ok()
+    }
+}
+
+/// Per choice: any number of `Token`, then exactly one `Finished`. `Scheduled` comes once, before the first token.
+/// `Failed` ends the whole request.
+#[derive(Clone, Debug, PartialEq)]
+pub enum GenerationEvent {
+    /// The request left the queue. `cached_tokens` of the prompt came from the prefix cache.
+    Scheduled {
+        cached_tokens: u32,
+    },
+    Token {
+        choice: u32,
+        token: TokenId,
+        logprobs: Option<Box<TokenLogprobs>>,
+    },
+    Finished {
+        choice: u32,
+        reason: FinishReason,
+    },
+    Failed(Failure),
+}
+
+/// Log-probabilities at one position, of the raw logits (before penalties and temperature).
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenLogprobs {
+    pub logprob: f32,
+    /// Rank of the sampled token, from 1.
+    pub rank: u32,
+    /// The most likely tokens, best first, ties by lower id.
+    pub top: Vec<(TokenId, f32)>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// A natural end; `StopCause` says which.
+    Stop(StopCause),
+    /// `max_tokens` or `max_model_len` reached.
+    Length,
+    /// The request's deadline ran out; the tokens so far are valid.
+    Deadline,
+    /// The node is shutting down and its grace period ended.
+    Shutdown,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StopCause {
+    /// The model's end-of-sequence token (it is published as the last `Token`, without text).
+    EndOfSequence(TokenId),
+    /// A token of `stop_token_ids`, published likewise.
+    Token(TokenId),
+    /// A stop string, completed by the last published token.
+    String(String),
+}

@@ -1,0 +1,13 @@
+//! The shared nouns. Knows no module of the crate; every other module may use it.
+
+pub mod backend;
+pub mod failure;
+pub mod ids;
+pub mod request;
+pub mod status;
+
+pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};
+pub use failure::{Failure, FailureKind};
+pub use ids::{Fingerprint, RequestId, TokenId};
+pub use request::{ChoiceStart, GenerateRequest, SamplingParams};
+pub use status::{EngineStatus, NodeState};

@@ -1,0 +1,100 @@
+//! What is asked of a backend: token ids and an explicit seed, never text.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::ids::{RequestId, TokenId};
+
+/// One generation with `sampling.n` choices. Together with the model's fingerprint it decides every token.
+#[derive(Clone, Debug)]
+pub struct GenerateRequest {
+    pub id: RequestId,
+    /// Never empty.
+    pub prompt: Arc<[TokenId]>,
+    /// The choices to generate. A fresh request has `ChoiceStart::fresh(0..n)`; a continuation lists the unfinished
+    /// choices with the tokens that were already emitted for each.
+    pub choices: Vec<ChoiceStart>,
+    pub sampling: Arc<SamplingParams>,
+    /// Lower is served first; equal priorities are served in order of arrival.
+    pub priority: i32,
+    pub deadline: Option<Instant>,
+    /// Neither reads nor fills the prefix cache (synthetic inference).
+    pub bypass_prefix_cache: bool,
+    /// A reserved slot outside `max_num_seqs` and the queue caps (synthetic inference).
+    pub is_probe: bool,
+}
+
+/// Where one choice begins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChoiceStart {
+    /// Index of the choice in the client's response, `0..n`.
+    pub index: u32,
+    /// Tokens already emitted; they are prefilled, not sampled or published again.
+    pub emitted: Vec<TokenId>,
+}
+
+impl ChoiceStart {
+    pub fn fresh(n: u32) -> Vec<Self> {
+        (0..n).map(|index| Self { index, emitted: Vec::new() }).collect()
+    }
+}
+
+/// How tokens are chosen. Ranges are validated at the API; the engine relies on them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SamplingParams {
+    /// Number of choices, at least 1.
+    pub n: u32,
+    /// Drawn by the entry node when the client gave none. Choice `i > 0` uses a hash of (seed, i).
+    pub seed: u64,
+    /// Bound on generated tokens per choice, at least 1, counted from the prompt's end (emitted ones included).
+    pub max_tokens: u32,
+    /// No end-of-sequence or stop token before this many generated tokens.
+    pub min_tokens: u32,
+    /// 0 is greedy.
+    pub temperature: f32,
+    /// 0 is off.
+    pub top_k: u32,
+    /// In (0, 1]; 1 is off.
+    pub top_p: f32,
+    /// In [0, 1]; 0 is off. Relative to the most likely token.
+    pub min_p: f32,
+    /// Over prompt and output; 1 is off (CTRL, arXiv 1909.05858).
+    pub repetition_penalty: f32,
+    /// Over output only; 0 is off.
+    pub presence_penalty: f32,
+    /// Over output only; 0 is off.
+    pub frequency_penalty: f32,
+    /// Added to raw logits; each token at most once.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    pub ignore_eos: bool,
+    /// Stop strings, none empty.
+    pub stop: Vec<String>,
+    pub include_stop_str_in_output: bool,
+    pub stop_token_ids: Vec<TokenId>,
+    /// `Some(k)`: report the sampled token's log-probability and the `k` most likely ones.
+    pub logprobs: Option<u32>,
+}
+
+impl Default for SamplingParams {
+    fn default() -> Self {
+        Self {
+            n: 1,
+            seed: 0,
+            max_tokens: 16,
+            min_tokens: 0,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            logit_bias: Vec::new(),
+            ignore_eos: false,
+            stop: Vec::new(),
+            include_stop_str_in_output: false,
+            stop_token_ids: Vec::new(),
+            logprobs: None,
+        }
+    }
+}

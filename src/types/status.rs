@@ -1,0 +1,34 @@
+//! What a node and its engine say of themselves.
+
+use std::time::Instant;
+
+/// `Starting → Warming → Ready ⇄ Degraded → Draining → Stopped`, and `Failed` from anywhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NodeState {
+    Starting,
+    Warming,
+    Ready,
+    Degraded,
+    Draining,
+    Stopped,
+    Failed,
+}
+
+/// A snapshot that the engine thread publishes after every step.
+#[derive(Clone, Debug)]
+pub struct EngineStatus {
+    /// False once the engine thread has panicked or ended.
+    pub alive: bool,
+    /// Last sign of progress, also inside a long step.
+    pub heartbeat: Instant,
+    pub running: u32,
+    pub waiting: u32,
+    /// Prompt and already emitted tokens of the waiting sequences that are still to be computed.
+    pub waiting_tokens: u64,
+    pub preemptions: u64,
+    pub kv_blocks_total: u32,
+    /// Blocks that hold a live sequence (cached but unreferenced blocks count as free).
+    pub kv_blocks_used: u32,
+    /// Tokens through the model (prefill and decode) per second, averaged over recent busy time; 0 until measured.
+    pub drain_tokens_per_second: f64,
+}
