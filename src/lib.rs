@@ -15,4 +15,5 @@
 //!
 //! The numeric kernels are a crate of their own, `outrigger-kernels`.
 
+pub mod engine;
 pub mod types;
