@@ -1,1 +1,16 @@
-//! Kernels.
+//! The numeric kernels of Outrigger: slices in, slices out, with one arithmetic.
+//!
+//! **Batch invariance.** Each output row is a function of its own input row and the weights. No reduction order depends
+//! on how many rows there are, how they were split over calls or threads, where the KV cache keeps them, or which
+//! instruction set computes them. [`NUMERICS_VERSION`] names this arithmetic; it is part of the model's fingerprint.
+//!
+//! This crate owns all `unsafe` of the project, behind safe functions that check shapes. It knows nothing of models,
+//! sequences or requests.
+
+mod simd;
+pub mod vocab;
+
+pub use simd::Level;
+
+/// Changes whenever any kernel's result may change for some input.
+pub const NUMERICS_VERSION: u32 = 1;
