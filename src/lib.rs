@@ -16,4 +16,5 @@
 //! The numeric kernels are a crate of their own, `outrigger-kernels`.
 
 pub mod engine;
+pub mod formats;
 pub mod types;

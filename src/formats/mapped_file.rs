@@ -1,0 +1,34 @@
+//! A read-only memory map of a whole file.
+
+use std::fs::File;
+use std::io;
+use std::ops::Deref;
+use std::path::Path;
+
+/// The bytes of a file, paged in as they are read. An empty file maps to no bytes.
+#[derive(Debug)]
+pub struct MappedFile {
+    map: memmap2::Mmap,
+}
+
+impl MappedFile {
+    pub fn open(path: &Path) -> io::Result<Self> {
+        let file = File::open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+        }
+        // SAFETY: the map is read-only and private to this process. Model files are replaced by renaming a new file
+        // into place, never rewritten, so the bytes behind the map do not change; somebody who truncates the file by
+        // hand while it is being loaded ends the process with SIGBUS, as for every program that maps its input.
+        let map = unsafe { memmap2::Mmap::map(&file)? };
+        Ok(Self { map })
+    }
+}
+
+impl Deref for MappedFile {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.map
+    }
+}
