@@ -5,5 +5,6 @@
 //! no thread, no clock and no tensor; only the runner, the sampler and `model` know numbers. Nothing here knows HTTP.
 
 pub mod batch;
+pub mod sampler;
 
 pub use batch::{BatchEntry, ModelRunner, RunnerError};
