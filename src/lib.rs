@@ -17,4 +17,5 @@
 
 pub mod engine;
 pub mod formats;
+pub mod observability;
 pub mod types;

@@ -1,0 +1,178 @@
+//! The instruments that the table in `metrics` declares. Label values are `&'static str` wherever a client could
+//! otherwise choose them, so the number of series is bounded by the program text.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use prometheus_client::metrics::counter::Counter as PrometheusCounter;
+use prometheus_client::metrics::family::{Family, MetricConstructor};
+use prometheus_client::metrics::gauge::Gauge as PrometheusGauge;
+use prometheus_client::metrics::histogram::Histogram as PrometheusHistogram;
+use prometheus_client::registry::Registry;
+
+use super::metrics::MetricSpec;
+
+/// A count that only grows.
+pub type Counter = PrometheusCounter<u64, AtomicU64>;
+/// A count of seconds.
+pub type CounterF64 = PrometheusCounter<f64, AtomicU64>;
+/// A whole number that goes up and down.
+pub type Gauge = PrometheusGauge;
+/// A fraction, a rate or a number of seconds.
+pub type GaugeF64 = PrometheusGauge<f64, AtomicU64>;
+/// A distribution over the buckets that the table gives.
+pub type Histogram = PrometheusHistogram;
+
+type Labels<const N: usize> = [(&'static str, &'static str); N];
+
+fn labels<const N: usize>(names: &'static [&'static str], values: [&'static str; N]) -> Labels<N> {
+    assert_eq!(names.len(), N, "the table declares as many labels as the instrument has");
+    std::array::from_fn(|i| (names[i], values[i]))
+}
+
+/// Sets a counter that is kept elsewhere (the engine's own count) to its current value. Never lets it go back.
+pub fn store_counter(counter: &Counter, value: u64) {
+    counter.inner().fetch_max(value, Ordering::Relaxed);
+}
+
+/// How an instrument comes from its row of the table.
+pub(super) trait Instrument: Sized {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self;
+}
+
+impl Instrument for Counter {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let counter = Counter::default();
+        registry.register(spec.family(), spec.help, counter.clone());
+        counter
+    }
+}
+
+impl Instrument for CounterF64 {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let counter = CounterF64::default();
+        registry.register(spec.family(), spec.help, counter.clone());
+        counter
+    }
+}
+
+impl Instrument for Gauge {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let gauge = Gauge::default();
+        registry.register(spec.family(), spec.help, gauge.clone());
+        gauge
+    }
+}
+
+impl Instrument for GaugeF64 {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let gauge = GaugeF64::default();
+        registry.register(spec.family(), spec.help, gauge.clone());
+        gauge
+    }
+}
+
+impl Instrument for Histogram {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let histogram = Histogram::new(spec.buckets.iter().copied());
+        registry.register(spec.family(), spec.help, histogram.clone());
+        histogram
+    }
+}
+
+/// Counters, one for each combination of label values.
+#[derive(Clone, Debug)]
+pub struct CounterVec<const N: usize> {
+    names: &'static [&'static str],
+    family: Family<Labels<N>, Counter>,
+}
+
+impl<const N: usize> CounterVec<N> {
+    /// The counter of these label values, in the order in which the table declares the labels.
+    pub fn with(&self, values: [&'static str; N]) -> Counter {
+        self.family.get_or_create_owned(&labels(self.names, values))
+    }
+}
+
+impl<const N: usize> Instrument for CounterVec<N> {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let family = Family::default();
+        registry.register(spec.family(), spec.help, family.clone());
+        Self { names: spec.labels, family }
+    }
+}
+
+/// Gauges, one for each combination of label values.
+#[derive(Clone, Debug)]
+pub struct GaugeVec<const N: usize> {
+    names: &'static [&'static str],
+    family: Family<Labels<N>, GaugeF64>,
+}
+
+impl<const N: usize> GaugeVec<N> {
+    pub fn with(&self, values: [&'static str; N]) -> GaugeF64 {
+        self.family.get_or_create_owned(&labels(self.names, values))
+    }
+}
+
+impl<const N: usize> Instrument for GaugeVec<N> {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let family = Family::default();
+        registry.register(spec.family(), spec.help, family.clone());
+        Self { names: spec.labels, family }
+    }
+}
+
+/// Histograms, one for each combination of label values.
+#[derive(Clone, Debug)]
+pub struct HistogramVec<const N: usize> {
+    names: &'static [&'static str],
+    family: Family<Labels<N>, Histogram, Buckets>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Buckets(&'static [f64]);
+
+impl MetricConstructor<Histogram> for Buckets {
+    fn new_metric(&self) -> Histogram {
+        Histogram::new(self.0.iter().copied())
+    }
+}
+
+impl<const N: usize> HistogramVec<N> {
+    pub fn with(&self, values: [&'static str; N]) -> Histogram {
+        self.family.get_or_create_owned(&labels(self.names, values))
+    }
+}
+
+impl<const N: usize> Instrument for HistogramVec<N> {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let family = Family::new_with_constructor(Buckets(spec.buckets));
+        registry.register(spec.family(), spec.help, family.clone());
+        Self { names: spec.labels, family }
+    }
+}
+
+/// A gauge that stands at 1 and tells something by its labels. One series only: setting it again replaces it.
+#[derive(Clone, Debug)]
+pub struct LabelledValue {
+    names: &'static [&'static str],
+    family: Family<Vec<(&'static str, String)>, Gauge>,
+}
+
+impl LabelledValue {
+    /// The values in the order in which the table declares the labels.
+    pub fn set(&self, values: &[&str]) {
+        assert_eq!(self.names.len(), values.len(), "the table declares as many labels as there are values");
+        let labels = self.names.iter().zip(values).map(|(name, value)| (*name, value.to_string())).collect();
+        self.family.clear();
+        self.family.get_or_create(&labels).set(1);
+    }
+}
+
+impl Instrument for LabelledValue {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let family = Family::default();
+        registry.register(spec.family(), spec.help, family.clone());
+        Self { names: spec.labels, family }
+    }
+}

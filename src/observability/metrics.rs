@@ -1,0 +1,449 @@
+//! The table of metrics: name, type, labels, help and buckets of each, and the instruments made from it.
+//!
+//! Where the meaning is vLLM's, so are the name and the buckets: dashboards and gateways that read vLLM work unchanged.
+//! Those series carry vLLM's `model_name` and `engine` labels. Everything else is `outrigger_*`, or `process_*` as the
+//! Prometheus client libraries name it.
+
+use std::borrow::Cow;
+use std::sync::atomic::Ordering;
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::registry::Registry;
+
+use super::instruments::{
+    Counter, CounterF64, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, Instrument, LabelledValue,
+    store_counter,
+};
+use super::process;
+use crate::types::{EngineStatus, FailureKind, NodeState};
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MetricSpec {
+    /// The name as Prometheus shows it; counters end in `_total`.
+    pub name: &'static str,
+    pub kind: MetricKind,
+    /// Labels beyond the constant ones.
+    pub labels: &'static [&'static str],
+    pub help: &'static str,
+    /// Upper bounds of a histogram's buckets, without `+Inf`; empty for the other kinds.
+    pub buckets: &'static [f64],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MetricKind {
+    Counter,
+    Gauge,
+    Histogram,
+}
+
+impl MetricKind {
+    pub fn label(self) -> &'static str {
+        match self {
+            MetricKind::Counter => "counter",
+            MetricKind::Gauge => "gauge",
+            MetricKind::Histogram => "histogram",
+        }
+    }
+}
+
+impl MetricSpec {
+    /// The name under which the registry knows it: the registry appends `_total` to counters by itself.
+    pub(super) fn family(&self) -> &'static str {
+        self.name.strip_suffix("_total").filter(|_| self.kind == MetricKind::Counter).unwrap_or(self.name)
+    }
+
+    fn is_vllm(&self) -> bool {
+        self.name.starts_with("vllm:")
+    }
+}
+
+const FIRST_TOKEN_SECONDS: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+    160.0, 640.0, 2560.0,
+];
+const TOKEN_SECONDS: &[f64] =
+    &[0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0];
+const REQUEST_SECONDS: &[f64] = &[
+    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+    1920.0, 7680.0,
+];
+/// vLLM ends this list at `max_model_len`; ours has one end for all models.
+const TOKEN_COUNTS: &[f64] = &[
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0, 50000.0, 100000.0,
+    200000.0,
+];
+const CHOICE_COUNTS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
+const HTTP_SECONDS: &[f64] =
+    &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
+const PROBE_SECONDS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
+
+/// Declares the table once; the struct of instruments, their registration and `TABLE` follow from it.
+macro_rules! metrics {
+    ($($field:ident: $instrument:ty = $kind:ident $name:literal [$($label:literal),*] $buckets:tt $help:literal;)*) => {
+        /// Every instrument of the node. Shared as `Arc<Metrics>`; all updates are lock-free or a few nanoseconds long.
+        pub struct Metrics {
+            registry: Registry,
+            $(#[doc = $help] pub $field: $instrument,)*
+        }
+
+        const TABLE: &[MetricSpec] = &[$(MetricSpec {
+            name: $name,
+            kind: MetricKind::$kind,
+            labels: &[$($label),*],
+            help: $help,
+            buckets: &$buckets,
+        },)*];
+
+        impl Metrics {
+            fn register(model_name: &str) -> Self {
+                let mut registries = Registries::new(model_name);
+                let mut rows = TABLE.iter();
+                $(let $field = <$instrument as RegisterNext>::register_next(&mut rows, &mut registries);)*
+                Self { registry: registries.finish(), $($field,)* }
+            }
+        }
+    };
+}
+
+metrics! {
+    num_requests_running: Gauge = Gauge "vllm:num_requests_running" [] []
+        "Sequences in the engine's running batch";
+    num_requests_waiting: Gauge = Gauge "vllm:num_requests_waiting" [] []
+        "Sequences waiting for a place in the batch";
+    kv_cache_usage: GaugeF64 = Gauge "vllm:kv_cache_usage_perc" [] []
+        "Fraction of KV blocks that hold a live sequence, 0 to 1";
+    num_preemptions: Counter = Counter "vllm:num_preemptions_total" [] []
+        "Sequences put back into the queue because KV blocks ran out";
+    prefix_cache_queries: Counter = Counter "vllm:prefix_cache_queries_total" [] []
+        "Prompt tokens looked up in the prefix cache";
+    prefix_cache_hits: Counter = Counter "vllm:prefix_cache_hits_total" [] []
+        "Prompt tokens found in the prefix cache";
+    prompt_tokens: Counter = Counter "vllm:prompt_tokens_total" [] []
+        "Prompt tokens of requests whose prefill ended";
+    generation_tokens: Counter = Counter "vllm:generation_tokens_total" [] []
+        "Tokens generated";
+    request_success: CounterVec<1> = Counter "vllm:request_success_total" ["finished_reason"] []
+        "Requests that ended, by finish reason (abort: the client went away)";
+    request_prompt_tokens: Histogram = Histogram "vllm:request_prompt_tokens" [] (*TOKEN_COUNTS)
+        "Prompt tokens per request";
+    request_generation_tokens: Histogram = Histogram "vllm:request_generation_tokens" [] (*TOKEN_COUNTS)
+        "Tokens generated per request, over all its choices";
+    request_params_n: Histogram = Histogram "vllm:request_params_n" [] (*CHOICE_COUNTS)
+        "Choices asked for per request";
+    request_params_max_tokens: Histogram = Histogram "vllm:request_params_max_tokens" [] (*TOKEN_COUNTS)
+        "The max_tokens that each request was served with";
+    time_to_first_token: Histogram = Histogram "vllm:time_to_first_token_seconds" [] (*FIRST_TOKEN_SECONDS)
+        "Seconds from a request's arrival to its first token";
+    inter_token_latency: Histogram = Histogram "vllm:inter_token_latency_seconds" [] (*TOKEN_SECONDS)
+        "Seconds between two tokens of one choice";
+    request_time_per_output_token: Histogram = Histogram "vllm:request_time_per_output_token_seconds" [] (*TOKEN_SECONDS)
+        "Mean seconds per token after the first, of each request";
+    e2e_request_latency: Histogram = Histogram "vllm:e2e_request_latency_seconds" [] (*REQUEST_SECONDS)
+        "Seconds from a request's arrival to its last token";
+    request_queue_time: Histogram = Histogram "vllm:request_queue_time_seconds" [] (*REQUEST_SECONDS)
+        "Seconds that a request waited to be scheduled";
+    request_prefill_time: Histogram = Histogram "vllm:request_prefill_time_seconds" [] (*REQUEST_SECONDS)
+        "Seconds from being scheduled to the first token";
+    request_decode_time: Histogram = Histogram "vllm:request_decode_time_seconds" [] (*REQUEST_SECONDS)
+        "Seconds from the first token to the last";
+    request_inference_time: Histogram = Histogram "vllm:request_inference_time_seconds" [] (*REQUEST_SECONDS)
+        "Seconds from being scheduled to the last token";
+    cache_config: LabelledValue = Gauge "vllm:cache_config_info" ["block_size", "num_gpu_blocks", "enable_prefix_caching"] []
+        "The KV cache: tokens per block and number of blocks, on whichever device it lies";
+
+    build: LabelledValue = Gauge "outrigger_build_info" ["version"] []
+        "The running build";
+    model: LabelledValue = Gauge "outrigger_model_info" ["model", "fingerprint"] []
+        "The served model and the fingerprint of its arithmetic";
+    node_state: GaugeVec<1> = Gauge "outrigger_node_state" ["state"] []
+        "1 for the state in which the node is, 0 for the others";
+    node_state_transitions: CounterVec<1> = Counter "outrigger_node_state_transitions_total" ["state"] []
+        "Transitions of the node, by the state entered";
+    engine_alive: Gauge = Gauge "outrigger_engine_alive" [] []
+        "1 while the engine thread runs";
+    engine_heartbeat_age: GaugeF64 = Gauge "outrigger_engine_heartbeat_age_seconds" [] []
+        "Seconds since the engine last made progress";
+    waiting_tokens: Gauge = Gauge "outrigger_waiting_tokens" [] []
+        "Tokens of waiting sequences that are still to be computed";
+    kv_blocks: Gauge = Gauge "outrigger_kv_blocks" [] []
+        "KV blocks in the pool";
+    kv_blocks_used: Gauge = Gauge "outrigger_kv_blocks_used" [] []
+        "KV blocks that hold a live sequence";
+    drain_rate: GaugeF64 = Gauge "outrigger_drain_tokens_per_second" [] []
+        "Tokens through the model per second of recent busy time";
+    engine_step: Histogram = Histogram "outrigger_engine_step_seconds" [] (*HTTP_SECONDS)
+        "Seconds per engine step that had work";
+    failures: CounterVec<1> = Counter "outrigger_request_failures_total" ["kind"] []
+        "Requests that ended in a failure, by its kind";
+    rejections: CounterVec<1> = Counter "outrigger_admission_rejections_total" ["reason"] []
+        "Requests refused at the door, by reason";
+    http_requests: CounterVec<2> = Counter "outrigger_http_requests_total" ["route", "status"] []
+        "HTTP responses, by route and status";
+    http_request_duration: HistogramVec<1> = Histogram "outrigger_http_request_duration_seconds" ["route"] (*HTTP_SECONDS)
+        "Seconds from a request's head to its response's head";
+    http_connections: Gauge = Gauge "outrigger_http_connections" [] []
+        "Open connections";
+    http_connections_opened: Counter = Counter "outrigger_http_connections_opened_total" [] []
+        "Connections accepted";
+    http_connections_refused: Counter = Counter "outrigger_http_connections_refused_total" [] []
+        "Connections answered 503 because max_connections was reached";
+    probe_results: CounterVec<1> = Counter "outrigger_probe_results_total" ["result"] []
+        "Synthetic inferences, by result";
+    probe_duration: Histogram = Histogram "outrigger_probe_duration_seconds" [] (*PROBE_SECONDS)
+        "Seconds per synthetic inference";
+    memory_pressure: GaugeVec<1> = Gauge "outrigger_memory_pressure_ratio" ["source"] []
+        "Memory in use over memory available, free KV blocks counted as free";
+    process_cpu_seconds: CounterF64 = Counter "process_cpu_seconds_total" [] []
+        "User and system CPU seconds of this process";
+    process_resident_memory: Gauge = Gauge "process_resident_memory_bytes" [] []
+        "Resident memory of this process";
+    process_start_time: GaugeF64 = Gauge "process_start_time_seconds" [] []
+        "Start of this process, in seconds since the epoch";
+    process_open_fds: Gauge = Gauge "process_open_fds" [] []
+        "Open file descriptors of this process";
+}
+
+impl Metrics {
+    /// All instruments at zero. `model_name` is the label that vLLM's series carry.
+    pub fn new(model_name: &str) -> Self {
+        let metrics = Self::register(model_name);
+        metrics.build.set(&[env!("CARGO_PKG_VERSION")]);
+        // Series that exist from the start let `rate()` see the first increment.
+        for reason in ["stop", "length", "abort", "deadline", "shutdown"] {
+            metrics.request_success.with([reason]);
+        }
+        for kind in FailureKind::ALL {
+            metrics.failures.with([kind.label()]);
+        }
+        metrics.set_node_state(NodeState::Starting);
+        metrics
+    }
+
+    /// The table, for the documentation and its test.
+    pub fn table() -> &'static [MetricSpec] {
+        TABLE
+    }
+
+    /// Takes over what the engine publishes; called before each scrape.
+    pub fn observe_engine(&self, status: &EngineStatus) {
+        self.num_requests_running.set(status.running.into());
+        self.num_requests_waiting.set(status.waiting.into());
+        self.waiting_tokens.set(i64::try_from(status.waiting_tokens).unwrap_or(i64::MAX));
+        self.kv_blocks.set(status.kv_blocks_total.into());
+        self.kv_blocks_used.set(status.kv_blocks_used.into());
+        self.kv_cache_usage.set(f64::from(status.kv_blocks_used) / f64::from(status.kv_blocks_total.max(1)));
+        self.drain_rate.set(status.drain_tokens_per_second);
+        self.engine_alive.set(status.alive.into());
+        self.engine_heartbeat_age.set(status.heartbeat.elapsed().as_secs_f64());
+        store_counter(&self.num_preemptions, status.preemptions);
+    }
+
+    /// Shows the node in `state`. Transitions are counted by whoever makes them.
+    pub fn set_node_state(&self, state: NodeState) {
+        for other in NODE_STATES {
+            self.node_state.with([state_label(other)]).set(f64::from(u8::from(other == state)));
+        }
+    }
+
+    /// OpenMetrics text, for scrapers that ask for `application/openmetrics-text`.
+    pub fn open_metrics(&self) -> String {
+        self.observe_process();
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a string cannot fail");
+        text
+    }
+
+    /// The classic text format (0.0.4), as vLLM gives it: counters are declared with their `_total`, and no end mark.
+    pub fn prometheus_text(&self) -> String {
+        let open_metrics = self.open_metrics();
+        let mut text = String::with_capacity(open_metrics.len() + 1024);
+        let mut lines = open_metrics.lines().peekable();
+        while let Some(line) = lines.next() {
+            if line == "# EOF" {
+                continue;
+            }
+            let is_counter = |line: &str| line.starts_with("# TYPE ") && line.ends_with(" counter");
+            let declares_counter =
+                is_counter(line) || (line.starts_with("# HELP ") && lines.peek().is_some_and(|next| is_counter(next)));
+            if declares_counter {
+                let (name, rest) = line["# HELP ".len()..].split_once(' ').unwrap_or((line, ""));
+                text.extend([&line[.."# HELP ".len()], name, "_total ", rest]);
+            } else {
+                text.push_str(line);
+            }
+            text.push('\n');
+        }
+        text
+    }
+
+    fn observe_process(&self) {
+        let Some(process) = process::read() else { return };
+        self.process_cpu_seconds.inner().store(process.cpu_seconds.to_bits(), Ordering::Relaxed);
+        self.process_resident_memory.set(process.resident_bytes);
+        self.process_start_time.set(process.start_time_seconds);
+        self.process_open_fds.set(process.open_fds);
+    }
+}
+
+/// The table as Markdown, for the documentation.
+pub fn markdown_table() -> String {
+    let mut text = String::from("| name | type | labels | meaning |\n|---|---|---|---|\n");
+    for spec in TABLE {
+        let constant: &[&str] = if spec.is_vllm() { &["model_name", "engine"] } else { &[] };
+        let labels: Vec<String> = constant.iter().chain(spec.labels).map(|label| format!("`{label}`")).collect();
+        text += &format!("| `{}` | {} | {} | {} |\n", spec.name, spec.kind.label(), labels.join(", "), spec.help);
+    }
+    text
+}
+
+const NODE_STATES: [NodeState; 7] = [
+    NodeState::Starting,
+    NodeState::Warming,
+    NodeState::Ready,
+    NodeState::Degraded,
+    NodeState::Draining,
+    NodeState::Stopped,
+    NodeState::Failed,
+];
+
+/// The label of a node's state in metrics, logs and health bodies.
+pub fn state_label(state: NodeState) -> &'static str {
+    match state {
+        NodeState::Starting => "starting",
+        NodeState::Warming => "warming",
+        NodeState::Ready => "ready",
+        NodeState::Degraded => "degraded",
+        NodeState::Draining => "draining",
+        NodeState::Stopped => "stopped",
+        NodeState::Failed => "failed",
+    }
+}
+
+/// vLLM's series have constant labels and ours have none, so they live in two registries until the end.
+struct Registries {
+    vllm_labels: [(Cow<'static, str>, Cow<'static, str>); 2],
+    root: Registry,
+}
+
+impl Registries {
+    fn new(model_name: &str) -> Self {
+        let vllm_labels = [("model_name".into(), model_name.to_string().into()), ("engine".into(), "0".into())];
+        Self { vllm_labels, root: Registry::default() }
+    }
+
+    /// The registry for a row: a child with vLLM's labels, or the root.
+    fn of(&mut self, spec: &MetricSpec) -> &mut Registry {
+        if spec.is_vllm() {
+            self.root.sub_registry_with_labels(self.vllm_labels.iter().cloned())
+        } else {
+            &mut self.root
+        }
+    }
+
+    fn finish(self) -> Registry {
+        self.root
+    }
+}
+
+/// Makes the instrument of the table's next row.
+trait RegisterNext: Instrument {
+    fn register_next(rows: &mut std::slice::Iter<'static, MetricSpec>, registries: &mut Registries) -> Self {
+        let spec = rows.next().expect("struct and table have the same rows");
+        Self::register(spec, registries.of(spec))
+    }
+}
+
+impl<T: Instrument> RegisterNext for T {}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::time::Instant;
+
+    use super::*;
+
+    fn status() -> EngineStatus {
+        EngineStatus {
+            alive: true,
+            heartbeat: Instant::now(),
+            running: 3,
+            waiting: 2,
+            waiting_tokens: 70,
+            preemptions: 5,
+            kv_blocks_total: 8,
+            kv_blocks_used: 2,
+            drain_tokens_per_second: 12.5,
+        }
+    }
+
+    #[test]
+    fn names_are_unique_and_follow_prometheus() {
+        let mut names = HashSet::new();
+        for spec in Metrics::table() {
+            assert!(names.insert(spec.name), "{} is declared twice", spec.name);
+            assert_eq!(spec.kind == MetricKind::Counter, spec.name.ends_with("_total"), "{}", spec.name);
+            assert_eq!(spec.kind == MetricKind::Histogram, !spec.buckets.is_empty(), "{}", spec.name);
+            assert!(spec.buckets.is_sorted_by(|a, b| a < b), "{}", spec.name);
+            assert!(!spec.help.ends_with('.'), "{}", spec.name);
+            let prefixes = ["vllm:", "outrigger_", "process_"];
+            assert!(prefixes.iter().any(|prefix| spec.name.starts_with(prefix)), "{}", spec.name);
+        }
+    }
+
+    #[test]
+    fn the_classic_text_declares_every_row_under_its_own_name() {
+        let metrics = Metrics::new("m");
+        metrics.http_requests.with(["/v1/models", "200"]).inc();
+        metrics.http_request_duration.with(["/v1/models"]).observe(0.002);
+        metrics.node_state_transitions.with(["ready"]).inc();
+        metrics.rejections.with(["queue_full"]).inc();
+        metrics.probe_results.with(["ok"]).inc();
+        metrics.memory_pressure.with(["gpu"]).set(0.5);
+        metrics.model.set(&["m", "abc"]);
+        metrics.cache_config.set(&["16", "8", "true"]);
+        let text = metrics.prometheus_text();
+        for spec in Metrics::table() {
+            assert!(text.contains(&format!("# TYPE {} {}\n", spec.name, spec.kind.label())), "{}\n{text}", spec.name);
+            assert!(text.contains(&format!("# HELP {} {}.\n", spec.name, spec.help)), "{}", spec.name);
+        }
+        assert!(text.contains("outrigger_http_requests_total{route=\"/v1/models\",status=\"200\"} 1\n"), "{text}");
+        assert!(!text.contains("# EOF"));
+        assert!(metrics.open_metrics().ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn engine_status_appears_with_the_labels_that_dashboards_select() {
+        let metrics = Metrics::new("smol");
+        metrics.observe_engine(&status());
+        metrics.observe_engine(&EngineStatus { preemptions: 4, ..status() });
+        let text = metrics.prometheus_text();
+        for line in [
+            "vllm:num_requests_running{model_name=\"smol\",engine=\"0\"} 3",
+            "vllm:num_requests_waiting{model_name=\"smol\",engine=\"0\"} 2",
+            "vllm:kv_cache_usage_perc{model_name=\"smol\",engine=\"0\"} 0.25",
+            "vllm:num_preemptions_total{model_name=\"smol\",engine=\"0\"} 5",
+            "outrigger_drain_tokens_per_second 12.5",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn a_node_is_in_one_state() {
+        let metrics = Metrics::new("m");
+        metrics.set_node_state(NodeState::Ready);
+        metrics.set_node_state(NodeState::Draining);
+        let text = metrics.prometheus_text();
+        let ones: Vec<&str> =
+            text.lines().filter(|line| line.starts_with("outrigger_node_state{") && line.ends_with(" 1.0")).collect();
+        assert_eq!(ones, ["outrigger_node_state{state=\"draining\"} 1.0"]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_process_is_measured() {
+        let process = process::read().expect("Linux tells");
+        assert!(process.resident_bytes > 1 << 20 && process.open_fds > 2 && process.start_time_seconds > 1e9);
+    }
+}

@@ -1,0 +1,9 @@
+//! Every metric in one table, the text that Prometheus reads, and the set-up of the log. Knows only `types`.
+
+pub mod instruments;
+pub mod metrics;
+pub mod process;
+pub mod trace;
+
+pub use instruments::{Counter, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, LabelledValue};
+pub use metrics::{MetricKind, MetricSpec, Metrics};
