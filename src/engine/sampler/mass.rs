@@ -5,9 +5,9 @@
 //! fall off the end of the row nor depend on how it was summed. What is lost are tokens less likely than the most likely
 //! one by a factor of 2^45.
 
-use crate::types::TokenId;
+use outrigger_kernels::vocab;
 
-use super::vocab;
+use crate::types::TokenId;
 
 /// The mass of the most likely token.
 const UNIT: u64 = 1 << UNIT_BITS;
@@ -86,7 +86,7 @@ impl Masses {
     /// ln of the sum of exp(logit - max) over the row.
     pub fn ln_sum_exp(&mut self, logits: &[f32], max: f32) -> f64 {
         vocab::exp_scaled(logits, max, 1.0, &mut self.weights);
-        libm::log(self.sum_chunks() as f64 / UNIT as f64)
+        vocab::ln(self.sum_chunks() as f64 / UNIT as f64)
     }
 
     /// Draws a token with the given uniform bits. `max` is the row's maximum, finite; `scale` is 1 / temperature, finite.
@@ -377,6 +377,9 @@ mod tests {
         assert_eq!(mass(1.0), UNIT);
         assert_eq!(mass(0.5), UNIT / 2);
         assert_eq!(mass(1.000_001), UNIT);
+        let mut weights = [0.0; 2];
+        vocab::exp_scaled(&[3.0, f32::NEG_INFINITY], 3.0, 0.7, &mut weights);
+        assert_eq!(weights.map(mass), [UNIT, 0], "min_p counts on the most likely token's mass");
         let candidate = Candidate::new(12_345, 49_151);
         assert_eq!((candidate.mass(), candidate.id()), (12_345, 49_151));
     }

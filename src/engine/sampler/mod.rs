@@ -7,8 +7,8 @@
 mod mass;
 mod philox;
 mod sequence;
-mod vocab;
 
+use outrigger_kernels::vocab;
 use thiserror::Error;
 
 use crate::types::{TokenId, TokenLogprobs};
@@ -63,15 +63,6 @@ impl Sampler {
         let greedy = params.temperature < GREEDY_BELOW;
         let changed = state.changes_logits(position);
         let invalid = NumericsInvalid { position };
-        if greedy && !changed && params.logprobs.is_none() {
-            let token = vocab::argmax(logits).ok_or(invalid)?;
-            return if logits[token as usize].is_finite() {
-                Ok(Sampled { token, logprobs: None })
-            } else {
-                Err(invalid)
-            };
-        }
-
         let raw_max = vocab::max(logits).filter(|max| max.is_finite()).ok_or(invalid)?;
         if changed {
             if params.logprobs.is_some() {
@@ -82,7 +73,7 @@ impl Sampler {
         }
         let max = if changed { vocab::max(logits).filter(|max| max.is_finite()).ok_or(invalid)? } else { raw_max };
         let token = if greedy {
-            vocab::argmax(logits).ok_or(invalid)?
+            first_equal(logits, max)
         } else {
             let truncation = Truncation { top_k: params.top_k, min_p: params.min_p, top_p: params.top_p };
             self.masses.draw(logits, max, 1.0 / params.temperature, truncation, state.bits_at(position))
@@ -93,6 +84,16 @@ impl Sampler {
         });
         Ok(Sampled { token, logprobs })
     }
+}
+
+/// The index of the first logit equal to `max`, which is in the row. Looks at groups first, because their comparison is
+/// vector code and an early exit is not.
+fn first_equal(logits: &[f32], max: f32) -> TokenId {
+    const GROUP: usize = 256;
+    let holds_max = |group: &[f32]| group.iter().fold(false, |any, &logit| any | (logit == max));
+    let group = logits.chunks(GROUP).position(holds_max).expect("the maximum is in the row");
+    let within = logits[group * GROUP..].iter().position(|&logit| logit == max).expect("the maximum is in the group");
+    (group * GROUP + within) as TokenId
 }
 
 /// Log-probabilities of the unprocessed row.

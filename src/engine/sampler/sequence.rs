@@ -38,6 +38,10 @@ impl SequenceSampler {
             barred.extend(stop_ids.iter().chain(&params.stop_token_ids).filter(|id| (**id as usize) < vocab_size));
             barred.sort_unstable();
             barred.dedup();
+            // A ban on every token cannot be kept, and must not look like a row without finite logits.
+            if barred.len() == vocab_size {
+                barred.clear();
+            }
         }
         let mut occurrences = HashMap::new();
         if params.repetition_penalty != 1.0 {
@@ -192,6 +196,12 @@ mod tests {
         let row = processed(&state(params, &[0, 1, 2, 3], &[]), 0);
         assert!(row.iter().all(|logit| *logit < f32::INFINITY), "{row:?}");
         assert_eq!(row[0], f32::MAX);
+    }
+
+    #[test]
+    fn a_ban_on_every_token_is_dropped() {
+        let everything = SamplingParams { min_tokens: 2, stop_token_ids: (0..8).collect(), ..Default::default() };
+        assert!(!state(everything, &[], &[]).changes_logits(0));
     }
 
     #[test]
