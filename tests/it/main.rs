@@ -1,0 +1,4 @@
+//! Integration tests, in one binary: what spans modules, against real files, real models and real sockets.
+
+mod fixtures;
+mod numerics_candle;

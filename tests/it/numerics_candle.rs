@@ -1,0 +1,175 @@
+//! A second reference: candle-transformers' decoders agree with the golden logits of every fixture that they can
+//! express, from weights that candle reads and dequantizes itself. A mistake in the golden files shows here. (candle has
+//! neither linear RoPE scaling nor biases for this family: those two fixtures rest on transformers alone.)
+
+use std::collections::HashMap;
+use std::fs::File;
+
+use candle_core::quantized::gguf_file;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use candle_transformers::models::{llama, mistral};
+use serde_json::{Value, json};
+
+use crate::fixtures::{FLOAT32_TOLERANCE, Golden, PROMPT_LENGTH, path, relative_error};
+
+type Tensors = HashMap<String, Tensor>;
+
+#[test]
+fn candle_llama_agrees_on_directories() {
+    for name in ["llama-gqa-tied-bf16", "llama-llama3-rope-f32-sharded"] {
+        check_llama(name, &config_json(name), directory_tensors(name));
+    }
+}
+
+/// Its Mistral knows activations and a head size of its own, so it serves for the Llama with `gelu` as well.
+#[test]
+fn candle_mistral_agrees_on_directories() {
+    for name in ["mistral-window-f16", "mistral-gelu-tanh-f16", "llama-gelu-bf16"] {
+        let mut config = config_json(name);
+        if let Some(theta) = config["rope_parameters"]["rope_theta"].as_f64() {
+            config["rope_theta"] = json!(theta);
+        }
+        // candle lets a query see `sliding_window` keys before itself, transformers one fewer.
+        let window = config["sliding_window"].as_u64();
+        config["sliding_window"] = window.map_or(Value::Null, |window| json!(window - 1));
+        check_mistral(name, config, directory_tensors(name), window.is_some());
+    }
+}
+
+#[test]
+fn candle_agrees_on_gguf_files() {
+    let names = ["gguf-f32", "gguf-f16", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k", "gguf-q6_k", "gguf-mixed"];
+    for name in names {
+        let (config, tensors) = gguf_model(name);
+        check_llama(name, &config, tensors);
+    }
+    // candle does not read `rope_freqs.weight`, but computes the same from the configuration it was made from.
+    let (mut config, tensors) = gguf_model("gguf-bf16-llama3-rope");
+    config["rope_scaling"] = json!({
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64, "rope_type": "llama3",
+    });
+    check_llama("gguf-bf16-llama3-rope", &config, tensors);
+}
+
+fn check_llama(name: &str, config: &Value, tensors: Tensors) {
+    let golden = Golden::load(name);
+    let config: llama::LlamaConfig = serde_json::from_value(config.clone()).unwrap();
+    let config = config.into_config(false);
+    let builder = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let model = llama::Llama::load(builder, &config).unwrap();
+    let new_cache = || llama::Cache::new(true, DType::F32, &config, &Device::Cpu).unwrap();
+    for (position, expected) in &golden.rows {
+        let logits = model.forward(&batch_of_one(&golden.ids[..=*position]), 0, &mut new_cache()).unwrap();
+        check(name, *position, &logits, expected);
+    }
+    let mut cache = new_cache();
+    let _ = model.forward(&batch_of_one(&golden.ids[..PROMPT_LENGTH]), 0, &mut cache).unwrap();
+    for position in PROMPT_LENGTH..golden.ids.len() {
+        let logits = model.forward(&batch_of_one(&golden.ids[position..=position]), position, &mut cache).unwrap();
+        check(name, position, &logits, golden.row(position));
+    }
+}
+
+fn check_mistral(name: &str, config: Value, tensors: Tensors, has_window: bool) {
+    let golden = Golden::load(name);
+    let config: mistral::Config = serde_json::from_value(config).unwrap();
+    let builder = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let mut model = mistral::Model::new(&config, builder).unwrap();
+    for (position, expected) in &golden.rows {
+        model.clear_kv_cache();
+        let logits = model.forward(&batch_of_one(&golden.ids[..=*position]), 0).unwrap();
+        check(name, *position, &logits, expected);
+    }
+    // Its decode step forgets the window.
+    if !has_window {
+        model.clear_kv_cache();
+        let _ = model.forward(&batch_of_one(&golden.ids[..PROMPT_LENGTH]), 0).unwrap();
+        for position in PROMPT_LENGTH..golden.ids.len() {
+            let logits = model.forward(&batch_of_one(&golden.ids[position..=position]), position).unwrap();
+            check(name, position, &logits, golden.row(position));
+        }
+    }
+}
+
+fn check(name: &str, position: usize, logits: &Tensor, golden: &[f32]) {
+    let logits: Vec<f32> = logits.flatten_all().unwrap().to_vec1().unwrap();
+    let error = relative_error(&logits, golden);
+    assert!(error <= FLOAT32_TOLERANCE, "{name}: candle is off by {error:e} at position {position}");
+}
+
+fn batch_of_one(ids: &[u32]) -> Tensor {
+    Tensor::new(ids, &Device::Cpu).unwrap().unsqueeze(0).unwrap()
+}
+
+fn config_json(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(path(name).join("config.json")).unwrap()).unwrap()
+}
+
+fn directory_tensors(name: &str) -> Tensors {
+    let files = std::fs::read_dir(path(name)).unwrap().map(|entry| entry.unwrap().path());
+    let shards = files.filter(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
+    shards.flat_map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap()).collect()
+}
+
+/// A configuration and dequantized weights under Hugging Face's names and in its row order.
+fn gguf_model(name: &str) -> (Value, Tensors) {
+    let mut file = File::open(path(name)).unwrap();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    let number = |key: &str| content.metadata[&format!("llama.{key}")].to_u32().unwrap() as usize;
+    let heads = number("attention.head_count");
+    let kv_heads = number("attention.head_count_kv");
+    let float = |key: &str| content.metadata[&format!("llama.{key}")].to_f32().unwrap();
+    let config = json!({
+        "hidden_size": number("embedding_length"), "intermediate_size": number("feed_forward_length"),
+        "vocab_size": number("vocab_size"), "num_hidden_layers": number("block_count"),
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "rms_norm_eps": float("attention.layer_norm_rms_epsilon"), "rope_theta": float("rope.freq_base"),
+        "max_position_embeddings": number("context_length"),
+        "tie_word_embeddings": !content.tensor_infos.contains_key("output.weight"),
+    });
+    let mut tensors = Tensors::new();
+    for ggml_name in content.tensor_infos.keys().filter(|name| *name != "rope_freqs.weight") {
+        let tensor = content.tensor(&mut file, ggml_name, &Device::Cpu).unwrap().dequantize(&Device::Cpu).unwrap();
+        let tensor = match ggml_name {
+            name if name.contains("attn_q.") => halves_from_pairs(&tensor, heads),
+            name if name.contains("attn_k.") => halves_from_pairs(&tensor, kv_heads),
+            _ => tensor,
+        };
+        tensors.insert(hugging_face_name(ggml_name), tensor);
+    }
+    (config, tensors)
+}
+
+/// Undoes the row order that converters give q and k: neighbouring pairs of a head become its two halves again.
+fn halves_from_pairs(tensor: &Tensor, heads: usize) -> Tensor {
+    let (rows, cols) = tensor.dims2().unwrap();
+    let pairs = tensor.reshape((heads, rows / heads / 2, 2, cols)).unwrap();
+    pairs.transpose(1, 2).unwrap().contiguous().unwrap().reshape((rows, cols)).unwrap()
+}
+
+fn hugging_face_name(ggml_name: &str) -> String {
+    let parts: Vec<&str> = ggml_name.split('.').collect();
+    match parts[..] {
+        ["token_embd", "weight"] => "model.embed_tokens.weight".to_owned(),
+        ["output_norm", "weight"] => "model.norm.weight".to_owned(),
+        ["output", "weight"] => "lm_head.weight".to_owned(),
+        ["blk", layer, part, "weight"] => {
+            let part = match part {
+                "attn_q" => "self_attn.q_proj",
+                "attn_k" => "self_attn.k_proj",
+                "attn_v" => "self_attn.v_proj",
+                "attn_output" => "self_attn.o_proj",
+                "ffn_gate" => "mlp.gate_proj",
+                "ffn_up" => "mlp.up_proj",
+                "ffn_down" => "mlp.down_proj",
+                "attn_norm" => "input_layernorm",
+                "ffn_norm" => "post_attention_layernorm",
+                other => panic!("unknown part {other}"),
+            };
+            format!("model.layers.{layer}.{part}.weight")
+        }
+        _ => panic!("unknown tensor {ggml_name}"),
+    }
+}
