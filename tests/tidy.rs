@@ -1,0 +1,465 @@
+//! The style that a compiler does not keep: layers, fences, file heads and lengths, and documents that follow the code.
+//!
+//! Paths are read from the source text by a small scanner (comments and literals removed, `use` trees unfolded), so a
+//! `crate::api::…` in the middle of a function counts as much as one in a `use` line. It does not resolve re-exports.
+//! The checks take text and give findings; the tests at the end break each of them once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// From the top: a module may name only modules of lower rank, and itself. Equal ranks are siblings, and strangers.
+const LAYERS: &[&[&str]] = &[
+    &["main"],
+    &["app"],
+    &["config"],
+    &["api"],
+    &["admission", "engine", "health", "hub"],
+    &["tokenizer"],
+    &["formats"],
+    &["observability"],
+    &["types"],
+];
+
+/// A path that may be named only in files below the given prefixes (relative to `src/`).
+struct Fence {
+    path: &'static str,
+    homes: &'static [&'static str],
+    reason: &'static str,
+}
+
+const FENCES: &[Fence] = &[
+    Fence { path: "axum", homes: &["api/", "app.rs"], reason: "HTTP ends at the API" },
+    Fence { path: "tower_http", homes: &["api/"], reason: "HTTP ends at the API" },
+    Fence { path: "hyper", homes: &["api/"], reason: "HTTP ends at the API" },
+    Fence {
+        path: "outrigger_kernels",
+        homes: &["engine/model_runner", "engine/sampler", "engine/model/"],
+        reason: "tensors stay inside the engine's runner, sampler and model",
+    },
+    Fence {
+        path: "candle_core",
+        homes: &["engine/model_runner", "engine/sampler", "engine/model/", "formats/"],
+        reason: "tensors stay inside the engine's runner, sampler and model",
+    },
+    Fence { path: "nvml_wrapper", homes: &["health/gpu_probe.rs"], reason: "one place talks to the driver" },
+    Fence { path: "prometheus_client", homes: &["observability/"], reason: "metrics are declared in one table" },
+    Fence { path: "hf_hub", homes: &["hub/"], reason: "one place downloads" },
+    Fence { path: "minijinja", homes: &["tokenizer/"], reason: "one place renders templates" },
+    Fence { path: "tokenizers", homes: &["tokenizer/"], reason: "one place knows tokenizers" },
+    Fence { path: "clap", homes: &["config/"], reason: "one place reads arguments" },
+    Fence { path: "std::env", homes: &["config/"], reason: "one place reads the environment" },
+    Fence { path: "anyhow", homes: &["main.rs", "app.rs", "app/"], reason: "libraries have typed errors" },
+];
+
+const MAX_LINES: usize = 800;
+const VAGUE_NAMES: &[&str] = &["utils", "util", "helpers", "helper", "common", "misc"];
+
+/// One path as written, e.g. `["crate", "engine", "EngineHandle"]`, and its line.
+#[derive(Debug, PartialEq)]
+struct FoundPath {
+    segments: Vec<String>,
+    line: usize,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+enum Token {
+    Ident(String),
+    PathSeparator,
+    Punctuation(char),
+}
+
+/// Idents and punctuation with their lines; comments, strings, chars and lifetimes are left out.
+fn scan(source: &str) -> Vec<(Token, usize)> {
+    let chars: Vec<char> = source.chars().collect();
+    let mut tokens = Vec::new();
+    let (mut at, mut line) = (0, 1);
+    while at < chars.len() {
+        let end = match chars[at] {
+            '/' if chars.get(at + 1) == Some(&'/') => find_from(&chars, at, |c| c == '\n'),
+            '/' if chars.get(at + 1) == Some(&'*') => end_of_block_comment(&chars, at),
+            '"' => end_of_string(&chars, at),
+            '\'' => end_of_char_or_lifetime(&chars, at),
+            'r' | 'b' | 'c' if starts_literal(&chars, at) => end_of_prefixed_literal(&chars, at),
+            c if c.is_alphabetic() || c == '_' => {
+                let end = find_from(&chars, at, |c| !(c.is_alphanumeric() || c == '_'));
+                tokens.push((Token::Ident(chars[at..end].iter().collect()), line));
+                end
+            }
+            ':' if chars.get(at + 1) == Some(&':') => {
+                tokens.push((Token::PathSeparator, line));
+                at + 2
+            }
+            c if c.is_whitespace() => at + 1,
+            c => {
+                tokens.push((Token::Punctuation(c), line));
+                at + 1
+            }
+        };
+        line += chars[at..end].iter().filter(|&&c| c == '\n').count();
+        at = end;
+    }
+    tokens
+}
+
+fn find_from(chars: &[char], start: usize, is_end: impl Fn(char) -> bool) -> usize {
+    chars[start..].iter().position(|&c| is_end(c)).map_or(chars.len(), |offset| start + offset)
+}
+
+fn end_of_block_comment(chars: &[char], start: usize) -> usize {
+    let (mut at, mut depth) = (start, 0);
+    while at < chars.len() {
+        match (chars[at], chars.get(at + 1)) {
+            ('/', Some('*')) => (depth, at) = (depth + 1, at + 2),
+            ('*', Some('/')) => (depth, at) = (depth - 1, at + 2),
+            _ => at += 1,
+        }
+        if depth == 0 {
+            return at;
+        }
+    }
+    chars.len()
+}
+
+fn end_of_string(chars: &[char], quote: usize) -> usize {
+    let mut at = quote + 1;
+    while at < chars.len() && chars[at] != '"' {
+        at += if chars[at] == '\\' { 2 } else { 1 };
+    }
+    (at + 1).min(chars.len())
+}
+
+fn end_of_char_or_lifetime(chars: &[char], quote: usize) -> usize {
+    match (chars.get(quote + 1), chars.get(quote + 2)) {
+        (Some('\\'), _) => (find_from(chars, (quote + 3).min(chars.len()), |c| c == '\'') + 1).min(chars.len()),
+        (Some(_), Some('\'')) => quote + 3,
+        _ => find_from(chars, quote + 1, |c| !(c.is_alphanumeric() || c == '_')),
+    }
+}
+
+/// `r"`, `r#"`, `b"`, `br#"`, `c"`, `b'` begin literals; `r#type` and plain idents do not.
+fn starts_literal(chars: &[char], at: usize) -> bool {
+    let after_letters = find_from(chars, at, |c| !matches!(c, 'r' | 'b' | 'c'));
+    let after_hashes = find_from(chars, after_letters, |c| c != '#');
+    after_letters - at <= 2
+        && (chars.get(after_hashes) == Some(&'"') || (chars[at] == 'b' && chars.get(at + 1) == Some(&'\'')))
+}
+
+fn end_of_prefixed_literal(chars: &[char], at: usize) -> usize {
+    let after_letters = find_from(chars, at, |c| !matches!(c, 'r' | 'b' | 'c'));
+    if chars.get(after_letters) == Some(&'\'') {
+        return end_of_char_or_lifetime(chars, after_letters);
+    }
+    if !chars[at..after_letters].contains(&'r') {
+        return end_of_string(chars, after_letters);
+    }
+    let quote = find_from(chars, after_letters, |c| c != '#');
+    let hashes = quote - after_letters;
+    let mut end = quote + 1;
+    while end < chars.len() {
+        if chars[end] == '"' && chars[end + 1..].iter().take(hashes).filter(|&&c| c == '#').count() == hashes {
+            return end + 1 + hashes;
+        }
+        end += 1;
+    }
+    chars.len()
+}
+
+/// Every path of the file, `use` groups unfolded.
+fn paths(source: &str) -> Vec<FoundPath> {
+    let tokens = scan(source);
+    let mut found = Vec::new();
+    let mut at = 0;
+    while at < tokens.len() {
+        at = match tokens[at].0 {
+            Token::Ident(_) => read_path(&tokens, at, &[], &mut found),
+            _ => at + 1,
+        };
+    }
+    found
+}
+
+/// Reads the path that starts at `at` (an ident), appends it behind `prefix`, and returns where it ends.
+fn read_path(tokens: &[(Token, usize)], mut at: usize, prefix: &[String], found: &mut Vec<FoundPath>) -> usize {
+    let line = tokens[at].1;
+    let mut segments = prefix.to_vec();
+    while let Some((Token::Ident(name), _)) = tokens.get(at) {
+        segments.push(name.clone());
+        at += 1;
+        if tokens.get(at).map(|(token, _)| token) != Some(&Token::PathSeparator) {
+            break;
+        }
+        at += 1;
+    }
+    let opens_group = at > 0
+        && tokens[at - 1].0 == Token::PathSeparator
+        && tokens.get(at).map(|(token, _)| token) == Some(&Token::Punctuation('{'));
+    if !opens_group {
+        found.push(FoundPath { segments, line });
+        return at;
+    }
+    at += 1;
+    while at < tokens.len() && tokens[at].0 != Token::Punctuation('}') {
+        at = match tokens[at].0 {
+            Token::Ident(_) => read_path(tokens, at, &segments, found),
+            _ => at + 1,
+        };
+    }
+    at + 1
+}
+
+fn rank(module: &str) -> Option<usize> {
+    LAYERS.iter().position(|layer| layer.contains(&module))
+}
+
+/// `engine/model/config.rs` → `["engine", "model", "config"]`; `engine/mod.rs` → `["engine"]`.
+fn module_path(file: &str) -> Vec<&str> {
+    let stem = file.trim_end_matches(".rs");
+    stem.strip_suffix("/mod").unwrap_or(stem).split('/').collect()
+}
+
+/// The top-level module of this crate that a path names, if it names one.
+fn named_module<'a>(path: &'a FoundPath, own: &[&str]) -> Option<&'a str> {
+    let segments: Vec<&str> = path.segments.iter().map(String::as_str).collect();
+    match segments.as_slice() {
+        ["crate" | "outrigger", module, ..] => Some(module),
+        ["super", ..] => {
+            let climbs = segments.iter().take_while(|segment| **segment == "super").count();
+            (climbs >= own.len()).then(|| segments.get(climbs).copied()).flatten()
+        }
+        _ => None,
+    }
+}
+
+/// What is wrong with the layering of one file of `src/`.
+fn layer_findings(file: &str, source: &str) -> Vec<String> {
+    let own = module_path(file);
+    if own == ["lib"] {
+        return Vec::new();
+    }
+    let Some(own_rank) = rank(own[0]) else {
+        return vec![format!("src/{file}: `{}` stands in no layer; give it a place in tests/tidy.rs", own[0])];
+    };
+    let is_forbidden = |module: &str| module != own[0] && rank(module).is_some_and(|rank| rank <= own_rank);
+    let mut findings: Vec<String> = paths(source)
+        .iter()
+        .filter_map(|path| named_module(path, &own).filter(|module| is_forbidden(module)).map(|module| (path, module)))
+        .map(|(path, module)| format!("src/{file}:{}: `{}` must not know `{module}`", path.line, own[0]))
+        .collect();
+    findings.dedup();
+    findings
+}
+
+/// What is wrong with the fences of one file of `src/`.
+fn fence_findings(file: &str, source: &str) -> Vec<String> {
+    let paths = paths(source);
+    let mut findings = Vec::new();
+    for fence in FENCES.iter().filter(|fence| !fence.homes.iter().any(|home| file.starts_with(home))) {
+        let fenced: Vec<&str> = fence.path.split("::").collect();
+        for path in paths.iter().filter(|path| path.segments.len() > 1 || is_whole_use(path, source)) {
+            if path.segments.iter().map(String::as_str).take(fenced.len()).eq(fenced.iter().copied()) {
+                findings.push(format!("src/{file}:{}: `{}` is fenced: {}", path.line, fence.path, fence.reason));
+            }
+        }
+    }
+    findings
+}
+
+/// A path of one segment is a plain name, unless its line is `use name;` (or `use name as …;`).
+fn is_whole_use(path: &FoundPath, source: &str) -> bool {
+    let line = source.lines().nth(path.line - 1).unwrap_or_default().trim_start();
+    let line = line.strip_prefix("pub ").unwrap_or(line);
+    line.strip_prefix("use ").is_some_and(|rest| rest.starts_with(path.segments[0].as_str()))
+}
+
+/// What is wrong with the shape of any Rust file.
+fn shape_findings(file: &str, source: &str) -> Vec<String> {
+    let mut findings = Vec::new();
+    if !source.starts_with("//!") {
+        findings.push(format!("{file}: opens without `//!` (what is this, and what must it not know?)"));
+    }
+    let lines = source.lines().count();
+    if lines > MAX_LINES {
+        findings.push(format!("{file}: {lines} lines; split it below {MAX_LINES}"));
+    }
+    let stem = Path::new(file).file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+    if VAGUE_NAMES.contains(&stem) {
+        findings.push(format!("{file}: `{stem}` says nothing; name it after what it holds"));
+    }
+    findings
+}
+
+fn root() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// Every Rust file below `folder` of the repository, as (path relative to it, text), sorted.
+fn rust_files(folder: &str) -> Vec<(String, String)> {
+    fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+        let Ok(entries) = fs::read_dir(folder) else { return };
+        for entry in entries.map(|entry| entry.expect("a readable folder").path()) {
+            let is_build_output = entry.file_name().is_some_and(|name| name == "target");
+            if entry.is_dir() && !is_build_output {
+                collect(&entry, files);
+            } else if entry.extension().is_some_and(|extension| extension == "rs") {
+                files.push(entry);
+            }
+        }
+    }
+    let base = root().join(folder);
+    let mut files = Vec::new();
+    collect(&base, &mut files);
+    files.sort();
+    let read = |path: PathBuf| {
+        let relative = path.strip_prefix(&base).expect("below its folder").to_str().expect("a UTF-8 name");
+        (relative.to_owned(), fs::read_to_string(&path).expect("readable"))
+    };
+    files.into_iter().map(read).collect()
+}
+
+fn assert_none(findings: Vec<String>) {
+    assert!(findings.is_empty(), "\n{}", findings.join("\n"));
+}
+
+#[test]
+fn layers_import_downward_only() {
+    let files = rust_files("src");
+    assert!(!files.is_empty(), "no sources found");
+    assert_none(files.iter().flat_map(|(file, source)| layer_findings(file, source)).collect());
+}
+
+#[test]
+fn fences_hold() {
+    assert_none(rust_files("src").iter().flat_map(|(file, source)| fence_findings(file, source)).collect());
+}
+
+#[test]
+fn kernels_know_nothing_of_the_server() {
+    let names_server = |path: &FoundPath| path.segments.len() > 1 && path.segments[0] == "outrigger";
+    let findings = rust_files("kernels/src")
+        .iter()
+        .flat_map(|(file, source)| {
+            paths(source)
+                .into_iter()
+                .filter(names_server)
+                .map(|path| format!("kernels/src/{file}:{}: names the server", path.line))
+                .collect::<Vec<_>>()
+        })
+        .collect();
+    assert_none(findings);
+}
+
+#[test]
+fn files_have_a_head_and_a_bearable_length() {
+    let folders = ["src", "kernels/src", "kernels/benches", "kernels/tests", "benches", "tests"];
+    let in_folder = |folder: &&str| {
+        rust_files(folder).into_iter().map(|(file, source)| (format!("{folder}/{file}"), source)).collect::<Vec<_>>()
+    };
+    let files: Vec<_> = folders.iter().flat_map(in_folder).collect();
+    assert_none(files.iter().flat_map(|(file, source)| shape_findings(file, source)).collect());
+}
+
+/// The text of `document` with what stands between the marks of `name` replaced by `table`.
+fn with_table(document: &str, name: &str, table: &str) -> Option<String> {
+    let (start, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
+    let (before, rest) = document.split_once(&start)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{start}{table}{end}{after}"))
+}
+
+/// The document holds the table that the code gives. `UPDATE_DOCS=1 cargo test --test tidy` rewrites it.
+fn assert_documented(file: &str, name: &str, table: &str) {
+    let path = root().join(file);
+    let document = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{file}: {error}"));
+    let wanted =
+        with_table(&document, name, table).unwrap_or_else(|| panic!("{file}: the marks of `{name}` are missing"));
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        fs::write(&path, wanted).unwrap();
+    } else {
+        assert!(document == wanted, "{file} is behind the code: UPDATE_DOCS=1 cargo test --test tidy");
+    }
+}
+
+#[test]
+fn the_readme_has_every_key() {
+    assert_documented("README.md", "keys", &outrigger::config::markdown_table());
+}
+
+#[test]
+fn the_metrics_page_has_every_metric() {
+    assert_documented("docs/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table());
+}
+
+/// The checks themselves, each broken once.
+mod broken_on_purpose {
+    use super::*;
+
+    #[test]
+    fn an_upward_import_is_found_wherever_it_is_written() {
+        for source in [
+            "use crate::api::Router;",
+            "use crate::{types::TokenId, api::{Router, sse}};",
+            "fn f() { crate::api::serve() }",
+            "use super::super::api::Router;",
+        ] {
+            let findings = layer_findings("engine/scheduler.rs", source);
+            assert_eq!(findings.len(), 1, "{source}: {findings:?}");
+            assert!(findings[0].contains("`engine` must not know `api`"), "{findings:?}");
+        }
+    }
+
+    #[test]
+    fn a_sibling_is_a_stranger_and_a_lower_layer_is_not() {
+        assert_eq!(layer_findings("engine/handle.rs", "use crate::admission::Permit;").len(), 1);
+        assert_eq!(
+            layer_findings("engine/handle.rs", "use crate::tokenizer::Tokenizer; use crate::types::Failure;").len(),
+            0
+        );
+        assert_eq!(layer_findings("engine/mod.rs", "use super::engine::Thing; use crate::engine::handle::X;").len(), 0);
+        assert_eq!(layer_findings("engine/mod.rs", "use super::health::Thing;").len(), 1);
+    }
+
+    #[test]
+    fn a_module_without_a_layer_is_found() {
+        assert_eq!(layer_findings("gadgets/mod.rs", "").len(), 1);
+    }
+
+    #[test]
+    fn comments_and_literals_are_not_code() {
+        let source = r##"
+            // use crate::api::Router;
+            /* crate::api::Router /* nested */ crate::api */
+            fn f<'a>() -> &'a str { let _ = ('"', b'"', '\'', b"\"", r#"crate::api::"x" "#); "crate::api::Router" }
+        "##;
+        assert_eq!(layer_findings("engine/scheduler.rs", source), Vec::<String>::new());
+        let after = format!("{source}\nuse crate::api::X;");
+        assert_eq!(layer_findings("engine/scheduler.rs", &after).len(), 1);
+    }
+
+    #[test]
+    fn a_broken_fence_is_found() {
+        assert_eq!(fence_findings("engine/handle.rs", "use axum::Router;").len(), 1);
+        assert_eq!(fence_findings("api/mod.rs", "use axum::Router;").len(), 0);
+        assert_eq!(fence_findings("hub/mod.rs", "use std::{env, fs};").len(), 1);
+        assert_eq!(fence_findings("hub/mod.rs", "let home = std::env::var(\"HOME\");").len(), 1);
+        assert_eq!(fence_findings("hub/mod.rs", "let version = env!(\"CARGO_PKG_VERSION\");").len(), 0);
+        assert_eq!(fence_findings("engine/model_runner.rs", "use outrigger_kernels::matmul;").len(), 0);
+        assert_eq!(fence_findings("engine/scheduler.rs", "use outrigger_kernels as kernels;").len(), 1);
+    }
+
+    #[test]
+    fn a_document_behind_the_code_is_found() {
+        let document = "a\n<!-- keys: begin -->\nold\n<!-- keys: end -->\nz\n";
+        let renewed = with_table(document, "keys", "new\n").unwrap();
+        assert_eq!(renewed, "a\n<!-- keys: begin -->\nnew\n<!-- keys: end -->\nz\n");
+        assert_eq!(with_table(&renewed, "keys", "new\n").as_ref(), Some(&renewed));
+        assert_eq!(with_table(document, "metrics", ""), None);
+    }
+
+    #[test]
+    fn a_shapeless_file_is_found() {
+        assert_eq!(shape_findings("src/x.rs", "use std::fs;\n").len(), 1);
+        assert_eq!(shape_findings("src/x.rs", &format!("//! X.\n{}", "\n".repeat(MAX_LINES))).len(), 1);
+        assert_eq!(shape_findings("src/utils.rs", "//! X.\n").len(), 1);
+        assert_eq!(shape_findings("src/x.rs", "//! X.\n").len(), 0);
+    }
+}
