@@ -1,0 +1,123 @@
+//! The command line: subcommands, and one flag for every key.
+
+use std::path::PathBuf;
+
+use clap::builder::NonEmptyStringValueParser;
+use clap::{Arg, ArgAction, ArgMatches, value_parser};
+
+use super::{Assignment, Command, KEYS, Key, Origin};
+
+pub(super) struct Arguments {
+    pub command: Command,
+    /// `--config`.
+    pub file: Option<PathBuf>,
+    pub assignments: Vec<Assignment>,
+}
+
+pub(super) fn read(arguments: impl IntoIterator<Item = String>) -> Result<Arguments, clap::Error> {
+    let matches = command().try_get_matches_from(std::iter::once("outrigger".to_owned()).chain(arguments))?;
+    let (command, matches) = match matches.subcommand() {
+        Some(("config", matches)) => (Command::ShowConfig, matches),
+        Some((_, matches)) => (Command::Serve, matches),
+        None => (Command::Serve, &matches),
+    };
+    let mut assignments: Vec<Assignment> = KEYS.iter().filter_map(|key| assignment(key, matches)).collect();
+    if let Some(model) = matches.try_get_one::<String>("MODEL").ok().flatten() {
+        assignments.push(positional_model(model.clone(), &assignments)?);
+    }
+    Ok(Arguments { command, file: matches.get_one("config").cloned(), assignments })
+}
+
+fn command() -> clap::Command {
+    let model = Arg::new("MODEL").help("The same as --model").value_parser(NonEmptyStringValueParser::new());
+    clap::Command::new("outrigger")
+        .version(env!("CARGO_PKG_VERSION"))
+        .about("Serves a language model behind the OpenAI API.")
+        .after_help(
+            "Every flag is a configuration key: `--max-num-seqs 32`, OUTRIGGER_MAX_NUM_SEQS=32 and `max_num_seqs = 32` in \
+             the file of --config mean the same. Flags win over variables, variables over the file.\n\
+             Sizes: 512MiB, 4GiB, 4GB, or bytes. Durations: 250ms, 30s, 5m, or seconds. Counts: 64, 8k (8000), 8K (8192).",
+        )
+        .args_conflicts_with_subcommands(true)
+        .disable_help_subcommand(true)
+        .args(flags())
+        .subcommand(
+            clap::Command::new("serve")
+                .about("Serves the model (the default: `outrigger --port 8001` serves)")
+                .arg(model.clone())
+                .args(flags()),
+        )
+        .subcommand(
+            clap::Command::new("config")
+                .about("Prints the effective configuration as a TOML file and exits")
+                .arg(model)
+                .args(flags()),
+        )
+}
+
+fn flags() -> Vec<Arg> {
+    let file = Arg::new("config")
+        .long("config")
+        .value_name("PATH")
+        .value_parser(value_parser!(PathBuf))
+        .help_heading("Configuration")
+        .help("TOML file with keys as below, in snake case [variable: OUTRIGGER_CONFIG]");
+    std::iter::once(file).chain(KEYS.iter().flat_map(key_flags)).collect()
+}
+
+/// The flag of a key and, for a switch, its negation `--no-…`, as vLLM has.
+fn key_flags(key: &'static Key) -> Vec<Arg> {
+    let mut flag = Arg::new(key.name)
+        .long(kebab(key.name))
+        .aliases(key.aliases.iter().map(|alias| kebab(alias)))
+        .value_name(key.hint)
+        .help_heading(key.group)
+        .help(format!("{} [default: {}]", key.help, default_text(key)))
+        .allow_hyphen_values(true)
+        .action(if key.is_list { ArgAction::Append } else { ArgAction::Set });
+    if !key.is_switch {
+        return vec![flag];
+    }
+    flag = flag.num_args(0..=1).require_equals(true).default_missing_value("true");
+    let negation = Arg::new(negated(key))
+        .long(format!("no-{}", kebab(key.name)))
+        .aliases(key.aliases.iter().map(|alias| format!("no-{}", kebab(alias))))
+        .action(ArgAction::SetTrue)
+        .hide(true)
+        .overrides_with(key.name);
+    vec![flag.overrides_with(negated(key)), negation]
+}
+
+fn default_text(key: &Key) -> String {
+    match key.text(&super::Config::default()) {
+        text if text.is_empty() => "none".into(),
+        text => text,
+    }
+}
+
+fn negated(key: &Key) -> String {
+    format!("no_{}", key.name)
+}
+
+fn kebab(name: &str) -> String {
+    name.replace('_', "-")
+}
+
+fn assignment(key: &'static Key, matches: &ArgMatches) -> Option<Assignment> {
+    let origin = Origin::Flag(kebab(key.name));
+    if key.is_switch && matches.get_flag(&negated(key)) {
+        return Some(Assignment { key, text: "false".into(), origin });
+    }
+    let texts: Vec<&str> = matches.get_many::<String>(key.name)?.map(String::as_str).collect();
+    Some(Assignment { key, text: texts.join(","), origin })
+}
+
+/// vLLM takes the model as an argument of `serve`.
+fn positional_model(text: String, assignments: &[Assignment]) -> Result<Assignment, clap::Error> {
+    let key = super::keys::find("model").expect("the table has a key `model`");
+    if assignments.iter().any(|assignment| assignment.key.name == key.name) {
+        let message = "the model is given twice, as an argument and as --model\n";
+        return Err(clap::Error::raw(clap::error::ErrorKind::ArgumentConflict, message));
+    }
+    Ok(Assignment { key, text, origin: Origin::Flag("model".into()) })
+}

@@ -1,0 +1,118 @@
+//! The table of keys: one row gives a key its name, its aliases, its syntax, its place in the sections and its help.
+//! The file, the environment, the flags, `--help`, `outrigger config` and the README's table all follow from it.
+//!
+//! Defaults are the sections' own; they are not repeated here.
+
+use super::Config;
+use super::syntax::{Auto, Choice, Count, List, Notation, Number, Secrets, Size, Switch, Syntax, Text, Time, choice};
+use crate::observability::trace::LogFormat;
+
+/// One row of the table.
+pub struct Key {
+    /// `max_num_seqs`; as a flag `--max-num-seqs`, as a variable `OUTRIGGER_MAX_NUM_SEQS`.
+    pub name: &'static str,
+    /// Other names that are understood, vLLM's where it has one.
+    pub aliases: &'static [&'static str],
+    pub group: &'static str,
+    pub help: &'static str,
+    /// Stands for the value in the help.
+    pub hint: &'static str,
+    pub is_switch: bool,
+    pub is_list: bool,
+    read: fn(&mut Config, &str) -> Result<(), String>,
+    write: fn(&Config) -> toml::Value,
+}
+
+impl Key {
+    /// Sets the key; the error completes "`key` …".
+    pub fn set(&self, config: &mut Config, text: &str) -> Result<(), String> {
+        (self.read)(config, text)
+    }
+
+    /// The value, secrets redacted.
+    pub fn value(&self, config: &Config) -> toml::Value {
+        (self.write)(config)
+    }
+
+    /// The value as one writes it in a flag, secrets redacted.
+    pub fn text(&self, config: &Config) -> String {
+        fn plain(value: toml::Value) -> String {
+            match value {
+                toml::Value::String(text) => text,
+                toml::Value::Array(items) => items.into_iter().map(plain).collect::<Vec<_>>().join(","),
+                value => value.to_string(),
+            }
+        }
+        plain(self.value(config))
+    }
+
+    /// The name, then the aliases.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        std::iter::once(self.name).chain(self.aliases.iter().copied())
+    }
+}
+
+/// The key that a name or an alias stands for.
+pub fn find(name: &str) -> Option<&'static Key> {
+    KEYS.iter().find(|key| key.names().any(|known| known == name))
+}
+
+/// The known name nearest to a misspelt one, if any is near.
+pub fn nearest(name: &str) -> Option<&'static str> {
+    let names = KEYS.iter().flat_map(Key::names);
+    let similarity = |known: &&str| strsim::jaro_winkler(known, name);
+    names.filter(|known| similarity(known) > 0.85).max_by(|a, b| similarity(a).total_cmp(&similarity(b)))
+}
+
+/// The README's table.
+pub fn markdown_table() -> String {
+    let defaults = Config::default();
+    let mut table = String::from("| key | value | default | meaning |\n|---|---|---|---|\n");
+    for key in KEYS {
+        let names: Vec<String> = key.names().map(|name| format!("`{name}`")).collect();
+        let hint = key.hint.replace('|', " \\| ");
+        table += &format!("| {} | {hint} | `{}` | {} |\n", names.join(", "), key.text(&defaults), key.help);
+    }
+    table
+}
+
+macro_rules! keys {
+    ($($group:literal { $($name:ident $(| $alias:ident)* : $syntax:ty => $($section:ident).+, $help:literal;)+ })+) => {
+        /// In the order of the help.
+        pub static KEYS: &[Key] = &[$($(Key {
+            name: stringify!($name),
+            aliases: &[$(stringify!($alias)),*],
+            group: $group,
+            help: $help,
+            hint: <$syntax as Notation>::HINT,
+            is_switch: <$syntax as Notation>::IS_SWITCH,
+            is_list: <$syntax as Notation>::IS_LIST,
+            read: |config, text| {
+                config.$($section).+ = <$syntax as Syntax<_>>::read(text)?;
+                Ok(())
+            },
+            write: |config| <$syntax as Syntax<_>>::write(&config.$($section).+),
+        },)+)+];
+    };
+}
+
+choice!(LogFormat, "text|json" { Text: "text", Json: "json" });
+
+keys! {
+    "Model" {
+        model: Text => process.model,
+            "What to serve: a name of the catalog, a hub id (`owner/name`), a directory, or a `.gguf` file.";
+    }
+    "Log" {
+        log_format: Choice<LogFormat> => trace.log_format,
+            "Form of the log on standard error: `text` for people, `json` for collectors.";
+        log_level: Text => trace.log_level,
+            "Least severe level to log, or directives such as `info,outrigger=debug`.";
+    }
+    "Shutdown and faults" {
+        shutdown_timeout: Time => process.shutdown_timeout,
+            "After SIGTERM or SIGINT, how long running requests may go on.";
+        fault_injection: Switch => process.fault_injection,
+            "Opens an endpoint that hangs, panics or corrupts the engine. For drills only.";
+    }
+}

@@ -1,0 +1,168 @@
+//! The configuration: gathers every module's section under flat keys, from a TOML file, the environment and the flags.
+//!
+//! The file gives way to `OUTRIGGER_<KEY>` variables, and these to `--flags`. All problems are reported at once, each with
+//! the key's name and where its value came from. This is the only place that reads the process's arguments and
+//! environment; what the keys mean, the modules that own them know.
+
+mod arguments;
+mod environment;
+mod file;
+mod keys;
+mod process;
+mod syntax;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+pub use keys::{KEYS, Key, markdown_table};
+pub use process::Process;
+
+use crate::observability::trace;
+
+/// Every section. Defaults are the sections' own.
+#[derive(Clone, Debug, Default)]
+pub struct Config {
+    pub process: Process,
+    pub trace: trace::Config,
+}
+
+impl Config {
+    /// Reports every problem, each with its key's name.
+    pub fn validate(&self, problems: &mut Vec<String>) {
+        self.process.validate(problems);
+        self.trace.validate(problems);
+    }
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    File(PathBuf),
+    Variable(String),
+    Flag(String),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Origin::File(path) => write!(f, "{}", path.display()),
+            Origin::Variable(name) => write!(f, "${name}"),
+            Origin::Flag(name) => write!(f, "--{name}"),
+        }
+    }
+}
+
+/// A key's value as one source gives it.
+struct Assignment {
+    key: &'static Key,
+    text: String,
+    origin: Origin,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Serve the model: the default.
+    Serve,
+    /// Print the effective configuration and exit.
+    ShowConfig,
+}
+
+/// What the process was asked to do.
+#[derive(Debug)]
+pub struct Invocation {
+    pub command: Command,
+    pub config: Config,
+    /// The origin of each value that is not a default, by key.
+    pub origins: BTreeMap<&'static str, Origin>,
+    /// Worth a line in the log, not an end.
+    pub warnings: Vec<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Wrong usage, or a request for help or the version: prints itself, with its own exit code.
+    #[error(transparent)]
+    Usage(#[from] clap::Error),
+    #[error("the configuration has {}:\n  {}", count(.0.len()), .0.join("\n  "))]
+    Problems(Vec<String>),
+}
+
+fn count(problems: usize) -> String {
+    if problems == 1 { "a problem".into() } else { format!("{problems} problems") }
+}
+
+impl Invocation {
+    /// Reads this process's arguments, environment and file.
+    pub fn from_process() -> Result<Self, ConfigError> {
+        let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+        let variables = variables.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
+        Self::read(std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned()), variables)
+    }
+
+    /// Reads the given arguments (without the program's name) and variables, and the file that they name.
+    pub fn read(
+        arguments: impl IntoIterator<Item = String>,
+        variables: impl IntoIterator<Item = (String, String)>,
+    ) -> Result<Self, ConfigError> {
+        let arguments = arguments::read(arguments)?;
+        let mut problems = Vec::new();
+        let variables = environment::read(variables, &mut problems);
+        let file = arguments.file.or(variables.file);
+        let mut assignments = file.map(|file| file::read(&file, &mut problems)).unwrap_or_default();
+        assignments.extend(variables.assignments);
+        assignments.extend(arguments.assignments);
+
+        let mut config = Config::default();
+        let origins = apply(assignments, &mut config, &mut problems);
+        config.validate(&mut problems);
+        match problems.is_empty() {
+            true => Ok(Self { command: arguments.command, config, origins, warnings: variables.warnings }),
+            false => Err(ConfigError::Problems(problems)),
+        }
+    }
+
+    /// The effective configuration as a TOML file that can be given back with `--config`; secrets redacted and commented out.
+    pub fn effective(&self) -> String {
+        let mut text = String::new();
+        let mut group = "";
+        for key in KEYS {
+            if key.group != group {
+                group = key.group;
+                text += &format!("{}# {group}\n", if text.is_empty() { "" } else { "\n" });
+            }
+            let value = key.value(&self.config);
+            let comment = if value.to_string().contains(syntax::REDACTED) { "# " } else { "" };
+            let origin = self.origins.get(key.name).map_or_else(String::new, |origin| format!("  # from {origin}"));
+            text += &format!("{comment}{} = {value}{origin}\n", key.name);
+        }
+        text
+    }
+}
+
+/// Applies the assignments, later ones over earlier ones.
+fn apply(
+    assignments: Vec<Assignment>,
+    config: &mut Config,
+    problems: &mut Vec<String>,
+) -> BTreeMap<&'static str, Origin> {
+    let mut origins = BTreeMap::new();
+    for Assignment { key, text, origin } in assignments {
+        match key.set(config, &text) {
+            Ok(()) => {
+                origins.insert(key.name, origin);
+            }
+            Err(error) => problems.push(format!("{} {error} (from {origin})", key.name)),
+        }
+    }
+    origins
+}
+
+/// "unknown key `x`", with the nearest known name.
+fn unknown(spelt: &str, name: &str, rewrite: impl Fn(&str) -> String) -> String {
+    let help = keys::nearest(name).map_or_else(String::new, |known| format!("; did you mean `{}`?", rewrite(known)));
+    format!("{spelt} is not a known key{help}")
+}
+
+#[cfg(test)]
+mod tests;
