@@ -1,0 +1,275 @@
+//! Decides at the door whether a request may wait for the engine, and tells a refused one when to come back.
+//!
+//! A request that is let in holds a [`Permit`] until its response ends. While the engine has not scheduled it, it counts
+//! against the queue caps. Nothing here waits or spawns: the engine's own queue orders the requests, this counts them.
+
+mod drain_rate;
+mod queue;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+
+use crate::types::{Failure, FailureKind};
+
+use queue::Queue;
+
+/// Bounds of `Retry-After`.
+const MIN_RETRY_AFTER: Duration = Duration::from_secs(1);
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Requests that may wait beyond those for which the batch has room. 0 refuses whatever cannot run at once.
+    pub max_num_queued_requests: u32,
+    /// Prompt tokens that may wait. A prompt larger than this is let in when no other waits.
+    pub max_num_queued_tokens: u64,
+}
+
+impl Default for Config {
+    /// 512 requests and 262,144 prompt tokens.
+    fn default() -> Self {
+        Self { max_num_queued_requests: 512, max_num_queued_tokens: 262_144 }
+    }
+}
+
+impl Config {
+    /// Adds a line for each key out of range.
+    pub fn validate(&self, errors: &mut Vec<String>) {
+        if self.max_num_queued_tokens == 0 {
+            errors.push("max_num_queued_tokens must be at least 1".into());
+        }
+    }
+}
+
+/// What admission needs to know of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Demand {
+    pub prompt_tokens: u64,
+    /// Choices to generate, each with a place of its own in the batch; at least 1.
+    pub choices: u32,
+    /// As in `GenerateRequest`: below 0 overtakes the queue.
+    pub priority: i32,
+    pub deadline: Option<Instant>,
+}
+
+/// Why a request was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RejectionReason {
+    /// `max_num_queued_requests` wait already.
+    QueuedRequests { limit: u32 },
+    /// The prompt does not fit into what is left of `max_num_queued_tokens`.
+    QueuedTokens { limit: u64 },
+    /// The deadline would pass while the request waits, or has passed.
+    Deadline { estimated_wait: Duration },
+    /// The node is shutting down.
+    Closed,
+}
+
+impl RejectionReason {
+    /// The label of metrics and logs.
+    pub fn label(self) -> &'static str {
+        match self {
+            RejectionReason::QueuedRequests { .. } => "queued_requests",
+            RejectionReason::QueuedTokens { .. } => "queued_tokens",
+            RejectionReason::Deadline { .. } => "deadline",
+            RejectionReason::Closed => "closed",
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    pub reason: RejectionReason,
+    /// When a place is likely to be free, from the measured drain rate; 1 to 60 s.
+    pub retry_after: Duration,
+}
+
+impl From<Rejection> for Failure {
+    fn from(rejection: Rejection) -> Self {
+        let (kind, message) = match rejection.reason {
+            RejectionReason::QueuedRequests { limit } => (
+                FailureKind::Overloaded,
+                format!("The server is busy: {limit} requests wait (max_num_queued_requests)."),
+            ),
+            RejectionReason::QueuedTokens { limit } => (
+                FailureKind::Overloaded,
+                format!(
+                    "The server is busy: the prompt does not fit into a queue of {limit} tokens (max_num_queued_tokens)."
+                ),
+            ),
+            RejectionReason::Deadline { estimated_wait } => (
+                FailureKind::DeadlineExceeded,
+                format!(
+                    "The deadline cannot be met: the request would wait about {:.1} s before it starts.",
+                    estimated_wait.as_secs_f64()
+                ),
+            ),
+            RejectionReason::Closed => (FailureKind::Overloaded, "The server is shutting down.".to_string()),
+        };
+        Failure::new(kind, message).with_retry_after(rejection.retry_after)
+    }
+}
+
+/// How full the door is.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct AdmissionStatus {
+    /// Admitted and not yet scheduled.
+    pub queued_requests: u32,
+    pub queued_tokens: u64,
+    /// Admitted and not yet finished, queued ones included.
+    pub admitted_requests: u32,
+    /// The fuller of the two caps, 0 to 1; requests for which the batch has room do not count.
+    pub saturation: f64,
+    pub closed: bool,
+}
+
+/// Handle to the node's only queue of admissions. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct AdmissionController {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: Mutex<Queue>,
+    /// Told when the last admitted request has ended.
+    drained: Notify,
+}
+
+impl AdmissionController {
+    /// `max_num_seqs` is the number of choices that the engine runs at once.
+    pub fn new(config: Config, max_num_seqs: u32) -> Self {
+        let queue = Mutex::new(Queue::new(config, max_num_seqs, Instant::now()));
+        Self { shared: Arc::new(Shared { queue, drained: Notify::new() }) }
+    }
+
+    /// Lets the request in or refuses it, at once. `engine_tokens_per_second` is the engine's own measurement
+    /// (`EngineStatus::drain_tokens_per_second`), used until this queue has measured its own drain; 0 is unknown.
+    pub fn try_admit(&self, demand: Demand, engine_tokens_per_second: f64) -> Result<Permit, Rejection> {
+        self.shared.queue.lock().admit(demand, engine_tokens_per_second, Instant::now())?;
+        Ok(Permit { shared: self.shared.clone(), demand, scheduled: false })
+    }
+
+    /// From now on refuses everything; what was admitted goes on.
+    pub fn close(&self) {
+        self.shared.queue.lock().close();
+    }
+
+    pub fn status(&self) -> AdmissionStatus {
+        self.shared.queue.lock().status()
+    }
+
+    /// Returns once nothing is admitted any more. Call [`Self::close`] first, or it may never be so.
+    pub async fn drained(&self) {
+        loop {
+            let notified = self.shared.drained.notified();
+            if self.status().admitted_requests == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+/// A place at the engine, held until the response ends. Dropping it gives the place back.
+#[derive(Debug)]
+#[must_use = "dropping the permit gives the place back"]
+pub struct Permit {
+    shared: Arc<Shared>,
+    demand: Demand,
+    scheduled: bool,
+}
+
+impl Permit {
+    /// The engine has taken the request out of its queue. Further calls do nothing.
+    pub fn scheduled(&mut self) {
+        if !std::mem::replace(&mut self.scheduled, true) {
+            self.shared.queue.lock().schedule(self.demand, Instant::now());
+        }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let last = {
+            let mut queue = self.shared.queue.lock();
+            queue.release(self.demand, self.scheduled, Instant::now());
+            queue.status().admitted_requests == 0
+        };
+        if last {
+            self.shared.drained.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn demand(prompt_tokens: u64) -> Demand {
+        Demand { prompt_tokens, choices: 1, priority: 0, deadline: None }
+    }
+
+    #[test]
+    fn a_dropped_permit_gives_its_place_back() {
+        let config = Config { max_num_queued_requests: 1, ..Config::default() };
+        let controller = AdmissionController::new(config, 1);
+        let mut running = controller.try_admit(demand(10), 0.0).unwrap();
+        running.scheduled();
+        running.scheduled();
+        let queued = controller.try_admit(demand(10), 0.0).unwrap();
+        let refused = controller.try_admit(demand(10), 0.0).unwrap_err();
+        assert_eq!(refused.reason, RejectionReason::QueuedRequests { limit: 1 });
+        drop(queued);
+        let queued = controller.try_admit(demand(10), 0.0).unwrap();
+        drop((running, queued));
+        let status = controller.status();
+        assert_eq!((status.admitted_requests, status.queued_requests, status.queued_tokens), (0, 0, 0));
+    }
+
+    #[test]
+    fn rejections_become_failures_with_a_time_to_come_back() {
+        let retry_after = Duration::from_secs(7);
+        let failure = |reason| Failure::from(Rejection { reason, retry_after });
+        let full = failure(RejectionReason::QueuedRequests { limit: 3 });
+        assert_eq!((full.kind, full.retry_after), (FailureKind::Overloaded, Some(retry_after)));
+        assert!(full.message.contains("max_num_queued_requests") && full.message.contains('3'));
+        let late = failure(RejectionReason::Deadline { estimated_wait: Duration::from_millis(2500) });
+        assert_eq!(late.kind, FailureKind::DeadlineExceeded);
+        assert!(late.message.contains("2.5 s"), "{}", late.message);
+    }
+
+    #[tokio::test]
+    async fn drained_waits_for_the_last_permit() {
+        let controller = AdmissionController::new(Config::default(), 4);
+        let permits = [controller.try_admit(demand(1), 0.0).unwrap(), controller.try_admit(demand(1), 0.0).unwrap()];
+        controller.close();
+        assert_eq!(controller.try_admit(demand(1), 0.0).unwrap_err().reason, RejectionReason::Closed);
+        let waiting = tokio::spawn({
+            let controller = controller.clone();
+            async move { controller.drained().await }
+        });
+        let [first, last] = permits;
+        drop(first);
+        tokio::task::yield_now().await;
+        assert!(!waiting.is_finished());
+        drop(last);
+        tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("drained").unwrap();
+        controller.drained().await;
+    }
+
+    #[test]
+    fn configuration_is_strict() {
+        assert!(serde_json::from_str::<Config>(r#"{"max_num_queued_request": 1}"#).is_err());
+        let config: Config = serde_json::from_str(r#"{"max_num_queued_tokens": 0}"#).unwrap();
+        let mut errors = Vec::new();
+        config.validate(&mut errors);
+        assert_eq!(errors.len(), 1);
+        assert!(errors[0].contains("max_num_queued_tokens"));
+    }
+}
