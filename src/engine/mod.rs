@@ -5,6 +5,7 @@
 //! no thread, no clock and no tensor; only the runner, the sampler and `model` know numbers. Nothing here knows HTTP.
 
 pub mod batch;
+pub mod model;
 pub mod sampler;
 
 pub use batch::{BatchEntry, ModelRunner, RunnerError};

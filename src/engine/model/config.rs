@@ -1,0 +1,185 @@
+//! What a model is, in numbers: the part of a configuration that the decoder needs, whatever file it came from.
+//!
+//! A configuration that asks for something we do not compute is refused here, by name, instead of being served wrongly.
+
+use serde::Serialize;
+
+/// Bounds that no real model reaches; they keep products of a crafted configuration from overflowing.
+const MAX_LAYERS: usize = 1 << 12;
+const MAX_HEADS: usize = 1 << 14;
+const MAX_WIDTH: usize = 1 << 24;
+const MAX_POSITIONS: usize = 1 << 30;
+
+#[derive(Debug, thiserror::Error, PartialEq)]
+pub enum ConfigError {
+    #[error("architecture {0:?} is not supported (LlamaForCausalLM and MistralForCausalLM are; in GGUF files, llama)")]
+    Architecture(String),
+    #[error("{0} is missing")]
+    Missing(String),
+    #[error("{key} should be {expected}, not {found}")]
+    WrongType { key: String, expected: &'static str, found: String },
+    #[error("{key} = {value} is not supported{}", hint.map(|hint| format!(" ({hint})")).unwrap_or_default())]
+    Unsupported { key: String, value: String, hint: Option<&'static str> },
+    #[error("{key} is {value}, which is outside of {min}..={max}")]
+    OutOfRange { key: &'static str, value: usize, min: usize, max: usize },
+    #[error("{0}")]
+    Inconsistent(String),
+}
+
+impl ConfigError {
+    pub(super) fn unsupported(key: impl Into<String>, value: impl ToString) -> Self {
+        ConfigError::Unsupported { key: key.into(), value: value.to_string(), hint: None }
+    }
+}
+
+/// The data flow of the decoder. Families that share one differ in their configuration only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Architecture {
+    /// Pre-norm decoder with grouped-query attention, rotary positions and a gated MLP: Llama 2 and 3, SmolLM2, Mistral.
+    Llama,
+}
+
+/// Everything that decides the shape of the computation. Serialized, it is part of the fingerprint.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ModelConfig {
+    pub architecture: Architecture,
+    pub vocab_size: usize,
+    pub hidden_size: usize,
+    pub intermediate_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    /// Divides `num_attention_heads`.
+    pub num_key_value_heads: usize,
+    /// Even. Heads times this need not equal `hidden_size`.
+    pub head_dim: usize,
+    pub rms_norm_eps: f32,
+    pub rope: RopeConfig,
+    pub max_position_embeddings: usize,
+    /// The output projection is `model.embed_tokens.weight`.
+    pub tie_word_embeddings: bool,
+    /// A token attends to this many positions, itself included.
+    pub sliding_window: Option<usize>,
+    /// Biases on the query, key, value and output projections.
+    pub attention_bias: bool,
+    /// Biases on the gate, up and down projections.
+    pub mlp_bias: bool,
+    pub hidden_act: Activation,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RopeConfig {
+    /// Base of the geometric sequence of wavelengths.
+    pub theta: f64,
+    pub scaling: RopeScaling,
+}
+
+/// How the inverse frequencies `theta^(-2i/head_dim)` are changed for contexts longer than those of pre-training.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeScaling {
+    None,
+    /// All divided by `factor`.
+    Linear {
+        factor: f64,
+    },
+    /// Long wavelengths divided by `factor`, short ones kept, those between blended (Llama 3.1).
+    Llama3 {
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position_embeddings: usize,
+    },
+    /// Each divided by its own factor, `head_dim / 2` of them, as GGUF stores them.
+    Factors(Vec<f32>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Activation {
+    Silu,
+    /// With the error function.
+    Gelu,
+    /// With the tanh approximation.
+    GeluTanh,
+}
+
+impl ModelConfig {
+    /// The same text for the same model, whatever file and spelling it came from.
+    pub fn canonical_json(&self) -> String {
+        serde_json::to_string(self).expect("a struct of numbers, strings and vectors serializes")
+    }
+
+    /// Width of the query projection.
+    pub fn query_size(&self) -> usize {
+        self.num_attention_heads * self.head_dim
+    }
+
+    /// Width of the key and of the value projection.
+    pub fn key_value_size(&self) -> usize {
+        self.num_key_value_heads * self.head_dim
+    }
+
+    /// Checks what the decoder relies on. Both parsers end with it.
+    pub(super) fn validated(self) -> Result<Self, ConfigError> {
+        let within = |key, value, min, max| {
+            if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { key, value, min, max }) }
+        };
+        within("vocab_size", self.vocab_size, 1, MAX_WIDTH)?;
+        within("hidden_size", self.hidden_size, 1, MAX_WIDTH)?;
+        within("intermediate_size", self.intermediate_size, 1, MAX_WIDTH)?;
+        within("num_hidden_layers", self.num_hidden_layers, 1, MAX_LAYERS)?;
+        within("num_attention_heads", self.num_attention_heads, 1, MAX_HEADS)?;
+        within("num_key_value_heads", self.num_key_value_heads, 1, self.num_attention_heads)?;
+        within("head_dim", self.head_dim, 2, MAX_HEADS)?;
+        within("max_position_embeddings", self.max_position_embeddings, 1, MAX_POSITIONS)?;
+        if let Some(window) = self.sliding_window {
+            within("sliding_window", window, 1, MAX_POSITIONS)?;
+        }
+        if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
+            let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
+            return inconsistent(format!("num_attention_heads ({heads}) is no multiple of num_key_value_heads ({kv})"));
+        }
+        if !self.head_dim.is_multiple_of(2) {
+            return inconsistent(format!("head_dim ({}) is odd, and rotary positions need pairs", self.head_dim));
+        }
+        if !(self.rms_norm_eps > 0.0 && self.rms_norm_eps < 1.0) {
+            return inconsistent(format!("rms_norm_eps ({}) is not between 0 and 1", self.rms_norm_eps));
+        }
+        self.rope.validate(self.head_dim)?;
+        Ok(self)
+    }
+}
+
+impl RopeConfig {
+    fn validate(&self, head_dim: usize) -> Result<(), ConfigError> {
+        let positive = |name: &str, value: f64| match value.is_finite() && value > 0.0 {
+            true => Ok(()),
+            false => inconsistent(format!("{name} of the rotary positions is {value}, not a positive number")),
+        };
+        positive("theta", self.theta)?;
+        match &self.scaling {
+            RopeScaling::None => Ok(()),
+            RopeScaling::Linear { factor } => positive("factor", *factor),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                positive("factor", *factor)?;
+                positive("low_freq_factor", *low_freq_factor)?;
+                positive("original_max_position_embeddings", *original_max_position_embeddings as f64)?;
+                match high_freq_factor > low_freq_factor && high_freq_factor.is_finite() {
+                    true => Ok(()),
+                    false => inconsistent("high_freq_factor is not greater than low_freq_factor".to_owned()),
+                }
+            }
+            RopeScaling::Factors(factors) => {
+                if factors.len() != head_dim / 2 {
+                    return inconsistent(format!("{} rotary factors for {} pairs", factors.len(), head_dim / 2));
+                }
+                factors.iter().try_for_each(|factor| positive("factor", (*factor).into()))
+            }
+        }
+    }
+}
+
+fn inconsistent<T>(message: String) -> Result<T, ConfigError> {
+    Err(ConfigError::Inconsistent(message))
+}

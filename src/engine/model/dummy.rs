@@ -1,0 +1,98 @@
+//! Random weights for a configuration, to measure without a download. The same on every machine, tensor by tensor.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use half::{bf16, f16};
+
+use super::config::ModelConfig;
+use super::expected::expected_tensors;
+use super::load::LoadError;
+use super::weights::{RawTensor, TensorSource, TensorType};
+
+/// Projections keep the variance of their input: uniform in ±sqrt(3 / inputs). Norms are one and biases are zero, so
+/// that activations stay in the range of a trained model's and neither overflow nor denormals distort a measurement.
+pub(super) struct DummySource {
+    ty: TensorType,
+    shapes: BTreeMap<String, Vec<usize>>,
+}
+
+impl DummySource {
+    /// `ty` is a dense type.
+    pub fn new(config: &ModelConfig, ty: TensorType) -> Self {
+        assert!(!ty.is_quantized(), "dummy weights are dense");
+        Self { ty, shapes: expected_tensors(config).into_iter().collect() }
+    }
+
+    fn element_bytes(&self) -> usize {
+        self.ty.block_bytes()
+    }
+}
+
+impl TensorSource for DummySource {
+    fn tensor(&self, name: &str) -> Result<RawTensor<'_>, LoadError> {
+        let shape = self.shapes.get(name).ok_or_else(|| LoadError::MissingTensor(name.to_owned()))?;
+        let len: usize = shape.iter().product();
+        let mut data = Vec::with_capacity(len * self.element_bytes());
+        let mut values = Values::new(name, shape);
+        for _ in 0..len {
+            let value = values.next();
+            match self.ty {
+                TensorType::F16 => data.extend(f16::from_f32(value).to_le_bytes()),
+                TensorType::BF16 => data.extend(bf16::from_f32(value).to_le_bytes()),
+                _ => data.extend(value.to_le_bytes()),
+            }
+        }
+        Ok(RawTensor { ty: self.ty, shape: shape.clone(), data: Cow::Owned(data) })
+    }
+
+    fn shape(&self, name: &str) -> Option<&[usize]> {
+        self.shapes.get(name).map(Vec::as_slice)
+    }
+
+    fn total_bytes(&self) -> u64 {
+        let elements = |shape: &Vec<usize>| shape.iter().map(|n| *n as u64).product::<u64>();
+        self.shapes.values().map(elements).sum::<u64>() * self.element_bytes() as u64
+    }
+}
+
+/// The values of one tensor: a constant, or a sequence that starts from a hash of the name.
+enum Values {
+    Constant(f32),
+    Random { state: u64, bound: f32 },
+}
+
+impl Values {
+    fn new(name: &str, shape: &[usize]) -> Self {
+        match shape {
+            [_, inputs] => Values::Random { state: fnv1a(name.as_bytes()), bound: (3.0 / *inputs as f32).sqrt() },
+            _ if name.ends_with(".bias") => Values::Constant(0.0),
+            _ => Values::Constant(1.0),
+        }
+    }
+
+    fn next(&mut self) -> f32 {
+        match self {
+            Values::Constant(value) => *value,
+            Values::Random { state, bound } => {
+                // The upper 24 bits are exact in f32: a multiple of 2^-23 in [-1, 1).
+                let unit = (splitmix64(state) >> 40) as f32 * (1.0 / (1 << 23) as f32) - 1.0;
+                unit * *bound
+            }
+        }
+    }
+}
+
+/// Fowler, Noll and Vo's hash, 64 bits.
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// Steele, Lea and Flood's generator ("Fast splittable pseudorandom number generators", 2014).
+fn splitmix64(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}

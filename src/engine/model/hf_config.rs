@@ -1,0 +1,248 @@
+//! Reads Hugging Face's `config.json` and `generation_config.json`. Defaults are those of the reference's configuration
+//! classes, so that a key left out means the same here.
+
+use serde_json::{Map, Value};
+
+use super::config::{Activation, Architecture, ConfigError, ModelConfig, RopeConfig, RopeScaling};
+
+/// The window of `MistralConfig` when the key is absent; `null` means none.
+const MISTRAL_DEFAULT_WINDOW: usize = 4096;
+/// The heads of `MistralConfig` when the key is absent; `null` means as many as query heads.
+const MISTRAL_DEFAULT_KV_HEADS: usize = 8;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Family {
+    Llama,
+    Mistral,
+}
+
+/// Parses the content of a `config.json`.
+pub(super) fn parse(json: &Value) -> Result<ModelConfig, ConfigError> {
+    let fields = Fields::of(json, "")?;
+    let family = family(&fields)?;
+    refuse_unsupported(&fields)?;
+    let hidden_size = fields.usize("hidden_size")?;
+    let num_attention_heads = fields.usize("num_attention_heads")?;
+    let head_dim = match fields.optional_usize("head_dim")? {
+        Some(head_dim) => head_dim,
+        None => default_head_dim(hidden_size, num_attention_heads)?,
+    };
+    let config = ModelConfig {
+        architecture: Architecture::Llama,
+        vocab_size: fields.usize("vocab_size")?,
+        hidden_size,
+        intermediate_size: fields.usize("intermediate_size")?,
+        num_hidden_layers: fields.usize("num_hidden_layers")?,
+        num_attention_heads,
+        num_key_value_heads: match fields.optional_usize("num_key_value_heads")? {
+            Some(heads) => heads,
+            None if family == Family::Mistral && fields.is_absent("num_key_value_heads") => MISTRAL_DEFAULT_KV_HEADS,
+            None => num_attention_heads,
+        },
+        head_dim,
+        rms_norm_eps: fields.optional_f64("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+        rope: rope(&fields)?,
+        max_position_embeddings: fields.usize("max_position_embeddings")?,
+        tie_word_embeddings: fields.optional_bool("tie_word_embeddings")?.unwrap_or(false),
+        sliding_window: sliding_window(&fields, family)?,
+        attention_bias: fields.optional_bool("attention_bias")?.unwrap_or(false),
+        mlp_bias: fields.optional_bool("mlp_bias")?.unwrap_or(false),
+        hidden_act: activation(fields.optional_str("hidden_act")?.unwrap_or("silu"))?,
+    };
+    config.validated()
+}
+
+/// End-of-sequence ids: those of `generation_config.json` where it names any, else those of `config.json`.
+pub(super) fn eos_token_ids(config: &Value, generation_config: Option<&Value>) -> Result<Vec<u32>, ConfigError> {
+    let named = generation_config.and_then(|json| json.get("eos_token_id")).filter(|ids| !ids.is_null());
+    let Some(ids) = named.or_else(|| config.get("eos_token_id").filter(|ids| !ids.is_null())) else {
+        return Ok(Vec::new());
+    };
+    let one = |id: &Value| {
+        let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+        id.ok_or_else(|| wrong_type("eos_token_id", "a token id or a list of them", ids))
+    };
+    match ids {
+        Value::Array(ids) => ids.iter().map(one).collect(),
+        id => Ok(vec![one(id)?]),
+    }
+}
+
+pub(super) fn default_head_dim(hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
+    match heads > 0 && hidden_size.is_multiple_of(heads) {
+        true => Ok(hidden_size / heads),
+        false => Err(ConfigError::Inconsistent(format!(
+            "hidden_size ({hidden_size}) is no multiple of num_attention_heads ({heads}), and head_dim is not given"
+        ))),
+    }
+}
+
+fn family(fields: &Fields<'_>) -> Result<Family, ConfigError> {
+    let named = match fields.get("architectures") {
+        Some(Value::Array(names)) => names.first().and_then(Value::as_str),
+        _ => None,
+    };
+    match named.or(fields.optional_str("model_type")?) {
+        Some("LlamaForCausalLM" | "llama") => Ok(Family::Llama),
+        Some("MistralForCausalLM" | "mistral") => Ok(Family::Mistral),
+        Some(other) => Err(ConfigError::Architecture(other.to_owned())),
+        None => Err(ConfigError::Missing("architectures".to_owned())),
+    }
+}
+
+fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ConfigError> {
+    if let Some(quantization) = fields.get("quantization_config") {
+        let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown").to_owned();
+        let hint = Some("quantized safetensors are not read; use the model's plain weights or a GGUF file");
+        return Err(ConfigError::Unsupported { key: "quantization_config".to_owned(), value: method, hint });
+    }
+    for key in ["num_local_experts", "num_experts"] {
+        if let Some(experts) = fields.optional_usize(key)?.filter(|experts| *experts > 0) {
+            return Err(ConfigError::unsupported(key, experts));
+        }
+    }
+    if let Some(types) = fields.get("layer_types").and_then(Value::as_array)
+        && types.windows(2).any(|pair| pair[0] != pair[1])
+    {
+        return Err(ConfigError::unsupported("layer_types", "a mixture of layer types"));
+    }
+    Ok(())
+}
+
+fn sliding_window(fields: &Fields<'_>, family: Family) -> Result<Option<usize>, ConfigError> {
+    match family {
+        Family::Llama => Ok(None),
+        Family::Mistral if fields.is_absent("sliding_window") => Ok(Some(MISTRAL_DEFAULT_WINDOW)),
+        Family::Mistral => fields.optional_usize("sliding_window"),
+    }
+}
+
+fn activation(name: &str) -> Result<Activation, ConfigError> {
+    match name {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu" => Ok(Activation::Gelu),
+        "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
+        other => Err(ConfigError::unsupported("hidden_act", other)),
+    }
+}
+
+/// The rotary positions: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before.
+fn rope(fields: &Fields<'_>) -> Result<RopeConfig, ConfigError> {
+    let section = match fields.get("rope_parameters") {
+        Some(parameters) => Some(Fields::of(parameters, "rope_parameters.")?),
+        None => fields.get("rope_scaling").map(|scaling| Fields::of(scaling, "rope_scaling.")).transpose()?,
+    };
+    let theta = match section.as_ref().map(|section| section.optional_f64("rope_theta")).transpose()?.flatten() {
+        Some(theta) => theta,
+        None => fields.optional_f64("rope_theta")?.unwrap_or(10_000.0),
+    };
+    for fields in section.iter().chain([fields]) {
+        if let Some(factor) = fields.optional_f64("partial_rotary_factor")?.filter(|factor| *factor != 1.0) {
+            return Err(ConfigError::unsupported(fields.key("partial_rotary_factor"), factor));
+        }
+    }
+    let scaling = section.as_ref().map_or(Ok(RopeScaling::None), rope_scaling)?;
+    Ok(RopeConfig { theta, scaling })
+}
+
+fn rope_scaling(section: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
+    if section.map.values().any(Value::is_object) {
+        return Err(ConfigError::unsupported(section.key("…"), "different rotary positions for different layers"));
+    }
+    let named = section.optional_str("rope_type")?.or(section.optional_str("type")?);
+    match named {
+        Some("default") => Ok(RopeScaling::None),
+        Some("linear") => Ok(RopeScaling::Linear { factor: section.f64("factor")? }),
+        Some("llama3") => Ok(RopeScaling::Llama3 {
+            factor: section.f64("factor")?,
+            low_freq_factor: section.f64("low_freq_factor")?,
+            high_freq_factor: section.f64("high_freq_factor")?,
+            original_max_position_embeddings: section.usize("original_max_position_embeddings")?,
+        }),
+        Some(other) => Err(ConfigError::Unsupported {
+            key: section.key("rope_type"),
+            value: other.to_owned(),
+            hint: Some("default, linear and llama3 are"),
+        }),
+        // Only the theta, which transformers 5 writes for unscaled models.
+        None if section.is_absent("factor") => Ok(RopeScaling::None),
+        None => Err(ConfigError::Missing(section.key("rope_type"))),
+    }
+}
+
+/// A JSON object whose values are asked for by key; `null` counts as not given.
+struct Fields<'a> {
+    map: &'a Map<String, Value>,
+    /// Stands in front of keys in errors.
+    prefix: &'static str,
+}
+
+impl<'a> Fields<'a> {
+    fn of(json: &'a Value, prefix: &'static str) -> Result<Self, ConfigError> {
+        let named = if prefix.is_empty() { "config.json" } else { prefix.trim_end_matches('.') };
+        let map = json.as_object().ok_or_else(|| wrong_type(named, "an object", json))?;
+        Ok(Self { map, prefix })
+    }
+
+    fn key(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    fn is_absent(&self, key: &str) -> bool {
+        !self.map.contains_key(key)
+    }
+
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map.get(key).filter(|value| !value.is_null())
+    }
+
+    fn optional<T>(
+        &self,
+        key: &str,
+        expected: &'static str,
+        read: impl FnOnce(&'a Value) -> Option<T>,
+    ) -> Result<Option<T>, ConfigError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        read(value).map(Some).ok_or_else(|| wrong_type(&self.key(key), expected, value))
+    }
+
+    fn optional_usize(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+        self.optional(key, "a count", |value| value.as_u64().and_then(|value| usize::try_from(value).ok()))
+    }
+
+    fn optional_f64(&self, key: &str) -> Result<Option<f64>, ConfigError> {
+        self.optional(key, "a number", Value::as_f64)
+    }
+
+    fn optional_bool(&self, key: &str) -> Result<Option<bool>, ConfigError> {
+        self.optional(key, "true or false", Value::as_bool)
+    }
+
+    fn optional_str(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
+        self.optional(key, "a string", Value::as_str)
+    }
+
+    fn usize(&self, key: &str) -> Result<usize, ConfigError> {
+        self.optional_usize(key)?.ok_or_else(|| ConfigError::Missing(self.key(key)))
+    }
+
+    fn f64(&self, key: &str) -> Result<f64, ConfigError> {
+        self.optional_f64(key)?.ok_or_else(|| ConfigError::Missing(self.key(key)))
+    }
+}
+
+fn wrong_type(key: &str, expected: &'static str, found: &Value) -> ConfigError {
+    let found = match found {
+        Value::Null => "null".to_owned(),
+        Value::Bool(value) => value.to_string(),
+        Value::Number(value) => value.to_string(),
+        Value::String(_) => "a string".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+    };
+    ConfigError::WrongType { key: key.to_owned(), expected, found }
+}
+
+#[cfg(test)]
+#[path = "hf_config_tests.rs"]
+mod tests;

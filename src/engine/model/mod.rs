@@ -1,0 +1,18 @@
+//! Models: what a configuration says, where weights come from, and the decoder that runs them.
+//!
+//! Every source speaks Hugging Face's tensor names and row order, so the decoder knows one layout.
+
+pub mod config;
+mod dummy;
+mod expected;
+mod gguf_config;
+mod gguf_source;
+mod hf_config;
+pub mod load;
+mod safetensors_source;
+pub mod weights;
+
+pub use config::{Activation, Architecture, ConfigError, ModelConfig, RopeConfig, RopeScaling};
+pub use expected::expected_tensors;
+pub use load::{LoadError, LoadFormat, ModelFiles, TokenizerSource};
+pub use weights::{RawTensor, TensorSource, TensorType};

@@ -1,0 +1,79 @@
+//! Stored weights as the decoder asks for them: by Hugging Face's names, in Hugging Face's row order, in the type that
+//! the file has.
+
+use std::borrow::Cow;
+
+use candle_core::Device;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use half::{bf16, f16};
+
+use super::load::LoadError;
+pub use crate::formats::TensorType;
+
+/// One stored tensor. Its data are `shape`'s rows, one after another, each a whole number of blocks of `ty`.
+#[derive(Clone, Debug)]
+pub struct RawTensor<'a> {
+    pub ty: TensorType,
+    /// `[out, in]` for a projection, `[len]` for a norm or bias.
+    pub shape: Vec<usize>,
+    pub data: Cow<'a, [u8]>,
+}
+
+/// Where tensors come from. Asking for one reads (and pages in) that one only.
+pub trait TensorSource: Send + Sync {
+    fn tensor(&self, name: &str) -> Result<RawTensor<'_>, LoadError>;
+
+    /// The shape of a tensor, `None` where there is no such tensor.
+    fn shape(&self, name: &str) -> Option<&[usize]>;
+
+    fn contains(&self, name: &str) -> bool {
+        self.shape(name).is_some()
+    }
+
+    /// Bytes of all tensors as stored, to report progress against.
+    fn total_bytes(&self) -> u64;
+}
+
+impl RawTensor<'_> {
+    pub fn num_elements(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// The values as f32: exact for the dense types, and the block formula's own value for the quantized ones.
+    pub fn dequantize(&self) -> Result<Vec<f32>, LoadError> {
+        match self.ty {
+            TensorType::F32 => Ok(self.data.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()),
+            TensorType::F16 => {
+                Ok(self.data.as_chunks().0.iter().map(|bytes| f16::from_le_bytes(*bytes).to_f32()).collect())
+            }
+            TensorType::BF16 => {
+                Ok(self.data.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect())
+            }
+            TensorType::Q4_0 => self.dequantize_with_candle(GgmlDType::Q4_0),
+            TensorType::Q4_1 => self.dequantize_with_candle(GgmlDType::Q4_1),
+            TensorType::Q5_0 => self.dequantize_with_candle(GgmlDType::Q5_0),
+            TensorType::Q5_1 => self.dequantize_with_candle(GgmlDType::Q5_1),
+            TensorType::Q8_0 => self.dequantize_with_candle(GgmlDType::Q8_0),
+            TensorType::Q2K => self.dequantize_with_candle(GgmlDType::Q2K),
+            TensorType::Q3K => self.dequantize_with_candle(GgmlDType::Q3K),
+            TensorType::Q4K => self.dequantize_with_candle(GgmlDType::Q4K),
+            TensorType::Q5K => self.dequantize_with_candle(GgmlDType::Q5K),
+            TensorType::Q6K => self.dequantize_with_candle(GgmlDType::Q6K),
+        }
+    }
+
+    fn dequantize_with_candle(&self, ty: GgmlDType) -> Result<Vec<f32>, LoadError> {
+        let storage = QStorage::from_data(Cow::Borrowed(&aligned(&self.data)), &Device::Cpu, ty)?;
+        let tensor = QTensor::new(storage, self.shape.as_slice())?;
+        Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+/// candle reads blocks in place and insists on the alignment of their largest field. Maps have it; a slice out of the
+/// middle of something may not, and is copied to where the allocator aligns it.
+fn aligned(data: &[u8]) -> Cow<'_, [u8]> {
+    match data.as_ptr().align_offset(align_of::<u32>()) {
+        0 => Cow::Borrowed(data),
+        _ => Cow::Owned(data.to_vec()),
+    }
+}
