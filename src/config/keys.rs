@@ -5,6 +5,7 @@
 
 use super::Config;
 use super::syntax::{Auto, Choice, Count, List, Notation, Number, Secrets, Size, Switch, Syntax, Text, Time, choice};
+use crate::engine::model::LoadFormat;
 use crate::observability::trace::LogFormat;
 
 /// One row of the table.
@@ -98,10 +99,27 @@ macro_rules! keys {
 
 choice!(LogFormat, "text|json" { Text: "text", Json: "json" });
 
+choice!(LoadFormat, "auto|safetensors|gguf|dummy" {
+    Auto: "auto",
+    Safetensors: "safetensors",
+    Gguf: "gguf",
+    Dummy: "dummy",
+});
+
 keys! {
     "Model" {
         model: Text => process.model,
             "What to serve: a name of the catalog, a hub id (`owner/name`), a directory, or a `.gguf` file.";
+        served_model_name: List => process.served_model_name,
+            "Names under which the API serves the model, the first in its answers; without any, the model's own name.";
+        load_format: Choice<LoadFormat> => process.load_format,
+            "Which files to load; `dummy` makes random weights in the shapes of a `config.json`, for measuring.";
+    }
+    "Queue" {
+        max_num_queued_requests | max_num_queued_reqs: Count => admission.max_num_queued_requests,
+            "Requests that may wait beyond those for which the batch has room; over it they get 429.";
+        max_num_queued_tokens: Count => admission.max_num_queued_tokens,
+            "Prompt tokens that may wait; over it requests get 429.";
     }
     "Log" {
         log_format: Choice<LogFormat> => trace.log_format,

@@ -2,10 +2,16 @@
 
 use std::time::Duration;
 
+use crate::engine::model::LoadFormat;
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Process {
     /// Default: the catalog's `smollm2-135m-instruct`.
     pub model: String,
+    /// Default: none, which stands for the model's own name.
+    pub served_model_name: Vec<String>,
+    /// Default: `auto`.
+    pub load_format: LoadFormat,
     /// Default: 30 s. An orchestrator's own grace period must be longer.
     pub shutdown_timeout: Duration,
     /// Default: off.
@@ -16,6 +22,8 @@ impl Default for Process {
     fn default() -> Self {
         Self {
             model: "smollm2-135m-instruct".into(),
+            served_model_name: Vec::new(),
+            load_format: LoadFormat::Auto,
             shutdown_timeout: Duration::from_secs(30),
             fault_injection: false,
         }
