@@ -1,4 +1,5 @@
 //! Integration tests, in one binary: what spans modules, against real files, real models and real sockets.
 
 mod fixtures;
+mod loader;
 mod numerics_candle;

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::fixtures::{FLOAT32_TOLERANCE, Golden, PROMPT_LENGTH, path, relative_error};
 
-type Tensors = HashMap<String, Tensor>;
+pub type Tensors = HashMap<String, Tensor>;
 
 #[test]
 fn candle_llama_agrees_on_directories() {
@@ -107,14 +107,14 @@ fn config_json(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(path(name).join("config.json")).unwrap()).unwrap()
 }
 
-fn directory_tensors(name: &str) -> Tensors {
+pub fn directory_tensors(name: &str) -> Tensors {
     let files = std::fs::read_dir(path(name)).unwrap().map(|entry| entry.unwrap().path());
     let shards = files.filter(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
     shards.flat_map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap()).collect()
 }
 
 /// A configuration and dequantized weights under Hugging Face's names and in its row order.
-fn gguf_model(name: &str) -> (Value, Tensors) {
+pub fn gguf_model(name: &str) -> (Value, Tensors) {
     let mut file = File::open(path(name)).unwrap();
     let content = gguf_file::Content::read(&mut file).unwrap();
     let number = |key: &str| content.metadata[&format!("llama.{key}")].to_u32().unwrap() as usize;
