@@ -1,5 +1,7 @@
 //! The one seam through which requests reach something that generates: this node's engine, a peer, a test's double.
 
+use std::any::Any;
+
 use super::failure::Failure;
 use super::ids::{Fingerprint, TokenId};
 use super::request::GenerateRequest;
@@ -19,6 +21,7 @@ pub trait Backend: Send + Sync + 'static {
 /// Events of one request. Dropping it cancels the request: its sequences leave the engine within one step.
 pub struct GenerationStream {
     events: tokio::sync::mpsc::UnboundedReceiver<GenerationEvent>,
+    _guard: Option<Box<dyn Any + Send + Sync>>,
 }
 
 impl GenerationStream {
@@ -26,7 +29,13 @@ impl GenerationStream {
     /// sees `is_closed` once the stream is dropped.
     pub fn channel() -> (tokio::sync::mpsc::UnboundedSender<GenerationEvent>, Self) {
         let (sender, events) = tokio::sync::mpsc::unbounded_channel();
-        (sender, Self { events })
+        (sender, Self { events, _guard: None })
+    }
+
+    /// Drops `guard` together with the stream: a backend learns through it that nobody listens any more, without asking
+    /// every sender.
+    pub fn guarded_by(self, guard: impl Any + Send + Sync) -> Self {
+        Self { _guard: Some(Box::new(guard)), ..self }
     }
 
     /// The next event; `None` when the backend is gone without a terminal event (treat as `EngineFailed`).

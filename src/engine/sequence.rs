@@ -1,0 +1,147 @@
+//! One choice of one request, as the scheduler sees it: its tokens, how many of them are computed, and its blocks. Knows no
+//! sampling, no text and no channel.
+
+use std::cmp::Ordering;
+
+use super::block_manager::BlockId;
+use super::prefix_cache::{Claimant, EntryId};
+use crate::types::TokenId;
+
+/// Names a sequence while it lives; slots are used again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SequenceId(pub(super) usize);
+
+impl SequenceId {
+    /// A dense index, for tables beside the scheduler's own.
+    pub fn index(self) -> usize {
+        self.0
+    }
+}
+
+/// Who is served first: lower priority, then earlier arrival, then lower choice. Unique, and kept for life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rank {
+    pub priority: i32,
+    /// Numbers the requests in order of arrival.
+    pub arrival: u64,
+    pub choice: u32,
+}
+
+impl Ord for Rank {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let key = |rank: &Self| (rank.priority, rank.arrival, rank.choice);
+        key(self).cmp(&key(other))
+    }
+}
+
+impl PartialOrd for Rank {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// What a new sequence brings.
+#[derive(Clone, Debug)]
+pub struct NewSequence {
+    pub rank: Rank,
+    /// The prompt and the tokens that were already emitted.
+    pub tokens: Vec<TokenId>,
+    pub prompt_len: usize,
+    /// Reads and fills the prefix cache.
+    pub uses_prefix_cache: bool,
+    /// An earlier choice of the same request, whose blocks of the prompt may be shared.
+    pub sibling: Option<SequenceId>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// In the queue; holds no block.
+    Waiting,
+    /// Has a slot, and waits for a prefix that another sequence is computing. Holds what is ready of it.
+    Attaching { waited_steps: u32 },
+    /// Owns blocks for all its tokens.
+    Active,
+}
+
+#[derive(Debug)]
+pub struct Sequence {
+    pub(super) rank: Rank,
+    pub(super) claimant: Claimant,
+    pub(super) tokens: Vec<TokenId>,
+    pub(super) prompt_len: usize,
+    pub(super) sibling: Option<(SequenceId, Claimant)>,
+    pub(super) phase: Phase,
+    /// Block of each stretch of `block_size` positions.
+    pub(super) blocks: Vec<BlockId>,
+    /// Positions whose keys and values are in `blocks`.
+    pub(super) computed: usize,
+    /// Cache entries of the leading blocks; the first `published` are ready, the others claimed by this sequence.
+    pub(super) chain: Vec<EntryId>,
+    pub(super) published: usize,
+    /// Whether blocks after the chain may still join it.
+    pub(super) chain_is_open: bool,
+    pub(super) uses_prefix_cache: bool,
+    /// Was scheduled at least once, before a preemption perhaps.
+    pub(super) has_started: bool,
+}
+
+impl Sequence {
+    pub(super) fn new(new: NewSequence, claimant: Claimant) -> Self {
+        assert!(new.prompt_len > 0 && new.prompt_len <= new.tokens.len(), "a sequence starts with its prompt");
+        Self {
+            rank: new.rank,
+            claimant,
+            tokens: new.tokens,
+            prompt_len: new.prompt_len,
+            sibling: None,
+            phase: Phase::Waiting,
+            blocks: Vec::new(),
+            computed: 0,
+            chain: Vec::new(),
+            published: 0,
+            chain_is_open: new.uses_prefix_cache,
+            uses_prefix_cache: new.uses_prefix_cache,
+            has_started: false,
+        }
+    }
+
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// Prompt and output so far.
+    pub fn tokens(&self) -> &[TokenId] {
+        &self.tokens
+    }
+
+    pub fn block_table(&self) -> &[BlockId] {
+        &self.blocks
+    }
+
+    /// Tokens after the prompt, emitted elsewhere or generated here.
+    pub fn num_generated(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Tokens that are still to be computed before the next one can be sampled; at least one.
+    pub(super) fn remaining(&self) -> usize {
+        self.tokens.len() - self.computed
+    }
+
+    /// What it adds to the work in the queue. Later choices share the prompt of the first.
+    pub(super) fn queued_tokens(&self) -> u64 {
+        match self.sibling {
+            Some(_) => self.num_generated() as u64 + 1,
+            None => self.tokens.len() as u64,
+        }
+    }
+
+    pub(super) fn is_active(&self) -> bool {
+        self.phase == Phase::Active
+    }
+
+    /// The tokens of one full block.
+    pub(super) fn block_tokens(&self, index: usize, block_size: usize) -> &[TokenId] {
+        &self.tokens[index * block_size..(index + 1) * block_size]
+    }
+}
