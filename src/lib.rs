@@ -16,6 +16,7 @@
 //! The numeric kernels are a crate of their own, `outrigger-kernels`.
 
 pub mod admission;
+pub mod api;
 pub mod config;
 pub mod engine;
 pub mod formats;

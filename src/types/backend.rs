@@ -1,6 +1,7 @@
 //! The one seam through which requests reach something that generates: this node's engine, a peer, a test's double.
 
 use std::any::Any;
+use std::task::{Context, Poll};
 
 use super::failure::Failure;
 use super::ids::{Fingerprint, TokenId};
@@ -41,6 +42,11 @@ impl GenerationStream {
     /// The next event; `None` when the backend is gone without a terminal event (treat as `EngineFailed`).
     pub async fn next(&mut self) -> Option<GenerationEvent> {
         self.events.recv().await
+    }
+
+    /// As `next`, for whoever waits for several streams at once.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<GenerationEvent>> {
+        self.events.poll_recv(context)
     }
 
     /// The next event if one is there already, to coalesce writes.

@@ -1,0 +1,93 @@
+//! Where the API listens and what it accepts.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use super::auth::ApiKeys;
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// Address to listen on. Default: `127.0.0.1`.
+    pub host: String,
+    /// Port to listen on; 0 takes a free one. Default: 8000.
+    pub port: u16,
+    /// Connections served at once. Beyond it, connections get 503 at once for everything but health and metrics, so that
+    /// probes still see the truth. Default: 2048.
+    pub max_connections: usize,
+    /// Bytes of a request's body. Default: 4 MiB.
+    pub max_body_bytes: usize,
+    /// Time in which a request's head has to arrive, and for which an idle connection is kept. Default: 30 s.
+    pub header_read_timeout: Duration,
+    /// Time in which a request's body has to arrive. Default: 60 s.
+    pub body_read_timeout: Duration,
+    /// Tokens of a prompt. Default: what the model's context holds.
+    pub max_input_tokens: Option<u32>,
+    /// Tokens generated per choice. Default: what the model's context holds.
+    pub max_output_tokens: Option<u32>,
+    /// Keys that clients present as `Authorization: Bearer …`; plain, or `sha256:` and 64 hexadecimal digits. Default: none,
+    /// which admits everybody.
+    pub api_keys: Vec<String>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            host: "127.0.0.1".into(),
+            port: 8000,
+            max_connections: 2048,
+            max_body_bytes: 4 << 20,
+            header_read_timeout: Duration::from_secs(30),
+            body_read_timeout: Duration::from_secs(60),
+            max_input_tokens: None,
+            max_output_tokens: None,
+            api_keys: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Reports every problem, each with the key's name.
+    pub fn validate(&self, errors: &mut Vec<String>) {
+        let positive = [
+            ("max_connections", self.max_connections > 0),
+            ("max_body_bytes", self.max_body_bytes > 0),
+            ("header_read_timeout", !self.header_read_timeout.is_zero()),
+            ("body_read_timeout", !self.body_read_timeout.is_zero()),
+            ("max_input_tokens", self.max_input_tokens != Some(0)),
+            ("max_output_tokens", self.max_output_tokens != Some(0)),
+        ];
+        errors.extend(positive.iter().filter(|(_, ok)| !ok).map(|(key, _)| format!("{key} must be greater than 0")));
+        if self.host.is_empty() {
+            errors.push("host must be an address or a name".into());
+        }
+        if let Err(error) = ApiKeys::new(&self.api_keys) {
+            errors.push(error.to_string());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_problem_is_reported_with_its_key() {
+        let config = Config {
+            max_connections: 0,
+            max_output_tokens: Some(0),
+            api_keys: vec!["sha256:12".into()],
+            ..Config::default()
+        };
+        let mut errors = Vec::new();
+        config.validate(&mut errors);
+        assert_eq!(errors.len(), 3, "{errors:?}");
+        for key in ["max_connections", "max_output_tokens", "api_keys"] {
+            assert!(errors.iter().any(|error| error.contains(key)), "{key}: {errors:?}");
+        }
+        errors.clear();
+        Config::default().validate(&mut errors);
+        assert!(errors.is_empty());
+    }
+}

@@ -1,0 +1,152 @@
+//! Failures as HTTP: the status, and the body in OpenAI's shape `{"error": {message, type, param, code}}`.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::types::{Failure, FailureKind};
+
+/// What a client gets instead of an answer.
+#[derive(Debug)]
+pub struct ApiError {
+    pub status: StatusCode,
+    pub kind: FailureKind,
+    body: ErrorBody,
+    retry_after: Option<Duration>,
+}
+
+#[derive(Debug, Serialize)]
+struct ErrorEnvelope<'a> {
+    error: &'a ErrorBody,
+}
+
+#[derive(Debug, Serialize)]
+struct ErrorBody {
+    message: String,
+    r#type: &'static str,
+    param: Option<String>,
+    code: Option<Cow<'static, str>>,
+}
+
+/// The status and the error type of each kind.
+fn status_and_type(kind: FailureKind) -> (StatusCode, &'static str) {
+    match kind {
+        FailureKind::InvalidRequest => (StatusCode::BAD_REQUEST, "invalid_request_error"),
+        FailureKind::Unauthenticated => (StatusCode::UNAUTHORIZED, "authentication_error"),
+        FailureKind::RateLimited => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
+        FailureKind::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
+        FailureKind::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
+        // Nobody reads it: the client is gone. nginx's number for that keeps the metric apart from real errors.
+        FailureKind::Cancelled => (StatusCode::from_u16(499).expect("a status"), "cancelled_error"),
+        FailureKind::EngineFailed => (StatusCode::SERVICE_UNAVAILABLE, "engine_error"),
+        FailureKind::NumericsInvalid => (StatusCode::INTERNAL_SERVER_ERROR, "engine_error"),
+        FailureKind::OutOfMemory => (StatusCode::SERVICE_UNAVAILABLE, "engine_error"),
+        FailureKind::PeerUnreachable => (StatusCode::BAD_GATEWAY, "peer_error"),
+        FailureKind::PeerDisconnected => (StatusCode::BAD_GATEWAY, "peer_error"),
+        FailureKind::PeerStalled => (StatusCode::GATEWAY_TIMEOUT, "peer_error"),
+        FailureKind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
+    }
+}
+
+impl ApiError {
+    /// A failure that has a status of its own beside its kind's.
+    pub fn with_status(status: StatusCode, failure: Failure) -> Self {
+        Self { status, ..Self::from(failure) }
+    }
+
+    pub fn not_found(message: impl Into<String>) -> Self {
+        Self::with_status(
+            StatusCode::NOT_FOUND,
+            Failure::new(FailureKind::InvalidRequest, message).with_code("not_found"),
+        )
+    }
+
+    pub fn model_not_found(model: &str) -> Self {
+        let shown: String = model.chars().take(200).collect();
+        let failure = Failure::invalid("model", format!("The model `{shown}` is not served here. See /v1/models."));
+        Self::with_status(StatusCode::NOT_FOUND, failure.with_code("model_not_found"))
+    }
+
+    /// The node cannot generate now: it loads, drains or has failed.
+    pub fn unavailable(message: impl Into<String>, code: &'static str, retry_after: Option<Duration>) -> Self {
+        let mut failure = Failure::new(FailureKind::EngineFailed, message).with_code(code);
+        failure.retry_after = retry_after;
+        Self { body: ErrorBody { r#type: "unavailable_error", ..ErrorBody::of(&failure) }, ..Self::from(failure) }
+    }
+
+    /// The body alone, for a stream that has begun.
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(&ErrorEnvelope { error: &self.body }).expect("strings serialize")
+    }
+}
+
+impl ErrorBody {
+    fn of(failure: &Failure) -> Self {
+        let (_, r#type) = status_and_type(failure.kind);
+        Self {
+            message: failure.message.clone(),
+            r#type,
+            param: failure.param.clone(),
+            code: failure.code.map(Cow::Borrowed).or_else(|| Some(Cow::Borrowed(failure.kind.label()))),
+        }
+    }
+}
+
+impl From<Failure> for ApiError {
+    fn from(failure: Failure) -> Self {
+        let (status, _) = status_and_type(failure.kind);
+        Self { status, kind: failure.kind, body: ErrorBody::of(&failure), retry_after: failure.retry_after }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status, [(header::CONTENT_TYPE, "application/json")], self.to_json()).into_response();
+        if let Some(delay) = self.retry_after {
+            // Whole seconds, rounded up: coming back too early only means being refused again.
+            let seconds = delay.as_secs() + u64::from(delay.subsec_nanos() > 0);
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        // The observing middleware counts failures by kind.
+        response.extensions_mut().insert(self.kind);
+        response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_is_an_error_status() {
+        for kind in FailureKind::ALL {
+            let error = ApiError::from(Failure::new(kind, "m"));
+            assert!(error.status.as_u16() >= 400, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn the_body_is_openai_shaped() {
+        let error = ApiError::from(Failure::invalid("top_p", "too \"high\"").with_code("out_of_range"));
+        let value: serde_json::Value = serde_json::from_str(&error.to_json()).expect("JSON");
+        let expected = serde_json::json!({"error": {
+            "message": "too \"high\"", "type": "invalid_request_error", "param": "top_p", "code": "out_of_range"
+        }});
+        assert_eq!(value, expected);
+    }
+
+    #[test]
+    fn retry_after_is_rounded_up_to_whole_seconds() {
+        for (delay, header) in
+            [(Duration::from_millis(1), "1"), (Duration::from_millis(2500), "3"), (Duration::ZERO, "1")]
+        {
+            let failure = Failure::new(FailureKind::Overloaded, "full").with_retry_after(delay);
+            let response = ApiError::from(failure).into_response();
+            assert_eq!(response.status(), StatusCode::TOO_MANY_REQUESTS);
+            assert_eq!(response.headers()[header::RETRY_AFTER], header);
+        }
+    }
+}
