@@ -20,5 +20,6 @@ pub mod api;
 pub mod config;
 pub mod engine;
 pub mod formats;
+pub mod hub;
 pub mod observability;
 pub mod types;
