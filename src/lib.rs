@@ -20,6 +20,6 @@ pub mod api;
 pub mod config;
 pub mod engine;
 pub mod formats;
-pub mod hub;
+pub mod health;
 pub mod observability;
 pub mod types;

@@ -13,6 +13,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
+use crate::observability::Metrics;
 use crate::types::{Failure, FailureKind};
 
 use queue::Queue;
@@ -129,30 +130,36 @@ pub struct AdmissionStatus {
 }
 
 /// Handle to the node's only queue of admissions. Cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct AdmissionController {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
 struct Shared {
     queue: Mutex<Queue>,
+    metrics: Arc<Metrics>,
     /// Told when the last admitted request has ended.
     drained: Notify,
 }
 
 impl AdmissionController {
     /// `max_num_seqs` is the number of choices that the engine runs at once.
-    pub fn new(config: Config, max_num_seqs: u32) -> Self {
+    pub fn new(config: Config, max_num_seqs: u32, metrics: Arc<Metrics>) -> Self {
         let queue = Mutex::new(Queue::new(config, max_num_seqs, Instant::now()));
-        Self { shared: Arc::new(Shared { queue, drained: Notify::new() }) }
+        Self { shared: Arc::new(Shared { queue, metrics, drained: Notify::new() }) }
     }
 
     /// Lets the request in or refuses it, at once. `engine_tokens_per_second` is the engine's own measurement
     /// (`EngineStatus::drain_tokens_per_second`), used until this queue has measured its own drain; 0 is unknown.
     pub fn try_admit(&self, demand: Demand, engine_tokens_per_second: f64) -> Result<Permit, Rejection> {
-        self.shared.queue.lock().admit(demand, engine_tokens_per_second, Instant::now())?;
-        Ok(Permit { shared: self.shared.clone(), demand, scheduled: false })
+        let admitted = self.shared.queue.lock().admit(demand, engine_tokens_per_second, Instant::now());
+        match admitted {
+            Ok(()) => Ok(Permit { shared: self.shared.clone(), demand, scheduled: false }),
+            Err(rejection) => {
+                self.shared.metrics.rejections.with([rejection.reason.label()]).inc();
+                Err(rejection)
+            }
+        }
     }
 
     /// From now on refuses everything; what was admitted goes on.
@@ -177,7 +184,6 @@ impl AdmissionController {
 }
 
 /// A place at the engine, held until the response ends. Dropping it gives the place back.
-#[derive(Debug)]
 #[must_use = "dropping the permit gives the place back"]
 pub struct Permit {
     shared: Arc<Shared>,
@@ -211,6 +217,14 @@ impl Drop for Permit {
 mod tests {
     use super::*;
 
+    fn controller(config: Config, max_num_seqs: u32) -> AdmissionController {
+        AdmissionController::new(config, max_num_seqs, Arc::new(Metrics::new("m")))
+    }
+
+    fn refusal(controller: &AdmissionController, demand: Demand) -> RejectionReason {
+        controller.try_admit(demand, 0.0).err().expect("refused").reason
+    }
+
     fn demand(prompt_tokens: u64) -> Demand {
         Demand { prompt_tokens, choices: 1, priority: 0, deadline: None }
     }
@@ -218,15 +232,16 @@ mod tests {
     #[test]
     fn a_dropped_permit_gives_its_place_back() {
         let config = Config { max_num_queued_requests: 1, ..Config::default() };
-        let controller = AdmissionController::new(config, 1);
-        let mut running = controller.try_admit(demand(10), 0.0).unwrap();
+        let controller = controller(config, 1);
+        let mut running = controller.try_admit(demand(10), 0.0).ok().unwrap();
         running.scheduled();
         running.scheduled();
-        let queued = controller.try_admit(demand(10), 0.0).unwrap();
-        let refused = controller.try_admit(demand(10), 0.0).unwrap_err();
-        assert_eq!(refused.reason, RejectionReason::QueuedRequests { limit: 1 });
+        let queued = controller.try_admit(demand(10), 0.0).ok().unwrap();
+        assert_eq!(refusal(&controller, demand(10)), RejectionReason::QueuedRequests { limit: 1 });
+        let text = controller.shared.metrics.prometheus_text();
+        assert!(text.contains("outrigger_admission_rejections_total{reason=\"queued_requests\"} 1\n"), "{text}");
         drop(queued);
-        let queued = controller.try_admit(demand(10), 0.0).unwrap();
+        let queued = controller.try_admit(demand(10), 0.0).ok().unwrap();
         drop((running, queued));
         let status = controller.status();
         assert_eq!((status.admitted_requests, status.queued_requests, status.queued_tokens), (0, 0, 0));
@@ -246,10 +261,10 @@ mod tests {
 
     #[tokio::test]
     async fn drained_waits_for_the_last_permit() {
-        let controller = AdmissionController::new(Config::default(), 4);
-        let permits = [controller.try_admit(demand(1), 0.0).unwrap(), controller.try_admit(demand(1), 0.0).unwrap()];
+        let controller = controller(Config::default(), 4);
+        let permits = [0, 1].map(|_| controller.try_admit(demand(1), 0.0).ok().unwrap());
         controller.close();
-        assert_eq!(controller.try_admit(demand(1), 0.0).unwrap_err().reason, RejectionReason::Closed);
+        assert_eq!(refusal(&controller, demand(1)), RejectionReason::Closed);
         let waiting = tokio::spawn({
             let controller = controller.clone();
             async move { controller.drained().await }

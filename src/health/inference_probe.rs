@@ -1,0 +1,313 @@
+//! The synthetic inference: asks the engine, through the same door as everybody, for a few greedy tokens and compares them,
+//! and the bits of their log-probabilities, with those recorded when the model was loaded. So a hang, a slow-down and
+//! silent corruption of weights all show.
+//!
+//! [`ProbeJudge`] is the pure core: outcomes in, a standing verdict out. [`InferenceProbe`] asks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::time::{Instant, sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::types::{
+    Backend, ChoiceStart, Failure, GenerateRequest, GenerationEvent, NodeState, RequestId, SamplingParams, TokenId,
+};
+
+use super::{Config, Health};
+
+/// While the verdict is bad, the next probe comes after at most this, so that a recovered node does not wait long.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// The first inference touches every page of the weights, perhaps from disk.
+const CALIBRATION_SLACK: u32 = 10;
+
+/// How one synthetic inference went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ProbeOutcome {
+    /// The expected tokens.
+    Right { elapsed: Duration },
+    /// Other numbers than were recorded.
+    Wrong { message: String },
+    /// No answer within the hard limit.
+    TimedOut { limit: Duration },
+    /// The engine refused or failed.
+    Failed { message: String },
+}
+
+/// The standing verdict over a series of outcomes.
+#[derive(Clone, Debug)]
+pub struct ProbeJudge {
+    soft_limit: Duration,
+    /// Good probes in a row that lift a verdict.
+    recovery: u32,
+    has_passed: bool,
+    fault: Option<String>,
+    slow: Option<String>,
+    right_in_a_row: u32,
+    fast_in_a_row: u32,
+}
+
+impl ProbeJudge {
+    pub fn new(config: &Config) -> Self {
+        Self {
+            soft_limit: config.probe_soft_limit,
+            recovery: config.probe_recovery,
+            has_passed: false,
+            fault: None,
+            slow: None,
+            right_in_a_row: 0,
+            fast_in_a_row: 0,
+        }
+    }
+
+    /// Takes an outcome into account and gives its label for metrics.
+    pub fn observe(&mut self, outcome: &ProbeOutcome) -> &'static str {
+        let (label, fault) = match outcome {
+            ProbeOutcome::Right { elapsed } => return self.observe_right(*elapsed),
+            ProbeOutcome::Wrong { message } => {
+                ("wrong", format!("the synthetic inference gave wrong numbers: {message}"))
+            }
+            ProbeOutcome::TimedOut { limit } => {
+                ("timeout", format!("the synthetic inference took longer than {:.1} s", limit.as_secs_f64()))
+            }
+            ProbeOutcome::Failed { message } => ("failed", format!("the synthetic inference failed: {message}")),
+        };
+        self.fault = Some(fault);
+        self.right_in_a_row = 0;
+        self.fast_in_a_row = 0;
+        label
+    }
+
+    fn observe_right(&mut self, elapsed: Duration) -> &'static str {
+        self.has_passed = true;
+        self.right_in_a_row = self.right_in_a_row.saturating_add(1);
+        if self.right_in_a_row >= self.recovery {
+            self.fault = None;
+        }
+        if elapsed > self.soft_limit {
+            self.fast_in_a_row = 0;
+            let (took, limit) = (elapsed.as_secs_f64(), self.soft_limit.as_secs_f64());
+            self.slow = Some(format!("the synthetic inference took {took:.1} s (soft limit {limit:.1} s)"));
+            return "slow";
+        }
+        self.fast_in_a_row = self.fast_in_a_row.saturating_add(1);
+        if self.fast_in_a_row >= self.recovery {
+            self.slow = None;
+        }
+        "ok"
+    }
+
+    pub fn has_passed(&self) -> bool {
+        self.has_passed
+    }
+
+    /// Makes the node unready while it lasts.
+    pub fn fault(&self) -> Option<&str> {
+        self.fault.as_deref()
+    }
+
+    /// Degrades the node while it lasts.
+    pub fn slow(&self) -> Option<&str> {
+        self.slow.as_deref()
+    }
+}
+
+/// Why the node cannot trust its model from the start.
+#[derive(Debug, Error)]
+pub enum CalibrationError {
+    #[error("the first inference failed: {0}")]
+    Failed(Failure),
+    #[error("the first inference took longer than {:.0} s", .0.as_secs_f64())]
+    TimedOut(Duration),
+    #[error("two equal inferences gave different numbers: {0}")]
+    NotReproducible(String),
+}
+
+/// A generated token and the bits of its log-probability.
+type Generated = (TokenId, u32);
+
+/// Asks the engine again and again.
+pub struct InferenceProbe {
+    health: Health,
+    backend: Arc<dyn Backend>,
+    prompt: Arc<[TokenId]>,
+    expected: Vec<Generated>,
+}
+
+impl InferenceProbe {
+    /// Records what the freshly loaded model answers to `prompt` (not empty), twice. The node has then passed once.
+    pub async fn calibrate(
+        health: Health,
+        backend: Arc<dyn Backend>,
+        prompt: Arc<[TokenId]>,
+    ) -> Result<Self, CalibrationError> {
+        let mut probe = Self { health, backend, prompt, expected: Vec::new() };
+        let limit = probe.health.config().probe_hard_limit * CALIBRATION_SLACK;
+        let generate = async || {
+            let generated = timeout(limit, probe.generate()).await;
+            generated.map_err(|_| CalibrationError::TimedOut(limit))?.map_err(CalibrationError::Failed)
+        };
+        let expected = generate().await?;
+        let started = Instant::now();
+        compare(&expected, &generate().await?).map_err(CalibrationError::NotReproducible)?;
+        probe.expected = expected;
+        probe.health.probe_finished(&ProbeOutcome::Right { elapsed: started.elapsed() });
+        Ok(probe)
+    }
+
+    /// Probes until the node drains, fails or is told to end.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut phases = self.health.lifecycle().subscribe();
+        let is_over = |state| matches!(state, NodeState::Draining | NodeState::Stopped | NodeState::Failed);
+        tokio::select! {
+            () = self.probe_forever() => {}
+            () = shutdown.cancelled() => {}
+            _ = phases.wait_for(|phase| is_over(phase.state)) => {}
+        }
+        self.health.probe_abandoned();
+    }
+
+    async fn probe_forever(&self) {
+        loop {
+            let interval = self.health.config().probe_interval;
+            let is_bad = self.health.probe_view().fault.is_some();
+            sleep(if is_bad { interval.min(RETRY_INTERVAL) } else { interval }).await;
+            self.health.probe_started();
+            let outcome = self.probe_once().await;
+            if !matches!(outcome, ProbeOutcome::Right { .. }) {
+                warn!(?outcome, "synthetic inference");
+            }
+            self.health.probe_finished(&outcome);
+        }
+    }
+
+    async fn probe_once(&self) -> ProbeOutcome {
+        let limit = self.health.config().probe_hard_limit;
+        let started = Instant::now();
+        match timeout(limit, self.generate()).await {
+            Err(_) => ProbeOutcome::TimedOut { limit },
+            Ok(Err(failure)) => ProbeOutcome::Failed { message: failure.to_string() },
+            Ok(Ok(generated)) => match compare(&self.expected, &generated) {
+                Ok(()) => ProbeOutcome::Right { elapsed: started.elapsed() },
+                Err(message) => ProbeOutcome::Wrong { message },
+            },
+        }
+    }
+
+    async fn generate(&self) -> Result<Vec<Generated>, Failure> {
+        let mut stream = self.backend.generate(self.request())?;
+        let mut generated = Vec::new();
+        while let Some(event) = stream.next().await {
+            match event {
+                GenerationEvent::Scheduled { .. } => {}
+                GenerationEvent::Token { token, logprobs, .. } => {
+                    generated.push((token, logprobs.map_or(0, |logprobs| logprobs.logprob.to_bits())));
+                }
+                GenerationEvent::Finished { .. } => return Ok(generated),
+                GenerationEvent::Failed(failure) => return Err(failure),
+            }
+        }
+        Err(Failure::new(crate::types::FailureKind::EngineFailed, "the engine went away"))
+    }
+
+    /// Greedy, of fixed length, outside the queue, the slots and the prefix cache.
+    fn request(&self) -> GenerateRequest {
+        let sampling = SamplingParams {
+            temperature: 0.0,
+            max_tokens: self.health.config().probe_max_tokens,
+            ignore_eos: true,
+            logprobs: Some(0),
+            ..SamplingParams::default()
+        };
+        GenerateRequest {
+            id: RequestId::new("health-probe"),
+            prompt: self.prompt.clone(),
+            choices: ChoiceStart::fresh(1),
+            sampling: Arc::new(sampling),
+            priority: i32::MIN,
+            deadline: None,
+            bypass_prefix_cache: true,
+            is_probe: true,
+        }
+    }
+}
+
+fn compare(expected: &[Generated], generated: &[Generated]) -> Result<(), String> {
+    if expected.len() != generated.len() {
+        return Err(format!("{} tokens instead of {}", generated.len(), expected.len()));
+    }
+    let Some(at) = expected.iter().zip(generated).position(|(a, b)| a != b) else { return Ok(()) };
+    let (expected, generated) = (expected[at], generated[at]);
+    if expected.0 != generated.0 {
+        return Err(format!("token {at} is {} instead of {}", generated.0, expected.0));
+    }
+    let (is, was) = (f32::from_bits(generated.1), f32::from_bits(expected.1));
+    Err(format!("the log-probability of token {at} is {is} instead of {was}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FAST: Duration = Duration::from_millis(100);
+    const SLOW: Duration = Duration::from_secs(100);
+
+    fn judge() -> ProbeJudge {
+        ProbeJudge::new(&Config { probe_recovery: 2, ..Config::default() })
+    }
+
+    fn right(elapsed: Duration) -> ProbeOutcome {
+        ProbeOutcome::Right { elapsed }
+    }
+
+    #[test]
+    fn each_kind_of_fault_counts_at_once_and_is_lifted_by_good_probes() {
+        let bad = [
+            (ProbeOutcome::Wrong { message: "token 1".into() }, "wrong"),
+            (ProbeOutcome::TimedOut { limit: SLOW }, "timeout"),
+            (ProbeOutcome::Failed { message: "gone".into() }, "failed"),
+        ];
+        for (outcome, label) in bad {
+            let mut judge = judge();
+            assert!(!judge.has_passed());
+            assert_eq!(judge.observe(&right(FAST)), "ok");
+            assert!(judge.has_passed() && judge.fault().is_none());
+            assert_eq!(judge.observe(&outcome), label);
+            assert!(judge.fault().is_some());
+            judge.observe(&right(FAST));
+            assert!(judge.fault().is_some(), "one good probe is not enough");
+            judge.observe(&outcome);
+            judge.observe(&right(FAST));
+            assert!(judge.fault().is_some(), "good probes must come in a row");
+            judge.observe(&right(SLOW));
+            assert!(judge.fault().is_none(), "slow but right counts");
+        }
+    }
+
+    #[test]
+    fn slowness_degrades_until_fast_again() {
+        let mut judge = judge();
+        assert_eq!(judge.observe(&right(SLOW)), "slow");
+        assert!(judge.slow().unwrap().contains("100.0 s"));
+        assert!(judge.fault().is_none());
+        judge.observe(&right(FAST));
+        judge.observe(&right(SLOW));
+        judge.observe(&right(FAST));
+        assert!(judge.slow().is_some());
+        judge.observe(&right(FAST));
+        assert!(judge.slow().is_none());
+    }
+
+    #[test]
+    fn comparison_sees_tokens_lengths_and_bits() {
+        let expected = [(5, 1.0_f32.to_bits()), (6, 2.0_f32.to_bits())];
+        assert_eq!(compare(&expected, &expected), Ok(()));
+        assert!(compare(&expected, &expected[..1]).unwrap_err().contains("1 tokens instead of 2"));
+        let other_token = [expected[0], (7, expected[1].1)];
+        assert_eq!(compare(&expected, &other_token).unwrap_err(), "token 1 is 7 instead of 6");
+        let other_bit = [(5, 1.0_f32.to_bits() ^ 1), expected[1]];
+        assert!(compare(&expected, &other_bit).unwrap_err().contains("log-probability of token 0"));
+    }
+}
