@@ -21,5 +21,6 @@ pub mod config;
 pub mod engine;
 pub mod formats;
 pub mod health;
+pub mod hub;
 pub mod observability;
 pub mod types;

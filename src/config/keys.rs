@@ -115,6 +115,18 @@ keys! {
         load_format: Choice<LoadFormat> => process.load_format,
             "Which files to load; `dummy` makes random weights in the shapes of a `config.json`, for measuring.";
     }
+    "Engine" {
+        max_model_len: Auto<Count> => engine.max_model_len,
+            "Longest prompt and output together, in tokens; `auto` is the model's own limit.";
+        max_num_seqs: Count => engine.max_num_seqs,
+            "Sequences that are computed at one time.";
+        max_num_batched_tokens: Count => engine.max_num_batched_tokens,
+            "Tokens in one step; bounds the pause that a long prompt causes to others.";
+        max_num_requests: Count => engine.max_num_requests,
+            "Requests in the engine, running and waiting: a last bound on memory.";
+        enable_prefix_caching: Switch => engine.enable_prefix_caching,
+            "Keeps the KV blocks of past prompts, and reuses them for prompts that begin alike.";
+    }
     "Queue" {
         max_num_queued_requests | max_num_queued_reqs: Count => admission.max_num_queued_requests,
             "Requests that may wait beyond those for which the batch has room; over it they get 429.";

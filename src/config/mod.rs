@@ -18,13 +18,14 @@ use std::path::PathBuf;
 pub use keys::{KEYS, Key, markdown_table};
 pub use process::Process;
 
-use crate::admission;
 use crate::observability::trace;
+use crate::{admission, engine};
 
 /// Every section. Defaults are the sections' own.
 #[derive(Clone, Debug, Default)]
 pub struct Config {
     pub process: Process,
+    pub engine: engine::Config,
     pub admission: admission::Config,
     pub trace: trace::Config,
 }
@@ -33,6 +34,7 @@ impl Config {
     /// Reports every problem, each with its key's name.
     pub fn validate(&self, problems: &mut Vec<String>) {
         self.process.validate(problems);
+        self.engine.validate(problems);
         self.admission.validate(problems);
         self.trace.validate(problems);
     }

@@ -1,0 +1,202 @@
+//! Files of the model hub. `hf-hub` knows its addresses, credentials and metadata; the bytes are streamed here, because
+//! its own download buffers whole chunks, has no time limits and does not verify what arrives.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use hf_hub::api::RepoInfo;
+use hf_hub::api::tokio::{Api, ApiBuilder, ApiError, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::Config;
+use super::checksum::Checksum;
+use super::error::SourceError;
+use super::progress::{Progress, Task};
+use super::store::{Partial, Presence, Store, unblock};
+
+/// A connection that breaks is taken up again where it broke, this many times a file.
+const MAX_RESUMPTIONS: u32 = 5;
+/// Pieces between the network and the disk.
+const QUEUED_PIECES: usize = 16;
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// Until the hub has answered a question about a file.
+    pub answer: Duration,
+    /// Between two pieces of a file.
+    pub stall: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { answer: Duration::from_secs(5), stall: Duration::from_secs(30) }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RemoteFile<'a> {
+    pub repository: &'a str,
+    pub revision: &'a str,
+    pub path: &'a str,
+}
+
+pub(super) struct HubClient {
+    api: Api,
+    limits: Limits,
+}
+
+impl HubClient {
+    pub fn new(config: &Config, limits: Limits) -> Result<Self, SourceError> {
+        let cache = Cache::new(config.home.join("hub"));
+        let mut builder = ApiBuilder::from_cache(cache).with_token(config.token.clone()).with_progress(false);
+        if let Some(endpoint) = &config.endpoint {
+            builder = builder.with_endpoint(endpoint.trim_end_matches('/').to_owned());
+        }
+        Ok(Self { api: builder.build()?, limits })
+    }
+
+    fn repo(&self, repository: &str, revision: &str) -> ApiRepo {
+        self.api.repo(Repo::with_revision(repository.to_owned(), RepoType::Model, revision.to_owned()))
+    }
+
+    /// The commit that a revision is, and the files in it.
+    pub async fn info(&self, repository: &str, revision: &str) -> Result<RepoInfo, SourceError> {
+        let repo = self.repo(repository, revision);
+        self.answered(repo.info()).await
+    }
+
+    async fn answered<T>(&self, question: impl Future<Output = Result<T, ApiError>>) -> Result<T, SourceError> {
+        let answer = timeout(self.limits.answer, question).await;
+        answer.map_err(|_| SourceError::Unreachable(self.limits.answer))?.map_err(|error| match &error {
+            ApiError::RequestError(request)
+                if request.status().is_some_and(|status| status == 401 || status == 403) =>
+            {
+                SourceError::AccessDenied
+            }
+            _ => error.into(),
+        })
+    }
+
+    /// Makes a remote file the store's file of this name; it is there already when the checksums agree. `expected` is
+    /// required of the file, else what the hub says of it.
+    pub async fn fetch(
+        &self,
+        remote: &RemoteFile<'_>,
+        expected: Option<&Checksum>,
+        store: &Store,
+        file: &str,
+        progress: Progress,
+    ) -> Result<Checksum, SourceError> {
+        let url = self.repo(remote.repository, remote.revision).url(remote.path);
+        let metadata = self.answered(self.api.metadata(&url)).await?;
+        let size = metadata.size() as u64;
+        let announced = announced_checksum(metadata.etag(), size);
+        if let (Some(expected), Some(found)) = (expected, &announced)
+            && expected != found
+        {
+            return Err(SourceError::Checksum { expected: expected.clone(), found: found.clone() });
+        }
+        if let Some(expected) = expected.filter(|expected| expected.size != size) {
+            return Err(SourceError::Size { expected: expected.size, found: size });
+        }
+        let expected = expected.cloned().or(announced);
+        if let Some(expected) = &expected
+            && store.check(file, expected).await.map_err(SourceError::Io)? == Presence::Verified
+        {
+            return Ok(expected.clone());
+        }
+        let partial = store.partial().map_err(|error| SourceError::disk(error, size))?;
+        let task = progress.start(format!("downloading {file}"), size);
+        let partial = self.stream(&url, size, partial, task).await?;
+        let file = file.to_owned();
+        unblock(move || partial.commit(&file, expected.as_ref())).await
+    }
+
+    /// Writes `size` bytes of an address to the partial file.
+    async fn stream(&self, url: &str, size: u64, partial: Partial, mut task: Task) -> Result<Partial, SourceError> {
+        let (pieces, queue) = mpsc::channel(QUEUED_PIECES);
+        let writer = tokio::spawn(unblock(move || write_all(partial, queue, size)));
+        let mut received = 0;
+        let mut resumptions = 0;
+        let result = loop {
+            match self.receive(url, size, &mut received, &pieces, &mut task).await {
+                Err(Broken::Retry(reason)) if resumptions < MAX_RESUMPTIONS => {
+                    resumptions += 1;
+                    tracing::info!(%reason, received, size, "the download is taken up again");
+                    tokio::time::sleep(self.limits.stall / 30 * resumptions).await;
+                }
+                Err(Broken::Retry(reason) | Broken::Final(reason)) => break Err(reason),
+                Ok(()) => break Ok(()),
+            }
+        };
+        drop(pieces);
+        // What went wrong on the disk also ends the receiving: it is the better reason.
+        let partial = writer.await.map_err(|error| SourceError::Connection(error.into()))??;
+        result.map(|()| partial)
+    }
+
+    /// Receives from byte `received` on, and counts it up.
+    async fn receive(
+        &self,
+        url: &str,
+        size: u64,
+        received: &mut u64,
+        pieces: &mpsc::Sender<Bytes>,
+        task: &mut Task,
+    ) -> Result<(), Broken> {
+        let stalled = |_| Broken::Retry(SourceError::Stalled(self.limits.stall));
+        let mut request = self.api.client().get(url);
+        if *received > 0 {
+            request = request.header("range", format!("bytes={received}-"));
+        }
+        let answer = timeout(self.limits.stall, request.send()).await.map_err(stalled)?;
+        let mut response = answer.map_err(|error| Broken::Retry(SourceError::Connection(error.into())))?;
+        match response.status().as_u16() {
+            206 if *received > 0 => {}
+            200 if *received == 0 => {}
+            status @ (408 | 429 | 500..) => return Err(Broken::Retry(SourceError::Status(status))),
+            status => return Err(Broken::Final(SourceError::Status(status))),
+        }
+        while *received < size {
+            let piece = timeout(self.limits.stall, response.chunk()).await.map_err(stalled)?;
+            let piece = piece.map_err(|error| Broken::Retry(SourceError::Connection(error.into())))?;
+            let piece = piece.ok_or(Broken::Retry(SourceError::Size { expected: size, found: *received }))?;
+            *received += piece.len() as u64;
+            task.set(*received);
+            if pieces.send(piece).await.is_err() {
+                // The writer has failed and says why.
+                return Err(Broken::Final(SourceError::Size { expected: size, found: *received }));
+            }
+        }
+        Ok(())
+    }
+}
+
+enum Broken {
+    Retry(SourceError),
+    Final(SourceError),
+}
+
+/// Writes what arrives until the sender is done; more than `size` bytes are refused.
+fn write_all(mut partial: Partial, mut queue: mpsc::Receiver<Bytes>, size: u64) -> Result<Partial, SourceError> {
+    while let Some(piece) = queue.blocking_recv() {
+        let found = partial.size() + piece.len() as u64;
+        if found > size {
+            return Err(SourceError::Size { expected: size, found });
+        }
+        partial.write(&piece).map_err(|error| SourceError::disk(error, size))?;
+    }
+    Ok(partial)
+}
+
+/// Large files carry their SHA-256 as entity tag; of others the tag is a git hash, which says nothing to us.
+fn announced_checksum(etag: &str, size: u64) -> Option<Checksum> {
+    let is_sha256 = etag.len() == 64 && etag.bytes().all(|byte| byte.is_ascii_hexdigit());
+    is_sha256.then(|| Checksum { sha256: etag.to_ascii_lowercase(), size })
+}
+
+#[cfg(test)]
+#[path = "download_tests.rs"]
+mod tests;

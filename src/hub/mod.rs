@@ -1,0 +1,110 @@
+//! Obtains models: turns what `--model` says into files on the disk.
+//!
+//! A name is looked up in the catalog, where an entry is one file with one checksum and several sources; a hub id is
+//! downloaded into the home directory; a path is taken as it is. Knows files and checksums, nothing of what is in them.
+//! A file counts only once it is complete, verified, on the disk and renamed into place, so a crash, a full disk or a
+//! second process at any moment leaves either the whole file or none.
+
+mod catalog;
+mod checksum;
+mod download;
+mod error;
+mod home;
+mod obtain;
+mod package;
+mod progress;
+mod reference;
+mod repository;
+mod store;
+
+use std::path::PathBuf;
+
+pub use catalog::{Catalog, CatalogEntry, Source};
+pub use checksum::Checksum;
+pub use error::{HubError, SourceError};
+pub use home::default_home;
+pub use progress::{Progress, Task};
+pub use reference::ModelReference;
+
+/// Where downloads come from and go to.
+#[derive(Clone)]
+pub struct Config {
+    /// Holds downloads. There is no default: it depends on the environment (see `default_home`).
+    pub home: PathBuf,
+    /// Address of the model hub. Default: `hf-hub`'s own.
+    pub endpoint: Option<String>,
+    /// Access token for models that ask for one. Default: none.
+    pub token: Option<String>,
+    /// Branch, tag or commit of hub ids. Default: `main`.
+    pub revision: String,
+}
+
+impl Config {
+    pub fn new(home: impl Into<PathBuf>) -> Self {
+        Self { home: home.into(), endpoint: None, token: None, revision: "main".to_owned() }
+    }
+
+    /// Reports every problem, each with its key's name.
+    pub fn validate(&self, problems: &mut Vec<String>) {
+        if self.home.as_os_str().is_empty() {
+            problems.push("home must name a directory".to_owned());
+        }
+        if let Some(endpoint) = &self.endpoint
+            && !(endpoint.starts_with("https://") || endpoint.starts_with("http://"))
+        {
+            problems.push("hub_endpoint must begin with https:// or http://".to_owned());
+        }
+        let is_revision = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '/');
+        if self.revision.is_empty() || !self.revision.chars().all(is_revision) || self.revision.contains("..") {
+            problems.push("revision must be a branch, a tag or a commit".to_owned());
+        }
+    }
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config")
+            .field("home", &self.home)
+            .field("endpoint", &self.endpoint)
+            .field("token", &self.token.as_ref().map(|_| "redacted"))
+            .field("revision", &self.revision)
+            .finish()
+    }
+}
+
+/// Files of a model, ready to be opened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// A `.gguf` file or a directory.
+    pub path: PathBuf,
+    /// The catalog's or the hub's id; of a path the last part, without a `.gguf` extension.
+    pub name: String,
+}
+
+/// Obtains what `model` names: a catalog id, a hub id, a directory, or a `.gguf` file. Without `needs_weights`, a hub id's
+/// weights are left out (for dummy weights).
+///
+/// Safe to call from several processes at once: one of them downloads, the others wait for it.
+pub async fn resolve(
+    config: &Config,
+    model: &str,
+    needs_weights: bool,
+    progress: &Progress,
+) -> Result<Resolved, HubError> {
+    let catalog = Catalog::embedded();
+    match ModelReference::parse(model, &catalog)? {
+        ModelReference::Path(path) => {
+            let name = path.canonicalize().unwrap_or_else(|_| path.clone());
+            let name = name.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+            Ok(Resolved { name: name.strip_suffix(".gguf").unwrap_or(&name).to_owned(), path })
+        }
+        ModelReference::Catalog(entry) => {
+            let path = obtain::catalog_file(config, &entry, progress).await?;
+            Ok(Resolved { path, name: entry.id })
+        }
+        ModelReference::Hub { repository, variant } => {
+            let path = repository::obtain(config, &repository, variant.as_deref(), needs_weights, progress).await?;
+            Ok(Resolved { path, name: repository })
+        }
+    }
+}

@@ -1,0 +1,241 @@
+//! A directory of downloaded files. A file is there under its name only when it is complete and verified.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::checksum::{Checksum, RunningChecksum};
+use super::error::{HubError, SourceError};
+
+/// Everything unfinished is named so; leftovers of a killed process are removed by the next one that holds the lock.
+const PARTIAL_PREFIX: &str = ".partial-";
+const LOCK_FILE: &str = ".lock";
+const LOCK_POLL: Duration = Duration::from_millis(100);
+/// After this long another process is taken for stuck. To go on without the lock costs a second download, no more.
+const MAX_LOCK_WAIT: Duration = Duration::from_secs(60 * 60);
+
+#[derive(Clone, Debug)]
+pub(super) struct Store {
+    directory: PathBuf,
+}
+
+#[derive(Debug, PartialEq)]
+pub(super) enum Presence {
+    Absent,
+    /// The file that was asked for.
+    Verified,
+    /// A file of the right name and another content.
+    Different(Checksum),
+}
+
+/// Held while files are obtained, so that two processes do not download the same. Released when dropped, and by the
+/// system when the process dies. `None` where the file system knows no locks.
+pub(super) struct Lock {
+    _file: Option<File>,
+}
+
+/// What is remembered beside a verified file, so that a start need not read all of it again.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Record {
+    checksum: Checksum,
+    modified_nanoseconds: u64,
+}
+
+impl Store {
+    pub fn new(directory: PathBuf) -> Self {
+        Self { directory }
+    }
+
+    pub fn path(&self, file: &str) -> PathBuf {
+        self.directory.join(file)
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Whether a file is the expected one. Reads all of it the first time, and again when it was touched.
+    pub async fn check(&self, file: &str, expected: &Checksum) -> io::Result<Presence> {
+        let (store, file, expected) = (self.clone(), file.to_owned(), expected.clone());
+        unblock(move || store.check_now(&file, &expected)).await
+    }
+
+    fn check_now(&self, name: &str, expected: &Checksum) -> io::Result<Presence> {
+        let file = match File::open(self.path(name)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Presence::Absent),
+            Err(error) => return Err(error),
+        };
+        let modified_nanoseconds = modified_nanoseconds(&file)?;
+        let found = match self.record(name) {
+            Some(record)
+                if record.modified_nanoseconds == modified_nanoseconds
+                    && record.checksum.size == file.metadata()?.len() =>
+            {
+                record.checksum
+            }
+            _ => {
+                let checksum = Checksum::of(&file)?;
+                self.remember(name, &Record { checksum: checksum.clone(), modified_nanoseconds });
+                checksum
+            }
+        };
+        Ok(if found == *expected { Presence::Verified } else { Presence::Different(found) })
+    }
+
+    fn record_path(&self, name: &str) -> PathBuf {
+        self.path(&format!(".{name}.verified"))
+    }
+
+    fn record(&self, name: &str) -> Option<Record> {
+        serde_json::from_slice(&std::fs::read(self.record_path(name)).ok()?).ok()
+    }
+
+    /// A record that cannot be written (a read-only cache) only costs the time to read the file again.
+    fn remember(&self, name: &str, record: &Record) {
+        let json = serde_json::to_vec(record).expect("a record of strings and numbers serializes");
+        if let Err(error) = std::fs::write(self.record_path(name), json) {
+            tracing::debug!(file = name, %error, "a checksum could not be remembered");
+        }
+    }
+
+    /// Makes the directory, and waits until no other process obtains files for it.
+    pub async fn lock(&self) -> Result<Lock, HubError> {
+        let failed = |source| HubError::Directory { path: self.directory.clone(), source };
+        std::fs::create_dir_all(&self.directory).map_err(failed)?;
+        let path = self.path(LOCK_FILE);
+        let file = OpenOptions::new().create(true).truncate(false).write(true).open(path).map_err(failed)?;
+        let begin = Instant::now();
+        let mut is_waiting = false;
+        loop {
+            match file.try_lock() {
+                Ok(()) => break,
+                Err(TryLockError::WouldBlock) if begin.elapsed() > MAX_LOCK_WAIT => return Ok(Lock { _file: None }),
+                Err(TryLockError::WouldBlock) => {}
+                Err(TryLockError::Error(error)) => {
+                    tracing::debug!(%error, "the download directory cannot be locked");
+                    return Ok(Lock { _file: None });
+                }
+            }
+            if !is_waiting {
+                tracing::info!(directory = %self.directory.display(), "waiting for another process's download");
+                is_waiting = true;
+            }
+            tokio::time::sleep(LOCK_POLL).await;
+        }
+        self.remove_partials();
+        Ok(Lock { _file: Some(file) })
+    }
+
+    /// Only the holder of the lock writes partial files, so those that are there are nobody's.
+    fn remove_partials(&self) {
+        let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PARTIAL_PREFIX)) {
+            let is_directory = entry.file_type().is_ok_and(|ty| ty.is_dir());
+            let path = entry.path();
+            let removed = if is_directory { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            if let Err(error) = removed {
+                tracing::debug!(path = %path.display(), %error, "a leftover could not be removed");
+            }
+        }
+    }
+
+    pub fn partial(&self) -> io::Result<Partial> {
+        let path = self.path(&format!("{PARTIAL_PREFIX}{}", Uuid::new_v4()));
+        let file = OpenOptions::new().write(true).create_new(true).open(&path)?;
+        Ok(Partial { store: self.clone(), path, file, checksum: RunningChecksum::default() })
+    }
+
+    /// A directory for somebody else's temporary files, on the same disk.
+    pub fn partial_directory(&self) -> io::Result<PartialDirectory> {
+        let path = self.path(&format!("{PARTIAL_PREFIX}{}", Uuid::new_v4()));
+        std::fs::create_dir(&path)?;
+        Ok(PartialDirectory { path })
+    }
+}
+
+/// A file being written. Dropped without `commit`, it is gone.
+pub(super) struct Partial {
+    store: Store,
+    path: PathBuf,
+    file: File,
+    checksum: RunningChecksum,
+}
+
+impl Partial {
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)?;
+        self.checksum.update(bytes);
+        Ok(())
+    }
+
+    pub fn size(&self) -> u64 {
+        self.checksum.size()
+    }
+
+    /// Makes it the file of this name, if it is what was expected. Blocks until it is on the disk.
+    pub fn commit(self, name: &str, expected: Option<&Checksum>) -> Result<Checksum, SourceError> {
+        let found = self.checksum.clone().finish();
+        if let Some(expected) = expected.filter(|expected| **expected != found) {
+            return Err(SourceError::Checksum { expected: expected.clone(), found });
+        }
+        let target = self.store.path(name);
+        let written = || -> io::Result<u64> {
+            self.file.sync_all()?;
+            std::fs::rename(&self.path, &target)?;
+            // The rename itself is on the disk once the directory is.
+            File::open(&self.store.directory)?.sync_all()?;
+            modified_nanoseconds(&self.file)
+        };
+        let modified_nanoseconds = written().map_err(|error| SourceError::disk(error, found.size))?;
+        self.store.remember(name, &Record { checksum: found.clone(), modified_nanoseconds });
+        Ok(found)
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Renamed by `commit`, the path is nobody's any more: names are unique.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// Removed with all its content when dropped.
+pub(super) struct PartialDirectory {
+    path: PathBuf,
+}
+
+impl PartialDirectory {
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for PartialDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.path) {
+            tracing::debug!(path = %self.path.display(), %error, "a temporary directory could not be removed");
+        }
+    }
+}
+
+fn modified_nanoseconds(file: &File) -> io::Result<u64> {
+    let modified = file.metadata()?.modified()?;
+    Ok(modified.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64)
+}
+
+/// Runs blocking work off the runtime. A panic inside goes on outside.
+pub(super) async fn unblock<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;
