@@ -3,3 +3,4 @@
 mod fixtures;
 mod loader;
 mod numerics_candle;
+mod paths;
