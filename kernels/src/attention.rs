@@ -8,7 +8,7 @@
 mod cache;
 mod stretch;
 
-pub use cache::{KvCache, KvType};
+pub use cache::{KvCache, KvShape, KvType, MAX_HEAD_DIM, Slot};
 
 use std::cell::RefCell;
 use std::ops::Range;

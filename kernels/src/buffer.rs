@@ -18,7 +18,10 @@ enum Backing {
     Heap(Layout),
     /// A mapping of its own, so that advice comes before the first touch and zero pages cost nothing until then.
     #[cfg(unix)]
-    Mapping { base: *mut libc::c_void, bytes: usize },
+    Mapping {
+        base: *mut libc::c_void,
+        bytes: usize,
+    },
 }
 
 /// Types for which all bytes zero is a value, and that need no drop.
@@ -71,7 +74,11 @@ impl<T: Plain> Buffer<T> {
             let start = base.cast::<u8>().add(base.align_offset(HUGE_PAGE));
             #[cfg(target_os = "linux")]
             libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE);
-            Self { start: NonNull::new_unchecked(start).cast(), len, backing: Backing::Mapping { base, bytes: mapping } }
+            Self {
+                start: NonNull::new_unchecked(start).cast(),
+                len,
+                backing: Backing::Mapping { base, bytes: mapping },
+            }
         }
     }
 

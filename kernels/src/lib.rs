@@ -7,9 +7,15 @@
 //! This crate owns all `unsafe` of the project, behind safe functions that check shapes. It knows nothing of models,
 //! sequences or requests.
 
+pub mod attention;
+mod buffer;
+pub mod matrix;
+mod pool;
+pub mod rows;
 mod simd;
 pub mod vocab;
 
+pub use pool::Pool;
 pub use simd::Level;
 
 /// Changes whenever any kernel's result may change for some input.

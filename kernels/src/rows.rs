@@ -32,7 +32,10 @@ impl QuantizedRows {
     /// # Panics
     /// When `cols` is not a multiple of 32, or `rows` not of `cols`.
     pub fn quantize(&mut self, pool: &Pool, level: Level, rows: &[f32], cols: usize) {
-        assert!(cols > 0 && cols.is_multiple_of(GROUP), "rows are quantized in groups of {GROUP}, {cols} columns are not");
+        assert!(
+            cols > 0 && cols.is_multiple_of(GROUP),
+            "rows are quantized in groups of {GROUP}, {cols} columns are not"
+        );
         assert!(rows.len().is_multiple_of(cols), "rows are [m, {cols}]");
         let groups = rows.len() / GROUP;
         (self.rows, self.cols) = (rows.len() / cols, cols);

@@ -6,8 +6,8 @@
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-use super::stretch::{View, ViewData};
 use super::STRETCH;
+use super::stretch::{View, ViewData};
 use crate::buffer::{Buffer, SharedOut};
 use crate::pool::Pool;
 use crate::rows::RopeTable;
@@ -117,7 +117,11 @@ impl KvCache {
 
     pub(super) fn check_table(&self, table: &[u32], positions: usize) {
         let needed = positions.div_ceil(self.shape.block_size);
-        assert!(table.len() >= needed, "a block table of {} blocks covers fewer than {positions} positions", table.len());
+        assert!(
+            table.len() >= needed,
+            "a block table of {} blocks covers fewer than {positions} positions",
+            table.len()
+        );
         assert!(
             table[..needed].iter().all(|&block| (block as usize) < self.shape.num_blocks),
             "a block table names a block beyond the pool"

@@ -321,7 +321,9 @@ pub(super) unsafe fn merge<S: Simd>(state: &mut [f32], partial: &[f32]) {
         let mut lanes = [0.0; LANES];
         S::store(lanes.as_mut_ptr(), sum);
         state_head[Partial::SUM] = lanes[0];
-        for (state, partial) in state_values.as_chunks_mut::<LANES>().0.iter_mut().zip(partial_values.as_chunks::<LANES>().0) {
+        for (state, partial) in
+            state_values.as_chunks_mut::<LANES>().0.iter_mut().zip(partial_values.as_chunks::<LANES>().0)
+        {
             let value = S::fma(S::load(partial.as_ptr()), add, S::mul(S::load(state.as_ptr()), keep));
             S::store(state.as_mut_ptr(), value);
         }

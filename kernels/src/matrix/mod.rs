@@ -283,7 +283,7 @@ impl Section {
         }
         let panel_bytes = kind.panel_bytes(cols);
         let num_panels = rows.div_ceil(LANES);
-        let mut panels = Buffer::zeroed(num_panels * panel_bytes);
+        let mut panels = Buffer::<u8>::zeroed(num_panels * panel_bytes);
         let out = SharedOut(panels.as_mut_ptr());
         pool.run_ranges(num_panels, 4, &|range| {
             for panel in range {

@@ -73,8 +73,7 @@ pub(super) fn multiply<T: Format>(
         type Output = ();
         #[inline(always)]
         fn run<S: Simd>(self) {
-            let tile =
-                Tile { section: self.section, groups: self.groups, rows: self.rows, target: self.target };
+            let tile = Tile { section: self.section, groups: self.groups, rows: self.rows, target: self.target };
             let m = self.target.m;
             for block in (0..m).step_by(ROW_BLOCK) {
                 let end = (block + ROW_BLOCK).min(m);
@@ -132,7 +131,8 @@ impl Tile<'_> {
                 let group = panel_start.add(g * T::GROUP_BYTES);
                 let w = load_quads::<S, T>(group);
                 let scale = load_scale::<S, T>(group.add(T::QUANT_BYTES));
-                let other = if T::HALVES { load_scale::<S, T>(group.add(T::QUANT_BYTES + T::SCALE_BYTES)) } else { scale };
+                let other =
+                    if T::HALVES { load_scale::<S, T>(group.add(T::QUANT_BYTES + T::SCALE_BYTES)) } else { scale };
                 let min = if T::HAS_MIN { load_scale::<S, T>(group.add(T::MIN_OFFSET)) } else { scale };
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let x = x.add(r * cols + g * GROUP);
@@ -141,7 +141,8 @@ impl Tile<'_> {
                     if T::HALVES {
                         let first = dot::<S, T>(S::splat_i(-T::ZERO * *sums), &w[..QUADS / 2], x);
                         *acc = S::fma(S::to_f(first), S::mul(scale, x_scale), *acc);
-                        let second = dot::<S, T>(S::splat_i(-T::ZERO * *sums.add(1)), &w[QUADS / 2..], x.add(GROUP / 2));
+                        let second =
+                            dot::<S, T>(S::splat_i(-T::ZERO * *sums.add(1)), &w[QUADS / 2..], x.add(GROUP / 2));
                         *acc = S::fma(S::to_f(second), S::mul(other, x_scale), *acc);
                     } else {
                         let zero = if T::ZERO == 0 { 0 } else { -T::ZERO * (*sums + *sums.add(1)) };
