@@ -11,6 +11,7 @@ pub mod config;
 pub mod counters;
 pub mod fake_runner;
 pub mod model;
+pub mod model_runner;
 pub mod prefix_cache;
 pub mod sampler;
 pub mod scheduler;

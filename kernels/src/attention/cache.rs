@@ -88,6 +88,10 @@ impl KvCache {
         self.shape
     }
 
+    pub fn ty(&self) -> KvType {
+        self.ty
+    }
+
     pub fn num_layers(&self) -> usize {
         self.shape.num_layers
     }

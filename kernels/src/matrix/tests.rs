@@ -83,7 +83,8 @@ fn quantized_products_are_the_same_everywhere_and_right() {
             let mut row = vec![0.0; cols];
             for r in 0..rows {
                 matrix.read_row(r, &mut row);
-                assert_eq!(bits(&row), bits(&values[r * cols..][..cols]), "{ty:?} row {r}");
+                // By value: candle has zeros of either sign.
+                assert_eq!(row, values[r * cols..][..cols], "{ty:?} row {r}");
             }
             check(&matrix, &values, 0.03);
         }

@@ -137,10 +137,6 @@ unsafe impl Simd for Avx2 {
         unsafe { [_mm256_set1_epi32(value); 2] }
     }
     #[inline(always)]
-    unsafe fn add_i(a: I, b: I) -> I {
-        unsafe { [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])] }
-    }
-    #[inline(always)]
     unsafe fn to_f(a: I) -> F {
         unsafe { a.map(|a| _mm256_cvtepi32_ps(a)) }
     }

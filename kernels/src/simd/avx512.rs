@@ -107,10 +107,6 @@ unsafe impl Simd for Avx512 {
         unsafe { _mm512_set1_epi32(value) }
     }
     #[inline(always)]
-    unsafe fn add_i(a: __m512i, b: __m512i) -> __m512i {
-        unsafe { _mm512_add_epi32(a, b) }
-    }
-    #[inline(always)]
     unsafe fn to_f(a: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(a) }
     }

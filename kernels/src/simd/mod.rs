@@ -121,7 +121,6 @@ pub(crate) unsafe trait Simd: Copy + 'static {
     unsafe fn reduce_max(a: Self::F) -> f32;
 
     unsafe fn splat_i(value: i32) -> Self::I;
-    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I;
     /// Exact for |value| < 2^24.
     unsafe fn to_f(a: Self::I) -> Self::F;
     /// Rounds to nearest even and stores the low bytes; lanes hold values in [-128, 127].

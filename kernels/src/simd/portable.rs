@@ -116,10 +116,6 @@ unsafe impl Simd for Portable {
         [value; LANES]
     }
     #[inline(always)]
-    unsafe fn add_i(a: Self::I, b: Self::I) -> Self::I {
-        std::array::from_fn(|lane| a[lane].wrapping_add(b[lane]))
-    }
-    #[inline(always)]
     unsafe fn to_f(a: Self::I) -> Self::F {
         a.map(|a| a as f32)
     }

@@ -3,6 +3,7 @@
 //! Every source speaks Hugging Face's tensor names and row order, so the decoder knows one layout.
 
 pub mod config;
+pub mod decoder;
 mod dummy;
 mod expected;
 mod gguf_config;

@@ -1,0 +1,471 @@
+//! The decoder: token ids and a paged KV cache in, logits out.
+//!
+//! One data flow for the whole family; what differs between models is data in `ModelConfig`. It knows rows, positions and
+//! block tables, but no sequence, no scheduler and no sampling.
+
+use std::fmt::Write as _;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use outrigger_kernels::attention::{Attention, AttentionEntry, KvCache, MAX_HEAD_DIM, QueryShape, Slot};
+use outrigger_kernels::matrix::{DenseType, Input, Matrix, MatrixSource, PackError, QuantType, Write};
+use outrigger_kernels::rows::{QuantizedRows, RopeTable, add_bias, embed, gated_activation, rms_norm};
+use outrigger_kernels::{Level, NUMERICS_VERSION, Pool};
+use sha2::{Digest, Sha256};
+use xxhash_rust::xxh3::xxh3_128;
+
+use super::config::{Activation, ModelConfig, RopeScaling};
+use super::load::LoadError;
+use super::weights::{RawTensor, TensorSource, TensorType};
+use crate::types::TokenId;
+
+/// Number type of the weights in memory, and so of the arithmetic.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DType {
+    /// As the file has them: dense types are multiplied in f32, quantized ones in eight-bit integers.
+    #[default]
+    Auto,
+    #[serde(alias = "f32", alias = "float")]
+    Float32,
+    #[serde(alias = "f16", alias = "half")]
+    Float16,
+    #[serde(alias = "bf16")]
+    BFloat16,
+}
+
+impl DType {
+    pub fn name(self) -> &'static str {
+        match self {
+            DType::Auto => "auto",
+            DType::Float32 => "float32",
+            DType::Float16 => "float16",
+            DType::BFloat16 => "bfloat16",
+        }
+    }
+}
+
+impl FromStr for DType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(DType::Auto),
+            "float32" | "f32" | "float" => Ok(DType::Float32),
+            "float16" | "f16" | "half" => Ok(DType::Float16),
+            "bfloat16" | "bf16" => Ok(DType::BFloat16),
+            _ => Err("one of auto, float32, float16, bfloat16 is expected".to_owned()),
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DecoderError {
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error("cannot pack {name}: {source}")]
+    Pack { name: String, source: PackError },
+    #[error("head_dim {0} is more than the {MAX_HEAD_DIM} that attention supports")]
+    HeadDim(usize),
+}
+
+struct Layer {
+    input_norm: Vec<f32>,
+    /// Query, key and value projections, one below the other.
+    qkv: Projection,
+    output: Projection,
+    post_attention_norm: Vec<f32>,
+    /// Gate, then up.
+    gate_up: Projection,
+    down: Projection,
+}
+
+struct Projection {
+    weight: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+/// A loaded model.
+pub struct Decoder {
+    config: ModelConfig,
+    pool: Arc<Pool>,
+    level: Level,
+    embeddings: Matrix,
+    layers: Vec<Layer>,
+    norm: Vec<f32>,
+    /// `None` when tied to the embeddings.
+    head: Option<Matrix>,
+    rope: RopeTable,
+    weights_digest: String,
+    scratch: Scratch,
+}
+
+/// Activations of one step, kept from step to step.
+#[derive(Default)]
+struct Scratch {
+    hidden: Vec<f32>,
+    normed: Vec<f32>,
+    qkv: Vec<f32>,
+    queries: Vec<f32>,
+    attended: Vec<f32>,
+    gate_up: Vec<f32>,
+    activated: Vec<f32>,
+    quantized: QuantizedRows,
+    attention: Attention,
+}
+
+/// The tokens of one forward pass.
+pub struct Pass<'a> {
+    pub tokens: &'a [TokenId],
+    pub slots: &'a [Slot],
+    pub entries: &'a [AttentionEntry<'a>],
+    /// Rows whose logits are wanted, ascending.
+    pub output_rows: &'a [usize],
+}
+
+impl Decoder {
+    /// Packs all weights. `progress` is told the bytes read so far.
+    pub fn load(
+        config: ModelConfig,
+        tensors: &dyn TensorSource,
+        dtype: DType,
+        positions: usize,
+        pool: Arc<Pool>,
+        progress: &dyn Fn(u64),
+    ) -> Result<Self, DecoderError> {
+        if config.head_dim > MAX_HEAD_DIM {
+            return Err(DecoderError::HeadDim(config.head_dim));
+        }
+        let mut loader =
+            Loader { tensors, dtype, pool: &pool, progress, bytes: 0, digest: Sha256::new(), config: &config };
+        let embeddings = loader.matrix(&["model.embed_tokens.weight"], config.hidden_size)?;
+        let layers = (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
+        let norm = loader.vector("model.norm.weight")?;
+        let head = match config.tie_word_embeddings {
+            true => None,
+            false => Some(loader.matrix(&["lm_head.weight"], config.hidden_size)?),
+        };
+        let weights_digest = hex(&loader.digest.finalize());
+        let rope = RopeTable::new(&inverse_frequencies(&config), positions);
+        let level = Level::detect();
+        Ok(Self {
+            config,
+            pool,
+            level,
+            embeddings,
+            layers,
+            norm,
+            head,
+            rope,
+            weights_digest,
+            scratch: Scratch::default(),
+        })
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Everything about the weights that decides the numbers: their content, the configuration, the arithmetic.
+    pub fn numerics_digest(&self, dtype: DType) -> String {
+        let mut digest = Sha256::new();
+        digest.update(self.config.canonical_json());
+        digest.update(dtype.name());
+        digest.update(NUMERICS_VERSION.to_le_bytes());
+        digest.update(&self.weights_digest);
+        hex(&digest.finalize())
+    }
+
+    /// Bytes of all packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        let layers = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]);
+        let matrices = layers.map(|projection| &projection.weight).chain([&self.embeddings]).chain(&self.head);
+        matrices.map(Matrix::bytes).sum()
+    }
+
+    /// Overwrites part of the weights, for tests of the health probes.
+    pub fn corrupt(&mut self) {
+        for layer in &mut self.layers {
+            layer.gate_up.weight.corrupt();
+        }
+    }
+
+    /// Computes all rows of `pass`, stores their keys and values in `cache`, and writes the logits of the output rows to
+    /// `logits`, `[output_rows, vocab_size]`. `progress` is called once a layer.
+    pub fn forward(&mut self, pass: &Pass<'_>, cache: &mut KvCache, logits: &mut Vec<f32>, progress: &dyn Fn()) {
+        let Self { config, pool, level, scratch, .. } = self;
+        let (pool, level) = (&**pool, *level);
+        let shape = QueryShape { num_heads: config.num_attention_heads, sliding_window: config.sliding_window };
+        resize(&mut scratch.hidden, pass.tokens.len() * config.hidden_size);
+        embed(pool, &self.embeddings, pass.tokens, &mut scratch.hidden);
+        scratch.attention.plan(pool.threads(), cache, shape, pass.entries);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let step = Step { config, pool, level, layer, scratch };
+            step.attend(index, shape, &self.rope, pass, cache);
+            // Behind the last layer's attention only the output rows matter. Rows do not depend on one another there.
+            if index + 1 == self.layers.len() {
+                keep_rows(&mut scratch.hidden, config.hidden_size, pass.output_rows);
+                keep_rows(&mut scratch.attended, config.query_size(), pass.output_rows);
+            }
+            if !scratch.hidden.is_empty() {
+                Step { config, pool, level, layer, scratch }.feed_forward();
+            }
+            progress();
+        }
+        resize(logits, pass.output_rows.len() * config.vocab_size);
+        if pass.output_rows.is_empty() {
+            return;
+        }
+        resize(&mut scratch.normed, scratch.hidden.len());
+        rms_norm(pool, level, &scratch.hidden, &self.norm, config.rms_norm_eps, &mut scratch.normed);
+        let head = self.head.as_ref().unwrap_or(&self.embeddings);
+        multiply(pool, level, head, &scratch.normed, &mut scratch.quantized, logits, Write::Store);
+    }
+}
+
+/// One layer's work on the rows in `scratch`.
+struct Step<'a> {
+    config: &'a ModelConfig,
+    pool: &'a Pool,
+    level: Level,
+    layer: &'a Layer,
+    scratch: &'a mut Scratch,
+}
+
+impl Step<'_> {
+    /// Norm, projections, rotation, and attention: from `hidden` to `attended`.
+    fn attend(self, index: usize, shape: QueryShape, rope: &RopeTable, pass: &Pass<'_>, cache: &mut KvCache) {
+        let Self { config, pool, level, layer, scratch } = self;
+        let rows = pass.tokens.len();
+        resize(&mut scratch.normed, scratch.hidden.len());
+        rms_norm(pool, level, &scratch.hidden, &layer.input_norm, config.rms_norm_eps, &mut scratch.normed);
+        resize(&mut scratch.qkv, rows * layer.qkv.weight.rows());
+        let Scratch { normed, quantized, qkv, queries, attended, attention, .. } = scratch;
+        layer.qkv.apply(pool, level, normed, quantized, qkv, Write::Store);
+        resize(queries, rows * shape.num_heads * cache.padded_dim());
+        let scale = 1.0 / (config.head_dim as f32).sqrt();
+        cache.append(pool, index, rope, scale, pass.slots, qkv, queries);
+        resize(attended, rows * config.query_size());
+        attention.run(pool, level, cache, index, shape, pass.entries, queries, attended);
+    }
+
+    /// Output projection and gated feed-forward, both added to `hidden`.
+    fn feed_forward(self) {
+        let Self { config, pool, level, layer, scratch } = self;
+        let Scratch { hidden, normed, attended, gate_up, activated, quantized, .. } = scratch;
+        let rows = hidden.len() / config.hidden_size;
+        layer.output.apply(pool, level, attended, quantized, hidden, Write::Add);
+        resize(normed, hidden.len());
+        rms_norm(pool, level, hidden, &layer.post_attention_norm, config.rms_norm_eps, normed);
+        resize(gate_up, rows * 2 * config.intermediate_size);
+        layer.gate_up.apply(pool, level, normed, quantized, gate_up, Write::Store);
+        resize(activated, rows * config.intermediate_size);
+        let activation = match config.hidden_act {
+            Activation::Silu => outrigger_kernels::rows::Activation::Silu,
+            Activation::Gelu => outrigger_kernels::rows::Activation::Gelu,
+            Activation::GeluTanh => outrigger_kernels::rows::Activation::GeluTanh,
+        };
+        gated_activation(pool, level, activation, gate_up, config.intermediate_size, activated);
+        layer.down.apply(pool, level, activated, quantized, hidden, Write::Add);
+    }
+}
+
+impl Projection {
+    fn apply(
+        &self,
+        pool: &Pool,
+        level: Level,
+        rows: &[f32],
+        quantized: &mut QuantizedRows,
+        out: &mut [f32],
+        write: Write,
+    ) {
+        multiply(pool, level, &self.weight, rows, quantized, out, write);
+        if let Some(bias) = &self.bias {
+            add_bias(out, bias);
+        }
+    }
+}
+
+fn multiply(
+    pool: &Pool,
+    level: Level,
+    weight: &Matrix,
+    rows: &[f32],
+    quantized: &mut QuantizedRows,
+    out: &mut [f32],
+    write: Write,
+) {
+    if weight.wants_quantized() {
+        quantized.quantize(pool, level, rows, weight.cols());
+    }
+    weight.multiply(pool, level, Input { rows, quantized }, out, write);
+}
+
+/// Sets the length; the content is written by the next kernel.
+fn resize(buffer: &mut Vec<f32>, len: usize) {
+    buffer.resize(len, 0.0);
+}
+
+/// Moves the rows listed, ascending, to the front and drops the others.
+fn keep_rows(buffer: &mut Vec<f32>, width: usize, rows: &[usize]) {
+    for (to, &from) in rows.iter().enumerate() {
+        buffer.copy_within(from * width..(from + 1) * width, to * width);
+    }
+    buffer.truncate(rows.len() * width);
+}
+
+/// Reads, hashes and packs tensors in a fixed order.
+struct Loader<'a> {
+    tensors: &'a dyn TensorSource,
+    dtype: DType,
+    pool: &'a Pool,
+    progress: &'a dyn Fn(u64),
+    bytes: u64,
+    digest: Sha256,
+    config: &'a ModelConfig,
+}
+
+impl<'a> Loader<'a> {
+    fn layer(&mut self, index: usize) -> Result<Layer, DecoderError> {
+        let (hidden, intermediate) = (self.config.hidden_size, self.config.intermediate_size);
+        let (attention, mlp) = (self.config.attention_bias, self.config.mlp_bias);
+        let name = |part: &str| format!("model.layers.{index}.{part}");
+        let [q, k, v, o] = ["q", "k", "v", "o"].map(|part| name(&format!("self_attn.{part}_proj")));
+        let [gate, up, down] = ["gate", "up", "down"].map(|part| name(&format!("mlp.{part}_proj")));
+        let query_size = self.config.query_size();
+        Ok(Layer {
+            input_norm: self.vector(&name("input_layernorm.weight"))?,
+            qkv: self.projection(&[&q, &k, &v], hidden, attention)?,
+            output: self.projection(&[&o], query_size, attention)?,
+            post_attention_norm: self.vector(&name("post_attention_layernorm.weight"))?,
+            gate_up: self.projection(&[&gate, &up], hidden, mlp)?,
+            down: self.projection(&[&down], intermediate, mlp)?,
+        })
+    }
+
+    fn projection(&mut self, names: &[&str], cols: usize, bias: bool) -> Result<Projection, DecoderError> {
+        let weights: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
+        let weights: Vec<&str> = weights.iter().map(String::as_str).collect();
+        let weight = self.matrix(&weights, cols)?;
+        let bias = match bias {
+            false => None,
+            true => {
+                let parts = names.iter().map(|name| self.vector(&format!("{name}.bias")));
+                Some(parts.collect::<Result<Vec<_>, _>>()?.concat())
+            }
+        };
+        Ok(Projection { weight, bias })
+    }
+
+    fn matrix(&mut self, names: &[&str], cols: usize) -> Result<Matrix, DecoderError> {
+        let tensors = names.iter().map(|name| self.read(name)).collect::<Result<Vec<_>, _>>()?;
+        let converted = tensors.iter().map(|tensor| convert(tensor, self.dtype)).collect::<Result<Vec<_>, _>>()?;
+        let sources: Vec<_> =
+            converted.iter().zip(&tensors).map(|(data, tensor)| (data.source(), tensor.shape[0])).collect();
+        let packed = Matrix::pack(self.pool, cols, &sources);
+        packed.map_err(|source| DecoderError::Pack { name: names.join(", "), source })
+    }
+
+    fn vector(&mut self, name: &str) -> Result<Vec<f32>, DecoderError> {
+        Ok(self.read(name)?.dequantize()?)
+    }
+
+    fn read(&mut self, name: &str) -> Result<RawTensor<'a>, DecoderError> {
+        let tensor = self.tensors.tensor(name)?;
+        self.digest.update(name);
+        self.digest.update(tensor.ty.name());
+        self.digest.update(xxh3_128(&tensor.data).to_le_bytes());
+        self.bytes += tensor.data.len() as u64;
+        (self.progress)(self.bytes);
+        Ok(tensor)
+    }
+}
+
+/// A tensor in the type that it will be multiplied in.
+enum Converted<'a> {
+    AsStored(MatrixSource<'a>),
+    Dense(DenseType, Vec<u8>),
+}
+
+impl Converted<'_> {
+    fn source(&self) -> MatrixSource<'_> {
+        match self {
+            Converted::AsStored(source) => *source,
+            Converted::Dense(ty, bytes) => MatrixSource::Dense(*ty, bytes),
+        }
+    }
+}
+
+/// Chooses the type: what `dtype` names; for `auto` the stored one, or f16 where the kernels lack it.
+fn convert<'a>(tensor: &'a RawTensor<'_>, dtype: DType) -> Result<Converted<'a>, LoadError> {
+    let stored = match tensor.ty {
+        TensorType::F32 => Some(MatrixSource::Dense(DenseType::F32, &tensor.data)),
+        TensorType::F16 => Some(MatrixSource::Dense(DenseType::F16, &tensor.data)),
+        TensorType::BF16 => Some(MatrixSource::Dense(DenseType::BF16, &tensor.data)),
+        TensorType::Q4_0 => Some(MatrixSource::Quantized(QuantType::Q4_0, &tensor.data)),
+        TensorType::Q4_1 => Some(MatrixSource::Quantized(QuantType::Q4_1, &tensor.data)),
+        TensorType::Q8_0 => Some(MatrixSource::Quantized(QuantType::Q8_0, &tensor.data)),
+        TensorType::Q4K => Some(MatrixSource::Quantized(QuantType::Q4K, &tensor.data)),
+        TensorType::Q6K => Some(MatrixSource::Quantized(QuantType::Q6K, &tensor.data)),
+        TensorType::Q5_0 | TensorType::Q5_1 | TensorType::Q2K | TensorType::Q3K | TensorType::Q5K => None,
+    };
+    let wanted = match (dtype, &stored) {
+        (DType::Auto, Some(_)) => None,
+        (DType::Auto | DType::Float16, _) => Some(DenseType::F16),
+        (DType::Float32, _) => Some(DenseType::F32),
+        (DType::BFloat16, _) => Some(DenseType::BF16),
+    };
+    match (wanted, stored) {
+        (None, Some(stored)) => Ok(Converted::AsStored(stored)),
+        (Some(ty), Some(MatrixSource::Dense(stored, bytes))) if ty == stored => {
+            Ok(Converted::AsStored(MatrixSource::Dense(stored, bytes)))
+        }
+        (wanted, _) => {
+            let ty = wanted.unwrap_or(DenseType::F16);
+            let values = tensor.dequantize()?;
+            let bytes = match ty {
+                DenseType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+                DenseType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+                DenseType::BF16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+            };
+            Ok(Converted::Dense(ty, bytes))
+        }
+    }
+}
+
+/// Radians a position for each pair of a head, with the configuration's scaling for long contexts.
+fn inverse_frequencies(config: &ModelConfig) -> Vec<f64> {
+    let dim = config.head_dim;
+    let plain = (0..dim / 2).map(|pair| libm::pow(config.rope.theta, -2.0 * pair as f64 / dim as f64));
+    match &config.rope.scaling {
+        RopeScaling::None => plain.collect(),
+        RopeScaling::Linear { factor } => plain.map(|frequency| frequency / factor).collect(),
+        RopeScaling::Factors(factors) => {
+            plain.zip(factors).map(|(frequency, factor)| frequency / f64::from(*factor)).collect()
+        }
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+            let context = *original_max_position_embeddings as f64;
+            let blend = |frequency: f64| {
+                let turns = context * frequency / std::f64::consts::TAU;
+                if turns < *low_freq_factor {
+                    frequency / factor
+                } else if turns > *high_freq_factor {
+                    frequency
+                } else {
+                    let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1.0 - keep) * frequency / factor + keep * frequency
+                }
+            };
+            plain.map(blend).collect()
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

@@ -1,0 +1,235 @@
+//! Runs batches of the engine through the decoder, over a KV pool of fixed size on this machine's processors.
+
+use std::str::FromStr;
+use std::sync::Arc;
+
+use outrigger_kernels::Pool;
+use outrigger_kernels::attention::{AttentionEntry, KvCache, KvShape, KvType, Slot};
+use sha2::{Digest, Sha256};
+
+use super::batch::{BatchEntry, ModelRunner, RunnerError};
+use super::model::decoder::{DType, Decoder, DecoderError, Pass};
+use super::model::{ModelConfig, TensorSource};
+use crate::types::{Fingerprint, TokenId};
+
+/// Number type of the KV cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KvCacheDType {
+    /// float32 and bfloat16 where `dtype` is, else float16.
+    #[default]
+    Auto,
+    #[serde(alias = "f32", alias = "float")]
+    Float32,
+    #[serde(alias = "f16", alias = "half")]
+    Float16,
+    #[serde(alias = "bf16")]
+    BFloat16,
+}
+
+impl KvCacheDType {
+    fn resolve(self, dtype: DType) -> KvType {
+        match (self, dtype) {
+            (KvCacheDType::Float32, _) | (KvCacheDType::Auto, DType::Float32) => KvType::F32,
+            (KvCacheDType::BFloat16, _) | (KvCacheDType::Auto, DType::BFloat16) => KvType::BF16,
+            (KvCacheDType::Float16, _) | (KvCacheDType::Auto, DType::Auto | DType::Float16) => KvType::F16,
+        }
+    }
+}
+
+impl FromStr for KvCacheDType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.parse::<DType>() {
+            Ok(DType::Auto) => Ok(KvCacheDType::Auto),
+            Ok(DType::Float32) => Ok(KvCacheDType::Float32),
+            Ok(DType::Float16) => Ok(KvCacheDType::Float16),
+            Ok(DType::BFloat16) => Ok(KvCacheDType::BFloat16),
+            Err(expected) => Err(expected),
+        }
+    }
+}
+
+/// How a model is run.
+#[derive(Clone, Debug)]
+pub struct RunnerConfig {
+    pub dtype: DType,
+    pub kv_cache_dtype: KvCacheDType,
+    /// Bytes of the KV pool; rounded down to whole blocks.
+    pub kv_cache_memory: u64,
+    /// Positions a block: 16, 32, or a multiple of 64.
+    pub block_size: usize,
+    /// Longest sequence; at most the model's own limit, which is also the default.
+    pub max_model_len: Option<usize>,
+    /// Threads that compute, the engine's own included.
+    pub threads: usize,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum RunnerLoadError {
+    #[error(transparent)]
+    Decoder(#[from] DecoderError),
+    #[error("block_size is {0}; 16, 32 or a multiple of 64 is needed")]
+    BlockSize(usize),
+    #[error("max_model_len is {asked}, more than the {limit} positions of the model")]
+    MaxModelLen { asked: usize, limit: usize },
+    #[error(
+        "kv_cache_memory of {memory} bytes holds {positions} positions, fewer than max_model_len {max_model_len}; \
+         give at least {needed} bytes or lower max_model_len"
+    )]
+    KvCacheMemory { memory: u64, positions: usize, max_model_len: usize, needed: u64 },
+}
+
+/// The decoder and its KV pool on this machine's processors.
+pub struct CpuModelRunner {
+    decoder: Decoder,
+    cache: KvCache,
+    max_model_len: usize,
+    fingerprint: Fingerprint,
+    logits: Vec<f32>,
+    tokens: Vec<TokenId>,
+    slots: Vec<Slot>,
+    output_rows: Vec<usize>,
+}
+
+impl CpuModelRunner {
+    /// Packs the weights of an opened model. `progress` is told the fraction done.
+    pub fn load(
+        model: ModelConfig,
+        tensors: &dyn TensorSource,
+        config: &RunnerConfig,
+        progress: &dyn Fn(f32),
+    ) -> Result<Self, RunnerLoadError> {
+        let block_size = config.block_size;
+        if block_size == 0 || !(64 % block_size == 0 && block_size >= 16 || block_size.is_multiple_of(64)) {
+            return Err(RunnerLoadError::BlockSize(block_size));
+        }
+        let limit = model.max_position_embeddings;
+        let max_model_len = config.max_model_len.unwrap_or(limit);
+        if max_model_len > limit {
+            return Err(RunnerLoadError::MaxModelLen { asked: max_model_len, limit });
+        }
+        let kv_type = config.kv_cache_dtype.resolve(config.dtype);
+        let shape = kv_shape(&model, config, kv_type, max_model_len)?;
+        let total = tensors.total_bytes().max(1);
+        let pool = Arc::new(Pool::new(config.threads));
+        let report = |bytes: u64| progress((bytes as f64 / total as f64).min(1.0) as f32);
+        let decoder = Decoder::load(model, tensors, config.dtype, max_model_len, pool, &report)?;
+        let mut digest = Sha256::new();
+        digest.update(decoder.numerics_digest(config.dtype));
+        digest.update([kv_type as u8]);
+        let fingerprint = digest.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect::<String>();
+        Ok(Self {
+            decoder,
+            cache: KvCache::new(shape, kv_type),
+            max_model_len,
+            fingerprint: Fingerprint::new(fingerprint),
+            logits: Vec::new(),
+            tokens: Vec::new(),
+            slots: Vec::new(),
+            output_rows: Vec::new(),
+        })
+    }
+
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint.clone()
+    }
+
+    /// Bytes of the packed weights.
+    pub fn weight_bytes(&self) -> usize {
+        self.decoder.weight_bytes()
+    }
+
+    /// Bytes of one KV block.
+    pub fn block_bytes(&self) -> usize {
+        self.cache.shape().block_bytes(self.cache.ty())
+    }
+}
+
+fn kv_shape(
+    model: &ModelConfig,
+    config: &RunnerConfig,
+    kv_type: KvType,
+    max_model_len: usize,
+) -> Result<KvShape, RunnerLoadError> {
+    let mut shape = KvShape {
+        num_layers: model.num_hidden_layers,
+        num_blocks: 0,
+        block_size: config.block_size,
+        num_kv_heads: model.num_key_value_heads,
+        head_dim: model.head_dim,
+    };
+    let block_bytes = shape.block_bytes(kv_type) as u64;
+    shape.num_blocks =
+        usize::try_from(config.kv_cache_memory / block_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
+    let needed = max_model_len.div_ceil(config.block_size);
+    if shape.num_blocks < needed {
+        return Err(RunnerLoadError::KvCacheMemory {
+            memory: config.kv_cache_memory,
+            positions: shape.num_blocks * config.block_size,
+            max_model_len,
+            needed: needed as u64 * block_bytes,
+        });
+    }
+    Ok(shape)
+}
+
+impl ModelRunner for CpuModelRunner {
+    fn forward(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
+        self.tokens.clear();
+        self.slots.clear();
+        self.output_rows.clear();
+        let block_size = self.cache.shape().block_size;
+        let mut entries = Vec::with_capacity(batch.len());
+        for entry in batch {
+            let first_row = self.tokens.len();
+            self.tokens.extend_from_slice(entry.tokens);
+            self.slots.extend((entry.start..entry.start + entry.tokens.len()).map(|position| Slot {
+                position,
+                index: entry.block_table[position / block_size] as usize * block_size + position % block_size,
+            }));
+            if entry.wants_logits {
+                self.output_rows.push(self.tokens.len() - 1);
+            }
+            entries.push(AttentionEntry {
+                first_row,
+                num_tokens: entry.tokens.len(),
+                start: entry.start,
+                block_table: entry.block_table,
+            });
+        }
+        let pass = Pass { tokens: &self.tokens, slots: &self.slots, entries: &entries, output_rows: &self.output_rows };
+        self.decoder.forward(&pass, &mut self.cache, &mut self.logits, progress);
+        Ok(())
+    }
+
+    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
+        let vocab_size = self.decoder.config().vocab_size;
+        &mut self.logits[row * vocab_size..][..vocab_size]
+    }
+
+    fn copy_block(&mut self, from: u32, to: u32) {
+        self.cache.copy_block(from as usize, to as usize);
+    }
+
+    fn block_size(&self) -> usize {
+        self.cache.shape().block_size
+    }
+
+    fn num_blocks(&self) -> u32 {
+        self.cache.shape().num_blocks as u32
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.decoder.config().vocab_size
+    }
+
+    fn max_model_len(&self) -> usize {
+        self.max_model_len
+    }
+
+    fn corrupt(&mut self) {
+        self.decoder.corrupt();
+    }
+}
