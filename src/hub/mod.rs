@@ -9,6 +9,8 @@ mod catalog;
 mod checksum;
 mod download;
 mod error;
+#[cfg(test)]
+mod fake_hub;
 mod home;
 mod obtain;
 mod package;

@@ -96,3 +96,45 @@ fn splitmix64(state: &mut u64) -> u64 {
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::hf_config;
+    use super::*;
+
+    fn source(ty: TensorType) -> DummySource {
+        let config = json!({
+            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "vocab_size": 100,
+            "max_position_embeddings": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "attention_bias": true
+        });
+        DummySource::new(&hf_config::parse(&config).unwrap(), ty)
+    }
+
+    #[test]
+    fn weights_are_the_same_each_time_and_differ_between_tensors() {
+        let (first, second) = (source(TensorType::F32), source(TensorType::F32));
+        let data = |source: &DummySource, name: &str| source.tensor(name).unwrap().data.into_owned();
+        let (up, gate) = ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_proj.weight");
+        assert_eq!(data(&first, up), data(&second, up));
+        assert_ne!(data(&first, up), data(&first, gate));
+        let bytes: usize = first.shapes.keys().map(|name| data(&first, name).len()).sum();
+        assert_eq!(bytes as u64, first.total_bytes());
+    }
+
+    #[test]
+    fn projections_keep_the_variance_and_norms_are_one() {
+        for ty in [TensorType::F32, TensorType::F16, TensorType::BF16] {
+            let values = |name: &str| source(ty).tensor(name).unwrap().dequantize().unwrap();
+            let weights = values("model.embed_tokens.weight");
+            let count = weights.len() as f32;
+            let mean = weights.iter().sum::<f32>() / count;
+            let variance = weights.iter().map(|value| value * value).sum::<f32>() / count;
+            assert!(mean.abs() < 0.005, "{ty}: mean {mean}");
+            assert!((variance * 64.0 - 1.0).abs() < 0.05, "{ty}: variance {variance}");
+            assert!(values("model.norm.weight").iter().all(|value| *value == 1.0));
+            assert!(values("model.layers.0.self_attn.q_proj.bias").iter().all(|value| *value == 0.0));
+        }
+    }
+}

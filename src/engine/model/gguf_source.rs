@@ -76,7 +76,7 @@ fn interleaved_heads(name: &str, config: &ModelConfig) -> Option<usize> {
 
 /// Row `2i + half` of each head moves to row `half * head_dim / 2 + i`, where a rotation turns rows half a head apart.
 /// Shapes were checked against the configuration, so heads divide the rows evenly.
-fn halves_from_neighbours(data: &[u8], rows: usize, heads: usize) -> Vec<u8> {
+pub(super) fn halves_from_neighbours(data: &[u8], rows: usize, heads: usize) -> Vec<u8> {
     let row_bytes = data.len() / rows;
     let head_dim = rows / heads;
     let mut reordered = Vec::with_capacity(data.len());

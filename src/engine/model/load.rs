@@ -280,3 +280,7 @@ pub(super) fn files_with_extension(directory: &Path, extension: &str) -> Result<
     files.sort();
     Ok(files)
 }
+
+#[cfg(test)]
+#[path = "load_tests.rs"]
+mod tests;

@@ -8,6 +8,8 @@ mod dummy;
 mod expected;
 mod gguf_config;
 mod gguf_source;
+#[cfg(test)]
+mod gguf_tests;
 mod hf_config;
 pub mod load;
 mod safetensors_source;

@@ -77,3 +77,44 @@ fn aligned(data: &[u8]) -> Cow<'_, [u8]> {
         _ => Cow::Owned(data.to_vec()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The formulas of the simplest blocks, written out; those of all types are compared with golden logits elsewhere.
+    #[test]
+    fn blocks_mean_what_their_formulas_say() {
+        let (scale, minimum) = (f16::from_f32(0.5), f16::from_f32(-2.0));
+        let nibbles: Vec<u8> = (0..16).map(|i| i | ((15 - i) << 4)).collect();
+        let low_then_high = |value: &dyn Fn(f32) -> f32| -> Vec<f32> {
+            let (low, high) = ((0..16).map(|i| i as f32), (0..16).map(|i| (15 - i) as f32));
+            low.chain(high).map(value).collect()
+        };
+        let q4_1 = [&scale.to_le_bytes()[..], &minimum.to_le_bytes(), &nibbles].concat();
+        assert_eq!(dequantize(TensorType::Q4_1, &q4_1), low_then_high(&|quant| 0.5 * quant - 2.0));
+        let q4_0 = [&scale.to_le_bytes()[..], &nibbles].concat();
+        assert_eq!(dequantize(TensorType::Q4_0, &q4_0), low_then_high(&|quant| 0.5 * (quant - 8.0)));
+        let quants: Vec<u8> = (-16i8..16).map(|quant| quant as u8).collect();
+        let q8_0 = [&scale.to_le_bytes()[..], &quants].concat();
+        assert_eq!(dequantize(TensorType::Q8_0, &q8_0), (-16..16).map(|quant| 0.5 * quant as f32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn data_of_any_alignment_are_read() {
+        for ty in TensorType::ALL {
+            let bytes: Vec<u8> = (0..ty.block_bytes() + 8).map(|i| (i * 37 % 120) as u8).collect();
+            let aligned = dequantize(ty, &bytes[..ty.block_bytes()]);
+            assert_eq!(aligned.len(), ty.block_len());
+            for offset in 1..8 {
+                let mut shifted = bytes.clone();
+                shifted.copy_within(..ty.block_bytes(), offset);
+                assert_eq!(dequantize(ty, &shifted[offset..offset + ty.block_bytes()]), aligned, "{ty} at {offset}");
+            }
+        }
+    }
+
+    fn dequantize(ty: TensorType, data: &[u8]) -> Vec<f32> {
+        RawTensor { ty, shape: vec![1, ty.block_len()], data: Cow::Borrowed(data) }.dequantize().unwrap()
+    }
+}
