@@ -10,7 +10,7 @@ mod stretch;
 
 pub use cache::{KvCache, KvShape, KvType, MAX_HEAD_DIM, Slot};
 
-use std::cell::RefCell;
+use std::cell::Cell;
 use std::ops::Range;
 
 use crate::buffer::SharedOut;
@@ -190,8 +190,7 @@ impl Job<'_> {
     }
 
     /// Writes `o / l` of row `row` of `item`.
-    #[inline(always)]
-    unsafe fn finish<S: Simd>(&self, item: &Item, row: usize, state: &[f32]) {
+    unsafe fn finish(&self, item: &Item, row: usize, state: &[f32]) {
         let dim = self.cache.head_dim();
         let entry = &self.entries[item.entry];
         let token = entry.first_row + item.tokens.start + row / self.group();
@@ -210,7 +209,7 @@ impl Job<'_> {
 
 thread_local! {
     /// Stretches as f32, running states and partials of the task at hand.
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 struct RunItem<'a> {
@@ -228,48 +227,48 @@ impl Kernel for RunItem<'_> {
         let len = job.partial_len;
         let gathered = job.cache.gather_len();
         let scores = rows.count.min(stretch::MAX_TILE) * STRETCH;
-        SCRATCH.with_borrow_mut(|scratch| {
-            let needed = gathered + scores + 2 * rows.count * len;
-            if scratch.len() < needed {
-                scratch.resize(needed, 0.0);
-            }
-            let (gather, rest) = scratch.split_at_mut(gathered);
-            let (scores, rest) = rest.split_at_mut(scores);
-            let (states, partials) = rest.split_at_mut(rows.count * len);
-            for state in states.chunks_exact_mut(len) {
-                Partial::clear(state);
-            }
-            for stretch in item.stretches.clone() {
-                let view = job.cache.view::<S>(job.layer, item.kv_head, table, stretch, rows.count, gather);
-                match item.partials {
-                    None => {
-                        let partials = &mut partials[..rows.count * len];
-                        // SAFETY: the view covers the stretch's blocks and the buffers hold all rows.
-                        unsafe {
-                            stretch_partials::<S>(&view, &rows, stretch, scores, partials, len);
-                            for (state, partial) in states.chunks_exact_mut(len).zip(partials.chunks_exact(len)) {
-                                merge::<S>(state, partial);
-                            }
-                        }
-                    }
-                    Some(offset) => {
-                        let offset = offset + (stretch - item.stretches.start) * rows.count * len;
-                        // SAFETY: as above; the planner gave each stretch its own partials.
-                        unsafe {
-                            let own = job.partials.get().add(offset);
-                            let partials = std::slice::from_raw_parts_mut(own, rows.count * len);
-                            stretch_partials::<S>(&view, &rows, stretch, scores, partials, len);
+        let mut scratch = SCRATCH.take();
+        let needed = gathered + scores + 2 * rows.count * len;
+        if scratch.len() < needed {
+            scratch.resize(needed, 0.0);
+        }
+        let (gather, rest) = scratch.split_at_mut(gathered);
+        let (scores, rest) = rest.split_at_mut(scores);
+        let (states, partials) = rest.split_at_mut(rows.count * len);
+        for state in states.chunks_exact_mut(len) {
+            Partial::clear(state);
+        }
+        for stretch in item.stretches.clone() {
+            let view = job.cache.view::<S>(job.layer, item.kv_head, table, stretch, rows.count, gather);
+            match item.partials {
+                None => {
+                    let partials = &mut partials[..rows.count * len];
+                    // SAFETY: the view covers the stretch's blocks and the buffers hold all rows.
+                    unsafe {
+                        stretch_partials::<S>(&view, &rows, stretch, scores, partials, len);
+                        for (state, partial) in states.chunks_exact_mut(len).zip(partials.chunks_exact(len)) {
+                            merge::<S>(state, partial);
                         }
                     }
                 }
-            }
-            if item.partials.is_none() {
-                for (row, state) in states.chunks_exact(len).enumerate() {
-                    // SAFETY: this task owns the item's rows.
-                    unsafe { job.finish::<S>(item, row, state) };
+                Some(offset) => {
+                    let offset = offset + (stretch - item.stretches.start) * rows.count * len;
+                    // SAFETY: as above; the planner gave each stretch its own partials.
+                    unsafe {
+                        let own = job.partials.get().add(offset);
+                        let partials = std::slice::from_raw_parts_mut(own, rows.count * len);
+                        stretch_partials::<S>(&view, &rows, stretch, scores, partials, len);
+                    }
                 }
             }
-        });
+        }
+        if item.partials.is_none() {
+            for (row, state) in states.chunks_exact(len).take(rows.count).enumerate() {
+                // SAFETY: this task owns the item's rows.
+                unsafe { job.finish(item, row, state) };
+            }
+        }
+        SCRATCH.set(scratch);
     }
 }
 
@@ -285,24 +284,24 @@ impl Kernel for MergeSplit<'_> {
         let Self { job, item } = self;
         let (len, rows) = (job.partial_len, job.group());
         let offset = item.partials.expect("a split has partials");
-        SCRATCH.with_borrow_mut(|scratch| {
-            if scratch.len() < len {
-                scratch.resize(len, 0.0);
-            }
-            for row in 0..rows {
-                let state = &mut scratch[..len];
-                Partial::clear(state);
-                for stretch in 0..item.stretches.len() {
-                    // SAFETY: `plan` made room for every stretch, and the pieces have written them all.
-                    unsafe {
-                        let partial = job.partials.get().add(offset + (stretch * rows + row) * len);
-                        merge::<S>(state, std::slice::from_raw_parts(partial, len));
-                    }
+        let mut scratch = SCRATCH.take();
+        if scratch.len() < len {
+            scratch.resize(len, 0.0);
+        }
+        for row in 0..rows {
+            let state = &mut scratch[..len];
+            Partial::clear(state);
+            for stretch in 0..item.stretches.len() {
+                // SAFETY: `plan` made room for every stretch, and the pieces have written them all.
+                unsafe {
+                    let partial = job.partials.get().add(offset + (stretch * rows + row) * len);
+                    merge::<S>(state, std::slice::from_raw_parts(partial, len));
                 }
-                // SAFETY: this task owns the item's rows.
-                unsafe { job.finish::<S>(item, row, state) };
             }
-        });
+            // SAFETY: this task owns the item's rows.
+            unsafe { job.finish(item, row, state) };
+        }
+        SCRATCH.set(scratch);
     }
 }
 

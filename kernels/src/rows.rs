@@ -11,8 +11,26 @@ const ROW_GRAIN: usize = 4;
 /// Inputs that share a scale; the groups of every packed weight type.
 const GROUP: usize = 32;
 
+/// Rows of the largest tile.
+pub(crate) const MAX_TILE: usize = 12;
+
+/// Rows of the next tile when `left` rows are left.
+#[inline(always)]
+pub(crate) fn tile_rows(left: usize) -> usize {
+    match left {
+        MAX_TILE.. => MAX_TILE,
+        8.. => 8,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
+
 /// Activation rows in eight bits. Per group of 32: `scale = max|x| / 127`, `q = round(x * (127 / max|x|))`, ties to even. A
 /// NaN or infinity anywhere in a group makes its scale NaN, so that it reaches the logits.
+///
+/// Rows stand in tiles (see [`tile_rows`]), as the integer kernel reads them: within a tile, group by group, row by row. So a
+/// group of a tile has the quants of its rows side by side, and every address is a constant away from the next.
 #[derive(Default)]
 pub struct QuantizedRows {
     rows: usize,
@@ -49,19 +67,27 @@ impl QuantizedRows {
         let scales = SharedOut(self.scales.as_mut_ptr());
         let scaled_sums = SharedOut(self.scaled_sums.as_mut_ptr());
         let half_sums = SharedOut(self.half_sums.as_mut_ptr());
-        pool.run_ranges(self.rows, ROW_GRAIN, &|range| {
-            for group in range.start * cols / GROUP..range.end * cols / GROUP {
-                // SAFETY: the vectors hold all groups, and each group belongs to one task.
-                let out = unsafe {
-                    GroupOut {
-                        quants: quants.get().add(group * GROUP),
-                        scale: &mut *scales.get().add(group),
-                        scaled_sum: &mut *scaled_sums.get().add(group),
-                        half_sums: &mut *half_sums.get().add(group * 2).cast::<[i32; 2]>(),
-                    }
-                };
-                let x: &[f32; GROUP] = rows[group * GROUP..].first_chunk().expect("whole groups");
-                dispatch(level, QuantizeGroup { x, out });
+        let (m, row_groups) = (self.rows, cols / GROUP);
+        pool.run_ranges(m.div_ceil(MAX_TILE), 1, &|range| {
+            let mut first = range.start * MAX_TILE;
+            let end = (range.end * MAX_TILE).min(m);
+            while first < end {
+                let tile = tile_rows(end - first);
+                for (group, row) in (0..row_groups).flat_map(|group| (0..tile).map(move |row| (group, row))) {
+                    let index = first * row_groups + group * tile + row;
+                    // SAFETY: the vectors hold all groups, and each group belongs to one task.
+                    let out = unsafe {
+                        GroupOut {
+                            quants: quants.get().add(index * GROUP),
+                            scale: &mut *scales.get().add(index),
+                            scaled_sum: &mut *scaled_sums.get().add(index),
+                            half_sums: &mut *half_sums.get().add(index * 2).cast::<[i32; 2]>(),
+                        }
+                    };
+                    let x = &rows[(first + row) * cols + group * GROUP..];
+                    dispatch(level, QuantizeGroup { x: x.first_chunk().expect("whole groups"), out });
+                }
+                first += tile;
             }
         });
     }
@@ -411,16 +437,18 @@ mod tests {
         let mut rows = QuantizedRows::default();
         for &level in Level::available() {
             rows.quantize(&pool, level, &x, 64);
+            // Two rows of two groups make one tile: group by group, row by row.
             for (i, x) in x.iter().enumerate() {
-                let scale = rows.scales[i / 32];
-                assert!((f32::from(rows.quants[i]) * scale - x).abs() <= scale * 0.5001);
+                let index = i % 64 / 32 * 2 + i / 64;
+                let scale = rows.scales[index];
+                assert!((f32::from(rows.quants[index * 32 + i % 32]) * scale - x).abs() <= scale * 0.5001);
             }
         }
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             x[70] = bad;
             for &level in Level::available() {
                 rows.quantize(&pool, level, &x, 64);
-                assert!(rows.scales[2].is_nan() && rows.scaled_sums[2].is_nan());
+                assert!(rows.scales[1].is_nan() && rows.scaled_sums[1].is_nan());
                 assert!(!rows.scales[3].is_nan());
             }
         }

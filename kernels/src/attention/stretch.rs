@@ -255,10 +255,14 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32], from: usize, to: usize, partial: 
     scores[to..].fill(f32::NEG_INFINITY);
     // SAFETY: 64 scores.
     unsafe {
-        let s: [S::F; PARTS] = std::array::from_fn(|part| S::load(scores.as_ptr().add(part * LANES)));
+        let mut s = [S::splat(0.0); PARTS];
+        for (part, s) in s.iter_mut().enumerate() {
+            *s = S::load(scores.as_ptr().add(part * LANES));
+        }
         let max = S::reduce_max(S::max(S::max(s[0], s[1]), S::max(s[2], s[3])));
-        let weights: [S::F; PARTS] = std::array::from_fn(|part| exp::<S>(S::sub(s[part], S::splat(max))));
-        for (part, weight) in weights.iter().enumerate() {
+        let mut weights = s;
+        for (part, weight) in weights.iter_mut().enumerate() {
+            *weight = exp::<S>(S::sub(*weight, S::splat(max)));
             S::store(scores.as_mut_ptr().add(part * LANES), *weight);
         }
         partial[Partial::MAX] = max;

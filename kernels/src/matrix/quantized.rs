@@ -1,5 +1,7 @@
 //! Quantized panels times quantized rows: exact integers within a group, fused multiply-adds over groups.
 
+#![expect(clippy::needless_range_loop, reason = "rows are indexed in lockstep, without closures around vectors")]
+
 use std::marker::PhantomData;
 use std::ops::Range;
 
@@ -7,7 +9,7 @@ use half::f16;
 
 use super::format::{Format, GROUP, LANES};
 use super::{Section, Target};
-use crate::rows::QuantizedRows;
+use crate::rows::{MAX_TILE, QuantizedRows, tile_rows};
 use crate::simd::{Kernel, Level, Simd, dispatch};
 
 /// Quads a group.
@@ -50,8 +52,8 @@ pub(super) fn read_lane<T: Format>(panel: &[u8], lane: usize, out: &mut [f32]) {
     }
 }
 
-/// Rows whose quantized activations are kept in cache while a range of panels passes.
-const ROW_BLOCK: usize = 64;
+/// Rows whose quantized activations are kept in cache while a range of panels passes; whole tiles.
+const ROW_BLOCK: usize = 8 * MAX_TILE;
 
 pub(super) fn multiply<T: Format>(
     level: Level,
@@ -98,87 +100,109 @@ impl Tile<'_> {
     #[inline(always)]
     unsafe fn rows<S: Simd, T: Format>(&self, rows: Range<usize>, panel: usize) {
         let mut row = rows.start;
-        unsafe {
-            while rows.end - row >= 8 {
-                self.run::<S, T, 8>(row, panel);
-                row += 8;
+        while row < rows.end {
+            let tile = tile_rows(rows.end - row);
+            // SAFETY: passed on.
+            unsafe {
+                match tile {
+                    MAX_TILE => self.run::<S, T, MAX_TILE>(row, panel),
+                    8 => self.run::<S, T, 8>(row, panel),
+                    4 => self.run::<S, T, 4>(row, panel),
+                    2 => self.run::<S, T, 2>(row, panel),
+                    _ => self.run::<S, T, 1>(row, panel),
+                }
             }
-            match rows.end - row {
-                0 => {}
-                1 => self.run::<S, T, 1>(row, panel),
-                2 => self.run::<S, T, 2>(row, panel),
-                3 => self.run::<S, T, 3>(row, panel),
-                4 => self.run::<S, T, 4>(row, panel),
-                5 => self.run::<S, T, 5>(row, panel),
-                6 => self.run::<S, T, 6>(row, panel),
-                _ => self.run::<S, T, 7>(row, panel),
-            }
+            row += tile;
         }
     }
 
-    /// `R` rows by one panel.
+    /// `R` rows by one panel. Each quad of weights is used for all rows before the next one is unpacked, which leaves the
+    /// registers to the sums.
     #[inline(always)]
     unsafe fn run<S: Simd, T: Format, const R: usize>(&self, row: usize, panel: usize) {
         unsafe {
             let panel_start = self.section.panels.as_ptr().add(panel * self.section.panel_bytes);
-            let cols = self.groups * GROUP;
-            let x = self.rows.quants().add(row * cols);
+            let x = self.rows.quants().add(row * self.groups * GROUP);
             let x_scale = self.rows.scales().add(row * self.groups);
             let x_scaled_sum = self.rows.scaled_sums().add(row * self.groups);
             let x_half_sums = self.rows.half_sums().add(row * self.groups * 2);
             let mut acc = [S::splat(0.0); R];
             for g in 0..self.groups {
                 let group = panel_start.add(g * T::GROUP_BYTES);
-                let w = load_quads::<S, T>(group);
                 let scale = load_scale::<S, T>(group.add(T::QUANT_BYTES));
-                let other =
-                    if T::HALVES { load_scale::<S, T>(group.add(T::QUANT_BYTES + T::SCALE_BYTES)) } else { scale };
-                let min = if T::HAS_MIN { load_scale::<S, T>(group.add(T::MIN_OFFSET)) } else { scale };
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let x = x.add(r * cols + g * GROUP);
-                    let x_scale = S::splat(*x_scale.add(r * self.groups + g));
-                    let sums = x_half_sums.add((r * self.groups + g) * 2);
-                    if T::HALVES {
-                        let first = dot::<S, T>(S::splat_i(-T::ZERO * *sums), &w[..QUADS / 2], x);
-                        *acc = S::fma(S::to_f(first), S::mul(scale, x_scale), *acc);
-                        let second =
-                            dot::<S, T>(S::splat_i(-T::ZERO * *sums.add(1)), &w[QUADS / 2..], x.add(GROUP / 2));
-                        *acc = S::fma(S::to_f(second), S::mul(other, x_scale), *acc);
-                    } else {
-                        let zero = if T::ZERO == 0 { 0 } else { -T::ZERO * (*sums + *sums.add(1)) };
-                        let sum = dot::<S, T>(S::splat_i(zero), &w, x);
-                        *acc = S::fma(S::to_f(sum), S::mul(scale, x_scale), *acc);
+                let (x, at) = (x.add(g * R * GROUP), g * R);
+                let mut sums = [S::splat_i(0); R];
+                if T::HALVES {
+                    let other = load_scale::<S, T>(group.add(T::QUANT_BYTES + T::SCALE_BYTES));
+                    for r in 0..R {
+                        sums[r] = S::splat_i(-T::ZERO * *x_half_sums.add((at + r) * 2));
                     }
-                    if T::HAS_MIN {
-                        *acc = S::fma(min, S::splat(*x_scaled_sum.add(r * self.groups + g)), *acc);
+                    quads::<S, T, R>(&mut sums, group, x, 0..QUADS / 2);
+                    for r in 0..R {
+                        let scale = S::mul(scale, S::splat(*x_scale.add(at + r)));
+                        acc[r] = S::fma(S::to_f(sums[r]), scale, acc[r]);
+                    }
+                    for r in 0..R {
+                        sums[r] = S::splat_i(-T::ZERO * *x_half_sums.add((at + r) * 2 + 1));
+                    }
+                    quads::<S, T, R>(&mut sums, group, x, QUADS / 2..QUADS);
+                    for r in 0..R {
+                        let scale = S::mul(other, S::splat(*x_scale.add(at + r)));
+                        acc[r] = S::fma(S::to_f(sums[r]), scale, acc[r]);
+                    }
+                } else {
+                    if T::ZERO != 0 {
+                        for r in 0..R {
+                            let halves = x_half_sums.add((at + r) * 2);
+                            sums[r] = S::splat_i(-T::ZERO * (*halves + *halves.add(1)));
+                        }
+                    }
+                    quads::<S, T, R>(&mut sums, group, x, 0..QUADS);
+                    for r in 0..R {
+                        let scale = S::mul(scale, S::splat(*x_scale.add(at + r)));
+                        acc[r] = S::fma(S::to_f(sums[r]), scale, acc[r]);
+                    }
+                }
+                if T::HAS_MIN {
+                    let min = load_scale::<S, T>(group.add(T::MIN_OFFSET));
+                    for r in 0..R {
+                        acc[r] = S::fma(min, S::splat(*x_scaled_sum.add(at + r)), acc[r]);
                     }
                 }
             }
             let column = panel * LANES;
             let lanes = (self.section.rows - column).min(LANES);
-            for (r, acc) in acc.iter().enumerate() {
-                self.target.put::<S>(row + r, self.section.first_row + column, lanes, *acc);
+            for r in 0..R {
+                self.target.put::<S>(row + r, self.section.first_row + column, lanes, acc[r]);
             }
         }
     }
 }
 
+/// Adds the products of some quads of a group to every row's sums.
 #[inline(always)]
-unsafe fn load_quads<S: Simd, T: Format>(group: *const u8) -> [S::B; QUADS] {
+unsafe fn quads<S: Simd, T: Format, const R: usize>(
+    sums: &mut [S::I; R],
+    group: *const u8,
+    x: *const i8,
+    range: Range<usize>,
+) {
+    // SAFETY: the group has eight quads, and every row of the tile 32 inputs from `x` on.
     unsafe {
-        let mut quads = [S::load_b(group); QUADS];
-        if T::NIBBLES {
-            for block in 0..QUADS / 2 {
-                let bytes = S::load_b(group.add(64 * block));
-                quads[2 * block] = S::low_nibbles(bytes);
-                quads[2 * block + 1] = S::high_nibbles(bytes);
+        for pair in range.start / 2..range.end / 2 {
+            let (first, second) = if T::NIBBLES {
+                let bytes = S::load_b(group.add(64 * pair));
+                (S::low_nibbles(bytes), S::high_nibbles(bytes))
+            } else {
+                (S::load_b(group.add(128 * pair)), S::load_b(group.add(128 * pair + 64)))
+            };
+            for r in 0..R {
+                sums[r] = dot::<S, T>(sums[r], first, x.add(r * GROUP + 8 * pair));
             }
-        } else {
-            for (quad, bytes) in quads.iter_mut().enumerate() {
-                *bytes = S::load_b(group.add(64 * quad));
+            for r in 0..R {
+                sums[r] = dot::<S, T>(sums[r], second, x.add(r * GROUP + 8 * pair + 4));
             }
         }
-        quads
     }
 }
 
@@ -188,12 +212,6 @@ unsafe fn load_scale<S: Simd, T: Format>(from: *const u8) -> S::F {
 }
 
 #[inline(always)]
-unsafe fn dot<S: Simd, T: Format>(mut acc: S::I, quads: &[S::B], x: *const i8) -> S::I {
-    for (quad, w) in quads.iter().enumerate() {
-        // SAFETY: the caller's group has four inputs a quad.
-        acc = unsafe {
-            if T::SEVEN_BITS { S::dot_u7(acc, *w, x.add(4 * quad)) } else { S::dot_u8(acc, *w, x.add(4 * quad)) }
-        };
-    }
-    acc
+unsafe fn dot<S: Simd, T: Format>(acc: S::I, quad: S::B, x: *const i8) -> S::I {
+    unsafe { if T::SEVEN_BITS { S::dot_u7(acc, quad, x) } else { S::dot_u8(acc, quad, x) } }
 }

@@ -40,7 +40,7 @@ unsafe impl Simd for Avx2 {
         unsafe {
             let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
             let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
-            [low, high].map(|half| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(half)))
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
         }
     }
     #[inline(always)]
@@ -98,10 +98,10 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn exp2_integer(n: F) -> F {
         unsafe {
-            n.map(|n| {
-                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
-                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(biased))
-            })
+            let bias = _mm256_set1_epi32(127);
+            let low = _mm256_add_epi32(_mm256_cvtps_epi32(n[0]), bias);
+            let high = _mm256_add_epi32(_mm256_cvtps_epi32(n[1]), bias);
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high))]
         }
     }
     #[inline(always)]
@@ -138,7 +138,7 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn to_f(a: I) -> F {
-        unsafe { a.map(|a| _mm256_cvtepi32_ps(a)) }
+        unsafe { [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])] }
     }
     #[inline(always)]
     unsafe fn store_i8(to: *mut i8, value: F) {
@@ -156,11 +156,11 @@ unsafe impl Simd for Avx2 {
     }
     #[inline(always)]
     unsafe fn low_nibbles(b: I) -> I {
-        unsafe { b.map(|b| _mm256_and_si256(b, _mm256_set1_epi8(15))) }
+        unsafe { [_mm256_and_si256(b[0], _mm256_set1_epi8(15)), _mm256_and_si256(b[1], _mm256_set1_epi8(15))] }
     }
     #[inline(always)]
     unsafe fn high_nibbles(b: I) -> I {
-        unsafe { b.map(|b| _mm256_and_si256(_mm256_srli_epi16::<4>(b), _mm256_set1_epi8(15))) }
+        unsafe { Self::low_nibbles([_mm256_srli_epi16::<4>(b[0]), _mm256_srli_epi16::<4>(b[1])]) }
     }
     /// `b` below 128 keeps the 16-bit pair sums below 2 · 127 · 128 = 32,512: no saturation.
     #[inline(always)]
@@ -178,9 +178,14 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     unsafe fn dot_u8(acc: I, b: I, a: *const i8) -> I {
         unsafe {
-            let low = b.map(|b| _mm256_and_si256(b, _mm256_set1_epi8(127)));
+            let seven = _mm256_set1_epi8(127);
+            let low = [_mm256_and_si256(b[0], seven), _mm256_and_si256(b[1], seven)];
             // The top bit as 0 or 64, counted twice: 64 keeps the pair sums in range as above.
-            let top = b.map(|b| _mm256_and_si256(_mm256_srli_epi16::<1>(b), _mm256_set1_epi8(64)));
+            let bit = _mm256_set1_epi8(64);
+            let top = [
+                _mm256_and_si256(_mm256_srli_epi16::<1>(b[0]), bit),
+                _mm256_and_si256(_mm256_srli_epi16::<1>(b[1]), bit),
+            ];
             let acc = Self::dot_u7(acc, low, a);
             Self::dot_u7(Self::dot_u7(acc, top, a), top, a)
         }

@@ -61,7 +61,8 @@ pub(crate) trait Kernel {
     type Output;
 
     /// Implementations are `#[inline(always)]`, and so is every function they call with `S`, so that the body is compiled
-    /// with the features of the level.
+    /// with the features of the level. Vector operations stand in plain loops, never in a closure: a closure that the
+    /// compiler keeps apart would call each instruction as a function.
     fn run<S: Simd>(self) -> Self::Output;
 }
 
