@@ -7,8 +7,8 @@ use crate::simd::{LANES, Simd, exp};
 
 /// Vectors of scores a row.
 const PARTS: usize = STRETCH / LANES;
-/// Rows that are computed together at most.
-pub(super) const MAX_TILE: usize = 6;
+/// Rows that are computed together at most: their sums, four vectors each, and the operands fit 32 registers.
+pub(super) const MAX_TILE: usize = 5;
 
 /// A stored key or value element.
 pub(super) trait Element: Copy + 'static {
@@ -182,7 +182,7 @@ unsafe fn all_rows<S: Simd, E: Element>(
                 1 => tile::<S, E, 1>(view, rows, row, stretch, scores, partials, len),
                 2 => tile::<S, E, 2>(view, rows, row, stretch, scores, partials, len),
                 3 => tile::<S, E, 3>(view, rows, row, stretch, scores, partials, len),
-                4 | 5 => tile::<S, E, 4>(view, rows, row, stretch, scores, partials, len),
+                4 => tile::<S, E, 4>(view, rows, row, stretch, scores, partials, len),
                 _ => tile::<S, E, MAX_TILE>(view, rows, row, stretch, scores, partials, len),
             };
         }
@@ -283,16 +283,20 @@ unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
     // SAFETY: the view is valid for the positions; partials hold R × len floats.
     unsafe {
         let mut acc = [[S::splat(0.0); V]; R];
-        for position in positions {
-            let value = view.values[position / LANES].add(position % LANES * view.dim + at * LANES);
-            let mut values = [S::splat(0.0); V];
-            for (v, value_v) in values.iter_mut().enumerate() {
-                *value_v = E::load::<S>(value.add(v * LANES));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let weight = S::splat(*scores.as_ptr().add(r * STRETCH + position));
+        for part in 0..PARTS {
+            let first = positions.start.max(part * LANES);
+            let end = positions.end.min((part + 1) * LANES);
+            for position in first..end {
+                let value = view.values[part].add(position % LANES * view.dim + at * LANES);
+                let mut values = [S::splat(0.0); V];
                 for v in 0..V {
-                    acc[v] = S::fma(weight, values[v], acc[v]);
+                    values[v] = E::load::<S>(value.add(v * LANES));
+                }
+                for r in 0..R {
+                    let weight = S::splat(*scores.as_ptr().add(r * STRETCH + position));
+                    for v in 0..V {
+                        acc[r][v] = S::fma(weight, values[v], acc[r][v]);
+                    }
                 }
             }
         }
