@@ -9,16 +9,29 @@ pub mod batch;
 pub mod block_manager;
 pub mod config;
 pub mod counters;
+mod drain_meter;
+#[expect(clippy::module_inception, reason = "the engine is a noun of the engine's module")]
+mod engine;
+#[cfg(test)]
+mod engine_tests;
 pub mod fake_runner;
+pub mod generation;
+pub mod handle;
+#[cfg(test)]
+mod handle_tests;
 pub mod model;
 pub mod model_runner;
+pub mod null;
 pub mod prefix_cache;
 pub mod sampler;
 pub mod scheduler;
 #[cfg(test)]
 mod scheduler_tests;
 pub mod sequence;
+mod shared;
 
 pub use batch::{BatchEntry, ModelRunner, RunnerError};
 pub use config::Config;
 pub use counters::{EngineCounters, EngineCountersSnapshot};
+pub use generation::{StopText, StopTexts};
+pub use handle::{EngineHandle, EngineLimits, EngineParts, Fault, SpawnError, spawn};

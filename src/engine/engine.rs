@@ -1,0 +1,473 @@
+//! The engine itself: one step is expire, schedule, compute, sample, publish. Synchronous, and time is passed in; the thread
+//! that drives it is in `handle`.
+
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use smallvec::SmallVec;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{error, warn};
+
+use super::batch::{BatchEntry, ModelRunner, RunnerError};
+use super::block_manager::BlockManager;
+use super::config::Config;
+use super::counters::{add, add_time};
+use super::drain_meter::DrainMeter;
+use super::generation::{EndRules, Generation, Replayed};
+use super::sampler::Sampler;
+use super::scheduler::{Limits, Plan, Scheduled, Scheduler};
+use super::sequence::{NewSequence, Rank, SequenceId};
+use super::shared::{RequestSlot, Shared};
+use crate::types::{Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent};
+
+/// Steps that must succeed before a token budget that was cut for lack of memory is doubled again.
+const STEPS_BEFORE_GROWTH: u64 = 256;
+
+/// Numbers requests in order of arrival.
+pub(super) type Serial = u64;
+
+/// A request on its way from the handle to the engine.
+pub(super) struct Submission {
+    pub(super) serial: Serial,
+    pub(super) request: GenerateRequest,
+    pub(super) events: mpsc::UnboundedSender<GenerationEvent>,
+    pub(super) slot: RequestSlot,
+}
+
+struct Request {
+    request: GenerateRequest,
+    events: mpsc::UnboundedSender<GenerationEvent>,
+    /// Of the choices that are not finished.
+    sequences: SmallVec<[SequenceId; 1]>,
+    has_left_queue: bool,
+    _slot: RequestSlot,
+}
+
+/// The choice behind a sequence.
+struct Choice {
+    serial: Serial,
+    index: u32,
+    /// Made when the choice is first computed, or when it is resumed.
+    generation: Option<Generation>,
+}
+
+pub(super) struct Engine {
+    scheduler: Scheduler,
+    runner: Box<dyn ModelRunner>,
+    sampler: Sampler,
+    rules: EndRules,
+    uses_prefix_cache: bool,
+    requests: HashMap<Serial, Request>,
+    /// By the index of the sequence.
+    choices: Vec<Option<Choice>>,
+    deadlines: BTreeSet<(Instant, Serial)>,
+    drain: Option<Drain>,
+    drain_meter: DrainMeter,
+    steps_since_shrink: u64,
+    plan: Plan,
+    shared: Arc<Shared>,
+    on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+}
+
+struct Drain {
+    deadline: Instant,
+    /// Dropped when the last request is gone.
+    waiters: Vec<oneshot::Sender<()>>,
+}
+
+impl Engine {
+    pub(super) fn new(
+        config: &Config,
+        runner: Box<dyn ModelRunner>,
+        rules: EndRules,
+        num_reserved: u32,
+        shared: Arc<Shared>,
+        on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+    ) -> Self {
+        let limits =
+            Limits { max_num_seqs: config.max_num_seqs, max_num_batched_tokens: config.max_num_batched_tokens };
+        let block_size = runner.block_size();
+        let blocks = BlockManager::new(runner.num_blocks(), num_reserved, block_size);
+        Self {
+            scheduler: Scheduler::new(limits, blocks, block_size),
+            sampler: Sampler::new(runner.vocab_size()),
+            runner,
+            rules,
+            uses_prefix_cache: config.enable_prefix_caching,
+            requests: HashMap::new(),
+            choices: Vec::new(),
+            deadlines: BTreeSet::new(),
+            drain: None,
+            drain_meter: DrainMeter::default(),
+            steps_since_shrink: 0,
+            plan: Plan::default(),
+            shared,
+            on_step,
+        }
+    }
+
+    pub(super) fn is_idle(&self) -> bool {
+        self.requests.is_empty()
+    }
+
+    /// Takes a request into the queue, or ends it at once. The handle has checked it against every limit.
+    pub(super) fn submit(&mut self, submission: Submission) {
+        let Submission { serial, request, events, slot } = submission;
+        if self.drain.is_some() {
+            // Nobody may be listening any more; that is no concern of the engine.
+            let _ = events.send(GenerationEvent::Failed(draining()));
+            return;
+        }
+        if let Some(deadline) = request.deadline {
+            self.deadlines.insert((deadline, serial));
+        }
+        let sequences = SmallVec::new();
+        self.requests.insert(serial, Request { request, events, sequences, has_left_queue: false, _slot: slot });
+        if let Err(failure) = self.add_choices(serial) {
+            self.fail(serial, failure);
+        } else if self.requests[&serial].sequences.is_empty() {
+            self.forget(serial);
+        }
+    }
+
+    /// Nobody listens to the request any more, if it is still here.
+    pub(super) fn cancel(&mut self, serial: Serial) {
+        if self.requests.contains_key(&serial) {
+            add(&self.shared.counters.requests_cancelled, 1);
+            self.forget(serial);
+        }
+    }
+
+    /// Accepts nothing more. What is here may go on until `deadline`; `done` is dropped or answered when all is gone.
+    pub(super) fn drain(&mut self, deadline: Instant, done: oneshot::Sender<()>) {
+        let drain = self.drain.get_or_insert_with(|| Drain { deadline, waiters: Vec::new() });
+        drain.deadline = drain.deadline.min(deadline);
+        drain.waiters.push(done);
+        self.finish_drain();
+    }
+
+    pub(super) fn corrupt_weights(&mut self) {
+        warn!("damaging the weights, as fault injection asks");
+        self.runner.corrupt();
+    }
+
+    /// One step. An error is final: the engine has failed.
+    pub(super) fn step(&mut self, now: Instant) -> Result<(), Failure> {
+        self.expire(now);
+        self.drop_disconnected();
+        if !self.is_idle() {
+            self.compute()?;
+            self.shared.beat();
+        }
+        self.finish_drain();
+        self.publish_status();
+        Ok(())
+    }
+
+    /// Ends every request; the engine is not used for computing after this.
+    pub(super) fn fail_all(&mut self, failure: &Failure) {
+        for (_, request) in self.requests.drain() {
+            let _ = request.events.send(GenerationEvent::Failed(failure.clone()));
+        }
+        self.drain = None;
+    }
+
+    pub(super) fn publish_status(&mut self) {
+        let (scheduler, meter) = (&self.scheduler, &self.drain_meter);
+        let preemptions = self.shared.counters.preemptions.load(Ordering::Relaxed);
+        self.shared.update(|status| {
+            status.running = scheduler.running().len() as u32;
+            status.waiting = scheduler.num_waiting() as u32;
+            status.waiting_tokens = scheduler.waiting_tokens();
+            status.preemptions = preemptions;
+            status.kv_blocks_used = scheduler.blocks().num_used();
+            status.drain_tokens_per_second = meter.tokens_per_second();
+        });
+    }
+
+    fn add_choices(&mut self, serial: Serial) -> Result<(), Failure> {
+        let request = &mut self.requests.get_mut(&serial).expect("the request is known").request;
+        // The emitted tokens move into the sequences; the request is done with them.
+        let choices = std::mem::take(&mut request.choices);
+        let request = request.clone();
+        let mut sibling = None;
+        for start in &choices {
+            let generation = match start.emitted.is_empty() {
+                true => None,
+                false => match self.new_generation(&request, start.index).replay(&start.emitted) {
+                    Replayed::Unfinished(generation) => Some(generation),
+                    Replayed::Finished(reason) => {
+                        self.send(serial, GenerationEvent::Finished { choice: start.index, reason });
+                        continue;
+                    }
+                    Replayed::Overrun(index) => return Err(overrun(start.index, index)),
+                },
+            };
+            let new = NewSequence {
+                rank: Rank { priority: request.priority, arrival: serial, choice: start.index },
+                tokens: [&request.prompt, start.emitted.as_slice()].concat(),
+                prompt_len: request.prompt.len(),
+                uses_prefix_cache: self.uses_prefix_cache && !request.bypass_prefix_cache,
+                sibling,
+            };
+            let id = match request.is_probe {
+                true => self.scheduler.add_probe(new).ok_or_else(probe_is_running)?,
+                false => self.scheduler.add(new),
+            };
+            sibling = sibling.or(Some(id));
+            self.add_choice(id, Choice { serial, index: start.index, generation });
+        }
+        Ok(())
+    }
+
+    fn add_choice(&mut self, id: SequenceId, choice: Choice) {
+        if self.choices.len() <= id.index() {
+            self.choices.resize_with(id.index() + 1, || None);
+        }
+        self.requests.get_mut(&choice.serial).expect("the request is known").sequences.push(id);
+        self.choices[id.index()] = Some(choice);
+    }
+
+    fn new_generation(&self, request: &GenerateRequest, choice: u32) -> Generation {
+        Generation::new(&self.rules, &request.sampling, choice, &request.prompt)
+    }
+
+    fn send(&self, serial: Serial, event: GenerationEvent) {
+        // A closed channel is noticed at the next step.
+        let _ = self.requests[&serial].events.send(event);
+    }
+
+    /// Ends what is past its deadline.
+    fn expire(&mut self, now: Instant) {
+        while let Some(&(deadline, serial)) = self.deadlines.first()
+            && deadline <= now
+        {
+            add(&self.shared.counters.requests_deadline_exceeded, 1);
+            self.finish_all_choices(serial, &FinishReason::Deadline);
+        }
+        if self.drain.as_ref().is_some_and(|drain| drain.deadline <= now) {
+            let serials: Vec<Serial> = self.requests.keys().copied().collect();
+            serials.into_iter().for_each(|serial| self.finish_all_choices(serial, &FinishReason::Shutdown));
+        }
+    }
+
+    fn finish_all_choices(&mut self, serial: Serial, reason: &FinishReason) {
+        for id in self.requests[&serial].sequences.clone() {
+            let choice = self.choices[id.index()].as_ref().expect("a sequence has a choice").index;
+            self.send(serial, GenerationEvent::Finished { choice, reason: reason.clone() });
+        }
+        self.forget(serial);
+    }
+
+    /// Running requests are asked whether somebody listens; waiting ones are cancelled by a command.
+    fn drop_disconnected(&mut self) {
+        let mut index = 0;
+        while let Some(&id) = self.scheduler.running().get(index) {
+            let serial = self.choices[id.index()].as_ref().expect("a sequence has a choice").serial;
+            if self.requests[&serial].events.is_closed() {
+                self.cancel(serial);
+            } else {
+                index += 1;
+            }
+        }
+    }
+
+    fn fail(&mut self, serial: Serial, failure: Failure) {
+        self.send(serial, GenerationEvent::Failed(failure));
+        self.forget(serial);
+    }
+
+    /// Removes the request and frees what it holds.
+    fn forget(&mut self, serial: Serial) {
+        let request = self.requests.remove(&serial).expect("the request is known");
+        for id in request.sequences {
+            self.scheduler.remove(id);
+            self.choices[id.index()] = None;
+        }
+        if let Some(deadline) = request.request.deadline {
+            self.deadlines.remove(&(deadline, serial));
+        }
+    }
+
+    fn finish_drain(&mut self) {
+        if self.is_idle()
+            && let Some(drain) = &mut self.drain
+        {
+            drain.waiters.drain(..).for_each(|done| {
+                // Whoever waited may have given up.
+                let _ = done.send(());
+            });
+        }
+    }
+
+    fn compute(&mut self) -> Result<(), Failure> {
+        let begin = Instant::now();
+        let plan = self.scheduler.schedule(std::mem::take(&mut self.plan));
+        add(&self.shared.counters.preemptions, plan.num_preempted);
+        self.announce(&plan);
+        let forward_begin = Instant::now();
+        let result = self.forward(&plan);
+        add_time(&self.shared.counters.forward_nanoseconds, forward_begin.elapsed());
+        match result {
+            Ok(()) => {
+                self.sample(&plan.entries);
+                self.account(&plan, begin.elapsed());
+            }
+            Err(RunnerError::OutOfMemory { tokens }) => self.shrink(&plan, tokens),
+            Err(error @ RunnerError::Device(_)) => {
+                return Err(engine_failed().with_source(error));
+            }
+        }
+        self.plan = plan;
+        Ok(())
+    }
+
+    /// Tells the requests that leave the queue, and prepares the state of choices that are computed for the first time.
+    fn announce(&mut self, plan: &Plan) {
+        for &(id, cached) in &plan.started {
+            let choice = self.choices[id.index()].as_mut().expect("a sequence has a choice");
+            let request = self.requests.get_mut(&choice.serial).expect("the request is known");
+            let details = &request.request;
+            choice
+                .generation
+                .get_or_insert_with(|| Generation::new(&self.rules, &details.sampling, choice.index, &details.prompt));
+            let counters = &self.shared.counters;
+            if self.uses_prefix_cache && !details.bypass_prefix_cache {
+                add(&counters.prefix_cache_queries, self.scheduler.sequence(id).tokens().len());
+                add(&counters.prefix_cache_hits, cached);
+            }
+            if !std::mem::replace(&mut request.has_left_queue, true) {
+                add(&counters.prompt_tokens, details.prompt.len());
+                let cached_tokens = cached.min(details.prompt.len()) as u32;
+                let _ = request.events.send(GenerationEvent::Scheduled { cached_tokens });
+            }
+        }
+    }
+
+    fn forward(&mut self, plan: &Plan) -> Result<(), RunnerError> {
+        for &(from, to) in &plan.copies {
+            self.runner.copy_block(from, to);
+        }
+        if plan.entries.is_empty() {
+            return Ok(());
+        }
+        let scheduler = &self.scheduler;
+        let entry = |scheduled: &Scheduled| {
+            let sequence = scheduler.sequence(scheduled.id);
+            BatchEntry {
+                tokens: &sequence.tokens()[scheduled.start..scheduled.start + scheduled.len],
+                start: scheduled.start,
+                block_table: sequence.block_table(),
+                wants_logits: scheduled.wants_logits,
+            }
+        };
+        let batch: Vec<BatchEntry<'_>> = plan.entries.iter().map(entry).collect();
+        let shared = &self.shared;
+        self.runner.forward(&batch, &|| shared.beat())
+    }
+
+    /// Samples from every row, in the order of the batch, and publishes the tokens.
+    fn sample(&mut self, entries: &[Scheduled]) {
+        let mut row = 0;
+        for &entry in entries {
+            let own_row = row;
+            row += usize::from(entry.wants_logits);
+            let index = entry.id.index();
+            // Gone when another choice of its request failed in this very step.
+            let Some(choice) = &mut self.choices[index] else { continue };
+            if !entry.wants_logits {
+                self.scheduler.complete(entry);
+                continue;
+            }
+            let (serial, choice_index) = (choice.serial, choice.index);
+            let generation = choice.generation.as_mut().expect("made when the sequence started");
+            let logits = self.runner.logits_mut(own_row);
+            match self.sampler.sample(logits, generation.sampler(), generation.generated()) {
+                Ok(sampled) => {
+                    let reason = generation.accept(sampled.token);
+                    self.scheduler.complete(entry);
+                    add(&self.shared.counters.generation_tokens, 1);
+                    let logprobs = sampled.logprobs.map(Box::new);
+                    let token = sampled.token;
+                    self.send(serial, GenerationEvent::Token { choice: choice_index, token, logprobs });
+                    match reason {
+                        Some(reason) => self.finish(entry.id, reason),
+                        None => self.scheduler.push_token(entry.id, token),
+                    }
+                }
+                Err(invalid) => {
+                    add(&self.shared.counters.numerics_invalid, 1);
+                    error!(request = %self.requests[&serial].request.id, %invalid, "the model returned invalid numbers");
+                    let failure = Failure::new(FailureKind::NumericsInvalid, "the model returned invalid numbers");
+                    self.fail(serial, failure.with_source(invalid));
+                }
+            }
+        }
+    }
+
+    /// One choice has ended; with the last one its request has.
+    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+        let Choice { serial, index, .. } = self.choices[id.index()].take().expect("a sequence has a choice");
+        self.scheduler.remove(id);
+        self.send(serial, GenerationEvent::Finished { choice: index, reason });
+        let request = self.requests.get_mut(&serial).expect("the request is known");
+        request.sequences.retain(|other| *other != id);
+        if request.sequences.is_empty() {
+            self.forget(serial);
+        }
+    }
+
+    fn account(&mut self, plan: &Plan, took: Duration) {
+        let counters = &self.shared.counters;
+        add(&counters.steps, 1);
+        add_time(&counters.step_nanoseconds, took);
+        add(&counters.batch_sequences, plan.entries.len());
+        add(&counters.batch_tokens, plan.num_tokens);
+        self.drain_meter.record(plan.num_tokens, took);
+        if let Some(on_step) = &mut self.on_step {
+            on_step(took);
+        }
+        self.steps_since_shrink += 1;
+        if self.steps_since_shrink.is_multiple_of(STEPS_BEFORE_GROWTH) {
+            self.scheduler.set_token_budget(self.scheduler.token_budget().saturating_mul(2));
+        }
+    }
+
+    /// The batch did not fit into memory: halves the next ones, and gives up on a request that does not fit alone.
+    fn shrink(&mut self, plan: &Plan, tokens: usize) {
+        add(&self.shared.counters.out_of_memory, 1);
+        self.steps_since_shrink = 0;
+        let budget = (plan.num_tokens / 2).max(1);
+        warn!(tokens, budget, "the runner is out of memory; batches shrink");
+        self.scheduler.set_token_budget(budget);
+        if plan.num_tokens == 1 {
+            let choice = self.choices[plan.entries[0].id.index()].as_ref().expect("a sequence has a choice");
+            let failure = Failure::new(FailureKind::OutOfMemory, "out of memory while computing this request");
+            self.fail(choice.serial, failure);
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn scheduler(&self) -> &Scheduler {
+        &self.scheduler
+    }
+}
+
+pub(super) fn engine_failed() -> Failure {
+    Failure::new(FailureKind::EngineFailed, "the inference engine has failed")
+}
+
+pub(super) fn draining() -> Failure {
+    Failure::new(FailureKind::Overloaded, "this server is shutting down")
+}
+
+fn probe_is_running() -> Failure {
+    Failure::new(FailureKind::Overloaded, "another synthetic inference is running")
+}
+
+fn overrun(choice: u32, index: usize) -> Failure {
+    let message = format!("the emitted tokens of choice {choice} go on after the choice has ended at token {index}");
+    Failure::invalid("choices", message)
+}

@@ -1,0 +1,350 @@
+//! The engine's thread, and the handle through which everyone else reaches it.
+//!
+//! The thread is named `engine`. A panic in it, or a broken device, ends every stream with `EngineFailed` and leaves the
+//! thread refusing whatever still arrives; the process goes on.
+
+use std::any::Any;
+use std::error::Error;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+use tokio::sync::oneshot;
+use tracing::{error, info, warn};
+
+use super::batch::ModelRunner;
+use super::config::Config;
+use super::counters::{EngineCountersSnapshot, add};
+use super::engine::{Engine, Serial, Submission, draining, engine_failed};
+use super::generation::{EndRules, StopTexts};
+use super::shared::Shared;
+use crate::types::{
+    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationEvent, GenerationStream,
+    TokenId,
+};
+
+/// An idle engine wakes this often to show that it lives.
+const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Commands taken before a step; the others wait for the next.
+const MAX_COMMANDS_PER_STEP: usize = 4096;
+
+/// Makes the runner on the engine's own thread, where all work on its device stays.
+pub type MakeRunner = Box<dyn FnOnce() -> Result<Box<dyn ModelRunner>, Box<dyn Error + Send + Sync>> + Send>;
+
+/// What an engine is made of, beside its runner.
+pub struct EngineParts {
+    pub config: Config,
+    pub fingerprint: Fingerprint,
+    pub eos_token_ids: Vec<TokenId>,
+    pub stop_texts: StopTexts,
+    /// Called with the duration of every step that had work, on the engine's thread.
+    pub on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+}
+
+/// Limits that follow from the configuration, the model and the pool together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineLimits {
+    /// Longest prompt and output together.
+    pub max_model_len: usize,
+    /// Longest prompt and output of the synthetic inference.
+    pub max_probe_len: usize,
+    pub vocab_size: usize,
+    pub block_size: usize,
+    /// Blocks that requests share; the synthetic inference has its own.
+    pub num_blocks: u32,
+}
+
+#[derive(Debug, Error)]
+pub enum SpawnError {
+    #[error("the engine's thread cannot be started")]
+    Thread(#[source] std::io::Error),
+    #[error("the model cannot be loaded")]
+    Runner(#[source] Box<dyn Error + Send + Sync>),
+    #[error("loading the model panicked")]
+    Panicked,
+    #[error(
+        "the KV cache has {num_blocks} blocks of {block_size} tokens: too few for the {reserved} that the synthetic \
+         inference keeps and a request besides"
+    )]
+    PoolTooSmall { num_blocks: u32, block_size: usize, reserved: u32 },
+    #[error("{0}")]
+    Config(String),
+}
+
+/// A fault to inject, for tests and drills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The engine's thread stands still.
+    Hang(Duration),
+    Panic,
+    CorruptWeights,
+}
+
+enum EngineCommand {
+    Submit(Submission),
+    /// The stream of this request was dropped.
+    Cancel(Serial),
+    Drain {
+        deadline: Instant,
+        done: oneshot::Sender<()>,
+    },
+    InjectFault(Fault),
+}
+
+/// Reaches the engine; cheap to clone. The engine ends when the last handle and the last stream are gone.
+#[derive(Clone)]
+pub struct EngineHandle {
+    commands: Sender<EngineCommand>,
+    next_serial: Arc<AtomicU64>,
+    shared: Arc<Shared>,
+    limits: EngineLimits,
+    max_num_requests: usize,
+    fingerprint: Fingerprint,
+}
+
+/// Starts the engine's thread and waits until the runner is made. Blocks: call it where blocking is allowed.
+pub fn spawn(parts: EngineParts, make_runner: MakeRunner) -> Result<EngineHandle, SpawnError> {
+    let mut problems = Vec::new();
+    parts.config.validate(&mut problems);
+    if !problems.is_empty() {
+        return Err(SpawnError::Config(problems.join("; ")));
+    }
+    let (commands, receiver) = channel();
+    let (fingerprint, max_num_requests) = (parts.fingerprint.clone(), parts.config.max_num_requests);
+    let (started_sender, started) = channel();
+    thread::Builder::new()
+        .name("engine".to_owned())
+        .spawn(move || match start(parts, make_runner) {
+            Ok((mut engine, shared, limits)) => {
+                // Nobody waits only if `spawn` itself was abandoned; the closed command channel then ends the thread.
+                let _ = started_sender.send(Ok((Arc::clone(&shared), limits)));
+                drive(&mut engine, &shared, &receiver);
+            }
+            Err(error) => {
+                let _ = started_sender.send(Err(error));
+            }
+        })
+        .map_err(SpawnError::Thread)?;
+    let (shared, limits) = started.recv().map_err(|_| SpawnError::Panicked)??;
+    let next_serial = Arc::new(AtomicU64::new(0));
+    Ok(EngineHandle { commands, next_serial, shared, limits, max_num_requests, fingerprint })
+}
+
+fn start(parts: EngineParts, make_runner: MakeRunner) -> Result<(Engine, Arc<Shared>, EngineLimits), SpawnError> {
+    let runner = make_runner().map_err(SpawnError::Runner)?;
+    let limits = EngineLimits::new(&parts.config, runner.as_ref())?;
+    let num_reserved = runner.num_blocks() - limits.num_blocks;
+    let shared = Arc::new(Shared::new(Instant::now(), limits.num_blocks));
+    let rules = EndRules {
+        eos_token_ids: parts.eos_token_ids.into(),
+        stop_texts: parts.stop_texts,
+        vocab_size: limits.vocab_size,
+        max_model_len: limits.max_model_len,
+    };
+    let engine = Engine::new(&parts.config, runner, rules, num_reserved, Arc::clone(&shared), parts.on_step);
+    Ok((engine, shared, limits))
+}
+
+impl EngineLimits {
+    pub(super) fn new(config: &Config, runner: &dyn ModelRunner) -> Result<Self, SpawnError> {
+        let (block_size, num_blocks) = (runner.block_size(), runner.num_blocks());
+        let reserved = u32::try_from(config.probe_tokens.div_ceil(block_size)).unwrap_or(u32::MAX);
+        if num_blocks <= reserved {
+            return Err(SpawnError::PoolTooSmall { num_blocks, block_size, reserved });
+        }
+        let num_blocks = num_blocks - reserved;
+        let wanted = config.max_model_len.unwrap_or(usize::MAX).min(runner.max_model_len());
+        let max_model_len = wanted.min(num_blocks as usize * block_size);
+        if max_model_len < wanted {
+            warn!(max_model_len, wanted, "the KV cache bounds the length of a sequence more than the model does");
+        }
+        let max_probe_len = config.probe_tokens.min(max_model_len);
+        Ok(Self { max_model_len, max_probe_len, vocab_size: runner.vocab_size(), block_size, num_blocks })
+    }
+
+    /// Refuses what can never be computed.
+    fn check(&self, request: &GenerateRequest) -> Result<(), Failure> {
+        let num_prompt = request.prompt.len();
+        if num_prompt == 0 {
+            return Err(Failure::invalid("prompt", "the prompt has no tokens; it must have at least one"));
+        }
+        let emitted = || request.choices.iter().flat_map(|choice| &choice.emitted);
+        if let Some(token) = request.prompt.iter().chain(emitted()).find(|&&id| id as usize >= self.vocab_size) {
+            let message = format!("token id {token} is out of range; the model's vocabulary has {}", self.vocab_size);
+            return Err(Failure::invalid("prompt", message));
+        }
+        let longest = request.choices.iter().map(|choice| choice.emitted.len()).max().unwrap_or(0);
+        if num_prompt >= self.max_model_len || num_prompt + longest > self.max_model_len {
+            let message = format!(
+                "the maximum context length is {} tokens (max_model_len), and the prompt has {num_prompt}, which leaves no \
+                 room for output",
+                self.max_model_len
+            );
+            return Err(Failure::invalid("prompt", message).with_code("context_length_exceeded"));
+        }
+        self.check_choices(request)?;
+        let probe_len = num_prompt + request.sampling.max_tokens as usize;
+        if request.is_probe && (probe_len > self.max_probe_len || request.choices.len() > 1) {
+            let message = format!(
+                "a synthetic inference has one choice and at most {} tokens (probe_tokens), not {probe_len}",
+                self.max_probe_len
+            );
+            return Err(Failure::invalid("max_tokens", message));
+        }
+        Ok(())
+    }
+
+    fn check_choices(&self, request: &GenerateRequest) -> Result<(), Failure> {
+        let mut indices: Vec<u32> = request.choices.iter().map(|choice| choice.index).collect();
+        indices.sort_unstable();
+        indices.dedup();
+        let are_distinct = indices.len() == request.choices.len();
+        let are_known = indices.last().is_some_and(|&index| index < request.sampling.n);
+        match are_distinct && are_known {
+            true => Ok(()),
+            false => Err(Failure::invalid("n", "the choices must be distinct, and at least one, of 0 to n - 1")),
+        }
+    }
+}
+
+impl EngineHandle {
+    pub fn limits(&self) -> EngineLimits {
+        self.limits
+    }
+
+    pub fn counters(&self) -> EngineCountersSnapshot {
+        self.shared.counters.snapshot()
+    }
+
+    /// Accepts nothing more, lets what is here go on until `deadline`, then ends the rest with `FinishReason::Shutdown`.
+    /// Returns when all is gone, or the engine is.
+    pub async fn drain(&self, deadline: Instant) {
+        self.shared.is_draining.store(true, Ordering::Release);
+        let (done, drained) = oneshot::channel();
+        if self.commands.send(EngineCommand::Drain { deadline, done }).is_ok() {
+            // An engine that failed meanwhile drops the sender.
+            let _ = drained.await;
+        }
+    }
+
+    /// For tests and drills; the caller decides who may.
+    pub fn inject_fault(&self, fault: Fault) {
+        // An engine that is gone cannot be harmed further.
+        let _ = self.commands.send(EngineCommand::InjectFault(fault));
+    }
+}
+
+impl Backend for EngineHandle {
+    fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure> {
+        self.limits.check(&request)?;
+        if !self.shared.is_alive() {
+            return Err(engine_failed());
+        }
+        if self.shared.is_draining.load(Ordering::Acquire) {
+            return Err(draining());
+        }
+        let limit = match request.is_probe {
+            true => usize::MAX,
+            false => self.max_num_requests,
+        };
+        let slot = self.shared.take_slot(limit).ok_or_else(|| {
+            let message = format!("the server holds as many requests as it may (max_num_requests, {limit})");
+            Failure::new(FailureKind::Overloaded, message)
+        })?;
+        let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
+        let (events, stream) = GenerationStream::channel();
+        let submission = Submission { serial, request, events, slot };
+        self.commands.send(EngineCommand::Submit(submission)).map_err(|_| engine_failed())?;
+        add(&self.shared.counters.requests_accepted, 1);
+        Ok(stream.guarded_by(CancelOnDrop { serial, commands: self.commands.clone() }))
+    }
+
+    fn status(&self) -> EngineStatus {
+        self.shared.status()
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint.clone()
+    }
+}
+
+/// Lives in a stream, and tells the engine when the stream is dropped.
+struct CancelOnDrop {
+    serial: Serial,
+    commands: Sender<EngineCommand>,
+}
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        // A finished request is unknown to the engine; then there is nothing to cancel.
+        let _ = self.commands.send(EngineCommand::Cancel(self.serial));
+    }
+}
+
+/// The life of the thread: serve until nobody is left to serve, or until the engine fails; then refuse.
+fn drive(engine: &mut Engine, shared: &Shared, commands: &Receiver<EngineCommand>) {
+    let failure = match catch_unwind(AssertUnwindSafe(|| serve(engine, shared, commands))) {
+        Ok(Ok(())) => {
+            info!("the engine ends: nobody holds its handle any more");
+            shared.update(|status| status.alive = false);
+            return;
+        }
+        Ok(Err(failure)) => {
+            let cause = failure.source.clone().map(|source| source.to_string());
+            error!(cause, "the engine failed");
+            failure
+        }
+        Err(panic) => {
+            error!(cause = panic_message(panic.as_ref()), "the engine panicked");
+            engine_failed()
+        }
+    };
+    shared.update(|status| {
+        *status = EngineStatus { alive: false, running: 0, waiting: 0, waiting_tokens: 0, ..status.clone() }
+    });
+    engine.fail_all(&failure);
+    for command in commands {
+        if let EngineCommand::Submit(submission) = command {
+            let _ = submission.events.send(GenerationEvent::Failed(failure.clone()));
+        }
+    }
+}
+
+fn serve(engine: &mut Engine, shared: &Shared, commands: &Receiver<EngineCommand>) -> Result<(), Failure> {
+    loop {
+        if engine.is_idle() {
+            match commands.recv_timeout(IDLE_HEARTBEAT) {
+                Ok(command) => obey(engine, command),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            }
+            shared.beat();
+        }
+        commands.try_iter().take(MAX_COMMANDS_PER_STEP).for_each(|command| obey(engine, command));
+        engine.step(Instant::now())?;
+    }
+}
+
+fn obey(engine: &mut Engine, command: EngineCommand) {
+    match command {
+        EngineCommand::Submit(submission) => engine.submit(submission),
+        EngineCommand::Cancel(serial) => engine.cancel(serial),
+        EngineCommand::Drain { deadline, done } => engine.drain(deadline, done),
+        EngineCommand::InjectFault(Fault::Hang(time)) => {
+            warn!(?time, "standing still, as fault injection asks");
+            thread::sleep(time);
+        }
+        EngineCommand::InjectFault(Fault::Panic) => panic!("fault injection asks for a panic"),
+        EngineCommand::InjectFault(Fault::CorruptWeights) => engine.corrupt_weights(),
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str);
+    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
+}

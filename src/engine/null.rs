@@ -1,0 +1,92 @@
+//! A backend without an engine: answers every request at once, on the caller's thread. It measures the front alone.
+
+use std::time::Instant;
+
+use crate::types::{
+    Backend, EngineStatus, Failure, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
+    TokenId,
+};
+
+/// Every choice gets `max_tokens` tokens, which count up from the choice's seed within the vocabulary.
+pub struct NullEngine {
+    vocab_size: u32,
+    fingerprint: Fingerprint,
+}
+
+impl NullEngine {
+    pub fn new(vocab_size: u32) -> Self {
+        assert!(vocab_size > 0, "there are tokens to answer with");
+        Self { vocab_size, fingerprint: Fingerprint::new("00") }
+    }
+
+    fn token(&self, seed: u64, position: u64) -> TokenId {
+        (seed.wrapping_add(position) % u64::from(self.vocab_size)) as TokenId
+    }
+}
+
+impl Backend for NullEngine {
+    fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure> {
+        let (events, stream) = GenerationStream::channel();
+        let send = |event| events.send(event).expect("the stream is still here");
+        send(GenerationEvent::Scheduled { cached_tokens: 0 });
+        for start in &request.choices {
+            let seed = request.sampling.seed.wrapping_add(u64::from(start.index));
+            for position in start.emitted.len() as u64..u64::from(request.sampling.max_tokens) {
+                let token = self.token(seed, position);
+                send(GenerationEvent::Token { choice: start.index, token, logprobs: None });
+            }
+            send(GenerationEvent::Finished { choice: start.index, reason: FinishReason::Length });
+        }
+        Ok(stream)
+    }
+
+    fn status(&self) -> EngineStatus {
+        EngineStatus {
+            alive: true,
+            heartbeat: Instant::now(),
+            running: 0,
+            waiting: 0,
+            waiting_tokens: 0,
+            preemptions: 0,
+            kv_blocks_total: 1,
+            kv_blocks_used: 0,
+            drain_tokens_per_second: 0.0,
+        }
+    }
+
+    fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{ChoiceStart, RequestId, SamplingParams};
+    use std::sync::Arc;
+
+    #[test]
+    fn every_choice_gets_its_tokens_and_an_end_at_once() {
+        let request = GenerateRequest {
+            id: RequestId::new("null"),
+            prompt: Arc::from([1]),
+            choices: vec![ChoiceStart { index: 1, emitted: vec![6, 7] }],
+            sampling: Arc::new(SamplingParams { n: 2, seed: 5, max_tokens: 4, ..Default::default() }),
+            priority: 0,
+            deadline: None,
+            bypass_prefix_cache: false,
+            is_probe: false,
+        };
+        let mut stream = NullEngine::new(9).generate(request).expect("answers");
+        let events: Vec<GenerationEvent> = std::iter::from_fn(|| stream.try_next()).collect();
+        assert_eq!(
+            events,
+            [
+                GenerationEvent::Scheduled { cached_tokens: 0 },
+                GenerationEvent::Token { choice: 1, token: 8, logprobs: None },
+                GenerationEvent::Token { choice: 1, token: 0, logprobs: None },
+                GenerationEvent::Finished { choice: 1, reason: FinishReason::Length },
+            ]
+        );
+    }
+}
