@@ -1,0 +1,65 @@
+//! Faults on request, for drills and tests: `POST /debug/fault {"fault": "hang" | "panic" | "corrupt_weights"}`. The route
+//! exists only when `fault_injection` is configured, and asks for an API key like the rest of the API.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, Router};
+use serde::Deserialize;
+
+use crate::api::ApiState;
+use crate::api::error::ApiError;
+use crate::engine::{EngineHandle, Fault};
+
+/// The engine, once there is one.
+pub type FaultTarget = Arc<OnceLock<EngineHandle>>;
+
+/// Longer than any drill.
+const HANG_SECONDS: u64 = 24 * 60 * 60;
+
+#[derive(Deserialize)]
+#[serde(tag = "fault", rename_all = "snake_case", deny_unknown_fields)]
+enum FaultRequest {
+    /// The engine's thread stands still.
+    Hang {
+        #[serde(default)]
+        seconds: Option<u64>,
+    },
+    /// The engine's thread panics.
+    Panic,
+    /// The weights in memory are damaged.
+    CorruptWeights,
+}
+
+impl From<FaultRequest> for Fault {
+    fn from(request: FaultRequest) -> Self {
+        match request {
+            FaultRequest::Hang { seconds } => Fault::Hang(Duration::from_secs(seconds.unwrap_or(HANG_SECONDS))),
+            FaultRequest::Panic => Fault::Panic,
+            FaultRequest::CorruptWeights => Fault::CorruptWeights,
+        }
+    }
+}
+
+pub fn fault_routes(target: FaultTarget, api: ApiState) -> Router {
+    Router::new().route("/debug/fault", post(inject)).with_state((target, api))
+}
+
+async fn inject(
+    State((target, api)): State<(FaultTarget, ApiState)>,
+    headers: HeaderMap,
+    Json(request): Json<FaultRequest>,
+) -> Response {
+    if let Err(failure) = api.keys.check(&headers) {
+        return ApiError::from(failure).into_response();
+    }
+    let Some(engine) = target.get() else {
+        return (StatusCode::SERVICE_UNAVAILABLE, "There is no engine yet.\n").into_response();
+    };
+    engine.inject_fault(request.into());
+    StatusCode::ACCEPTED.into_response()
+}

@@ -1,0 +1,71 @@
+//! The side of the node that faces the network: listens first and ends last, and survives the engine.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use super::announce;
+use super::fault_injection::{FaultTarget, fault_routes};
+use crate::admission::AdmissionController;
+use crate::api::{self, ApiState};
+use crate::config::Config;
+use crate::health::Health;
+use crate::observability::Metrics;
+use crate::types::NodeState;
+
+pub struct Front {
+    pub api: ApiState,
+    pub metrics: Arc<Metrics>,
+    pub admission: AdmissionController,
+    pub health: Health,
+    /// Where fault injection finds the engine, if it is configured.
+    pub fault_target: Option<FaultTarget>,
+    /// As a client on this machine reaches it.
+    pub base_url: String,
+    server: JoinHandle<()>,
+    server_shutdown: CancellationToken,
+}
+
+impl Front {
+    /// Listens and answers: health truthfully, generation with 503 until a model is set.
+    pub async fn open(config: &Config) -> anyhow::Result<Self> {
+        let (host, port) = (config.api.host.as_str(), config.api.port);
+        let host = host.trim_start_matches('[').trim_end_matches(']');
+        let listener =
+            TcpListener::bind((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))?;
+        let base_url = announce::base_url(listener.local_addr().context("the listener has no address")?);
+
+        let metrics = Arc::new(Metrics::new(&config.metrics_model_name()));
+        let max_num_seqs = u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX);
+        let admission = AdmissionController::new(config.admission, max_num_seqs);
+        let health = Health::new(config.health.clone(), metrics.clone());
+        let api = ApiState::new(config.api.clone(), metrics.clone(), admission.clone(), health.clone())?;
+        let fault_target = config.process.fault_injection.then(FaultTarget::default);
+        let extra = fault_target.as_ref().map(|target| fault_routes(target.clone(), api.clone())).unwrap_or_default();
+        let server_shutdown = CancellationToken::new();
+        let server = tokio::spawn(api::serve(listener, api.clone(), extra, server_shutdown.clone()));
+        Ok(Self { api, metrics, admission, health, fault_target, base_url, server, server_shutdown })
+    }
+
+    /// Returns, with the reason, when the node has failed.
+    pub async fn failed(&self) -> String {
+        let mut phases = self.health.lifecycle().subscribe();
+        match phases.wait_for(|phase| phase.state == NodeState::Failed).await {
+            Ok(phase) => phase.reason.to_string(),
+            // The lifecycle lives as long as `self`.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Accepts nothing more and returns when every connection has ended, each after the response that it is in. The caller
+    /// bounds that time.
+    pub async fn close(self) {
+        self.server_shutdown.cancel();
+        if let Err(error) = self.server.await {
+            tracing::error!(%error, "the server ended abnormally");
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! From what `--model` says to a node that is ready: obtain, open, load, try, attach.
+//!
+//! What does not depend on one another runs at one time: the tokenizer is built while the weights are packed.
+
+use std::sync::Arc;
+
+use anyhow::Context;
+use tokio_util::sync::CancellationToken;
+
+use super::front::Front;
+use crate::api::ServedModel;
+use crate::config::Config;
+use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
+use crate::engine::model_runner::CpuModelRunner;
+use crate::engine::{self, EngineHandle, EngineLimits, EngineParts};
+use crate::health::{HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
+use crate::hub::{self, Progress};
+use crate::tokenizer::Tokenizer;
+use crate::types::{Backend, Fingerprint, TokenId};
+
+/// What the synthetic inference continues, where the tokenizer can spell it.
+const PROBE_TEXT: &str = "The capital of France is";
+/// Tokens of that text at most; with the generated ones they fit the blocks that the engine keeps for it.
+const MAX_PROBE_PROMPT: usize = 16;
+
+pub struct LoadedModel {
+    pub name: String,
+    pub engine: EngineHandle,
+    pub fingerprint: Fingerprint,
+    pub limits: EngineLimits,
+    pub has_chat_template: bool,
+    /// Ends the watchers and the probe. Do so before the engine is ended on purpose.
+    pub watchers: CancellationToken,
+}
+
+/// Loads and tries the model, gives it to the front, and makes the node ready.
+pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel> {
+    let health = &front.health;
+    health.set_loading(LoadPhase::Downloading, 0.0);
+    let needs_weights = config.process.load_format != LoadFormat::Dummy;
+    let resolved = hub::resolve(&config.hub, &config.process.model, needs_weights, &Progress::detect()).await?;
+    let names = config.served_names(&resolved.name);
+
+    health.set_loading(LoadPhase::LoadingWeights, 0.0);
+    let files = {
+        let (path, format) = (resolved.path.clone(), config.process.load_format);
+        off_runtime(move || Ok(ModelFiles::open(&path, format)?)).await?
+    };
+    let model_eos = files.eos_token_ids.clone();
+    let tokenizer = {
+        let source = files.tokenizer.clone();
+        off_runtime(move || open_tokenizer(&source))
+    };
+    let runner = {
+        let (health, runner_config) = (health.clone(), config.runner.clone());
+        let progress = move |fraction: f32| health.set_loading(LoadPhase::LoadingWeights, f64::from(fraction));
+        off_runtime(move || Ok(CpuModelRunner::load(files, runner_config, &progress)?))
+    };
+    let (tokenizer, (runner, fingerprint)) = tokio::try_join!(tokenizer, runner)?;
+    let eos_token_ids = union(&model_eos, tokenizer.eos_token_ids());
+    let prompt = probe_prompt(&tokenizer);
+
+    let engine = {
+        let mut engine_config = config.engine.clone();
+        engine_config.probe_tokens = prompt.len() + config.health.probe_max_tokens as usize;
+        let metrics = front.metrics.clone();
+        let parts = EngineParts {
+            config: engine_config,
+            fingerprint: fingerprint.clone(),
+            eos_token_ids: eos_token_ids.clone(),
+            detokenizers: tokenizer.clone().into(),
+            on_step: Some(Box::new(move |time| metrics.engine_step.observe(time.as_secs_f64()))),
+        };
+        off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(Box::new(runner))))?)).await?
+    };
+    let limits = engine.limits();
+    if let Some(target) = &front.fault_target {
+        let _ = target.set(engine.clone());
+    }
+
+    let backend: Arc<dyn Backend> = Arc::new(engine.clone());
+    health.attach(backend.clone());
+    health.set_loading(LoadPhase::Warming, 0.0);
+    health.lifecycle().warming("the weights are loaded")?;
+    let watchers = CancellationToken::new();
+    tokio::spawn(watch_engine(health.clone(), watchers.clone()));
+    let probe = InferenceProbe::calibrate(health.clone(), backend.clone(), prompt.into()).await?;
+
+    let chat_template = open_chat_template(&tokenizer)?;
+    let has_chat_template = chat_template.is_some();
+    let name = names[0].clone();
+    record(front, config, &name, &fingerprint, limits);
+    front.api.set_model(ServedModel::new(
+        names,
+        backend,
+        tokenizer,
+        chat_template,
+        eos_token_ids,
+        limits.max_model_len,
+    ));
+    tokio::spawn(probe.run(watchers.clone()));
+    // The pool's pages are the kernel's to count once they are touched; free blocks are not subtracted a second time.
+    tokio::spawn(watch_memory(health.clone(), Box::new(HostMemory::detect()), 0, watchers.clone()));
+    health.lifecycle().ready("the model is loaded and gives the same numbers twice")?;
+    Ok(LoadedModel { name, engine, fingerprint, limits, has_chat_template, watchers })
+}
+
+/// Runs what blocks or computes where it does not hold up the front.
+async fn off_runtime<T: Send + 'static>(
+    work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
+) -> anyhow::Result<T> {
+    tokio::task::spawn_blocking(work).await.context("loading panicked")?
+}
+
+fn open_tokenizer(source: &TokenizerSource) -> anyhow::Result<Tokenizer> {
+    let tokenizer = match source {
+        TokenizerSource::Gguf(file) => Tokenizer::from_gguf(file.metadata()),
+        TokenizerSource::Directory(directory) => Tokenizer::from_dir(directory),
+    };
+    tokenizer.context("the model's tokenizer cannot be used")
+}
+
+fn probe_prompt(tokenizer: &Tokenizer) -> Vec<TokenId> {
+    let mut prompt = tokenizer.encode(PROBE_TEXT, true).unwrap_or_default();
+    prompt.truncate(MAX_PROBE_PROMPT);
+    if prompt.is_empty() {
+        prompt.push(0);
+    }
+    prompt
+}
+
+/// The first list's order, then what only the second has.
+fn union(first: &[TokenId], second: &[TokenId]) -> Vec<TokenId> {
+    let mut ids = first.to_vec();
+    for id in second {
+        if !ids.contains(id) {
+            ids.push(*id);
+        }
+    }
+    ids
+}
+
+fn record(front: &Front, config: &Config, name: &str, fingerprint: &Fingerprint, limits: EngineLimits) {
+    front.metrics.model.set(&[name, fingerprint.as_str()]);
+    let (block_size, blocks) = (limits.block_size.to_string(), limits.num_blocks.to_string());
+    let caching = if config.engine.enable_prefix_caching { "True" } else { "False" };
+    front.metrics.cache_config.set(&[&block_size, &blocks, caching]);
+}

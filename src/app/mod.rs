@@ -1,0 +1,92 @@
+//! The composition root: builds and starts every task, and owns the order in which they end.
+//!
+//! The front listens before anything is loaded, so that probes see how far loading has come. Then the model is obtained and
+//! loaded, the engine started, tried and attached, and the node is ready. From there on it waits for one of two ends: a
+//! signal, after which running work may finish; or a failed engine, after which the process ends so that it is restarted.
+
+mod announce;
+mod ending;
+mod fault_injection;
+mod front;
+pub mod healthcheck;
+mod load;
+mod signals;
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+
+use crate::config::{Config, Invocation, KEYS};
+use crate::observability::trace;
+use ending::Ending;
+use front::Front;
+use load::LoadedModel;
+use signals::Signals;
+
+/// What blocking work, such as a download that hangs, may hold up the end of the process.
+const RUNTIME_END: Duration = Duration::from_millis(200);
+
+/// Serves until a signal or a failure; the exit code says which. An error is one of starting.
+pub fn serve(invocation: Invocation) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    trace::init(&invocation.config.trace)?;
+    log_configuration(&invocation);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("front")
+        .build()
+        .context("the runtime cannot be started")?;
+    let ended = runtime.block_on(run(invocation.config, started));
+    runtime.shutdown_timeout(RUNTIME_END);
+    ended
+}
+
+/// Once, in one line, secrets redacted.
+fn log_configuration(invocation: &Invocation) {
+    let pairs = KEYS.iter().map(|key| format!("{}={}", key.name, key.text(&invocation.config)));
+    let effective = pairs.collect::<Vec<_>>().join(" ");
+    tracing::info!(version = env!("CARGO_PKG_VERSION"), effective, "configuration");
+    for warning in &invocation.warnings {
+        tracing::warn!("{warning}");
+    }
+}
+
+async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
+    let mut signals = Signals::install().context("signals cannot be caught")?;
+    let front = Front::open(&config).await?;
+    say(&format!("Listening on {}", front.base_url));
+    let model = tokio::select! {
+        loaded = load::load(&config, &front) => loaded?,
+        caught = signals.next() => {
+            tracing::info!(signal = caught.name, "ending while the model loads");
+            return Ok(ending::while_loading(front, caught).await);
+        }
+    };
+    welcome(&config, &front, &model, started.elapsed());
+    let ending = tokio::select! {
+        caught = signals.next() => Ending::Signal(caught),
+        reason = front.failed() => Ending::Failure(reason),
+    };
+    Ok(ending::end(ending, &config, front, model, &mut signals).await)
+}
+
+fn welcome(config: &Config, front: &Front, model: &LoadedModel, elapsed: Duration) {
+    tracing::info!(
+        model = model.name,
+        fingerprint = %model.fingerprint,
+        kv_blocks = model.limits.num_blocks,
+        block_size = model.limits.block_size,
+        max_model_len = model.limits.max_model_len,
+        seconds = elapsed.as_secs_f64(),
+        "ready"
+    );
+    let line = announce::curl_line(&front.base_url, model.has_chat_template, !config.api.api_keys.is_empty());
+    say(&format!("Serving {} after {:.2} s. Try it:\n\n{line}\n", model.name, elapsed.as_secs_f64()));
+}
+
+/// Tells the person at the terminal. Nobody there is no reason to stop.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
