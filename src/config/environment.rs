@@ -1,39 +1,63 @@
-//! `OUTRIGGER_<KEY>` variables. Pure: the variables are passed in.
+//! `OUTRIGGER_<KEY>` variables, and the few of others that mean one of our keys. Pure: the variables are passed in.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use super::{Assignment, Origin, keys, unknown};
+use crate::hub::default_home;
 
 const PREFIX: &str = "OUTRIGGER_";
 
+/// Variables that the model hub's own tools read, and the keys that they mean.
+const AMBIENT: &[(&str, &str)] = &[("HF_ENDPOINT", "hub_endpoint"), ("HF_TOKEN", "hub_token")];
+
 #[derive(Default)]
 pub(super) struct Variables {
-    pub assignments: Vec<Assignment>,
+    /// Of `OUTRIGGER_` variables.
+    pub own: Vec<Assignment>,
+    /// Of other programs' variables; anything we are told ourselves goes before.
+    pub ambient: Vec<Assignment>,
+    /// Where downloads go when nothing else is said.
+    pub default_home: Option<PathBuf>,
     /// `OUTRIGGER_CONFIG`.
     pub file: Option<PathBuf>,
     pub warnings: Vec<String>,
 }
 
 pub(super) fn read(variables: impl IntoIterator<Item = (String, String)>, problems: &mut Vec<String>) -> Variables {
-    let mut read = Variables::default();
-    let mut variables: Vec<_> = variables.into_iter().filter(|(name, _)| name.starts_with(PREFIX)).collect();
-    variables.sort();
+    let variables: BTreeMap<String, String> = variables.into_iter().collect();
+    let mut read =
+        Variables { default_home: default_home(|name| variables.get(name).map(Into::into)), ..Variables::default() };
+    for (variable, name) in AMBIENT {
+        let (text, key) = (variables.get(*variable), keys::find(name));
+        if let (Some(text), Some(key)) = (text.filter(|text| !text.is_empty()), key) {
+            read.ambient.push(Assignment { key, text: text.clone(), origin: Origin::Variable((*variable).to_owned()) });
+        }
+    }
     for (variable, text) in variables {
+        if variable.starts_with(PREFIX) {
+            read.take(variable, text, problems);
+        }
+    }
+    read
+}
+
+impl Variables {
+    /// Takes one of our own variables.
+    fn take(&mut self, variable: String, text: String, problems: &mut Vec<String>) {
         let name = variable[PREFIX.len()..].to_ascii_lowercase();
         if is_service_link(&name, &text) {
-            read.warnings.push(format!(
-                "${variable} describes a Kubernetes service and is ignored (set enableServiceLinks: false)"
-            ));
+            let advice = "describes a Kubernetes service and is ignored (set enableServiceLinks: false)";
+            self.warnings.push(format!("${variable} {advice}"));
         } else if name == "config" {
-            read.file = Some(PathBuf::from(text));
+            self.file = Some(PathBuf::from(text));
         } else if let Some(key) = keys::find(&name) {
-            read.assignments.push(Assignment { key, text, origin: Origin::Variable(variable) });
+            self.own.push(Assignment { key, text, origin: Origin::Variable(variable) });
         } else {
             let rewrite = |known: &str| format!("{PREFIX}{}", known.to_ascii_uppercase());
             problems.push(unknown(&format!("${variable}"), &name, rewrite));
         }
     }
-    read
 }
 
 /// Kubernetes describes a service called `outrigger` (or `outrigger-…`) to every container beside it in variables such as

@@ -4,7 +4,9 @@
 //! Defaults are the sections' own; they are not repeated here.
 
 use super::Config;
-use super::syntax::{Auto, Choice, Count, List, Notation, Number, Secrets, Size, Switch, Syntax, Text, Time, choice};
+use super::syntax::{
+    Auto, Choice, Count, List, Location, Notation, Number, Secrets, Size, Switch, Syntax, Text, Time, Token, choice,
+};
 use crate::engine::model::LoadFormat;
 use crate::observability::trace::LogFormat;
 
@@ -115,6 +117,16 @@ keys! {
         load_format: Choice<LoadFormat> => process.load_format,
             "Which files to load; `dummy` makes random weights in the shapes of a `config.json`, for measuring.";
     }
+    "Downloads" {
+        home | download_dir: Auto<Location> => process.home,
+            "Where downloads are kept; `auto` is `outrigger` in the XDG cache folder.";
+        revision: Text => hub.revision,
+            "Branch, tag or commit of a hub id.";
+        hub_endpoint: Auto<Text> => hub.endpoint,
+            "Address of the model hub; `auto` is the public one. HF_ENDPOINT is understood as well.";
+        hub_token | hf_token: Auto<Token> => hub.token,
+            "Access token for models that ask for one. HF_TOKEN is understood as well.";
+    }
     "Engine" {
         max_model_len: Auto<Count> => engine.max_model_len,
             "Longest prompt and output together, in tokens; `auto` is the model's own limit.";
@@ -142,7 +154,9 @@ keys! {
     "Shutdown and faults" {
         shutdown_timeout: Time => process.shutdown_timeout,
             "After SIGTERM or SIGINT, how long running requests may go on.";
+        failure_linger: Time => process.failure_linger,
+            "After the engine has failed, how long the front still answers probes before the process ends.";
         fault_injection: Switch => process.fault_injection,
-            "Opens an endpoint that hangs, panics or corrupts the engine. For drills only.";
+            "Opens `POST /debug/fault`, which hangs, panics or corrupts the engine. For drills only.";
     }
 }

@@ -19,21 +19,37 @@ pub use keys::{KEYS, Key, markdown_table};
 pub use process::Process;
 
 use crate::observability::trace;
-use crate::{admission, engine};
+use crate::{admission, engine, hub};
 
 /// Every section. Defaults are the sections' own.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Config {
     pub process: Process,
+    /// Its `home` follows from `process.home` and the environment.
+    pub hub: hub::Config,
     pub engine: engine::Config,
     pub admission: admission::Config,
     pub trace: trace::Config,
+}
+
+impl Default for Config {
+    /// Without a home: that takes an environment.
+    fn default() -> Self {
+        Self {
+            process: Process::default(),
+            hub: hub::Config::new(""),
+            engine: engine::Config::default(),
+            admission: admission::Config::default(),
+            trace: trace::Config::default(),
+        }
+    }
 }
 
 impl Config {
     /// Reports every problem, each with its key's name.
     pub fn validate(&self, problems: &mut Vec<String>) {
         self.process.validate(problems);
+        self.hub.validate(problems);
         self.engine.validate(problems);
         self.admission.validate(problems);
         self.trace.validate(problems);
@@ -113,13 +129,16 @@ impl Invocation {
         let arguments = arguments::read(arguments)?;
         let mut problems = Vec::new();
         let variables = environment::read(variables, &mut problems);
-        let file = arguments.file.or(variables.file);
-        let mut assignments = file.map(|file| file::read(&file, &mut problems)).unwrap_or_default();
-        assignments.extend(variables.assignments);
+        let mut assignments = variables.ambient;
+        if let Some(file) = arguments.file.or(variables.file) {
+            assignments.extend(file::read(&file, &mut problems));
+        }
+        assignments.extend(variables.own);
         assignments.extend(arguments.assignments);
 
         let mut config = Config::default();
         let origins = apply(assignments, &mut config, &mut problems);
+        config.hub.home = config.process.home.clone().or(variables.default_home).unwrap_or_default();
         config.validate(&mut problems);
         match problems.is_empty() {
             true => Ok(Self { command: arguments.command, config, origins, warnings: variables.warnings }),

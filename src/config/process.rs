@@ -1,5 +1,6 @@
 //! What belongs to the process as a whole, and to no module.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::engine::model::LoadFormat;
@@ -12,8 +13,12 @@ pub struct Process {
     pub served_model_name: Vec<String>,
     /// Default: `auto`.
     pub load_format: LoadFormat,
+    /// Holds downloads. Default: none, which stands for the XDG cache folder.
+    pub home: Option<PathBuf>,
     /// Default: 30 s. An orchestrator's own grace period must be longer.
     pub shutdown_timeout: Duration,
+    /// Default: 5 s.
+    pub failure_linger: Duration,
     /// Default: off.
     pub fault_injection: bool,
 }
@@ -24,22 +29,26 @@ impl Default for Process {
             model: "smollm2-135m-instruct".into(),
             served_model_name: Vec::new(),
             load_format: LoadFormat::Auto,
+            home: None,
             shutdown_timeout: Duration::from_secs(30),
+            failure_linger: Duration::from_secs(5),
             fault_injection: false,
         }
     }
 }
 
 /// A day: longer than any generation, and far from the edge of the clock's arithmetic.
-const MAX_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+const MAX_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Process {
     pub fn validate(&self, problems: &mut Vec<String>) {
         if self.model.is_empty() {
             problems.push("model must not be empty".into());
         }
-        if self.shutdown_timeout > MAX_SHUTDOWN_TIMEOUT {
-            problems.push("shutdown_timeout must be at most 24h".into());
+        for (key, time) in [("shutdown_timeout", self.shutdown_timeout), ("failure_linger", self.failure_linger)] {
+            if time > MAX_TIME {
+                problems.push(format!("{key} must be at most 24h"));
+            }
         }
     }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use super::*;
 
 fn read(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Invocation, ConfigError> {
-    let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    let variables = [("HOME", "/home/somebody")].iter().chain(variables);
+    let variables = variables.map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
     Invocation::read(arguments.iter().map(|&argument| argument.to_owned()), variables)
 }
 
@@ -118,7 +119,46 @@ fn kubernetes_service_links_are_not_taken_for_keys() {
 
 #[test]
 fn other_programs_variables_are_left_alone() {
-    assert!(read(&[], &[("PATH", "/bin"), ("MODEL", "x"), ("OUTRIGGERS_MODEL", "x")]).unwrap().origins.is_empty());
+    assert!(
+        read(&[], &[("PATH", "/bin"), ("MODEL", "x"), ("OUTRIGGERS_MODEL", "x"), ("HF_TOKEN", "")])
+            .unwrap()
+            .origins
+            .is_empty()
+    );
+}
+
+#[test]
+fn the_home_follows_from_the_environment_unless_it_is_said() {
+    let home = |arguments: &[&str], variables: &[(&str, &str)]| read(arguments, variables).unwrap().config.hub.home;
+    assert_eq!(home(&[], &[]), PathBuf::from("/home/somebody/.cache/outrigger"));
+    assert_eq!(home(&[], &[("XDG_CACHE_HOME", "/cache")]), PathBuf::from("/cache/outrigger"));
+    assert_eq!(home(&[], &[("OUTRIGGER_HOME", "/models")]), PathBuf::from("/models"));
+    assert_eq!(home(&["--download-dir", "/flag"], &[("OUTRIGGER_HOME", "/models")]), PathBuf::from("/flag"));
+    let nowhere = Invocation::read([], []).unwrap_err().to_string();
+    assert!(nowhere.contains("home"), "{nowhere}");
+}
+
+#[test]
+fn the_hubs_own_variables_count_least() {
+    let token = |arguments: &[&str], variables: &[(&str, &str)]| read(arguments, variables).unwrap().config.hub.token;
+    assert_eq!(token(&[], &[("HF_TOKEN", "ambient")]).as_deref(), Some("ambient"));
+    assert_eq!(token(&[], &[("HF_TOKEN", "ambient"), ("OUTRIGGER_HUB_TOKEN", "own")]).as_deref(), Some("own"));
+    let file = file("hf_token = 'file'");
+    let arguments = ["--config", file.path().to_str().unwrap()];
+    assert_eq!(token(&arguments, &[("HF_TOKEN", "ambient")]).as_deref(), Some("file"));
+}
+
+#[test]
+fn no_secret_is_shown() {
+    let invocation = read(&["--hub-token", "hush-hush"], &[]).unwrap();
+    assert_eq!(invocation.config.hub.token.as_deref(), Some("hush-hush"));
+    let shown = invocation.effective()
+        + &format!("{invocation:?}")
+        + &KEYS.iter().map(|key| key.text(&invocation.config)).collect::<String>();
+    assert!(!shown.contains("hush"), "{shown}");
+    assert!(shown.contains("# hub_token = \"<redacted>\""), "{shown}");
+    let problems = problems(&["--hub-token", "<redacted>"], &[]);
+    assert!(problems[0].starts_with("hub_token"), "{problems:?}");
 }
 
 #[test]

@@ -87,7 +87,7 @@ impl HubClient {
         expected: Option<&Checksum>,
         store: &Store,
         file: &str,
-        progress: Progress,
+        progress: &Progress,
     ) -> Result<Checksum, SourceError> {
         let url = self.repo(remote.repository, remote.revision).url(remote.path);
         let metadata = self.answered(self.api.metadata(&url)).await?;

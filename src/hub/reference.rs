@@ -17,6 +17,20 @@ pub enum ModelReference {
 }
 
 impl ModelReference {
+    /// The name under which the model is known: the catalog's or the hub's id; of a path the last part, without a `.gguf`
+    /// extension.
+    pub fn name(&self) -> String {
+        match self {
+            ModelReference::Catalog(entry) => entry.id.clone(),
+            ModelReference::Hub { repository, .. } => repository.clone(),
+            ModelReference::Path(path) => {
+                let path = path.canonicalize().unwrap_or_else(|_| path.clone());
+                let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy();
+                name.strip_suffix(".gguf").unwrap_or(&name).to_owned()
+            }
+        }
+    }
+
     /// A catalog id before a path, a path that exists before a hub id. What looks like a path and does not exist is not
     /// looked for on the hub.
     pub fn parse(model: &str, catalog: &Catalog) -> Result<Self, HubError> {

@@ -71,7 +71,7 @@ pub(super) async fn obtain(
         },
     };
     let client = HubClient::new(config, Limits::default()).map_err(failed)?;
-    let snapshot = download(&client, config, &root, repository, variant, needs_weights, *progress).await;
+    let snapshot = download(&client, config, &root, repository, variant, needs_weights, progress).await;
     let snapshot = snapshot.map_err(failed)?;
     write_record(&root, &records[0], &snapshot).map_err(failed)?;
     Ok(model_path(&root, &snapshot))
@@ -121,7 +121,7 @@ async fn download(
     repository: &str,
     variant: Option<&str>,
     needs_weights: bool,
-    progress: Progress,
+    progress: &Progress,
 ) -> Result<Snapshot, SourceError> {
     let info = client.info(repository, &config.revision).await?;
     let is_commit = !info.sha.is_empty() && info.sha.bytes().all(|byte| byte.is_ascii_alphanumeric());
@@ -154,7 +154,7 @@ async fn fetch(
     commit: &str,
     name: &str,
     store: &Store,
-    progress: Progress,
+    progress: &Progress,
 ) -> Result<Checksum, SourceError> {
     let remote = RemoteFile { repository, revision: commit, path: name };
     client.fetch(&remote, None, store, name, progress).await
