@@ -52,6 +52,10 @@ impl Variables {
         } else if name == "config" {
             self.file = Some(PathBuf::from(text));
         } else if let Some(key) = keys::find(&name) {
+            // Manifests set optional variables to nothing.
+            if text.is_empty() {
+                return;
+            }
             self.own.push(Assignment { key, text, origin: Origin::Variable(variable) });
         } else {
             let rewrite = |known: &str| format!("{PREFIX}{}", known.to_ascii_uppercase());

@@ -109,6 +109,26 @@ choice!(LoadFormat, "auto|safetensors|gguf|dummy" {
 });
 
 keys! {
+    "Server" {
+        host: Text => api.host,
+            "Address to listen on.";
+        port: Count => api.port,
+            "Port to listen on; 0 takes a free one.";
+        api_keys | api_key: Secrets => api.api_keys,
+            "Keys that clients present, plain or as `sha256:` and 64 hexadecimal digits; without any, everybody may come in.";
+        max_connections: Count => api.max_connections,
+            "Connections served at once; more get 503, but for health and metrics.";
+        max_body_bytes: Size => api.max_body_bytes,
+            "Longest body of a request.";
+        header_read_timeout | header_timeout: Time => api.header_read_timeout,
+            "Time in which the head of a request has to arrive, and for which an idle connection is kept.";
+        body_read_timeout | body_timeout: Time => api.body_read_timeout,
+            "Time in which the body of a request has to arrive.";
+        max_input_tokens: Auto<Count> => api.max_input_tokens,
+            "Longest prompt, in tokens; `auto` is what the model's context holds.";
+        max_output_tokens: Auto<Count> => api.max_output_tokens,
+            "Tokens generated per choice at most; `auto` is what the model's context holds.";
+    }
     "Model" {
         model: Text => process.model,
             "What to serve: a name of the catalog, a hub id (`owner/name`), a directory, or a `.gguf` file.";
@@ -144,6 +164,32 @@ keys! {
             "Requests that may wait beyond those for which the batch has room; over it they get 429.";
         max_num_queued_tokens: Count => admission.max_num_queued_tokens,
             "Prompt tokens that may wait; over it requests get 429.";
+    }
+    "Health" {
+        probe_interval: Time => health.probe_interval,
+            "From the end of one synthetic inference to the next.";
+        probe_soft_limit: Time => health.probe_soft_limit,
+            "A slower synthetic inference degrades the node.";
+        probe_hard_limit: Time => health.probe_hard_limit,
+            "Without an answer for this long the node is unready.";
+        probe_max_tokens: Count => health.probe_max_tokens,
+            "Tokens of a synthetic inference.";
+        probe_recovery: Count => health.probe_recovery,
+            "Good synthetic inferences in a row that lift a bad verdict.";
+        stall_timeout: Time => health.stall_timeout,
+            "An engine with work and without progress for this long makes the node unready.";
+        liveness_timeout: Time => health.liveness_timeout,
+            "An engine with work and without progress for this long makes the node failed: restart it.";
+        memory_interval: Time => health.memory_interval,
+            "From one reading of the memory to the next.";
+        memory_warn_mark: Number => health.memory_warn_mark,
+            "Fraction of the memory in use from which it is logged.";
+        memory_shrink_mark: Number => health.memory_shrink_mark,
+            "Fraction of the memory in use from which the node is degraded.";
+        memory_removal_mark: Number => health.memory_removal_mark,
+            "Fraction of the memory in use from which the node is unready.";
+        queue_saturation_mark: Number => health.queue_saturation_mark,
+            "Fullness of the queue from which a node is unready, while another ready node is below it.";
     }
     "Log" {
         log_format: Choice<LogFormat> => trace.log_format,

@@ -19,7 +19,7 @@ pub use keys::{KEYS, Key, markdown_table};
 pub use process::Process;
 
 use crate::observability::trace;
-use crate::{admission, engine, hub};
+use crate::{admission, api, engine, health, hub};
 
 /// Every section. Defaults are the sections' own.
 #[derive(Clone, Debug)]
@@ -29,6 +29,8 @@ pub struct Config {
     pub hub: hub::Config,
     pub engine: engine::Config,
     pub admission: admission::Config,
+    pub health: health::Config,
+    pub api: api::Config,
     pub trace: trace::Config,
 }
 
@@ -40,6 +42,8 @@ impl Default for Config {
             hub: hub::Config::new(""),
             engine: engine::Config::default(),
             admission: admission::Config::default(),
+            health: health::Config::default(),
+            api: api::Config::default(),
             trace: trace::Config::default(),
         }
     }
@@ -52,6 +56,8 @@ impl Config {
         self.hub.validate(problems);
         self.engine.validate(problems);
         self.admission.validate(problems);
+        self.health.validate(problems);
+        self.api.validate(problems);
         self.trace.validate(problems);
     }
 }
