@@ -8,6 +8,8 @@ use super::syntax::{
     Auto, Choice, Count, List, Location, Notation, Number, Secrets, Size, Switch, Syntax, Text, Time, Token, choice,
 };
 use crate::engine::model::LoadFormat;
+use crate::engine::model::decoder::DType;
+use crate::engine::model_runner::KvCacheDType;
 use crate::observability::trace::LogFormat;
 
 /// One row of the table.
@@ -101,6 +103,20 @@ macro_rules! keys {
 
 choice!(LogFormat, "text|json" { Text: "text", Json: "json" });
 
+choice!(DType, "auto|float32|float16|bfloat16" {
+    Auto: "auto",
+    Float32: "float32" | "f32" | "float",
+    Float16: "float16" | "f16" | "half",
+    BFloat16: "bfloat16" | "bf16",
+});
+
+choice!(KvCacheDType, "auto|float32|float16|bfloat16" {
+    Auto: "auto",
+    Float32: "float32" | "f32" | "float",
+    Float16: "float16" | "f16" | "half",
+    BFloat16: "bfloat16" | "bf16",
+});
+
 choice!(LoadFormat, "auto|safetensors|gguf|dummy" {
     Auto: "auto",
     Safetensors: "safetensors",
@@ -158,6 +174,18 @@ keys! {
             "Requests in the engine, running and waiting: a last bound on memory.";
         enable_prefix_caching: Switch => engine.enable_prefix_caching,
             "Keeps the KV blocks of past prompts, and reuses them for prompts that begin alike.";
+    }
+    "Compute" {
+        dtype: Choice<DType> => compute.dtype,
+            "Number type of the weights in memory, and so of the arithmetic; `auto` is as the file has them.";
+        kv_cache_dtype: Choice<KvCacheDType> => compute.kv_cache_dtype,
+            "Number type of the KV cache; `auto` follows `dtype`, and is float16 where that is `auto`.";
+        kv_cache_memory | kv_cache_memory_bytes: Size => compute.kv_cache_memory,
+            "Size of the KV pool. Pages that were never used cost nothing.";
+        block_size: Count => compute.block_size,
+            "Tokens of a KV block: 16, 32 or a multiple of 64.";
+        threads: Auto<Count> => compute.threads,
+            "Threads that compute; `auto` is as many as the process may use.";
     }
     "Queue" {
         max_num_queued_requests | max_num_queued_reqs: Count => admission.max_num_queued_requests,

@@ -5,6 +5,7 @@
 //! environment; what the keys mean, the modules that own them know.
 
 mod arguments;
+mod compute;
 mod environment;
 mod file;
 mod keys;
@@ -15,6 +16,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
+pub use compute::Compute;
 pub use keys::{KEYS, Key, markdown_table};
 pub use process::Process;
 
@@ -27,6 +29,7 @@ pub struct Config {
     pub process: Process,
     /// Its `home` follows from `process.home` and the environment.
     pub hub: hub::Config,
+    pub compute: Compute,
     pub engine: engine::Config,
     pub admission: admission::Config,
     pub health: health::Config,
@@ -40,6 +43,7 @@ impl Default for Config {
         Self {
             process: Process::default(),
             hub: hub::Config::new(""),
+            compute: Compute::default(),
             engine: engine::Config::default(),
             admission: admission::Config::default(),
             health: health::Config::default(),
@@ -54,6 +58,7 @@ impl Config {
     pub fn validate(&self, problems: &mut Vec<String>) {
         self.process.validate(problems);
         self.hub.validate(problems);
+        self.compute.validate(problems);
         self.engine.validate(problems);
         self.admission.validate(problems);
         self.health.validate(problems);

@@ -5,6 +5,8 @@ use std::io::Write;
 use std::time::Duration;
 
 use super::*;
+use crate::engine::model::decoder::DType;
+use crate::engine::model_runner::KvCacheDType;
 
 fn read(arguments: &[&str], variables: &[(&str, &str)]) -> Result<Invocation, ConfigError> {
     let variables = [("HOME", "/home/somebody")].iter().chain(variables);
@@ -83,6 +85,41 @@ fn a_broken_or_missing_file_is_a_problem() {
     let file = file("model = ");
     assert!(problems(&["--config", file.path().to_str().unwrap()], &[])[0].starts_with("config file"));
     assert!(problems(&["--config", "/nonexistent/outrigger.toml"], &[])[0].contains("/nonexistent/outrigger.toml"));
+}
+
+#[test]
+fn vllm_spellings_are_understood() {
+    let arguments = [
+        "--max-num-queued-reqs",
+        "3",
+        "--dtype",
+        "half",
+        "--kv-cache-dtype",
+        "f32",
+        "--api-key",
+        "a",
+        "--api-key",
+        "b",
+        "--served-model-name",
+        "x,y",
+        "--max-model-len",
+        "4K",
+        "--kv-cache-memory",
+        "2GiB",
+        "--no-enable-prefix-caching",
+    ];
+    let config = read(&arguments, &[]).unwrap().config;
+    assert_eq!(config.admission.max_num_queued_requests, 3);
+    assert_eq!(config.compute.dtype, DType::Float16);
+    assert_eq!(config.compute.kv_cache_dtype, KvCacheDType::Float32);
+    assert_eq!(config.api.api_keys, ["a", "b"]);
+    assert_eq!(config.process.served_model_name, ["x", "y"]);
+    assert_eq!(config.engine.max_model_len, Some(4096));
+    assert_eq!(config.compute.kv_cache_memory, 2 << 30);
+    assert!(!config.engine.enable_prefix_caching);
+    for (spelling, dtype) in [("float32", DType::Float32), ("bf16", DType::BFloat16), ("auto", DType::Auto)] {
+        assert_eq!(read(&["--dtype", spelling], &[]).unwrap().config.compute.dtype, dtype);
+    }
 }
 
 #[test]
