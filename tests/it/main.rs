@@ -4,3 +4,4 @@ mod fixtures;
 mod loader;
 mod numerics_candle;
 mod paths;
+mod real_model;
