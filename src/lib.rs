@@ -23,4 +23,5 @@ pub mod formats;
 pub mod health;
 pub mod hub;
 pub mod observability;
+pub mod tokenizer;
 pub mod types;

@@ -1,7 +1,9 @@
 //! Integration tests, in one binary: what spans modules, against real files, real models and real sockets.
 
+mod chat_templates;
 mod fixtures;
 mod loader;
 mod numerics_candle;
 mod paths;
 mod real_model;
+mod tokenizer;

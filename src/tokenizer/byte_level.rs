@@ -1,0 +1,76 @@
+//! GPT-2's alphabet: a printable character for each byte, so that vocabularies can be written as text.
+
+use std::sync::LazyLock;
+
+/// The characters beyond the printable Latin-1 ones, in the order of the bytes that they stand for.
+const FIRST_SUBSTITUTE: u32 = 256;
+
+static CHARS: LazyLock<[char; 256]> = LazyLock::new(|| {
+    let mut next = FIRST_SUBSTITUTE;
+    std::array::from_fn(|byte| {
+        let byte = byte as u8;
+        if stands_for_itself(byte) {
+            return char::from(byte);
+        }
+        let substitute = char::from_u32(next).expect("at most 256 characters above U+0100");
+        next += 1;
+        substitute
+    })
+});
+
+static BYTES: LazyLock<Vec<Option<u8>>> = LazyLock::new(|| {
+    let mut bytes = vec![None; 2 * FIRST_SUBSTITUTE as usize];
+    for (byte, &character) in CHARS.iter().enumerate() {
+        bytes[character as usize] = Some(byte as u8);
+    }
+    bytes
+});
+
+fn stands_for_itself(byte: u8) -> bool {
+    matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF)
+}
+
+/// The character that stands for a byte.
+pub(super) fn char_of(byte: u8) -> char {
+    CHARS[usize::from(byte)]
+}
+
+/// The byte that a character stands for.
+pub(super) fn byte_of(character: char) -> Option<u8> {
+    BYTES.get(character as usize).copied().flatten()
+}
+
+/// Appends the bytes that a token stands for. A token with a character outside of the alphabet stands for itself.
+pub(super) fn decode(token: &str, bytes: &mut Vec<u8>) {
+    let start = bytes.len();
+    for character in token.chars() {
+        let Some(byte) = byte_of(character) else {
+            bytes.truncate(start);
+            bytes.extend_from_slice(token.as_bytes());
+            return;
+        };
+        bytes.push(byte);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_byte_has_a_character_of_its_own() {
+        for byte in 0..=255 {
+            assert_eq!(byte_of(char_of(byte)), Some(byte));
+        }
+        // As in the published vocabularies.
+        assert_eq!((char_of(b' '), char_of(b'\n'), char_of(0xAD), char_of(b'a')), ('Ġ', 'Ċ', 'Ń', 'a'));
+    }
+
+    #[test]
+    fn a_foreign_character_makes_the_token_stand_for_itself() {
+        let mut bytes = Vec::new();
+        decode("Ġa", &mut bytes);
+        decode("Ġ日", &mut bytes);
+        assert_eq!(bytes, [b" a".as_slice(), "Ġ日".as_bytes()].concat());
+    }
+}

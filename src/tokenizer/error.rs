@@ -1,0 +1,43 @@
+//! What can be wrong with a tokenizer, told to the operator.
+
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub enum TokenizerError {
+    #[error("cannot read {path}")]
+    Io {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("{path} is not the JSON that is expected there: {reason}")]
+    Json { path: PathBuf, reason: String },
+    #[error("{path} is larger than {limit} bytes")]
+    TooLarge { path: PathBuf, limit: u64 },
+    #[error("there is no tokenizer.json in {0}")]
+    NoTokenizerFile(PathBuf),
+    #[error("the file has no {0:?} in its metadata, so it holds no tokenizer that can be used")]
+    MissingKey(&'static str),
+    #[error("{key:?} in the metadata is not {expected}")]
+    WrongType { key: &'static str, expected: &'static str },
+    #[error("tokenizer model {0:?} is not supported (\"gpt2\" and \"llama\" are)")]
+    UnsupportedModel(String),
+    #[error("pre-tokenizer {0:?} (tokenizer.ggml.pre) is not known, and a guess would give wrong tokens")]
+    UnsupportedPreTokenizer(String),
+    #[error("the file does not say how to split text (tokenizer.ggml.pre is missing); convert the model again")]
+    MissingPreTokenizer,
+    #[error("merge {index}, {merge:?}, does not join two tokens of the vocabulary into a third")]
+    InvalidMerge { index: usize, merge: String },
+    #[error("{key:?} names token {id}, but the vocabulary has {size} tokens")]
+    TokenOutOfRange { key: String, id: u64, size: usize },
+    #[error("tokenizer type {id} of token {token} is unknown")]
+    UnknownTokenType { token: usize, id: u64 },
+    #[error("byte token {token} is {text:?}, not of the form <0xFF>")]
+    InvalidByteToken { token: usize, text: String },
+    #[error("{what} of tokenizer.json is of a kind that is not supported: {kind}")]
+    Unsupported { what: &'static str, kind: String },
+    #[error("the tokenizer refused: {0}")]
+    Library(String),
+    #[error("the text cannot be split within the limits of the pre-tokenizer's pattern: {0}")]
+    Split(String),
+}

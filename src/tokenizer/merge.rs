@@ -1,0 +1,108 @@
+//! Byte-pair merging, the part that byte-level BPE and SentencePiece share: of all adjacent pairs that may be joined, the
+//! one of the best priority is joined first, the leftmost of equals, until none is left.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+
+/// A piece of the text while it is being merged.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Symbol {
+    /// Bytes of the text, from `start` on. Zero once the symbol has been merged into its left neighbour.
+    pub length: u32,
+    pub start: u32,
+    /// The token, or what else the rule needs to know it again.
+    pub token: u32,
+    previous: u32,
+    next: u32,
+}
+
+/// What joining a pair gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Joined {
+    /// The lowest is joined first.
+    pub priority: u32,
+    pub token: u32,
+}
+
+const NONE: u32 = u32::MAX;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Candidate {
+    priority: u32,
+    left: u32,
+    right: u32,
+    /// Bytes of both, by which a candidate that has become stale is known: symbols only ever grow.
+    length: u32,
+    token: u32,
+}
+
+/// Buffers that are used again from call to call.
+#[derive(Debug, Default)]
+pub(super) struct Merger {
+    symbols: Vec<Symbol>,
+    candidates: BinaryHeap<Reverse<Candidate>>,
+}
+
+impl Merger {
+    pub fn clear(&mut self) {
+        self.symbols.clear();
+        self.candidates.clear();
+    }
+
+    /// Appends a symbol that follows the last one in the text. Texts are shorter than 4 GiB.
+    pub fn push(&mut self, start: usize, length: usize, token: u32) {
+        let index = self.symbols.len() as u32;
+        if let Some(last) = self.symbols.last_mut() {
+            last.next = index;
+        }
+        let previous = index.checked_sub(1).unwrap_or(NONE);
+        self.symbols.push(Symbol { length: length as u32, start: start as u32, token, previous, next: NONE });
+    }
+
+    /// Merges to the end; the cost is O(n log n). `join` must depend on the two symbols alone.
+    pub fn merge(&mut self, join: impl Fn(&Symbol, &Symbol) -> Option<Joined>) -> impl Iterator<Item = &Symbol> {
+        for left in 1..self.symbols.len() as u32 {
+            self.consider(left - 1, left, &join);
+        }
+        while let Some(Reverse(candidate)) = self.candidates.pop() {
+            if !self.is_current(&candidate) {
+                continue;
+            }
+            let merged = self.apply(&candidate);
+            if merged.previous != NONE {
+                self.consider(merged.previous, candidate.left, &join);
+            }
+            if merged.next != NONE {
+                self.consider(candidate.left, merged.next, &join);
+            }
+        }
+        self.symbols.iter().filter(|symbol| symbol.length > 0)
+    }
+
+    fn consider(&mut self, left: u32, right: u32, join: &impl Fn(&Symbol, &Symbol) -> Option<Joined>) {
+        let (first, second) = (&self.symbols[left as usize], &self.symbols[right as usize]);
+        if let Some(Joined { priority, token }) = join(first, second) {
+            let length = first.length + second.length;
+            self.candidates.push(Reverse(Candidate { priority, left, right, length, token }));
+        }
+    }
+
+    fn is_current(&self, candidate: &Candidate) -> bool {
+        let (left, right) = (&self.symbols[candidate.left as usize], &self.symbols[candidate.right as usize]);
+        left.length > 0 && right.length > 0 && left.length + right.length == candidate.length
+    }
+
+    fn apply(&mut self, candidate: &Candidate) -> Symbol {
+        let right = std::mem::replace(&mut self.symbols[candidate.right as usize].length, 0);
+        let next = self.symbols[candidate.right as usize].next;
+        let left = &mut self.symbols[candidate.left as usize];
+        left.length += right;
+        left.token = candidate.token;
+        left.next = next;
+        let merged = *left;
+        if next != NONE {
+            self.symbols[next as usize].previous = candidate.left;
+        }
+        merged
+    }
+}

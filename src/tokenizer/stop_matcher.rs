@@ -1,0 +1,282 @@
+//! Finds stop strings in a text that arrives piece by piece, and holds back only what may still become one.
+//!
+//! The result depends on the text alone, never on where its pieces were cut, so a matcher is rebuilt by feeding the same
+//! text into a fresh one. Knows nothing of tokens.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+/// A state of the automaton: a node of the trie of all stop strings.
+type Node = u32;
+
+const ROOT: Node = 0;
+
+/// The Aho–Corasick automaton over the bytes of the stop strings. Its size is the sum of their lengths, which the API bounds.
+#[derive(Debug)]
+struct Automaton {
+    stops: Vec<String>,
+    nodes: Vec<TrieNode>,
+}
+
+#[derive(Debug)]
+struct TrieNode {
+    /// Sorted by byte.
+    edges: Vec<(u8, Node)>,
+    /// The node of the longest proper suffix that begins a stop string.
+    fallback: Node,
+    /// Bytes from the root.
+    depth: usize,
+    /// A stop string that begins with these `depth` bytes.
+    begins: u32,
+    /// The first stop string, in the order of the request, that ends here.
+    ends: Option<u32>,
+}
+
+/// Text goes in through [`StopMatcher::push`]; what may be shown to the client comes out.
+///
+/// The stop string that is completed first wins; of several completed by the same character, the first in the list. That
+/// is vLLM's rule. Cloning is cheap.
+#[derive(Clone, Debug)]
+pub struct StopMatcher {
+    automaton: Arc<Automaton>,
+    include_in_output: bool,
+    /// Stands for the longest suffix of the text so far that begins a stop string: the text held back.
+    node: Node,
+    matched: Option<u32>,
+}
+
+/// What one piece of text led to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StopOutcome {
+    /// Text that is certain to be part of the output.
+    pub released: String,
+    /// The index of the stop string that this piece completed.
+    pub matched: Option<usize>,
+}
+
+impl StopMatcher {
+    /// `stops` are not empty strings (those would match nothing and are ignored).
+    pub fn new(stops: &[String], include_in_output: bool) -> Self {
+        Self { automaton: Arc::new(Automaton::new(stops)), include_in_output, node: ROOT, matched: None }
+    }
+
+    /// Takes the next piece of text. Once a stop string has matched, everything further is dropped.
+    /// The cost is proportional to the length of the pieces, amortised.
+    pub fn push(&mut self, piece: &str) -> StopOutcome {
+        if self.matched.is_some() {
+            return StopOutcome { released: String::new(), matched: None };
+        }
+        let held = self.node;
+        for (offset, byte) in piece.bytes().enumerate() {
+            self.node = self.automaton.step(self.node, byte);
+            if let Some(stop) = self.automaton.nodes[self.node as usize].ends {
+                return self.complete(stop, held, &piece[..offset + 1]);
+            }
+        }
+        let kept = self.automaton.held(self.node).len();
+        StopOutcome { released: self.automaton.joined_without(held, piece, kept), matched: None }
+    }
+
+    /// The text ended without a stop string: what was held back belongs to the output.
+    pub fn finish(&mut self) -> String {
+        let node = std::mem::replace(&mut self.node, ROOT);
+        self.automaton.held(node).to_owned()
+    }
+
+    /// The stop string that matched, once one has.
+    pub fn matched(&self) -> Option<&str> {
+        self.matched.map(|stop| self.automaton.stops[stop as usize].as_str())
+    }
+
+    fn complete(&mut self, stop: u32, held: Node, piece: &str) -> StopOutcome {
+        self.matched = Some(stop);
+        self.node = ROOT;
+        let dropped = if self.include_in_output { 0 } else { self.automaton.stops[stop as usize].len() };
+        let released = self.automaton.joined_without(held, piece, dropped);
+        StopOutcome { released, matched: Some(stop as usize) }
+    }
+}
+
+impl Automaton {
+    fn new(stops: &[String]) -> Self {
+        let root = TrieNode { edges: Vec::new(), fallback: ROOT, depth: 0, begins: 0, ends: None };
+        let mut automaton = Self { stops: stops.to_vec(), nodes: vec![root] };
+        for (index, stop) in stops.iter().enumerate().filter(|(_, stop)| !stop.is_empty()) {
+            automaton.insert(index as u32, stop.as_bytes());
+        }
+        automaton.link();
+        automaton
+    }
+
+    fn insert(&mut self, index: u32, stop: &[u8]) {
+        let mut node = ROOT;
+        for (position, &byte) in stop.iter().enumerate() {
+            node = match self.child(node, byte) {
+                Some(child) => child,
+                None => self.add_child(node, byte, position + 1, index),
+            };
+        }
+        let ends = &mut self.nodes[node as usize].ends;
+        *ends = Some(ends.map_or(index, |earlier| earlier.min(index)));
+    }
+
+    fn add_child(&mut self, parent: Node, byte: u8, depth: usize, begins: u32) -> Node {
+        let child = Node::try_from(self.nodes.len()).expect("the API bounds the length of stop strings");
+        self.nodes.push(TrieNode { edges: Vec::new(), fallback: ROOT, depth, begins, ends: None });
+        let edges = &mut self.nodes[parent as usize].edges;
+        let place = edges.partition_point(|&(other, _)| other < byte);
+        edges.insert(place, (byte, child));
+        child
+    }
+
+    /// Sets the fallbacks, breadth first, and hands each node the stop strings that end with its fallback's.
+    fn link(&mut self) {
+        let mut queue: VecDeque<Node> = self.nodes[ROOT as usize].edges.iter().map(|&(_, child)| child).collect();
+        while let Some(node) = queue.pop_front() {
+            for (byte, child) in self.nodes[node as usize].edges.clone() {
+                let fallback = self.step(self.nodes[node as usize].fallback, byte);
+                let inherited = self.nodes[fallback as usize].ends;
+                let entry = &mut self.nodes[child as usize];
+                entry.fallback = fallback;
+                entry.ends = [entry.ends, inherited].into_iter().flatten().min();
+                queue.push_back(child);
+            }
+        }
+    }
+
+    /// The text that a node stands for.
+    fn held(&self, node: Node) -> &str {
+        let TrieNode { depth, begins, .. } = self.nodes[node as usize];
+        // The root has no stop string when there is none at all.
+        self.stops.get(begins as usize).map_or("", |stop| &stop[..depth])
+    }
+
+    /// The held text and the piece, less the last `dropped` bytes.
+    fn joined_without(&self, held: Node, piece: &str, dropped: usize) -> String {
+        let held = self.held(held);
+        let length = held.len() + piece.len() - dropped;
+        let from_held = &held[..length.min(held.len())];
+        [from_held, &piece[..length - from_held.len()]].concat()
+    }
+
+    fn child(&self, node: Node, byte: u8) -> Option<Node> {
+        let edges = &self.nodes[node as usize].edges;
+        edges.binary_search_by_key(&byte, |&(other, _)| other).ok().map(|place| edges[place].1)
+    }
+
+    fn step(&self, mut node: Node, byte: u8) -> Node {
+        loop {
+            match self.child(node, byte) {
+                Some(child) => return child,
+                None if node == ROOT => return ROOT,
+                None => node = self.nodes[node as usize].fallback,
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn stops(texts: &[&str]) -> Vec<String> {
+        texts.iter().map(|text| text.to_string()).collect()
+    }
+
+    /// Feeds the pieces; the output text and the index of the stop string.
+    fn run(matcher: &mut StopMatcher, pieces: &[&str]) -> (String, Option<usize>) {
+        let mut output = String::new();
+        let mut matched = None;
+        for piece in pieces {
+            let outcome = matcher.push(piece);
+            output.push_str(&outcome.released);
+            matched = matched.or(outcome.matched);
+        }
+        output.push_str(&matcher.finish());
+        (output, matched)
+    }
+
+    #[test]
+    fn holds_back_only_what_may_become_a_stop_string() {
+        let mut matcher = StopMatcher::new(&stops(&["</s>"]), false);
+        assert_eq!(matcher.push("a<"), StopOutcome { released: "a".into(), matched: None });
+        assert_eq!(matcher.push("/"), StopOutcome { released: "".into(), matched: None });
+        assert_eq!(matcher.push("b"), StopOutcome { released: "</b".into(), matched: None });
+        assert_eq!(matcher.push("</s>tail"), StopOutcome { released: "".into(), matched: Some(0) });
+        assert_eq!(matcher.push("more"), StopOutcome { released: "".into(), matched: None });
+        assert_eq!(matcher.matched(), Some("</s>"));
+        assert_eq!(matcher.finish(), "");
+    }
+
+    #[test]
+    fn the_first_completed_wins_then_the_first_listed() {
+        // "bc" is complete one character before "abcd".
+        let mut matcher = StopMatcher::new(&stops(&["abcd", "bc"]), false);
+        assert_eq!(run(&mut matcher, &["xab", "cd"]), ("xa".into(), Some(1)));
+        // Both are complete with "c": the list decides, here for the shorter one.
+        let mut matcher = StopMatcher::new(&stops(&["c", "abc"]), false);
+        assert_eq!(run(&mut matcher, &["xabc"]), ("xab".into(), Some(0)));
+        let mut matcher = StopMatcher::new(&stops(&["abc", "c"]), false);
+        assert_eq!(run(&mut matcher, &["xabc"]), ("x".into(), Some(0)));
+    }
+
+    #[test]
+    fn include_in_output_ends_with_the_stop_string() {
+        let mut matcher = StopMatcher::new(&stops(&["日本"]), true);
+        assert_eq!(run(&mut matcher, &["は日", "本の"]), ("は日本".into(), Some(0)));
+    }
+
+    /// vLLM's rule by plain search.
+    fn naive(text: &str, stops: &[String], include: bool) -> (String, Option<usize>) {
+        let best = stops
+            .iter()
+            .enumerate()
+            .filter_map(|(index, stop)| text.find(stop.as_str()).map(|start| (start + stop.len(), index)))
+            .min();
+        match best {
+            None => (text.to_owned(), None),
+            Some((end, index)) => {
+                let cut = if include { end } else { end - stops[index].len() };
+                (text[..cut].to_owned(), Some(index))
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn agrees_with_plain_search_however_the_text_is_cut(
+            pieces in prop::collection::vec("[ab日]{0,4}", 0..12),
+            stops in prop::collection::vec("[ab日]{1,4}", 0..4),
+            include in any::<bool>(),
+        ) {
+            let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
+            let mut matcher = StopMatcher::new(&stops, include);
+            prop_assert_eq!(run(&mut matcher, &pieces), naive(&pieces.concat(), &stops, include));
+        }
+
+        #[test]
+        fn what_is_held_is_shorter_than_the_longest_stop_string(
+            pieces in prop::collection::vec("[ab]{0,3}", 0..12),
+            stops in prop::collection::vec("[ab]{1,4}", 1..4),
+        ) {
+            let longest = stops.iter().map(String::len).max().unwrap_or(0);
+            let mut matcher = StopMatcher::new(&stops, false);
+            for piece in &pieces {
+                matcher.push(piece);
+                prop_assert!(matcher.automaton.held(matcher.node).len() < longest);
+            }
+        }
+    }
+
+    #[test]
+    fn long_texts_take_linear_time() {
+        let stop = "a".repeat(5_000) + "b";
+        let mut matcher = StopMatcher::new(&[stop], false);
+        let mut released = 0;
+        for _ in 0..200_000 {
+            released += matcher.push("a").released.len();
+        }
+        assert_eq!(released, 200_000 - 5_000);
+    }
+}
