@@ -1,6 +1,6 @@
 //! The decoder alone, without engine or HTTP: prefill and decode at several batch sizes, on the default model or another.
 //!
-//! `cargo bench --bench decoder -- [MODEL.gguf]`
+//! `cargo bench --bench decoder -- [MODEL] [prefill|decode]`
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -12,19 +12,20 @@ use outrigger::engine::{BatchEntry, ModelRunner};
 use outrigger::hub;
 
 fn main() {
-    let argument = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    let model = argument.unwrap_or_else(|| "smollm2-135m-instruct".to_owned());
+    let mut words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let only = words.pop_if(|word| word == "prefill" || word == "decode").unwrap_or_default();
+    let model = words.pop().unwrap_or_else(|| "smollm2-135m-instruct".to_owned());
     let home = hub::default_home(|name| std::env::var_os(name)).expect("a home for downloads");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let progress = hub::Progress::detect();
     let resolved = runtime.block_on(hub::resolve(&hub::Config::new(home), &model, true, &progress)).expect("the model");
     let (mut runner, files_name) = load(resolved.path);
     println!("{files_name}: {:.0} MB of packed weights", runner.weight_bytes() as f64 / 1e6);
-    for (prompt, chunk) in [(128, 128), (1024, 512)] {
+    for (prompt, chunk) in [(128, 128), (1024, 512)].into_iter().filter(|_| only != "decode") {
         let seconds = best(3, || prefill(&mut runner, prompt, chunk));
         println!("prefill {prompt:>5} tokens: {:8.1} ms {:8.0} tok/s", seconds * 1e3, prompt as f64 / seconds);
     }
-    for (sequences, context) in [(1, 128), (1, 1024), (8, 128), (32, 128)] {
+    for (sequences, context) in [(1, 128), (1, 1024), (8, 128), (32, 128)].into_iter().filter(|_| only != "prefill") {
         let seconds = best(3, || decode(&mut runner, sequences, context, 24)) / 24.0;
         println!(
             "decode {sequences:>2} x {context:>4}: {:8.2} ms a step {:8.1} tok/s",

@@ -68,7 +68,16 @@ fn detokenizing_the_real_vocabulary_step_by_step() {
 #[test]
 fn any_text_survives_the_real_vocabulary() {
     let tokenizer = real_tokenizer();
-    let texts = ["", " ", "  a", "日本語 🦙\u{200d}", "\r\n\t\u{0}\u{7f}", "<|im_start|>x<|im_end|", "ﬁ e\u{301} \u{a0}", "1234567890½"];
+    let texts = [
+        "",
+        " ",
+        "  a",
+        "日本語 🦙\u{200d}",
+        "\r\n\t\u{0}\u{7f}",
+        "<|im_start|>x<|im_end|",
+        "ﬁ e\u{301} \u{a0}",
+        "1234567890½",
+    ];
     for text in texts {
         let tokens = tokenizer.encode(text, false).unwrap();
         assert_eq!(tokenizer.decode(&tokens, false), text);
