@@ -2,6 +2,7 @@
 
 mod chat_templates;
 mod fixtures;
+mod invariance;
 mod loader;
 mod numerics_candle;
 mod paths;
