@@ -1,12 +1,13 @@
 //! Where the API listens and what it accepts.
 
+use std::fmt;
 use std::time::Duration;
 
 use serde::Deserialize;
 
 use super::auth::ApiKeys;
 
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
     /// Address to listen on. Default: `127.0.0.1`.
@@ -22,6 +23,8 @@ pub struct Config {
     pub header_read_timeout: Duration,
     /// Time in which a request's body has to arrive. Default: 60 s.
     pub body_read_timeout: Duration,
+    /// Silence on a stream after which a comment line is sent. Default: 5 s.
+    pub stream_keep_alive: Duration,
     /// Tokens of a prompt. Default: what the model's context holds.
     pub max_input_tokens: Option<u32>,
     /// Tokens generated per choice. Default: what the model's context holds.
@@ -29,6 +32,36 @@ pub struct Config {
     /// Keys that clients present as `Authorization: Bearer …`; plain, or `sha256:` and 64 hexadecimal digits. Default: none,
     /// which admits everybody.
     pub api_keys: Vec<String>,
+}
+
+impl fmt::Debug for Config {
+    /// Keys are not for logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            host,
+            port,
+            max_connections,
+            max_body_bytes,
+            header_read_timeout,
+            body_read_timeout,
+            stream_keep_alive,
+            max_input_tokens,
+            max_output_tokens,
+            api_keys,
+        } = self;
+        f.debug_struct("Config")
+            .field("host", host)
+            .field("port", port)
+            .field("max_connections", max_connections)
+            .field("max_body_bytes", max_body_bytes)
+            .field("header_read_timeout", header_read_timeout)
+            .field("body_read_timeout", body_read_timeout)
+            .field("stream_keep_alive", stream_keep_alive)
+            .field("max_input_tokens", max_input_tokens)
+            .field("max_output_tokens", max_output_tokens)
+            .field("api_keys", &format_args!("{} redacted", api_keys.len()))
+            .finish()
+    }
 }
 
 impl Default for Config {
@@ -40,6 +73,7 @@ impl Default for Config {
             max_body_bytes: 4 << 20,
             header_read_timeout: Duration::from_secs(30),
             body_read_timeout: Duration::from_secs(60),
+            stream_keep_alive: Duration::from_secs(5),
             max_input_tokens: None,
             max_output_tokens: None,
             api_keys: Vec::new(),
@@ -55,6 +89,7 @@ impl Config {
             ("max_body_bytes", self.max_body_bytes > 0),
             ("header_read_timeout", !self.header_read_timeout.is_zero()),
             ("body_read_timeout", !self.body_read_timeout.is_zero()),
+            ("stream_keep_alive", !self.stream_keep_alive.is_zero()),
             ("max_input_tokens", self.max_input_tokens != Some(0)),
             ("max_output_tokens", self.max_output_tokens != Some(0)),
         ];
@@ -71,6 +106,13 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn keys_do_not_show_in_logs() {
+        let config = Config { api_keys: vec!["hunter2".into()], ..Config::default() };
+        let shown = format!("{config:?}");
+        assert!(!shown.contains("hunter2") && shown.contains("1 redacted"), "{shown}");
+    }
 
     #[test]
     fn every_problem_is_reported_with_its_key() {

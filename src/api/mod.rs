@@ -3,8 +3,23 @@
 //! Knows the engine only as `types::Backend`. Requests below this module are token ids; text stays here.
 
 pub mod auth;
+mod body;
 pub mod config;
 pub mod error;
-pub mod json;
+mod health;
+mod json;
+pub mod model;
+mod observe;
+pub mod openai;
+mod routes;
+pub mod server;
+mod state;
+
+#[cfg(test)]
+mod tests;
 
 pub use config::Config;
+pub use model::ServedModel;
+pub use routes::router;
+pub use server::serve;
+pub use state::ApiState;

@@ -70,6 +70,8 @@ pub struct SamplingParams {
     /// Stop strings, none empty.
     pub stop: Vec<String>,
     pub include_stop_str_in_output: bool,
+    /// Control tokens have no text. Decides which text stop strings are sought in.
+    pub skip_special_tokens: bool,
     pub stop_token_ids: Vec<TokenId>,
     /// `Some(k)`: report the sampled token's log-probability and the `k` most likely ones.
     pub logprobs: Option<u32>,
@@ -93,6 +95,7 @@ impl Default for SamplingParams {
             ignore_eos: false,
             stop: Vec::new(),
             include_stop_str_in_output: false,
+            skip_special_tokens: true,
             stop_token_ids: Vec::new(),
             logprobs: None,
         }

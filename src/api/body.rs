@@ -1,0 +1,45 @@
+//! Reading a request's body within its bounds of size and time.
+
+use axum::body::Body;
+use axum::http::{HeaderMap, StatusCode, header};
+use bytes::Bytes;
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+use tokio::time::timeout;
+
+use super::config::Config;
+use super::error::ApiError;
+use super::json;
+use crate::types::{Failure, FailureKind};
+
+/// The body as JSON, whatever its content type says.
+pub async fn read_json<T: DeserializeOwned>(config: &Config, headers: &HeaderMap, body: Body) -> Result<T, ApiError> {
+    Ok(json::parse(&read(config, headers, body).await?)?)
+}
+
+async fn read(config: &Config, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+    let limit = config.max_body_bytes;
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if announced.is_some_and(|length| length > limit) {
+        return Err(too_large(limit));
+    }
+    match timeout(config.body_read_timeout, Limited::new(body, limit).collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limit)),
+        Ok(Err(_)) => {
+            let message = "The connection broke while the body was read.";
+            Err(Failure::new(FailureKind::InvalidRequest, message).with_code("incomplete_body").into())
+        }
+        Err(_) => {
+            let message = format!("The body did not arrive within {} s.", config.body_read_timeout.as_secs_f64());
+            let failure = Failure::new(FailureKind::InvalidRequest, message).with_code("body_timeout");
+            Err(ApiError::with_status(StatusCode::REQUEST_TIMEOUT, failure))
+        }
+    }
+}
+
+fn too_large(limit: usize) -> ApiError {
+    let message = format!("The body is larger than {limit} bytes (max_body_bytes).");
+    let failure = Failure::new(FailureKind::InvalidRequest, message).with_code("body_too_large");
+    ApiError::with_status(StatusCode::PAYLOAD_TOO_LARGE, failure)
+}

@@ -1,0 +1,59 @@
+//! What orchestrators and scrapers ask. Open to everybody, also beyond `max_connections` and while the node drains.
+
+use axum::Json;
+use axum::extract::State;
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use super::state::ApiState;
+use crate::types::NodeState;
+
+const CLASSIC_TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+fn verdict(good: bool, body: impl Serialize) -> Response {
+    let status = if good { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response()
+}
+
+/// Restart me?
+pub async fn livez(State(state): State<ApiState>) -> Response {
+    let liveness = state.health.liveness();
+    verdict(liveness.live, liveness)
+}
+
+/// Send me traffic?
+pub async fn readyz(State(state): State<ApiState>) -> Response {
+    let readiness = state.health.readiness(state.queue());
+    verdict(readiness.ready, readiness)
+}
+
+/// How far has loading come?
+pub async fn startupz(State(state): State<ApiState>) -> Response {
+    let startup = state.health.startup();
+    verdict(startup.started, startup)
+}
+
+/// vLLM's: does the engine run? Deployments written for vLLM use it for all three probes, so it stays good while the
+/// node drains.
+pub async fn health(State(state): State<ApiState>) -> StatusCode {
+    let started = match state.health.lifecycle().state() {
+        NodeState::Ready | NodeState::Degraded | NodeState::Draining => true,
+        NodeState::Starting | NodeState::Warming | NodeState::Stopped | NodeState::Failed => false,
+    };
+    if started && state.health.liveness().live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }
+}
+
+pub async fn metrics(State(state): State<ApiState>, headers: HeaderMap) -> Response {
+    if let Some(model) = state.model() {
+        state.metrics.observe_engine(&model.backend.status());
+    }
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    let (content_type, text) = if accept.contains("application/openmetrics-text") {
+        (OPEN_METRICS, state.metrics.open_metrics())
+    } else {
+        (CLASSIC_TEXT, state.metrics.prometheus_text())
+    };
+    ([(header::CONTENT_TYPE, content_type)], text).into_response()
+}

@@ -1,0 +1,114 @@
+//! What happens around every request: its id, its metrics, and what is left of it when a handler panics.
+
+use std::any::Any;
+use std::time::Instant;
+
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tracing::error;
+use uuid::Uuid;
+
+use super::error::ApiError;
+use super::state::ApiState;
+use crate::types::{Failure, FailureKind};
+
+/// Echoed, so that a client finds its request again; made up when the client sends none.
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Longer ids are replaced.
+const MAX_REQUEST_ID_BYTES: usize = 128;
+
+pub async fn observe(State(state): State<ApiState>, request: Request, next: Next) -> Response {
+    let start = Instant::now();
+    let route = route_label(request.uri().path());
+    let id = request_id(request.headers());
+    let mut response = next.run(request).await;
+    state.metrics.http_request_duration.with([route]).observe(start.elapsed().as_secs_f64());
+    state.metrics.http_requests.with([route, status_label(response.status())]).inc();
+    if let Some(kind) = response.extensions().get::<FailureKind>() {
+        state.metrics.failures.with([kind.label()]).inc();
+    }
+    response.headers_mut().insert(REQUEST_ID, id);
+    response
+}
+
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let given = headers.get(REQUEST_ID).filter(|id| (1..=MAX_REQUEST_ID_BYTES).contains(&id.len()));
+    given.cloned().unwrap_or_else(|| {
+        let id = Uuid::new_v4().simple().to_string();
+        HeaderValue::from_str(&id).expect("hexadecimal digits make a header value")
+    })
+}
+
+/// A bounded set of labels, whatever paths clients try.
+fn route_label(path: &str) -> &'static str {
+    const ROUTES: [&str; 12] = [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/models",
+        "/tokenize",
+        "/detokenize",
+        "/health",
+        "/livez",
+        "/readyz",
+        "/startupz",
+        "/metrics",
+        "/version",
+        "/v1/models/{id}",
+    ];
+    match ROUTES.iter().find(|route| **route == path) {
+        Some(route) => route,
+        None if path.starts_with("/v1/models/") => "/v1/models/{id}",
+        None => "other",
+    }
+}
+
+/// The statuses that this API gives.
+fn status_label(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        200 => "200",
+        400 => "400",
+        401 => "401",
+        404 => "404",
+        405 => "405",
+        408 => "408",
+        413 => "413",
+        429 => "429",
+        499 => "499",
+        500 => "500",
+        502 => "502",
+        503 => "503",
+        504 => "504",
+        _ => "other",
+    }
+}
+
+/// A handler panicked: the client hears of it, the node goes on.
+pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
+    let text = cause.downcast_ref::<String>().map(String::as_str).or_else(|| cause.downcast_ref::<&str>().copied());
+    error!(panic = text.unwrap_or("not a text"), "a request handler panicked");
+    let failure = Failure::new(FailureKind::Internal, "The server made a mistake while it handled this request.");
+    ApiError::from(failure).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_are_echoed_within_bounds() {
+        let with = |id: &str| HeaderMap::from_iter([(REQUEST_ID, HeaderValue::from_str(id).expect("a header value"))]);
+        assert_eq!(request_id(&with("abc-1")), "abc-1");
+        assert_eq!(request_id(&with(&"x".repeat(129))).len(), 32);
+        assert_eq!(request_id(&HeaderMap::new()).len(), 32);
+        assert_ne!(request_id(&HeaderMap::new()), request_id(&HeaderMap::new()));
+    }
+
+    #[test]
+    fn unknown_paths_share_a_label() {
+        assert_eq!(route_label("/v1/completions"), "/v1/completions");
+        assert_eq!(route_label("/v1/models/a/b"), "/v1/models/{id}");
+        assert_eq!(route_label("/v1/completions/x"), "other");
+    }
+}

@@ -1,0 +1,239 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use super::body::{RequestBody, StreamOptions};
+use super::collect::{Collected, collect};
+use super::generation::{StopReason, Update, finish_label};
+use super::logprobs::ChatLogprobs;
+use super::prepare::{Prepared, Prompt, prepare};
+use super::sampling::Endpoint;
+use super::stream::{ChunkFormat, EventBuffer, respond};
+use super::usage::{TokenCounts, Usage};
+use crate::api::body::read_json;
+use crate::api::error::ApiError;
+use crate::api::model::{ServedModel, unix_seconds};
+use crate::api::state::ApiState;
+use crate::types::{Failure, RequestId, TokenId, TokenLogprobs};
+
+pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+    let model = state.serving_model()?;
+    let mut body: RequestBody = read_json(&state.config, &headers, body).await?;
+    model.check_name(body.model.as_deref())?;
+    if body.echo == Some(true) {
+        return Err(Failure::invalid("echo", "`echo` is not supported in chat.")
+            .with_code("unsupported_parameter")
+            .into());
+    }
+    let prepared = prepare(&state, model, &headers, &mut body, Endpoint::Chat).await?;
+    if body.is_stream() {
+        stream(prepared, &body, state.config.stream_keep_alive).await
+    } else {
+        whole(prepared, &body).await
+    }
+}
+
+/// What is the same in every chunk, or in the one response.
+#[derive(Serialize)]
+struct Head<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+}
+
+#[derive(Serialize)]
+struct ChatCompletion<'a> {
+    #[serde(flatten)]
+    head: Head<'a>,
+    choices: Vec<ChatChoice>,
+    usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+}
+
+#[derive(Serialize)]
+struct ChatChoice {
+    index: usize,
+    message: Message,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Serialize)]
+struct Message {
+    role: &'static str,
+    content: String,
+    refusal: Option<String>,
+}
+
+async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiError> {
+    let Prepared { id, model, prompts, n, generation } = prepared;
+    let (choices, counts) = collect(generation, n as usize).await?;
+    let wants_ids = body.return_token_ids.unwrap_or(false);
+    let wants_logprobs = matches!(body.logprobs, Some(super::body::LogprobsInput::Wanted(true)));
+    let choice = |(index, choice): (usize, Collected)| ChatChoice {
+        index,
+        logprobs: wants_logprobs.then(|| chat_logprobs(&model, &choice)),
+        finish_reason: choice.reason.as_ref().map(finish_label),
+        stop_reason: choice.reason.as_ref().and_then(StopReason::of),
+        message: Message { role: "assistant", content: choice.text, refusal: None },
+        token_ids: wants_ids.then_some(choice.tokens),
+    };
+    let response = ChatCompletion {
+        head: Head {
+            id: id.as_str(),
+            object: "chat.completion",
+            created: unix_seconds(),
+            model: model.name(),
+            system_fingerprint: &model.fingerprint,
+        },
+        choices: choices.into_iter().enumerate().map(choice).collect(),
+        usage: counts.into(),
+        prompt_token_ids: wants_ids.then_some(&prompts[0].tokens),
+    };
+    Ok(Json(response).into_response())
+}
+
+fn chat_logprobs(model: &ServedModel, choice: &Collected) -> ChatLogprobs {
+    let mut logprobs = ChatLogprobs::default();
+    for (&token, of_token) in choice.tokens.iter().zip(&choice.logprobs) {
+        logprobs.push(&model.tokenizer, token, of_token);
+    }
+    logprobs
+}
+
+async fn stream(prepared: Prepared, body: &RequestBody, keep_alive: Duration) -> Result<Response, ApiError> {
+    let Prepared { id, model, prompts, n, generation } = prepared;
+    let format = ChatChunks {
+        id,
+        model,
+        prompt: prompts.into_iter().next(),
+        n,
+        created: unix_seconds(),
+        wants_ids: body.return_token_ids.unwrap_or(false),
+        options: body.stream_options.unwrap_or_default(),
+    };
+    respond(generation, format, keep_alive).await
+}
+
+struct ChatChunks {
+    id: RequestId,
+    model: Arc<ServedModel>,
+    /// Given out with the first chunk.
+    prompt: Option<Prompt>,
+    n: u32,
+    created: u64,
+    wants_ids: bool,
+    options: StreamOptions,
+}
+
+#[derive(Serialize)]
+struct ChatChunk<'a> {
+    #[serde(flatten)]
+    head: Head<'a>,
+    choices: &'a [ChunkChoice],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+}
+
+#[derive(Default, Serialize)]
+struct ChunkChoice {
+    index: u32,
+    delta: Delta,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+}
+
+impl ChatChunks {
+    fn push(&self, choices: &[ChunkChoice], usage: Option<Usage>, prompt: Option<&Prompt>, out: &mut EventBuffer) {
+        out.push(&ChatChunk {
+            head: Head {
+                id: self.id.as_str(),
+                object: "chat.completion.chunk",
+                created: self.created,
+                model: self.model.name(),
+                system_fingerprint: &self.model.fingerprint,
+            },
+            choices,
+            usage,
+            prompt_token_ids: prompt.map(|prompt| &*prompt.tokens),
+        });
+    }
+
+    fn running_usage(&self, counts: TokenCounts) -> Option<Usage> {
+        self.options.continuous_usage_stats.unwrap_or(false).then(|| counts.into())
+    }
+
+    fn token(&self, index: u32, token: TokenId, text: String, logprobs: Option<Box<TokenLogprobs>>) -> ChunkChoice {
+        let logprobs = logprobs.map(|of_token| {
+            let mut logprobs = ChatLogprobs::default();
+            logprobs.push(&self.model.tokenizer, token, &of_token);
+            logprobs
+        });
+        ChunkChoice {
+            index,
+            delta: Delta { role: None, content: Some(text) },
+            logprobs,
+            token_ids: self.wants_ids.then(|| vec![token]),
+            ..ChunkChoice::default()
+        }
+    }
+}
+
+impl ChunkFormat for ChatChunks {
+    fn opening(&mut self, counts: TokenCounts, out: &mut EventBuffer) {
+        let prompt = self.prompt.take().filter(|_| self.wants_ids);
+        for index in 0..self.n {
+            let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
+            let choice = ChunkChoice { index, delta, ..ChunkChoice::default() };
+            self.push(&[choice], self.running_usage(counts), prompt.as_ref(), out);
+        }
+    }
+
+    fn update(&mut self, update: Update, counts: TokenCounts, out: &mut EventBuffer) {
+        let choice = match update {
+            Update::Token { choice, token, text, logprobs } => self.token(choice, token, text, logprobs),
+            Update::Finished { choice, text, reason } => ChunkChoice {
+                index: choice,
+                delta: Delta { role: None, content: Some(text).filter(|text| !text.is_empty()) },
+                finish_reason: Some(finish_label(&reason)),
+                stop_reason: StopReason::of(&reason),
+                ..ChunkChoice::default()
+            },
+        };
+        self.push(&[choice], self.running_usage(counts), None, out);
+    }
+
+    fn closing(&mut self, counts: TokenCounts, out: &mut EventBuffer) {
+        if self.options.include_usage.unwrap_or(false) {
+            self.push(&[], Some(counts.into()), None, out);
+        }
+    }
+}

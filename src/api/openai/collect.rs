@@ -1,0 +1,37 @@
+//! A generation gathered to its end, for responses that are not streamed.
+
+use super::generation::{Generation, Step, Update};
+use super::usage::TokenCounts;
+use crate::types::{Failure, FinishReason, TokenId, TokenLogprobs};
+
+/// A finished choice.
+#[derive(Debug, Default)]
+pub struct Collected {
+    pub text: String,
+    pub tokens: Vec<TokenId>,
+    /// One for each token, where the client asked for them.
+    pub logprobs: Vec<TokenLogprobs>,
+    pub reason: Option<FinishReason>,
+}
+
+/// Waits for all choices. Dropping the future cancels them.
+pub async fn collect(mut generation: Generation, choices: usize) -> Result<(Vec<Collected>, TokenCounts), Failure> {
+    let mut collected: Vec<Collected> = (0..choices).map(|_| Collected::default()).collect();
+    loop {
+        match generation.next().await {
+            Step::Update(Update::Token { choice, token, text, logprobs }) => {
+                let choice = &mut collected[choice as usize];
+                choice.text += &text;
+                choice.tokens.push(token);
+                choice.logprobs.extend(logprobs.map(|logprobs| *logprobs));
+            }
+            Step::Update(Update::Finished { choice, text, reason }) => {
+                let choice = &mut collected[choice as usize];
+                choice.text += &text;
+                choice.reason = Some(reason);
+            }
+            Step::Failed(failure) => return Err(failure),
+            Step::Done => return Ok((collected, generation.counts())),
+        }
+    }
+}

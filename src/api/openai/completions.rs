@@ -1,0 +1,216 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use super::body::{LogprobsInput, RequestBody, StreamOptions};
+use super::collect::{Collected, collect};
+use super::generation::{StopReason, Update, finish_label};
+use super::logprobs::CompletionLogprobs;
+use super::prepare::{Prepared, Prompt, prepare};
+use super::sampling::Endpoint;
+use super::stream::{ChunkFormat, EventBuffer, respond};
+use super::usage::{TokenCounts, Usage};
+use crate::api::body::read_json;
+use crate::api::error::ApiError;
+use crate::api::model::{ServedModel, unix_seconds};
+use crate::api::state::ApiState;
+use crate::types::{Failure, RequestId, TokenId};
+
+pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+    let model = state.serving_model()?;
+    let mut body: RequestBody = read_json(&state.config, &headers, body).await?;
+    model.check_name(body.model.as_deref())?;
+    let echoes = body.echo.unwrap_or(false);
+    if echoes && matches!(body.logprobs, Some(LogprobsInput::Top(_))) {
+        let message = "`echo` with `logprobs` is not supported: the prompt's tokens have no log-probabilities here.";
+        return Err(Failure::invalid("echo", message).with_code("unsupported_parameter").into());
+    }
+    let prepared = prepare(&state, model, &headers, &mut body, Endpoint::Completions).await?;
+    let shape = Shape {
+        echoes,
+        wants_ids: body.return_token_ids.unwrap_or(false),
+        wants_logprobs: body.logprobs.is_some_and(|logprobs| matches!(logprobs, LogprobsInput::Top(_))),
+    };
+    if body.is_stream() {
+        stream(prepared, &body, shape, state.config.stream_keep_alive).await
+    } else {
+        whole(prepared, shape).await
+    }
+}
+
+/// What the client wants to see beside the text.
+#[derive(Clone, Copy)]
+struct Shape {
+    echoes: bool,
+    wants_ids: bool,
+    wants_logprobs: bool,
+}
+
+/// A response, or a chunk of one: both have the same shape.
+#[derive(Serialize)]
+struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'a str,
+    choices: &'a [Choice<'a>],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: u32,
+    text: String,
+    logprobs: Option<CompletionLogprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+}
+
+fn completion<'a>(
+    id: &'a RequestId,
+    model: &'a ServedModel,
+    created: u64,
+    choices: &'a [Choice<'a>],
+    usage: Option<Usage>,
+) -> Completion<'a> {
+    Completion {
+        id: id.as_str(),
+        object: "text_completion",
+        created,
+        model: model.name(),
+        system_fingerprint: &model.fingerprint,
+        choices,
+        usage,
+    }
+}
+
+/// The prompt as text, for `echo`.
+fn prompt_text(model: &ServedModel, prompt: &Prompt) -> String {
+    prompt.text.clone().unwrap_or_else(|| model.tokenizer.decode(&prompt.tokens, true))
+}
+
+async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
+    let Prepared { id, model, prompts, n, generation } = prepared;
+    let (collected, counts) = collect(generation, prompts.len() * n as usize).await?;
+    let choice = |(index, choice): (usize, Collected)| {
+        let prompt = &prompts[index / n as usize];
+        let logprobs = shape.wants_logprobs.then(|| completion_logprobs(&model, &choice));
+        let echo = if shape.echoes { prompt_text(&model, prompt) } else { String::new() };
+        Choice {
+            index: index as u32,
+            text: echo + &choice.text,
+            logprobs,
+            finish_reason: choice.reason.as_ref().map(finish_label),
+            stop_reason: choice.reason.as_ref().and_then(StopReason::of),
+            token_ids: shape.wants_ids.then_some(choice.tokens),
+            prompt_token_ids: shape.wants_ids.then_some(&*prompt.tokens),
+        }
+    };
+    let choices: Vec<Choice> = collected.into_iter().enumerate().map(choice).collect();
+    Ok(Json(completion(&id, &model, unix_seconds(), &choices, Some(counts.into()))).into_response())
+}
+
+fn completion_logprobs(model: &ServedModel, choice: &Collected) -> CompletionLogprobs {
+    let mut logprobs = CompletionLogprobs::default();
+    let mut offset = 0;
+    for (&token, of_token) in choice.tokens.iter().zip(&choice.logprobs) {
+        logprobs.push(&model.tokenizer, token, of_token, &mut offset);
+    }
+    logprobs
+}
+
+async fn stream(
+    prepared: Prepared,
+    body: &RequestBody,
+    shape: Shape,
+    keep_alive: Duration,
+) -> Result<Response, ApiError> {
+    let Prepared { id, model, prompts, n, generation } = prepared;
+    let choices = prompts.len() * n as usize;
+    let format = CompletionChunks {
+        id,
+        model,
+        prompts,
+        n,
+        created: unix_seconds(),
+        shape,
+        options: body.stream_options.unwrap_or_default(),
+        begun: vec![false; choices],
+        offsets: vec![0; choices],
+    };
+    respond(generation, format, keep_alive).await
+}
+
+struct CompletionChunks {
+    id: RequestId,
+    model: Arc<ServedModel>,
+    prompts: Vec<Prompt>,
+    n: u32,
+    created: u64,
+    shape: Shape,
+    options: StreamOptions,
+    /// By choice: whether its first chunk, which carries the prompt where that was asked for, has been written.
+    begun: Vec<bool>,
+    /// By choice: characters of text so far.
+    offsets: Vec<usize>,
+}
+
+impl ChunkFormat for CompletionChunks {
+    fn opening(&mut self, _: TokenCounts, _: &mut EventBuffer) {}
+
+    fn update(&mut self, update: Update, counts: TokenCounts, out: &mut EventBuffer) {
+        let running = self.options.continuous_usage_stats.unwrap_or(false);
+        let usage = running.then(|| counts.into());
+        let (index, text) = match &update {
+            Update::Token { choice, text, .. } | Update::Finished { choice, text, .. } => (*choice, text),
+        };
+        let slot = index as usize;
+        let prompt = &self.prompts[slot / self.n as usize];
+        let is_first = !std::mem::replace(&mut self.begun[slot], true);
+        let echo = if is_first && self.shape.echoes { prompt_text(&self.model, prompt) } else { String::new() };
+        let mut chunk = Choice {
+            index,
+            text: echo + text,
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: None,
+            prompt_token_ids: (is_first && self.shape.wants_ids).then_some(&*prompt.tokens),
+        };
+        match update {
+            Update::Token { token, logprobs, .. } => {
+                chunk.token_ids = self.shape.wants_ids.then(|| vec![token]);
+                chunk.logprobs = logprobs.map(|of_token| {
+                    let mut logprobs = CompletionLogprobs::default();
+                    logprobs.push(&self.model.tokenizer, token, &of_token, &mut self.offsets[slot]);
+                    logprobs
+                });
+            }
+            Update::Finished { reason, .. } => {
+                chunk.finish_reason = Some(finish_label(&reason));
+                chunk.stop_reason = StopReason::of(&reason);
+            }
+        }
+        out.push(&completion(&self.id, &self.model, self.created, &[chunk], usage));
+    }
+
+    fn closing(&mut self, counts: TokenCounts, out: &mut EventBuffer) {
+        if self.options.include_usage.unwrap_or(false) {
+            out.push(&completion(&self.id, &self.model, self.created, &[], Some(counts.into())));
+        }
+    }
+}

@@ -1,0 +1,376 @@
+//! A running API request: the backend's events of its prompts, merged and turned into text.
+//!
+//! Dropping a `Generation` cancels everything that it has in flight.
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use super::choice::ChoiceText;
+use super::usage::TokenCounts;
+use crate::admission::Permit;
+use crate::api::model::ServedModel;
+use crate::health::NodePhase;
+use crate::observability::Metrics;
+use crate::types::{
+    Failure, FailureKind, FinishReason, GenerationEvent, GenerationStream, NodeState, SamplingParams, StopCause,
+    TokenId, TokenLogprobs,
+};
+
+/// The backend ends a request at its deadline; only a backend that hangs lets this pass as well.
+const DEADLINE_GRACE: Duration = Duration::from_millis(500);
+
+/// What a step of a generation brings.
+#[derive(Debug)]
+pub enum Step {
+    Update(Update),
+    /// The request failed as a whole. Nothing follows.
+    Failed(Failure),
+    /// Every choice has finished. Nothing follows.
+    Done,
+}
+
+#[derive(Debug)]
+pub enum Update {
+    Token { choice: u32, token: TokenId, text: String, logprobs: Option<Box<TokenLogprobs>> },
+    Finished { choice: u32, text: String, reason: FinishReason },
+}
+
+pub struct Generation {
+    parts: Vec<Part>,
+    /// Where the search for the next event begins, so that no prompt starves another.
+    turn: usize,
+    deadline: Option<Instant>,
+    /// A failed node's engine may never answer: the front does not wait for it.
+    phases: watch::Receiver<NodePhase>,
+    ended: bool,
+    metrics: Arc<Metrics>,
+}
+
+/// One prompt of the request, with its `n` choices.
+pub struct Part {
+    stream: GenerationStream,
+    model: Arc<ServedModel>,
+    sampling: Arc<SamplingParams>,
+    permit: Option<Permit>,
+    /// Index of the first choice in the response.
+    first_choice: u32,
+    choices: Vec<Choice>,
+    unfinished: u32,
+    prompt_tokens: u64,
+    cached_tokens: u64,
+    times: Times,
+}
+
+struct Choice {
+    text: ChoiceText,
+    tokens: u32,
+    last_token: Option<Instant>,
+    finished: bool,
+}
+
+struct Times {
+    arrived: Instant,
+    scheduled: Option<Instant>,
+    first_token: Option<Instant>,
+    last_token: Option<Instant>,
+}
+
+impl Part {
+    pub fn new(
+        stream: GenerationStream,
+        model: Arc<ServedModel>,
+        sampling: Arc<SamplingParams>,
+        permit: Permit,
+        first_choice: u32,
+        prompt_tokens: usize,
+        arrived: Instant,
+    ) -> Self {
+        let choice = || Choice {
+            text: ChoiceText::new(&model.tokenizer, &sampling),
+            tokens: 0,
+            last_token: None,
+            finished: false,
+        };
+        Self {
+            choices: (0..sampling.n).map(|_| choice()).collect(),
+            unfinished: sampling.n,
+            stream,
+            model,
+            sampling,
+            permit: Some(permit),
+            first_choice,
+            prompt_tokens: prompt_tokens as u64,
+            cached_tokens: 0,
+            times: Times { arrived, scheduled: None, first_token: None, last_token: None },
+        }
+    }
+
+    fn is_finished(&self) -> bool {
+        self.unfinished == 0
+    }
+
+    /// Takes one event; not every event is news for the client.
+    fn apply(&mut self, event: GenerationEvent, metrics: &Metrics) -> Option<Step> {
+        match event {
+            GenerationEvent::Scheduled { cached_tokens } => {
+                self.scheduled(cached_tokens, metrics);
+                None
+            }
+            GenerationEvent::Token { choice, token, logprobs } => {
+                self.observe_token(choice, metrics);
+                let stops = self.is_stop_token(token);
+                let state = &mut self.choices[choice as usize];
+                state.tokens += 1;
+                let text = state.text.push(token, stops);
+                Some(Step::Update(Update::Token { choice: self.first_choice + choice, token, text, logprobs }))
+            }
+            GenerationEvent::Finished { choice, reason } => Some(Step::Update(self.finish(choice, reason, metrics))),
+            GenerationEvent::Failed(failure) => Some(Step::Failed(failure)),
+        }
+    }
+
+    fn scheduled(&mut self, cached_tokens: u32, metrics: &Metrics) {
+        self.times.scheduled = Some(Instant::now());
+        self.cached_tokens = cached_tokens.into();
+        metrics.prefix_cache_queries.inc_by(self.prompt_tokens);
+        metrics.prefix_cache_hits.inc_by(self.cached_tokens);
+        if let Some(permit) = &mut self.permit {
+            permit.scheduled();
+        }
+    }
+
+    /// The backend publishes the token that stops a choice, and it has no text. Below `min_tokens` it never samples one.
+    fn is_stop_token(&self, token: TokenId) -> bool {
+        (!self.sampling.ignore_eos && self.model.eos_token_ids.contains(&token))
+            || self.sampling.stop_token_ids.contains(&token)
+    }
+
+    fn finish(&mut self, choice: u32, reason: FinishReason, metrics: &Metrics) -> Update {
+        let state = &mut self.choices[choice as usize];
+        assert!(!state.finished, "a choice finishes once");
+        state.finished = true;
+        self.unfinished -= 1;
+        let cause = match &reason {
+            FinishReason::Stop(cause) => Some(cause),
+            FinishReason::Length | FinishReason::Deadline | FinishReason::Shutdown => None,
+        };
+        let text = state.text.finish(cause);
+        metrics.request_success.with([finish_label(&reason)]).inc();
+        if self.is_finished() {
+            self.permit = None;
+            self.observe_end(metrics);
+        }
+        Update::Finished { choice: self.first_choice + choice, text, reason }
+    }
+
+    fn observe_token(&mut self, choice: u32, metrics: &Metrics) {
+        let now = Instant::now();
+        metrics.generation_tokens.inc();
+        if self.times.first_token.is_none() {
+            self.times.first_token = Some(now);
+            metrics.prompt_tokens.inc_by(self.prompt_tokens);
+            metrics.time_to_first_token.observe((now - self.times.arrived).as_secs_f64());
+        }
+        self.times.last_token = Some(now);
+        if let Some(last) = self.choices[choice as usize].last_token.replace(now) {
+            metrics.inter_token_latency.observe((now - last).as_secs_f64());
+        }
+    }
+
+    fn observe_end(&self, metrics: &Metrics) {
+        let generated = self.generated();
+        metrics.request_prompt_tokens.observe(self.prompt_tokens as f64);
+        metrics.request_generation_tokens.observe(generated as f64);
+        metrics.request_params_n.observe(self.sampling.n.into());
+        metrics.request_params_max_tokens.observe(self.sampling.max_tokens.into());
+        let Times { arrived, scheduled, first_token, last_token } = self.times;
+        metrics.e2e_request_latency.observe(arrived.elapsed().as_secs_f64());
+        let (Some(scheduled), Some(first), Some(last)) = (scheduled, first_token, last_token) else { return };
+        metrics.request_queue_time.observe((scheduled - arrived).as_secs_f64());
+        metrics.request_prefill_time.observe((first - scheduled).as_secs_f64());
+        metrics.request_decode_time.observe((last - first).as_secs_f64());
+        metrics.request_inference_time.observe((last - scheduled).as_secs_f64());
+        let per_choice = generated.div_ceil(self.choices.len() as u64);
+        if per_choice > 1 {
+            let seconds = (last - first).as_secs_f64() / (per_choice - 1) as f64;
+            metrics.request_time_per_output_token.observe(seconds);
+        }
+    }
+
+    fn generated(&self) -> u64 {
+        self.choices.iter().map(|choice| u64::from(choice.tokens)).sum()
+    }
+
+    /// A choice that has not finished, if any.
+    fn first_unfinished(&self) -> Option<u32> {
+        self.choices.iter().position(|choice| !choice.finished).map(|index| index as u32)
+    }
+}
+
+impl Generation {
+    pub fn new(
+        parts: Vec<Part>,
+        deadline: Option<Instant>,
+        phases: watch::Receiver<NodePhase>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        assert!(!parts.is_empty(), "a request has a prompt");
+        Self { parts, turn: 0, deadline, phases, ended: false, metrics }
+    }
+
+    /// Waits for the next step. Cancel-safe.
+    pub async fn next(&mut self) -> Step {
+        loop {
+            if let Some(step) = self.try_next() {
+                return step;
+            }
+            let Self { parts, phases, deadline, .. } = self;
+            let (part, event) = tokio::select! {
+                biased;
+                event = poll_fn(|context| poll_event(parts, context)) => event,
+                () = overdue(*deadline) => return self.expire(),
+                () = has_failed(phases) => return self.fail(FailureKind::EngineFailed, "The engine has failed."),
+            };
+            if let Some(step) = self.apply(part, event) {
+                return step;
+            }
+        }
+    }
+
+    /// A step that needs no waiting, if there is one.
+    pub fn try_next(&mut self) -> Option<Step> {
+        if self.ended || self.parts.iter().all(Part::is_finished) {
+            return Some(Step::Done);
+        }
+        let count = self.parts.len();
+        for offset in 0..count {
+            let index = (self.turn + offset) % count;
+            while let Some(event) = self.parts[index].try_event() {
+                if let Some(step) = self.apply(index, Some(event)) {
+                    self.turn = index + 1;
+                    return Some(step);
+                }
+            }
+        }
+        None
+    }
+
+    fn apply(&mut self, part: usize, event: Option<GenerationEvent>) -> Option<Step> {
+        let event = event.unwrap_or_else(|| {
+            let message = "The engine stopped while it was generating.";
+            GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, message))
+        });
+        match self.parts[part].apply(event, &self.metrics)? {
+            Step::Failed(failure) => Some(self.end(failure)),
+            step => Some(step),
+        }
+    }
+
+    fn fail(&mut self, kind: FailureKind, message: &str) -> Step {
+        self.end(Failure::new(kind, message))
+    }
+
+    fn end(&mut self, failure: Failure) -> Step {
+        self.ended = true;
+        Step::Failed(failure)
+    }
+
+    /// The deadline has passed and the backend has not said so. What has tokens ends honestly; what has none fails.
+    fn expire(&mut self) -> Step {
+        let unfinished = self.parts.iter_mut().find_map(|part| part.first_unfinished().map(|choice| (part, choice)));
+        let Some((part, choice)) = unfinished else { return Step::Done };
+        if part.times.first_token.is_some() {
+            return Step::Update(part.finish(choice, FinishReason::Deadline, &self.metrics));
+        }
+        self.fail(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
+    }
+
+    pub fn metrics(&self) -> Arc<Metrics> {
+        self.metrics.clone()
+    }
+
+    pub fn counts(&self) -> TokenCounts {
+        let sum = |count: fn(&Part) -> u64| self.parts.iter().map(count).sum();
+        TokenCounts {
+            prompt: sum(|part| part.prompt_tokens),
+            cached: sum(|part| part.cached_tokens),
+            completion: sum(Part::generated),
+        }
+    }
+}
+
+/// The next event of whichever prompt has one, and that prompt's index.
+fn poll_event(parts: &mut [Part], context: &mut Context<'_>) -> Poll<(usize, Option<GenerationEvent>)> {
+    for (index, part) in parts.iter_mut().enumerate().filter(|(_, part)| !part.is_finished()) {
+        if let Poll::Ready(event) = part.stream.poll_next(context) {
+            return Poll::Ready((index, event));
+        }
+    }
+    Poll::Pending
+}
+
+async fn overdue(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => tokio::time::sleep_until((deadline + DEADLINE_GRACE).into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn has_failed(phases: &mut watch::Receiver<NodePhase>) {
+    if phases.wait_for(|phase| phase.state == NodeState::Failed).await.is_err() {
+        // The node's health is gone, so nothing will be told any more.
+        std::future::pending().await
+    }
+}
+
+impl Part {
+    fn try_event(&mut self) -> Option<GenerationEvent> {
+        if self.is_finished() { None } else { self.stream.try_next() }
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        for part in self.parts.iter().filter(|part| !part.is_finished()) {
+            self.metrics.request_success.with(["abort"]).inc_by(part.unfinished.into());
+        }
+    }
+}
+
+/// `finish_reason` as clients see it.
+pub fn finish_label(reason: &FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop(_) => "stop",
+        FinishReason::Length => "length",
+        FinishReason::Deadline => "deadline",
+        FinishReason::Shutdown => "shutdown",
+    }
+}
+
+/// vLLM's `stop_reason`: the stop string or token id that ended the choice, nothing at a natural end.
+#[derive(Clone, Debug, serde::Serialize)]
+#[serde(untagged)]
+pub enum StopReason {
+    Text(String),
+    Token(TokenId),
+}
+
+impl StopReason {
+    pub fn of(reason: &FinishReason) -> Option<Self> {
+        match reason {
+            FinishReason::Stop(StopCause::String(text)) => Some(Self::Text(text.clone())),
+            FinishReason::Stop(StopCause::Token(token)) => Some(Self::Token(*token)),
+            FinishReason::Stop(StopCause::EndOfSequence(_))
+            | FinishReason::Length
+            | FinishReason::Deadline
+            | FinishReason::Shutdown => None,
+        }
+    }
+}

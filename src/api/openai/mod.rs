@@ -1,0 +1,19 @@
+//! OpenAI's endpoints, with the extensions that vLLM's clients use.
+
+mod body;
+pub mod chat;
+mod choice;
+mod collect;
+pub mod completions;
+mod generation;
+mod logprobs;
+mod messages;
+pub mod models;
+mod prepare;
+mod sampling;
+mod stream;
+pub mod tokenize;
+mod usage;
+
+pub use body::RequestBody;
+pub use prepare::worker_failed;

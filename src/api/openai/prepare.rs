@@ -1,0 +1,330 @@
+//! From a request's body to a running generation: prompts to ids, limits, admission, dispatch.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::http::HeaderMap;
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use super::body::{PromptInput, RequestBody};
+use super::generation::{Generation, Part};
+use super::messages;
+use super::sampling::{self, Endpoint};
+use crate::admission::Demand;
+use crate::api::config::Config;
+use crate::api::error::ApiError;
+use crate::api::model::ServedModel;
+use crate::api::state::ApiState;
+use crate::types::{ChoiceStart, Failure, FailureKind, GenerateRequest, RequestId, SamplingParams, TokenId};
+
+/// Relative, in milliseconds; what cannot finish in it is refused or cut short.
+pub const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
+/// A day. Longer is no deadline at all.
+const MAX_TIMEOUT_MS: u64 = 86_400_000;
+/// Prompts of one completion request.
+pub const MAX_PROMPTS: usize = 256;
+/// Text beyond which tokenising leaves the async threads. Below, it takes less time than moving it.
+const INLINE_TEXT_BYTES: usize = 16 << 10;
+/// `max_tokens` of a completion that gives none, as OpenAI documents it.
+const DEFAULT_COMPLETION_TOKENS: u32 = 16;
+
+/// A prompt in ids, and its text where the client gave text.
+pub struct Prompt {
+    pub tokens: Arc<[TokenId]>,
+    pub text: Option<String>,
+}
+
+/// What a handler needs to answer.
+pub struct Prepared {
+    pub id: RequestId,
+    pub model: Arc<ServedModel>,
+    pub prompts: Vec<Prompt>,
+    /// Choices per prompt.
+    pub n: u32,
+    pub generation: Generation,
+}
+
+/// The deadline that the client set, if any.
+pub fn deadline(headers: &HeaderMap, arrived: Instant) -> Result<Option<Instant>, Failure> {
+    let Some(value) = headers.get(TIMEOUT_HEADER) else { return Ok(None) };
+    let millis = value.to_str().ok().and_then(|text| text.trim().parse::<u64>().ok());
+    match millis {
+        Some(millis @ 1..=MAX_TIMEOUT_MS) => Ok(Some(arrived + Duration::from_millis(millis))),
+        _ => {
+            let message = format!("The header `{TIMEOUT_HEADER}` must be a whole number from 1 to {MAX_TIMEOUT_MS}.");
+            Err(Failure::invalid(TIMEOUT_HEADER, message).with_code("out_of_range"))
+        }
+    }
+}
+
+/// Checks everything, then admits and starts all prompts of the request, or none.
+pub async fn prepare(
+    state: &ApiState,
+    model: Arc<ServedModel>,
+    headers: &HeaderMap,
+    body: &mut RequestBody,
+    endpoint: Endpoint,
+) -> Result<Prepared, ApiError> {
+    let arrived = Instant::now();
+    body.refuse_unsupported()?;
+    let deadline = deadline(headers, arrived)?;
+    let (id, random_seed) = new_id(endpoint);
+    let sampling = sampling::params(body, endpoint, model.tokenizer.vocab_size(), random_seed)?;
+    let prompts = match endpoint {
+        Endpoint::Chat => vec![chat_prompt(state, &model, body).await?],
+        Endpoint::Completions => completion_prompts(state, &model, body).await?,
+    };
+    let requested = sampling::requested_max_tokens(body)?;
+    let start = Start { state, model: &model, id: &id, body, deadline, arrived };
+    let mut parts = Vec::with_capacity(prompts.len());
+    for (index, prompt) in prompts.iter().enumerate() {
+        let max_tokens = max_tokens(&state.config, &model, endpoint, prompt.tokens.len(), requested)?;
+        check_min_tokens(&sampling, max_tokens)?;
+        let sampling = Arc::new(SamplingParams { max_tokens, ..sampling.clone() });
+        parts.push(start.part(index, prompt, sampling)?);
+    }
+    let generation = Generation::new(parts, deadline, state.health.lifecycle().subscribe(), state.metrics.clone());
+    Ok(Prepared { id, n: sampling.n, prompts, generation, model })
+}
+
+struct Start<'a> {
+    state: &'a ApiState,
+    model: &'a Arc<ServedModel>,
+    id: &'a RequestId,
+    body: &'a RequestBody,
+    deadline: Option<Instant>,
+    arrived: Instant,
+}
+
+impl Start<'_> {
+    /// Admits one prompt and hands it to the backend. The parts already started are cancelled if a later one is refused.
+    fn part(&self, index: usize, prompt: &Prompt, sampling: Arc<SamplingParams>) -> Result<Part, Failure> {
+        let demand = Demand {
+            prompt_tokens: prompt.tokens.len() as u64,
+            choices: sampling.n,
+            priority: self.body.priority.unwrap_or(0),
+            deadline: self.deadline,
+        };
+        let backend = &self.model.backend;
+        let permit = self.state.admission.try_admit(demand, backend.status().drain_tokens_per_second);
+        let permit = permit.map_err(Failure::from)?;
+        let stream = backend.generate(GenerateRequest {
+            id: if index == 0 { self.id.clone() } else { RequestId::new(format!("{}-{index}", self.id)) },
+            prompt: prompt.tokens.clone(),
+            choices: ChoiceStart::fresh(sampling.n),
+            sampling: sampling.clone(),
+            priority: demand.priority,
+            deadline: self.deadline,
+            bypass_prefix_cache: false,
+            is_probe: false,
+        })?;
+        let first_choice = index as u32 * sampling.n;
+        let prompt_tokens = prompt.tokens.len();
+        let model = self.model.clone();
+        Ok(Part::new(stream, model, sampling, permit, first_choice, prompt_tokens, self.arrived))
+    }
+}
+
+/// A public id, and a seed for clients that give none.
+fn new_id(endpoint: Endpoint) -> (RequestId, u64) {
+    let prefix = match endpoint {
+        Endpoint::Chat => "chatcmpl-",
+        Endpoint::Completions => "cmpl-",
+    };
+    let id = format!("{prefix}{}", Uuid::new_v4().simple());
+    (RequestId::new(id), Uuid::new_v4().as_u64_pair().1)
+}
+
+async fn chat_prompt(state: &ApiState, model: &Arc<ServedModel>, body: &mut RequestBody) -> Result<Prompt, Failure> {
+    let messages = body.messages.take().ok_or_else(|| Failure::invalid("messages", "`messages` is required."))?;
+    let conversation = Conversation {
+        messages: messages::normalise(&messages)?,
+        tools: offered_tools(body)?,
+        add_generation_prompt: body.add_generation_prompt.unwrap_or(true),
+        kwargs: body.chat_template_kwargs.take().unwrap_or_default(),
+        add_special_tokens: body.add_special_tokens.unwrap_or(false),
+    };
+    let bytes: usize = messages.iter().filter_map(|message| message.get("content")).map(text_bytes).sum();
+    let model = model.clone();
+    let tokens = state.off_thread_if(bytes > INLINE_TEXT_BYTES, move || conversation.encode(&model)).await?;
+    Ok(Prompt { tokens: check_prompt(tokens, "messages")?, text: None })
+}
+
+/// A conversation ready to be rendered.
+pub struct Conversation {
+    pub messages: Value,
+    pub tools: Option<Value>,
+    pub add_generation_prompt: bool,
+    pub kwargs: Map<String, Value>,
+    pub add_special_tokens: bool,
+}
+
+impl Conversation {
+    pub fn encode(&self, model: &ServedModel) -> Result<Vec<TokenId>, Failure> {
+        let render = |tools| {
+            model
+                .chat_template
+                .render(&self.messages, tools, self.add_generation_prompt, &self.kwargs)
+                .map_err(Failure::from)
+        };
+        let text = render(self.tools.as_ref())?;
+        if self.tools.is_some() && text == render(None)? {
+            let message = format!("The model `{}` takes no tools: its chat template ignores them.", model.name());
+            return Err(Failure::invalid("tools", message).with_code("unsupported_parameter"));
+        }
+        encode(model, &text, self.add_special_tokens, "messages")
+    }
+}
+
+/// The tools to show to the model. Nothing constrains its output to a call of them, so a forced call is refused.
+fn offered_tools(body: &mut RequestBody) -> Result<Option<Value>, Failure> {
+    let tools = body.tools.take().filter(|tools| !tools.is_empty()).map(Value::Array);
+    match body.tool_choice.as_ref() {
+        None | Some(Value::Null) => Ok(tools),
+        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
+        Some(Value::String(choice)) if choice == "none" => Ok(None),
+        Some(_) => {
+            let message = "`tool_choice` may be \"auto\" or \"none\"; forcing a tool call is not supported.";
+            Err(Failure::invalid("tool_choice", message).with_code("unsupported_parameter"))
+        }
+    }
+}
+
+fn text_bytes(content: &Value) -> usize {
+    match content {
+        Value::String(text) => text.len(),
+        Value::Array(parts) => parts.iter().filter_map(|part| part.get("text")).map(text_bytes).sum(),
+        _ => 0,
+    }
+}
+
+async fn completion_prompts(
+    state: &ApiState,
+    model: &Arc<ServedModel>,
+    body: &mut RequestBody,
+) -> Result<Vec<Prompt>, Failure> {
+    let input = body.prompt.take().ok_or_else(|| Failure::invalid("prompt", "`prompt` is required."))?;
+    let add_special_tokens = body.add_special_tokens.unwrap_or(true);
+    match input {
+        PromptInput::Text(text) => encode_prompts(state, model, vec![text], add_special_tokens).await,
+        PromptInput::Texts(texts) => encode_prompts(state, model, texts, add_special_tokens).await,
+        PromptInput::Tokens(tokens) => id_prompts(model, vec![tokens]),
+        PromptInput::TokenLists(lists) => id_prompts(model, lists),
+    }
+}
+
+async fn encode_prompts(
+    state: &ApiState,
+    model: &Arc<ServedModel>,
+    texts: Vec<String>,
+    add_special_tokens: bool,
+) -> Result<Vec<Prompt>, Failure> {
+    check_prompt_count(texts.len())?;
+    let bytes: usize = texts.iter().map(String::len).sum();
+    let model = model.clone();
+    let encode_all = move || {
+        let prompt = |text: String| {
+            let tokens = check_prompt(encode(&model, &text, add_special_tokens, "prompt")?, "prompt")?;
+            Ok(Prompt { tokens, text: Some(text) })
+        };
+        texts.into_iter().map(prompt).collect()
+    };
+    state.off_thread_if(bytes > INLINE_TEXT_BYTES, encode_all).await
+}
+
+fn id_prompts(model: &ServedModel, lists: Vec<Vec<TokenId>>) -> Result<Vec<Prompt>, Failure> {
+    check_prompt_count(lists.len())?;
+    let vocab = model.tokenizer.vocab_size();
+    let prompt = |tokens: Vec<TokenId>| {
+        for &token in &tokens {
+            sampling::check_token("prompt", token, vocab)?;
+        }
+        Ok(Prompt { tokens: check_prompt(tokens, "prompt")?, text: None })
+    };
+    lists.into_iter().map(prompt).collect()
+}
+
+fn check_prompt_count(count: usize) -> Result<(), Failure> {
+    if (1..=MAX_PROMPTS).contains(&count) {
+        return Ok(());
+    }
+    let message = format!("`prompt` must hold from 1 to {MAX_PROMPTS} prompts, not {count}.");
+    Err(Failure::invalid("prompt", message).with_code("out_of_range"))
+}
+
+fn check_prompt(tokens: Vec<TokenId>, field: &'static str) -> Result<Arc<[TokenId]>, Failure> {
+    if tokens.is_empty() {
+        return Err(Failure::invalid(field, format!("`{field}` must give at least one token.")));
+    }
+    Ok(tokens.into())
+}
+
+pub fn encode(
+    model: &ServedModel,
+    text: &str,
+    add_special_tokens: bool,
+    field: &'static str,
+) -> Result<Vec<TokenId>, Failure> {
+    model.tokenizer.encode(text, add_special_tokens).map_err(|error| {
+        Failure::invalid(field, format!("`{field}` holds text that the tokenizer cannot encode.")).with_source(error)
+    })
+}
+
+/// The bound on generated tokens: what the client asked for if it fits, else what is left of the context.
+fn max_tokens(
+    config: &Config,
+    model: &ServedModel,
+    endpoint: Endpoint,
+    prompt_tokens: usize,
+    requested: Option<(&'static str, u32)>,
+) -> Result<u32, Failure> {
+    let field = match endpoint {
+        Endpoint::Chat => "messages",
+        Endpoint::Completions => "prompt",
+    };
+    let too_long = |field, message: String| Failure::invalid(field, message).with_code("context_length_exceeded");
+    let context = model.max_model_len;
+    if prompt_tokens >= context {
+        let message = format!(
+            "The prompt has {prompt_tokens} tokens. The context holds {context} (max_model_len), of which at least one is \
+             for the answer."
+        );
+        return Err(too_long(field, message));
+    }
+    if let Some(limit) = config.max_input_tokens.filter(|&limit| prompt_tokens > limit as usize) {
+        let message = format!("The prompt has {prompt_tokens} tokens; at most {limit} are allowed (max_input_tokens).");
+        return Err(too_long(field, message));
+    }
+    let left = u32::try_from(context - prompt_tokens).unwrap_or(u32::MAX);
+    let cap = config.max_output_tokens.unwrap_or(u32::MAX);
+    match requested {
+        Some((name, value)) if value > cap => {
+            let message = format!("`{name}` is {value}; at most {cap} are allowed (max_output_tokens).");
+            Err(Failure::invalid(name, message).with_code("out_of_range"))
+        }
+        Some((name, value)) if value > left => {
+            let message = format!(
+                "`{name}` is {value}, and the prompt has {prompt_tokens} tokens: together more than the context of \
+                 {context} (max_model_len)."
+            );
+            Err(too_long(name, message))
+        }
+        Some((_, value)) => Ok(value),
+        None if endpoint == Endpoint::Completions => Ok(DEFAULT_COMPLETION_TOKENS.min(left).min(cap)),
+        None => Ok(left.min(cap)),
+    }
+}
+
+fn check_min_tokens(sampling: &SamplingParams, max_tokens: u32) -> Result<(), Failure> {
+    if sampling.min_tokens <= max_tokens {
+        return Ok(());
+    }
+    let message = format!("`min_tokens` is {}, more than the {max_tokens} tokens allowed.", sampling.min_tokens);
+    Err(Failure::invalid("min_tokens", message).with_code("out_of_range"))
+}
+
+/// The blocking work panicked: the request is answered, the node goes on.
+pub fn worker_failed() -> Failure {
+    Failure::new(FailureKind::Internal, "The prompt could not be processed.")
+}

@@ -1,0 +1,98 @@
+//! `POST /tokenize` and `POST /detokenize`, in vLLM's shapes.
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::HeaderMap;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use super::messages;
+use super::prepare::{Conversation, encode};
+use super::sampling::check_token;
+use crate::api::body::read_json;
+use crate::api::error::ApiError;
+use crate::api::state::ApiState;
+use crate::types::{Failure, TokenId};
+
+/// Either `prompt` or `messages`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct TokenizeBody {
+    model: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Vec<Value>>,
+    tools: Option<Vec<Value>>,
+    add_generation_prompt: Option<bool>,
+    add_special_tokens: Option<bool>,
+    chat_template_kwargs: Option<Map<String, Value>>,
+    return_token_strs: Option<bool>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Tokenized {
+    count: usize,
+    max_model_len: usize,
+    tokens: Vec<TokenId>,
+    token_strs: Option<Vec<String>>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct DetokenizeBody {
+    model: Option<String>,
+    tokens: Option<Vec<TokenId>>,
+}
+
+#[derive(Debug, Serialize)]
+pub struct Detokenized {
+    prompt: String,
+}
+
+pub async fn tokenize(
+    State(state): State<ApiState>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Tokenized>, ApiError> {
+    let model = state.serving_model()?;
+    let body: TokenizeBody = read_json(&state.config, &headers, body).await?;
+    model.check_name(body.model.as_deref())?;
+    let wants_strings = body.return_token_strs.unwrap_or(false);
+    // Unlike a generation, nothing bounds this text but the body's size: always leave the async threads.
+    let worker = model.clone();
+    let tokens = state.off_thread_if(true, move || match (body.prompt, body.messages) {
+        (Some(prompt), None) => encode(&worker, &prompt, body.add_special_tokens.unwrap_or(true), "prompt"),
+        (None, Some(messages)) => Conversation {
+            messages: messages::normalise(&messages)?,
+            tools: body.tools.map(Value::Array),
+            add_generation_prompt: body.add_generation_prompt.unwrap_or(true),
+            kwargs: body.chat_template_kwargs.unwrap_or_default(),
+            add_special_tokens: body.add_special_tokens.unwrap_or(false),
+        }
+        .encode(&worker),
+        _ => Err(Failure::invalid("prompt", "Either `prompt` or `messages` is required, not both.")),
+    });
+    let tokens = tokens.await?;
+    let text = |&token: &TokenId| String::from_utf8_lossy(&model.tokenizer.token_bytes(token)).into_owned();
+    Ok(Json(Tokenized {
+        count: tokens.len(),
+        max_model_len: model.max_model_len,
+        token_strs: wants_strings.then(|| tokens.iter().map(text).collect()),
+        tokens,
+    }))
+}
+
+pub async fn detokenize(
+    State(state): State<ApiState>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Json<Detokenized>, ApiError> {
+    let model = state.serving_model()?;
+    let body: DetokenizeBody = read_json(&state.config, &headers, body).await?;
+    model.check_name(body.model.as_deref())?;
+    let tokens = body.tokens.ok_or_else(|| Failure::invalid("tokens", "`tokens` is required."))?;
+    for &token in &tokens {
+        check_token("tokens", token, model.tokenizer.vocab_size())?;
+    }
+    Ok(Json(Detokenized { prompt: model.tokenizer.decode(&tokens, false) }))
+}

@@ -1,0 +1,141 @@
+//! Completions, and the small endpoints around them.
+
+use serde_json::json;
+
+use super::*;
+
+const PATH: &str = "/v1/completions";
+
+/// Continues each prompt with its own last token.
+fn parrot() -> Node {
+    Node::new(|request, events| {
+        let last = *request.prompt.last().expect("a prompt");
+        play(&events, request, &[last], FinishReason::Length);
+        Ok(())
+    })
+}
+
+#[tokio::test]
+async fn prompts_come_as_text_and_as_ids() {
+    let node = parrot();
+    let water = ids("water");
+    for prompt in [json!("water"), json!(["water"]), json!(water), json!([water])] {
+        let answer = node.post_json(PATH, json!({"prompt": prompt, "add_special_tokens": false})).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+        assert_eq!(*node.last_request().prompt, *water, "{prompt}");
+        let body = answer.json();
+        assert_eq!(body["object"], "text_completion");
+        assert_eq!(body["choices"][0]["finish_reason"], "length");
+        assert!(body["id"].as_str().expect("a string").starts_with("cmpl-"));
+    }
+    assert_eq!(node.last_request().sampling.max_tokens, 16);
+}
+
+#[tokio::test]
+async fn choices_of_several_prompts_are_numbered_through() {
+    let node = parrot();
+    let body = json!({"prompt": ["a", "b", "c"], "n": 2, "return_token_ids": true});
+    let answer = node.post_json(PATH, body.clone()).await.json();
+    let texts: Vec<&str> =
+        answer["choices"].as_array().expect("choices").iter().map(|c| c["text"].as_str().expect("text")).collect();
+    assert_eq!(texts, ["a", "a", "b", "b", "c", "c"]);
+    assert_eq!(answer["choices"][5]["index"], 5);
+    assert_eq!(answer["choices"][2]["token_ids"], json!(ids("b")));
+    assert_eq!(answer["choices"][2]["prompt_token_ids"], json!(*node.requests.lock()[1].prompt));
+    let counts = &answer["usage"];
+    assert_eq!(counts["completion_tokens"], 6);
+    assert_eq!(counts["prompt_tokens_details"]["cached_tokens"], 3);
+
+    let mut stream = body;
+    stream["stream"] = json!(true);
+    let chunks = node.post_json(PATH, stream).await.chunks();
+    let mut texts = vec![String::new(); 6];
+    let mut prompts = 0;
+    for chunk in &chunks {
+        let choice = &chunk["choices"][0];
+        texts[choice["index"].as_u64().expect("an index") as usize] += choice["text"].as_str().expect("text");
+        prompts += u32::from(choice.get("prompt_token_ids").is_some());
+    }
+    assert_eq!(texts, ["a", "a", "b", "b", "c", "c"]);
+    assert_eq!(prompts, 6);
+}
+
+#[tokio::test]
+async fn echo_puts_the_prompt_before_the_text() {
+    let node = parrot();
+    for prompt in [json!("sail and sail"), json!(ids("sail and sail"))] {
+        let answer = node.post_json(PATH, json!({"prompt": prompt, "echo": true})).await.json();
+        let text = answer["choices"][0]["text"].as_str().expect("text").to_string();
+        assert!(text.starts_with("sail and sail") && text.len() > "sail and sail".len(), "{text}");
+        let chunks = node.post_json(PATH, json!({"prompt": prompt, "echo": true, "stream": true})).await.chunks();
+        let streamed: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
+        assert_eq!(streamed, text);
+    }
+    let refused = node.post_json(PATH, json!({"prompt": "a", "echo": true, "logprobs": 1})).await;
+    assert_eq!(refused.error()["param"], "echo");
+}
+
+#[tokio::test]
+async fn log_probabilities_come_as_parallel_lists() {
+    let tokens = ids("ab");
+    let node = Node::new(move |request, events| {
+        play(&events, request, &tokens, FinishReason::Length);
+        Ok(())
+    });
+    let expected = json!({
+        "text_offset": [0, 1], "token_logprobs": [-0.5, -0.5], "tokens": ["a", "b"],
+        "top_logprobs": [{"a": -0.5, "b": -1.0}, {"b": -0.5, "c": -1.0}]
+    });
+    let answer = node.post_json(PATH, json!({"prompt": "x", "logprobs": 2})).await.json();
+    assert_eq!(answer["choices"][0]["logprobs"], expected);
+    let chunks = node.post_json(PATH, json!({"prompt": "x", "logprobs": 2, "stream": true})).await.chunks();
+    assert_eq!(chunks[1]["choices"][0]["logprobs"]["text_offset"], json!([1]));
+    let sampled_only = node.post_json(PATH, json!({"prompt": "x", "logprobs": 0})).await.json();
+    assert_eq!(sampled_only["choices"][0]["logprobs"]["top_logprobs"], json!([{"a": -0.5}, {"b": -0.5}]));
+}
+
+#[tokio::test]
+async fn running_usage_is_told_when_asked_for() {
+    let node = parrot();
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let body = json!({"prompt": "x", "stream": true, "stream_options": options});
+    let chunks = node.post_json(PATH, body).await.chunks();
+    assert_eq!(chunks[0]["usage"]["completion_tokens"], 1);
+    assert_eq!(chunks.last().expect("a chunk")["choices"], json!([]));
+}
+
+#[tokio::test]
+async fn models_are_listed_and_looked_up() {
+    let node = parrot();
+    let list = node.get("/v1/models").await.json();
+    assert_eq!(list["object"], "list");
+    assert_eq!(list["data"].as_array().map(Vec::len), Some(2));
+    assert_eq!((&list["data"][0]["id"], &list["data"][0]["max_model_len"]), (&json!("tiny"), &json!(MAX_MODEL_LEN)));
+    assert_eq!(node.get("/v1/models/org/tiny").await.json()["id"], "org/tiny");
+    assert_eq!(node.get("/v1/models/org%2Ftiny").await.json()["id"], "org/tiny");
+    assert_eq!(node.get("/v1/models/default").await.json()["id"], "tiny");
+    let unknown = node.get("/v1/models/other").await;
+    assert_eq!((unknown.status, &unknown.error()["code"]), (StatusCode::NOT_FOUND, &json!("model_not_found")));
+}
+
+#[tokio::test]
+async fn tokenize_and_detokenize_are_inverse() {
+    let node = parrot();
+    let text = "the <|im_end|> wave, é";
+    let answer = node.post_json("/tokenize", json!({"prompt": text, "add_special_tokens": false})).await.json();
+    let tokens = answer["tokens"].clone();
+    assert_eq!(answer["count"], tokens.as_array().expect("a list").len());
+    assert_eq!(answer["max_model_len"], MAX_MODEL_LEN);
+    assert_eq!(answer["token_strs"], serde_json::Value::Null);
+    assert_eq!(node.post_json("/detokenize", json!({"tokens": tokens})).await.json(), json!({"prompt": text}));
+
+    let messages = json!([{"role": "user", "content": "hi"}]);
+    let chat = node.post_json("/tokenize", json!({"messages": messages, "return_token_strs": true})).await.json();
+    assert_eq!(chat["tokens"], json!(ids("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")));
+    assert_eq!(chat["token_strs"][0], "<|im_start|>");
+
+    let both = node.post_json("/tokenize", json!({"messages": messages, "prompt": "x"})).await;
+    assert_eq!(both.status, StatusCode::BAD_REQUEST);
+    let foreign = node.post_json("/detokenize", json!({"tokens": [1, 100_000]})).await;
+    assert_eq!(foreign.error()["param"], "tokens");
+}

@@ -1,0 +1,276 @@
+//! What is refused, with which status, field and words.
+
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::*;
+use crate::types::FailureKind;
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+
+fn quiet() -> Node {
+    Node::saying("x")
+}
+
+#[tokio::test]
+async fn requests_at_fault_are_400_and_name_the_field() {
+    let node = quiet();
+    let hi = json!([{"role": "user", "content": "hi"}]);
+    let cases = [
+        (CHAT, json!({}), "messages"),
+        (CHAT, json!({"messages": []}), "messages"),
+        (CHAT, json!({"messages": "hi"}), "messages"),
+        (CHAT, json!({"messages": [{"role": "user", "content": 5}]}), "messages[0].content"),
+        (CHAT, json!({"messages": hi, "temperature": "hot"}), "temperature"),
+        (CHAT, json!({"messages": hi, "temperature": 3}), "temperature"),
+        (CHAT, json!({"messages": hi, "max_tokens": 0}), "max_tokens"),
+        (CHAT, json!({"messages": hi, "max_tokens": -1}), "max_tokens"),
+        (CHAT, json!({"messages": hi, "min_tokens": 5, "max_tokens": 4}), "min_tokens"),
+        (CHAT, json!({"messages": hi, "stream_options": {"include_usage": 1}}), "stream_options.include_usage"),
+        (CHAT, json!({"messages": hi, "response_format": {"type": "json_schema"}}), "response_format"),
+        (CHAT, json!({"messages": hi, "tool_choice": "required", "tools": [{}]}), "tool_choice"),
+        (CHAT, json!({"messages": hi, "tools": [{"type": "function", "function": {"name": "f"}}]}), "tools"),
+        (CHAT, json!({"messages": hi, "echo": true}), "echo"),
+        (COMPLETIONS, json!({}), "prompt"),
+        (COMPLETIONS, json!({"prompt": {}}), "prompt"),
+        (COMPLETIONS, json!({"prompt": []}), "prompt"),
+        (COMPLETIONS, json!({"prompt": [[]]}), "prompt"),
+        (COMPLETIONS, json!({"prompt": [100_000]}), "prompt"),
+        (COMPLETIONS, json!({"prompt": vec!["a"; 257]}), "prompt"),
+        (COMPLETIONS, json!({"prompt": "a", "suffix": "b"}), "suffix"),
+    ];
+    for (path, body, param) in cases {
+        let answer = node.post_json(path, body.clone()).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{body}: {}", answer.text);
+        assert_eq!(answer.error()["param"], param, "{body}: {}", answer.text);
+        assert_eq!(answer.error()["type"], "invalid_request_error");
+    }
+    assert!(node.requests.lock().is_empty());
+    let metrics = node.state.metrics.prometheus_text();
+    assert!(metrics.contains("outrigger_request_failures_total{kind=\"invalid_request\"} 21\n"), "{metrics}");
+}
+
+#[tokio::test]
+async fn malformed_json_is_told_with_its_place() {
+    let answer = quiet().post(CHAT, "{\"messages\": [}").await;
+    assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+    assert!(answer.error()["message"].as_str().expect("text").contains("line 1, column 15"), "{}", answer.text);
+    let deep = format!("{{\"messages\": {}{}}}", "[".repeat(5000), "]".repeat(5000));
+    assert_eq!(quiet().post(CHAT, deep).await.status, StatusCode::BAD_REQUEST);
+}
+
+#[tokio::test]
+async fn what_exceeds_the_context_is_told_with_the_numbers() {
+    let node = quiet();
+    let long = "wave ".repeat(400);
+    for body in [
+        json!({"prompt": long}),
+        json!({"prompt": "wave", "max_tokens": MAX_MODEL_LEN}),
+        json!({"prompt": vec![5; MAX_MODEL_LEN]}),
+    ] {
+        let answer = node.post_json(COMPLETIONS, body).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST);
+        assert_eq!(answer.error()["code"], "context_length_exceeded");
+        assert!(answer.error()["message"].as_str().expect("text").contains("256"), "{}", answer.text);
+    }
+    // One token less fits.
+    let fits = node.post_json(COMPLETIONS, json!({"prompt": vec![5; MAX_MODEL_LEN - 1], "max_tokens": 1})).await;
+    assert_eq!(fits.status, StatusCode::OK, "{}", fits.text);
+}
+
+#[tokio::test]
+async fn configured_limits_are_named() {
+    let config = Config { max_input_tokens: Some(3), max_output_tokens: Some(5), ..Config::default() };
+    let node = Node::with_config(config, admission::Config::default(), |_, _| panic!("nothing may get through"));
+    let long = node.post_json(COMPLETIONS, json!({"prompt": [5, 5, 5, 5]})).await;
+    assert!(long.error()["message"].as_str().expect("text").contains("max_input_tokens"));
+    let greedy = node.post_json(COMPLETIONS, json!({"prompt": [5], "max_tokens": 6})).await;
+    assert!(greedy.error()["message"].as_str().expect("text").contains("max_output_tokens"));
+    assert_eq!(greedy.error()["param"], "max_tokens");
+}
+
+#[tokio::test]
+async fn large_bodies_are_413() {
+    let config = Config { max_body_bytes: 100, ..Config::default() };
+    let node = Node::with_config(config, admission::Config::default(), |_, _| panic!("nothing may get through"));
+    let answer = node.post(CHAT, "x".repeat(101)).await;
+    assert_eq!(answer.status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert!(answer.error()["message"].as_str().expect("text").contains("100 bytes (max_body_bytes)"));
+    // Announced by no header, so found while reading.
+    let pieces = futures::stream::iter((0..2).map(|_| Ok::<_, std::io::Error>("x".repeat(60))));
+    assert_eq!(node.post(CHAT, Body::from_stream(pieces)).await.status, StatusCode::PAYLOAD_TOO_LARGE);
+}
+
+#[tokio::test]
+async fn bodies_that_do_not_arrive_are_408() {
+    let never = futures::stream::pending::<Result<&'static str, std::io::Error>>();
+    let config = Config { body_read_timeout: Duration::from_millis(30), ..Config::default() };
+    let node = Node::with_config(config, admission::Config::default(), |_, _| panic!("nothing may get through"));
+    let answer = node.post(CHAT, Body::from_stream(never)).await;
+    assert_eq!(answer.status, StatusCode::REQUEST_TIMEOUT);
+    assert_eq!(answer.error()["code"], "body_timeout");
+}
+
+#[tokio::test]
+async fn unknown_routes_models_and_methods() {
+    let node = quiet();
+    let answer = node.get("/v1/nothing").await;
+    assert_eq!((answer.status, &answer.error()["code"]), (StatusCode::NOT_FOUND, &json!("not_found")));
+    let answer = node.get(CHAT).await;
+    assert_eq!(answer.status, StatusCode::METHOD_NOT_ALLOWED);
+    assert_eq!(answer.error()["code"], "method_not_allowed");
+    let answer = node.post_json(CHAT, json!({"model": "gpt-9", "messages": []})).await;
+    assert_eq!((answer.status, &answer.error()["code"]), (StatusCode::NOT_FOUND, &json!("model_not_found")));
+    assert_eq!(answer.error()["param"], "model");
+}
+
+#[tokio::test]
+async fn keys_guard_the_api_and_not_the_probes() {
+    let config = Config { api_keys: vec!["secret".into()], ..Config::default() };
+    let node = Node::with_config(config, admission::Config::default(), |_, _| panic!("nothing may get through"));
+    for path in ["/v1/models", "/v1/models/tiny"] {
+        let answer = node.get(path).await;
+        assert_eq!((answer.status, &answer.error()["code"]), (StatusCode::UNAUTHORIZED, &json!("invalid_api_key")));
+    }
+    assert_eq!(node.post_json(CHAT, json!({})).await.status, StatusCode::UNAUTHORIZED);
+    let with_key = Request::get("/v1/models").header("authorization", "Bearer secret").body(Body::empty());
+    assert_eq!(node.send(with_key.expect("a request")).await.status, StatusCode::OK);
+    for path in ["/health", "/livez", "/metrics", "/version"] {
+        assert_eq!(node.get(path).await.status, StatusCode::OK, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_full_queue_is_429_with_a_time_to_come_back() {
+    let admission = admission::Config { max_num_queued_requests: 0, ..Default::default() };
+    let node = Node::with_config(Config::default(), admission, |_, events| {
+        // Never answers: the place stays taken.
+        tokio::spawn(async move { events.closed().await });
+        Ok(())
+    });
+    let router = node.router();
+    let occupant = tokio::spawn(async move {
+        let body = json!({"prompt": [5]}).to_string();
+        router.oneshot(Request::post(COMPLETIONS).body(Body::from(body)).expect("a request")).await
+    });
+    while node.requests.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let refused = node.post_json(COMPLETIONS, json!({"prompt": [5]})).await;
+    assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS, "{}", refused.text);
+    let seconds: u64 = refused.headers["retry-after"].to_str().expect("text").parse().expect("seconds");
+    assert!((1..=60).contains(&seconds));
+    assert!(
+        node.state
+            .metrics
+            .prometheus_text()
+            .contains("outrigger_admission_rejections_total{reason=\"queued_requests\"} 1")
+    );
+    // Dropping the first request frees its place.
+    occupant.abort();
+    assert!(occupant.await.is_err());
+    assert_eq!(node.state.admission.status().admitted_requests, 0);
+}
+
+#[tokio::test]
+async fn the_backends_failures_have_their_status() {
+    for (kind, status) in [
+        (FailureKind::EngineFailed, StatusCode::SERVICE_UNAVAILABLE),
+        (FailureKind::NumericsInvalid, StatusCode::INTERNAL_SERVER_ERROR),
+        (FailureKind::DeadlineExceeded, StatusCode::GATEWAY_TIMEOUT),
+    ] {
+        let at_once = Node::new(move |_, _| Err(Failure::new(kind, "no")));
+        let later = Node::new(move |_, events| {
+            events.send(GenerationEvent::Failed(Failure::new(kind, "no"))).expect("somebody listens");
+            Ok(())
+        });
+        for node in [at_once, later] {
+            for stream in [false, true] {
+                let answer = node.post_json(COMPLETIONS, json!({"prompt": [5], "stream": stream})).await;
+                assert_eq!((answer.status, &answer.error()["message"]), (status, &json!("no")));
+            }
+            let counted = format!("outrigger_request_failures_total{{kind=\"{}\"}} 2\n", kind.label());
+            assert!(node.state.metrics.prometheus_text().contains(&counted));
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_backend_that_vanishes_is_an_engine_failure() {
+    let node = Node::new(|_, events| {
+        drop(events);
+        Ok(())
+    });
+    let answer = node.post_json(COMPLETIONS, json!({"prompt": [5]})).await;
+    assert_eq!((answer.status, &answer.error()["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("engine_failed")));
+}
+
+#[tokio::test]
+async fn a_panic_in_a_handler_is_500_and_the_node_goes_on() {
+    let node = Node::new(|_, _| panic!("a mistake"));
+    let answer = node.post_json(COMPLETIONS, json!({"prompt": [5]})).await;
+    assert_eq!(answer.status, StatusCode::INTERNAL_SERVER_ERROR);
+    assert_eq!(answer.error()["type"], "internal_error");
+    assert_eq!(node.get("/livez").await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn bad_deadlines_are_refused_and_good_ones_passed_on() {
+    let node = quiet();
+    let request = |timeout: &str| {
+        let body = json!({"prompt": [5]}).to_string();
+        Request::post(COMPLETIONS).header("x-request-timeout-ms", timeout).body(Body::from(body)).expect("a request")
+    };
+    for timeout in ["0", "-5", "soon", "1.5", "99999999999999999999"] {
+        let answer = node.send(request(timeout)).await;
+        assert_eq!(answer.error()["param"], "x-request-timeout-ms", "{timeout}");
+    }
+    assert_eq!(node.send(request("5000")).await.status, StatusCode::OK);
+    let deadline = node.last_request().deadline.expect("a deadline");
+    let left = deadline - Instant::now();
+    assert!(left > Duration::from_secs(3) && left <= Duration::from_secs(5), "{left:?}");
+}
+
+#[tokio::test]
+async fn a_node_that_loads_drains_or_failed_is_503() {
+    let loading = Node::loading(Config::default(), admission::Config::default());
+    let answer = loading.post_json(CHAT, json!({})).await;
+    assert_eq!((answer.status, &answer.error()["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("model_loading")));
+    assert!(answer.headers.contains_key("retry-after"));
+    assert_eq!(loading.get("/startupz").await.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(loading.get("/livez").await.status, StatusCode::OK);
+    assert_eq!(loading.get("/health").await.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(loading.get("/v1/models").await.json()["data"], json!([]));
+
+    let draining = quiet();
+    assert_eq!(draining.get("/startupz").await.status, StatusCode::OK);
+    assert_eq!(draining.get("/health").await.status, StatusCode::OK);
+    draining.state.health.lifecycle().drain("told to").expect("a step of the diagram");
+    assert_eq!(draining.post_json(CHAT, json!({})).await.error()["code"], "shutting_down");
+    assert_eq!(draining.get("/health").await.status, StatusCode::OK);
+    let unready = draining.get("/readyz").await;
+    assert_eq!(unready.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(unready.json()["state"], "draining");
+
+    let failed = quiet();
+    failed.state.health.lifecycle().fail("broken").expect("a step of the diagram");
+    assert_eq!(failed.post_json(CHAT, json!({})).await.error()["code"], "engine_failed");
+    assert_eq!(failed.get("/livez").await.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!(failed.get("/health").await.status, StatusCode::SERVICE_UNAVAILABLE);
+}
+
+#[tokio::test]
+async fn ids_are_echoed_and_metrics_scraped_in_both_formats() {
+    let node = quiet();
+    let request = Request::get("/v1/models").header("x-request-id", "mine").body(Body::empty()).expect("a request");
+    assert_eq!(node.send(request).await.headers["x-request-id"], "mine");
+    let classic = node.get("/metrics").await;
+    assert!(classic.headers["content-type"].to_str().expect("text").starts_with("text/plain; version=0.0.4"));
+    assert!(classic.text.contains("vllm:num_requests_running{model_name=\"tiny\",engine=\"0\"} 1\n"));
+    assert!(classic.text.contains("outrigger_http_requests_total{route=\"/v1/models\",status=\"200\"} 1\n"));
+    let accept = Request::get("/metrics").header("accept", "application/openmetrics-text;version=1.0.0");
+    let open = node.send(accept.body(Body::empty()).expect("a request")).await;
+    assert!(open.text.ends_with("# EOF\n"));
+}

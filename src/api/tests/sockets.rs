@@ -1,0 +1,174 @@
+//! Over real sockets: what depends on connections.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::api::serve;
+
+/// Nothing here takes this long unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+struct Served {
+    address: SocketAddr,
+    shutdown: CancellationToken,
+    server: JoinHandle<()>,
+}
+
+async fn serve_node(node: &Node) -> Served {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    let shutdown = CancellationToken::new();
+    let server = tokio::spawn(serve(listener, node.state.clone(), Router::new(), shutdown.clone()));
+    Served { address, shutdown, server }
+}
+
+async fn until(what: &str, condition: impl Fn() -> bool) {
+    let waiting = async {
+        while !condition() {
+            sleep(Duration::from_millis(2)).await;
+        }
+    };
+    in_time(what, waiting).await;
+}
+
+async fn in_time<T>(what: &str, work: impl Future<Output = T>) -> T {
+    timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("{what}: nothing happened for {PATIENCE:?}"))
+}
+
+impl Served {
+    async fn connect(&self) -> TcpStream {
+        in_time("connect", TcpStream::connect(self.address)).await.expect("a connection")
+    }
+
+    async fn post(&self, body: serde_json::Value) -> TcpStream {
+        let mut stream = self.connect().await;
+        let body = body.to_string();
+        let head = format!("POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n", body.len());
+        stream.write_all((head + &body).as_bytes()).await.expect("sent");
+        stream
+    }
+
+    async fn get(&self, path: &str) -> String {
+        let mut stream = self.connect().await;
+        let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(head.as_bytes()).await.expect("sent");
+        read_all(&mut stream).await
+    }
+}
+
+async fn read_all(stream: &mut TcpStream) -> String {
+    let mut text = String::new();
+    in_time("read", stream.read_to_string(&mut text)).await.expect("UTF-8 until the end");
+    text
+}
+
+async fn read_until(stream: &mut TcpStream, what: &str) -> String {
+    let mut bytes = Vec::new();
+    let reading = async {
+        while !String::from_utf8_lossy(&bytes).contains(what) {
+            let read = stream.read_buf(&mut bytes).await.expect("readable");
+            assert_ne!(read, 0, "the connection ended before {what:?}");
+        }
+    };
+    in_time(what, reading).await;
+    String::from_utf8(bytes).expect("UTF-8")
+}
+
+/// Sends one token and then waits; the senders are kept.
+fn waiting_node(config: Config) -> (Node, Arc<Mutex<Vec<Events>>>) {
+    let senders: Arc<Mutex<Vec<Events>>> = Arc::default();
+    let kept = senders.clone();
+    let node = Node::with_config(config, admission::Config::default(), move |_, events| {
+        let _ = events.send(GenerationEvent::Token { choice: 0, token: ids("a")[0], logprobs: None });
+        kept.lock().push(events);
+        Ok(())
+    });
+    (node, senders)
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_cancels_its_request() {
+    let (node, senders) = waiting_node(Config::default());
+    let served = serve_node(&node).await;
+    for stream in [true, false] {
+        let mut connection = served.post(json!({"prompt": [5], "stream": stream})).await;
+        if stream {
+            read_until(&mut connection, "data: {").await;
+        }
+        until("the request", || !senders.lock().is_empty()).await;
+        let events = senders.lock().pop().expect("a request");
+        assert!(!events.is_closed());
+        drop(connection);
+        until("the cancellation", || events.is_closed()).await;
+        until("the permit", || node.state.admission.status().admitted_requests == 0).await;
+    }
+}
+
+#[tokio::test]
+async fn shutting_down_lets_streams_finish() {
+    let (node, senders) = waiting_node(Config::default());
+    let served = serve_node(&node).await;
+    let mut idle = served.connect().await;
+    let mut connection = served.post(json!({"prompt": [5], "stream": true})).await;
+    read_until(&mut connection, "data: {").await;
+    served.shutdown.cancel();
+    // The listener is gone, idle connections end, the stream goes on.
+    until("the listener", || std::net::TcpStream::connect(served.address).is_err()).await;
+    assert_eq!(read_all(&mut idle).await, "");
+    assert!(!served.server.is_finished());
+    let events = senders.lock().pop().expect("a request");
+    events.send(GenerationEvent::Finished { choice: 0, reason: FinishReason::Length }).expect("somebody listens");
+    let rest = read_all(&mut connection).await;
+    assert!(rest.contains("data: [DONE]"), "{rest}");
+    in_time("the server", served.server).await.expect("no panic");
+    assert_eq!(node.state.metrics.http_connections.get(), 0);
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_get_503_and_probes_the_truth() {
+    let (node, _senders) = waiting_node(Config { max_connections: 1, ..Config::default() });
+    let served = serve_node(&node).await;
+    let mut first = served.post(json!({"prompt": [5], "stream": true})).await;
+    read_until(&mut first, "data: {").await;
+    let refused = served.get("/v1/models").await;
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("max_connections"), "{refused}");
+    assert!(served.get("/livez").await.starts_with("HTTP/1.1 200"));
+    assert!(served.get("/metrics").await.contains("outrigger_http_connections_refused_total 3\n"));
+    drop(first);
+    until("the place", || node.state.metrics.http_connections.get() == 0).await;
+    assert!(served.get("/v1/models").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn heads_that_do_not_arrive_end_the_connection() {
+    let config = Config { header_read_timeout: Duration::from_millis(50), ..Config::default() };
+    let (node, _senders) = waiting_node(config);
+    let served = serve_node(&node).await;
+    // Nothing at all, the beginning that HTTP/2 shares, and half a head.
+    for beginning in ["", "P", "GET /livez HTTP/1.1\r\nhost: x\r\n"] {
+        let mut connection = served.connect().await;
+        connection.write_all(beginning.as_bytes()).await.expect("sent");
+        assert_eq!(read_all(&mut connection).await, "", "{beginning:?}");
+    }
+}
+
+#[tokio::test]
+async fn one_connection_serves_several_requests() {
+    let node = Node::saying("x");
+    let served = serve_node(&node).await;
+    let mut connection = served.connect().await;
+    for _ in 0..3 {
+        connection.write_all(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+        read_until(&mut connection, env!("CARGO_PKG_VERSION")).await;
+    }
+    assert_eq!(node.state.metrics.http_connections_opened.get(), 1);
+}
