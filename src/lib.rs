@@ -17,6 +17,7 @@
 
 pub mod admission;
 pub mod api;
+pub mod app;
 pub mod config;
 pub mod engine;
 pub mod formats;

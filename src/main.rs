@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use outrigger::app;
 use outrigger::config::{Command, ConfigError, Invocation};
 
 /// Wrong usage or configuration, as `sysexits.h` and clap have it: restarting does not help.
@@ -16,11 +17,19 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    match invocation.command {
+    let ended = match invocation.command {
         Command::ShowConfig => {
             print!("{}", invocation.effective());
-            ExitCode::SUCCESS
+            Ok(ExitCode::SUCCESS)
         }
-        Command::Serve => ExitCode::SUCCESS,
-    }
+        Command::CheckHealth => {
+            let address = &invocation.config.api;
+            app::healthcheck::run(&address.host, address.port).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Serve => app::serve(invocation),
+    };
+    ended.unwrap_or_else(|error| {
+        eprintln!("outrigger: {error:#}");
+        ExitCode::FAILURE
+    })
 }

@@ -22,13 +22,7 @@ pub enum Ending {
     Failure(String),
 }
 
-pub async fn end(
-    ending: Ending,
-    config: &Config,
-    front: Front,
-    model: LoadedModel,
-    signals: &mut Signals,
-) -> ExitCode {
+pub async fn end(ending: Ending, config: &Config, front: Front, model: LoadedModel, signals: &mut Signals) -> ExitCode {
     match ending {
         Ending::Signal(caught) => after_signal(caught, config, front, model, signals).await,
         Ending::Failure(reason) => after_failure(&reason, config, front, signals).await,

@@ -13,6 +13,7 @@ use crate::admission::AdmissionController;
 use crate::api::{self, ApiState};
 use crate::config::Config;
 use crate::health::Health;
+use crate::hub::{Catalog, ModelReference};
 use crate::observability::Metrics;
 use crate::types::NodeState;
 
@@ -32,15 +33,17 @@ pub struct Front {
 impl Front {
     /// Listens and answers: health truthfully, generation with 503 until a model is set.
     pub async fn open(config: &Config) -> anyhow::Result<Self> {
+        // What can never be served is refused before anything listens.
+        let model = ModelReference::parse(&config.process.model, &Catalog::embedded())?.name();
         let (host, port) = (config.api.host.as_str(), config.api.port);
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let listener =
             TcpListener::bind((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))?;
         let base_url = announce::base_url(listener.local_addr().context("the listener has no address")?);
 
-        let metrics = Arc::new(Metrics::new(&config.metrics_model_name()));
+        let metrics = Arc::new(Metrics::new(&config.process.served_names(&model)[0]));
         let max_num_seqs = u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX);
-        let admission = AdmissionController::new(config.admission, max_num_seqs);
+        let admission = AdmissionController::new(config.admission, max_num_seqs, metrics.clone());
         let health = Health::new(config.health.clone(), metrics.clone());
         let api = ApiState::new(config.api.clone(), metrics.clone(), admission.clone(), health.clone())?;
         let fault_target = config.process.fault_injection.then(FaultTarget::default);

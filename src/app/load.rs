@@ -2,6 +2,7 @@
 //!
 //! What does not depend on one another runs at one time: the tokenizer is built while the weights are packed.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -11,11 +12,11 @@ use super::front::Front;
 use crate::api::ServedModel;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
-use crate::engine::model_runner::CpuModelRunner;
-use crate::engine::{self, EngineHandle, EngineLimits, EngineParts};
-use crate::health::{HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
+use crate::engine::model_runner::{CpuModelRunner, RunnerConfig};
+use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, StopTexts};
+use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{ChatTemplate, StopMatcher, Tokenizer};
 use crate::types::{Backend, Fingerprint, TokenId};
 
 /// What the synthetic inference continues, where the tokenizer can spell it.
@@ -38,8 +39,12 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
     let health = &front.health;
     health.set_loading(LoadPhase::Downloading, 0.0);
     let needs_weights = config.process.load_format != LoadFormat::Dummy;
-    let resolved = hub::resolve(&config.hub, &config.process.model, needs_weights, &Progress::detect()).await?;
-    let names = config.served_names(&resolved.name);
+    let progress = Progress::detect().observed({
+        let health = health.clone();
+        move |fraction| health.set_loading(LoadPhase::Downloading, fraction)
+    });
+    let resolved = hub::resolve(&config.hub, &config.process.model, needs_weights, &progress).await?;
+    let names = config.process.served_names(&resolved.name);
 
     health.set_loading(LoadPhase::LoadingWeights, 0.0);
     let files = {
@@ -52,11 +57,12 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
         off_runtime(move || open_tokenizer(&source))
     };
     let runner = {
-        let (health, runner_config) = (health.clone(), config.runner.clone());
-        let progress = move |fraction: f32| health.set_loading(LoadPhase::LoadingWeights, f64::from(fraction));
-        off_runtime(move || Ok(CpuModelRunner::load(files, runner_config, &progress)?))
+        let (health, progress) = (health.clone(), Progress::detect());
+        let runner_config = config.compute.runner(config.engine.max_model_len);
+        off_runtime(move || load_runner(files, &runner_config, &health, &progress))
     };
-    let (tokenizer, (runner, fingerprint)) = tokio::try_join!(tokenizer, runner)?;
+    let (tokenizer, runner) = tokio::try_join!(tokenizer, runner)?;
+    let fingerprint = runner.fingerprint();
     let eos_token_ids = union(&model_eos, tokenizer.eos_token_ids());
     let prompt = probe_prompt(&tokenizer);
 
@@ -68,7 +74,7 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
             config: engine_config,
             fingerprint: fingerprint.clone(),
             eos_token_ids: eos_token_ids.clone(),
-            detokenizers: tokenizer.clone().into(),
+            stop_texts: stop_texts(tokenizer.clone()),
             on_step: Some(Box::new(move |time| metrics.engine_step.observe(time.as_secs_f64()))),
         };
         off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(Box::new(runner))))?)).await?
@@ -87,7 +93,7 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
     let probe = InferenceProbe::calibrate(health.clone(), backend.clone(), prompt.into()).await?;
 
     let chat_template = open_chat_template(&tokenizer)?;
-    let has_chat_template = chat_template.is_some();
+    let has_chat_template = chat_template.exists();
     let name = names[0].clone();
     record(front, config, &name, &fingerprint, limits);
     front.api.set_model(ServedModel::new(
@@ -118,6 +124,46 @@ fn open_tokenizer(source: &TokenizerSource) -> anyhow::Result<Tokenizer> {
         TokenizerSource::Directory(directory) => Tokenizer::from_dir(directory),
     };
     tokenizer.context("the model's tokenizer cannot be used")
+}
+
+/// Packs the weights, telling probes and the person at the terminal how far it has come.
+fn load_runner(
+    files: ModelFiles,
+    config: &RunnerConfig,
+    health: &Health,
+    progress: &Progress,
+) -> anyhow::Result<CpuModelRunner> {
+    let total = files.tensors.total_bytes();
+    let task = RefCell::new(progress.start(format!("loading {}", files.name), total));
+    let report = |fraction: f32| {
+        health.set_loading(LoadPhase::LoadingWeights, f64::from(fraction));
+        task.borrow_mut().set((f64::from(fraction) * total as f64) as u64);
+    };
+    Ok(CpuModelRunner::load(files.config, files.tensors.as_ref(), config, &report)?)
+}
+
+/// A model whose template we cannot read is served all the same; chat requests are told why they are not.
+fn open_chat_template(tokenizer: &Tokenizer) -> anyhow::Result<ChatTemplate> {
+    const UNREADABLE: &str = "{{ raise_exception('the chat template of this model cannot be read by this server') }}";
+    tokenizer.chat_template().or_else(|error| {
+        tracing::warn!(%error, "the model's chat template cannot be read; chat requests will be refused");
+        Ok(ChatTemplate::new(UNREADABLE, tokenizer.special_tokens())?)
+    })
+}
+
+/// Watches the text of a choice for its stop strings.
+fn stop_texts(tokenizer: Tokenizer) -> StopTexts {
+    StopTexts::new(move |params| {
+        let mut detokenizer = tokenizer.detokenizer(params.skip_special_tokens);
+        let mut matcher = StopMatcher::new(&params.stop, params.include_stop_str_in_output);
+        let mut text = String::new();
+        Box::new(move |token| {
+            text.clear();
+            detokenizer.push_to(token, &mut text);
+            matcher.push(&text).matched?;
+            matcher.matched().map(str::to_owned)
+        })
+    })
 }
 
 fn probe_prompt(tokenizer: &Tokenizer) -> Vec<TokenId> {

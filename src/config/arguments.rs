@@ -18,6 +18,7 @@ pub(super) fn read(arguments: impl IntoIterator<Item = String>) -> Result<Argume
     let matches = command().try_get_matches_from(std::iter::once("outrigger".to_owned()).chain(arguments))?;
     let (command, matches) = match matches.subcommand() {
         Some(("config", matches)) => (Command::ShowConfig, matches),
+        Some(("healthcheck", matches)) => (Command::CheckHealth, matches),
         Some((_, matches)) => (Command::Serve, matches),
         None => (Command::Serve, &matches),
     };
@@ -51,6 +52,11 @@ fn command() -> clap::Command {
             clap::Command::new("config")
                 .about("Prints the effective configuration as a TOML file and exits")
                 .arg(model)
+                .args(flags()),
+        )
+        .subcommand(
+            clap::Command::new("healthcheck")
+                .about("Asks /livez of the node with this configuration; exit code 0 if it is alive")
                 .args(flags()),
         )
 }

@@ -98,6 +98,8 @@ pub enum Command {
     Serve,
     /// Print the effective configuration and exit.
     ShowConfig,
+    /// Ask the node of this configuration whether it is alive.
+    CheckHealth,
 }
 
 /// What the process was asked to do.

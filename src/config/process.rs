@@ -41,6 +41,18 @@ impl Default for Process {
 const MAX_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
 impl Process {
+    /// The names under which the API serves a model that is known by `own_name`, and as `model` says it; never empty.
+    pub fn served_names(&self, own_name: &str) -> Vec<String> {
+        if !self.served_model_name.is_empty() {
+            return self.served_model_name.clone();
+        }
+        let mut names = vec![own_name.to_owned()];
+        if self.model != own_name {
+            names.push(self.model.clone());
+        }
+        names
+    }
+
     pub fn validate(&self, problems: &mut Vec<String>) {
         if self.model.is_empty() {
             problems.push("model must not be empty".into());

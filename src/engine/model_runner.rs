@@ -60,7 +60,7 @@ pub struct RunnerConfig {
     pub kv_cache_memory: u64,
     /// Positions a block: 16, 32, or a multiple of 64.
     pub block_size: usize,
-    /// Longest sequence; at most the model's own limit, which is also the default.
+    /// Longest sequence, at most the model's own limit. By default that limit, or what the KV pool holds if that is less.
     pub max_model_len: Option<usize>,
     /// Threads that compute, the engine's own included.
     pub threads: usize,
@@ -106,12 +106,12 @@ impl CpuModelRunner {
             return Err(RunnerLoadError::BlockSize(block_size));
         }
         let limit = model.max_position_embeddings;
-        let max_model_len = config.max_model_len.unwrap_or(limit);
-        if max_model_len > limit {
-            return Err(RunnerLoadError::MaxModelLen { asked: max_model_len, limit });
+        if let Some(asked) = config.max_model_len.filter(|asked| *asked > limit) {
+            return Err(RunnerLoadError::MaxModelLen { asked, limit });
         }
         let kv_type = config.kv_cache_dtype.resolve(config.dtype);
-        let shape = kv_shape(&model, config, kv_type, max_model_len)?;
+        let shape = kv_shape(&model, config, kv_type)?;
+        let max_model_len = config.max_model_len.unwrap_or(limit.min(shape.num_blocks * block_size));
         let total = tensors.total_bytes().max(1);
         let pool = Arc::new(Pool::new(config.threads));
         let report = |bytes: u64| progress((bytes as f64 / total as f64).min(1.0) as f32);
@@ -147,12 +147,7 @@ impl CpuModelRunner {
     }
 }
 
-fn kv_shape(
-    model: &ModelConfig,
-    config: &RunnerConfig,
-    kv_type: KvType,
-    max_model_len: usize,
-) -> Result<KvShape, RunnerLoadError> {
+fn kv_shape(model: &ModelConfig, config: &RunnerConfig, kv_type: KvType) -> Result<KvShape, RunnerLoadError> {
     let mut shape = KvShape {
         num_layers: model.num_hidden_layers,
         num_blocks: 0,
@@ -163,6 +158,8 @@ fn kv_shape(
     let block_bytes = shape.block_bytes(kv_type) as u64;
     shape.num_blocks =
         usize::try_from(config.kv_cache_memory / block_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
+    // Without a wish, room for one block is enough.
+    let max_model_len = config.max_model_len.unwrap_or(config.block_size);
     let needed = max_model_len.div_ceil(config.block_size);
     if shape.num_blocks < needed {
         return Err(RunnerLoadError::KvCacheMemory {

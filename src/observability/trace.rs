@@ -1,5 +1,7 @@
 //! The log: levels by filter, text or JSON. Prompts, completions and keys are never logged, by anyone.
 
+use std::io::IsTerminal;
+
 use serde::Deserialize;
 use tracing_subscriber::filter::{EnvFilter, ParseError};
 use tracing_subscriber::fmt;
@@ -57,7 +59,10 @@ pub fn init(config: &Config) -> Result<(), TraceError> {
     let filter = config.filter()?;
     let registry = tracing_subscriber::registry().with(filter);
     match config.log_format {
-        LogFormat::Text => registry.with(fmt::layer().with_writer(std::io::stderr)).try_init()?,
+        LogFormat::Text => {
+            let is_terminal = std::io::stderr().is_terminal();
+            registry.with(fmt::layer().with_ansi(is_terminal).with_writer(std::io::stderr)).try_init()?
+        }
         LogFormat::Json => registry.with(fmt::layer().json().with_writer(std::io::stderr)).try_init()?,
     }
     Ok(())
