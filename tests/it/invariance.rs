@@ -161,6 +161,7 @@ fn run_alone(engine: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Vec<Out
 /// Requests of every kind: lengths, temperatures, truncations, penalties, stops, biases, several choices.
 fn mixed_load(count: usize, prompts: &[Vec<TokenId>], vocab_size: u32) -> Vec<GenerateRequest> {
     let sampling = |i: usize| SamplingParams {
+        skip_special_tokens: true,
         n: [1, 1, 2, 1, 3][i % 5],
         seed: 77 * i as u64,
         max_tokens: [3, 12, 20, 7, 16, 24][i % 6],

@@ -6,5 +6,8 @@ mod invariance;
 mod loader;
 mod numerics_candle;
 mod paths;
+mod probes;
+mod process;
 mod real_model;
+mod server;
 mod tokenizer;

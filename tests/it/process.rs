@@ -41,7 +41,8 @@ async fn it_announces_itself_and_answers() {
 async fn a_first_signal_lets_running_work_end_and_exits_with_0() {
     for signal in [libc::SIGTERM, libc::SIGINT] {
         let mut server = Server::ready(&["--model", &model()]).await;
-        let body = json!({"model": "default", "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": true, "stream": true});
+        let body =
+            json!({"model": "default", "prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": true, "stream": true});
         let client = reqwest::Client::new();
         let stream = client.post(server.url("/v1/completions")).json(&body).send().await.unwrap();
         let mut chunks = stream.bytes_stream();
@@ -62,7 +63,9 @@ async fn what_outlasts_the_shutdown_timeout_ends_honestly() {
     let arguments = ["--model", &model(), "--shutdown-timeout", "200ms", "--max-model-len", "256"];
     let mut server = Server::ready(&arguments).await;
     // The fixture is fast: enough streams that they cannot all end within the timeout.
-    let requests: Vec<_> = (0..400).map(|_| tokio::spawn(reqwest::Client::new().post(server.url("/v1/completions")).json(&request(250)).send())).collect();
+    let requests: Vec<_> = (0..400)
+        .map(|_| tokio::spawn(reqwest::Client::new().post(server.url("/v1/completions")).json(&request(250)).send()))
+        .collect();
     server
         .wait_until("busy", async |server: &Server| {
             let metrics = reqwest::get(server.url("/metrics")).await.unwrap().text().await.unwrap();
