@@ -18,7 +18,7 @@ fn normalise_message(index: usize, message: &Value) -> Result<Value, Failure> {
     let Value::Object(message) = message else {
         return Err(Failure::invalid(path.clone(), format!("`{path}` must be an object.")));
     };
-    if !message.get("role").is_some_and(|role| role.as_str().is_some_and(|role| !role.is_empty())) {
+    if message.get("role").and_then(Value::as_str).is_none_or(str::is_empty) {
         let path = format!("{path}.role");
         return Err(Failure::invalid(path.clone(), format!("`{path}` must be a string such as \"user\".")));
     }
