@@ -307,6 +307,8 @@ impl Engine {
         let plan = self.scheduler.schedule(std::mem::take(&mut self.plan));
         add(&self.shared.counters.preemptions, plan.num_preempted);
         self.announce(&plan);
+        // Also before a step that may take long: from outside, an engine that computes must not look idle.
+        self.publish_status();
         let forward_begin = Instant::now();
         let result = self.forward(&plan);
         add_time(&self.shared.counters.forward_nanoseconds, forward_begin.elapsed());

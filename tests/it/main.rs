@@ -1,13 +1,16 @@
 //! Integration tests, in one binary: what spans modules, against real files, real models and real sockets.
 
 mod chat_templates;
+mod edges;
 mod fixtures;
 mod invariance;
 mod loader;
 mod numerics_candle;
+mod openai_clients;
 mod paths;
 mod probes;
 mod process;
 mod real_model;
+mod real_server;
 mod server;
 mod tokenizer;

@@ -1,208 +1,262 @@
-//! The three probes under each trouble, in both directions: they change when they must, and stay when they must. Real
-//! processes; the faults come through fault injection.
+//! The three probes tell the truth, in both directions: what a restart mends fails liveness, what traffic must avoid fails
+//! readiness, and neither a long prompt nor a crowd is taken for a fault.
 
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
 
-use crate::server::{Server, fixture};
+use crate::real_server::{CHAT, COMPLETIONS, Event, EventStream, RealServer, completion};
 
-const MODEL: &str = "llama-gqa-tied-bf16";
-
-/// A server that watches itself closely, and stays to be asked after its engine has failed.
-async fn watchful(arguments: &[&str]) -> Server {
-    let model = fixture(MODEL);
-    let model = model.to_str().expect("a UTF-8 path");
-    let watchful = ["--model", model, "--fault-injection", "--probe-interval", "200ms", "--failure-linger", "10m"];
-    Server::ready(&[&watchful, arguments].concat()).await
+/// The codes of the reasons that a probe gives.
+async fn reasons(server: &RealServer, path: &str) -> Vec<String> {
+    let body = server.get(path).await.body;
+    let reasons = body["reasons"].as_array().unwrap_or_else(|| panic!("{path}: {body}"));
+    reasons.iter().map(|reason| reason["code"].as_str().expect("a code").to_owned()).collect()
 }
 
-async fn inject(server: &Server, fault: Value) {
-    let answer = reqwest::Client::new().post(server.url("/debug/fault")).json(&fault).send().await.expect("an answer");
-    assert_eq!(answer.status(), 202);
+async fn probes(server: &RealServer, result: &str) -> f64 {
+    server.metric("outrigger_probe_results_total", &format!("result=\"{result}\"")).await
 }
 
-/// The status and the codes of the reasons.
-async fn ask(server: &Server, probe: &str) -> (u16, Vec<String>) {
-    let answer = reqwest::get(server.url(probe)).await.expect("the front answers");
-    let status = answer.status().as_u16();
-    let body: Value = answer.json().await.expect("a body");
-    let reasons = body["reasons"].as_array().expect("reasons");
-    (status, reasons.iter().map(|reason| reason["code"].as_str().expect("a code").to_owned()).collect())
-}
-
-/// Waits until `probe` refuses for the reason; returns how long that took.
-async fn wait_for_reason(server: &Server, probe: &str, code: &str) -> Duration {
-    let start = Instant::now();
-    server
-        .wait_until(code, async |server: &Server| {
-            let (status, reasons) = ask(server, probe).await;
-            status == 503 && reasons.iter().any(|reason| reason == code)
-        })
-        .await;
-    start.elapsed()
-}
-
-fn completion(server: &Server, body: &Value) -> reqwest::RequestBuilder {
-    reqwest::Client::new().post(server.url("/v1/completions")).json(body)
-}
-
-#[tokio::test]
-async fn a_hung_engine_is_unready_first_and_then_dead() {
-    let server = watchful(&["--stall-timeout", "1s", "--liveness-timeout", "6s"]).await;
-    inject(&server, json!({"fault": "hang"})).await;
-    let unready_after = wait_for_reason(&server, "/readyz", "engine_stalled").await;
-    assert_eq!(ask(&server, "/livez").await.0, 200, "stalled for less than liveness_timeout is no reason to restart");
-    let dead_after = unready_after + wait_for_reason(&server, "/livez", "engine_stalled").await;
-    assert!(dead_after >= Duration::from_secs(5), "{dead_after:?}");
-    server
-        .wait_until("failed", async |server: &Server| ask(server, "/readyz").await.1.contains(&"failed".into()))
-        .await;
-}
-
-#[tokio::test]
-async fn an_engine_that_stands_still_for_a_while_comes_back() {
-    let server = watchful(&["--stall-timeout", "500ms", "--liveness-timeout", "1m", "--probe-recovery", "1"]).await;
-    inject(&server, json!({"fault": "hang", "seconds": 3})).await;
-    wait_for_reason(&server, "/readyz", "engine_stalled").await;
-    server.wait_until("ready again", async |server: &Server| server.status("/readyz").await == Some(200)).await;
-    assert_eq!(ask(&server, "/livez").await.0, 200);
-    let body = json!({"prompt": [5, 6, 7], "max_tokens": 2});
-    assert_eq!(completion(&server, &body).send().await.unwrap().status(), 200);
-}
-
-#[tokio::test]
-async fn a_panic_fails_the_node_and_ends_its_streams_while_the_front_stays() {
-    let server = watchful(&[]).await;
-    let hang = json!({"fault": "hang", "seconds": 1});
-    inject(&server, hang).await;
-    let stream =
-        tokio::spawn(completion(&server, &json!({"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": true})).send());
-    inject(&server, json!({"fault": "panic"})).await;
-    wait_for_reason(&server, "/livez", "engine_dead").await;
-    assert_eq!(ask(&server, "/readyz").await.0, 503);
-    let ended = stream.await.unwrap().expect("an answer, not a broken connection");
-    assert!(ended.status().is_server_error(), "{ended:?}");
-    let refused = completion(&server, &json!({"prompt": [5], "max_tokens": 1})).send().await.unwrap();
-    assert_eq!(refused.status(), 503);
-}
-
-#[tokio::test]
-async fn corrupt_weights_make_the_node_unready_and_not_dead() {
-    let server = watchful(&[]).await;
-    inject(&server, json!({"fault": "corrupt_weights"})).await;
-    let after = wait_for_reason(&server, "/readyz", "probe_failed").await;
-    assert!(after < Duration::from_secs(30), "{after:?}");
-    assert_eq!(ask(&server, "/livez").await.0, 200);
-}
-
-#[tokio::test]
-async fn overload_is_answered_with_429_and_leaves_the_node_ready() {
-    let server =
-        watchful(&["--max-num-seqs", "1", "--max-num-batched-tokens", "64", "--max-num-queued-requests", "2"]).await;
-    // One that takes long enough for the others to meet a full queue.
-    inject(&server, json!({"fault": "hang", "seconds": 2})).await;
-    let body = json!({"prompt": [5, 6, 7], "max_tokens": 3, "ignore_eos": true});
-    let requests: Vec<_> = (0..20).map(|_| tokio::spawn(completion(&server, &body).send())).collect();
-    let mut statuses = Vec::new();
-    for request in requests {
-        let answer = request.await.unwrap().expect("an answer");
-        if answer.status() == 429 {
-            let seconds: u64 = answer.headers()["retry-after"].to_str().unwrap().parse().expect("whole seconds");
-            assert!((1..=60).contains(&seconds), "{seconds}");
-            let (ready, reasons) = ask(&server, "/readyz").await;
-            assert_eq!(ready, 200, "{reasons:?}");
-        }
-        statuses.push(answer.status().as_u16());
+/// Reads to the end of a stream that must fail: the last event is an error, and `[DONE]` is not claimed.
+async fn error_at_the_end(mut stream: EventStream) -> Value {
+    let events = stream.rest().await;
+    assert!(!events.contains(&Event::Done), "a broken stream says that it is done");
+    match events.last() {
+        Some(Event::Data(chunk)) if chunk.get("error").is_some() => chunk["error"].clone(),
+        other => panic!("the stream ends with {other:?}"),
     }
-    assert!(statuses.iter().all(|status| matches!(status, 200 | 429)), "{statuses:?}");
-    assert!(statuses.contains(&429) && statuses.contains(&200), "{statuses:?}");
-    assert_eq!(ask(&server, "/livez").await.0, 200);
-}
-
-/// Random weights of a model so deep that one step over a long prompt takes seconds, and one layer a fraction of one.
-fn deep_model() -> tempfile::TempDir {
-    let directory = tempfile::tempdir().unwrap();
-    let fixture = fixture(MODEL);
-    for name in ["tokenizer.json", "tokenizer_config.json"] {
-        std::fs::copy(fixture.join(name), directory.path().join(name)).unwrap();
-    }
-    let config = std::fs::read_to_string(fixture.join("config.json")).unwrap();
-    let mut config: Value = serde_json::from_str(&config).unwrap();
-    let changes = json!({"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 24, "num_attention_heads": 4,
-                         "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 32768});
-    config.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
-    std::fs::write(directory.path().join("config.json"), config.to_string()).unwrap();
-    directory
-}
-
-/// Prefills so many tokens in one step; asks both probes all the while. Returns how long it took.
-async fn prefill(server: &Server, tokens: u32) -> Duration {
-    let prompt: Vec<u32> = (0..tokens).map(|index| 3 + index % 200).collect();
-    let request = tokio::spawn(completion(server, &json!({"prompt": prompt, "max_tokens": 1})).send());
-    let start = Instant::now();
-    while !request.is_finished() {
-        for probe in ["/livez", "/readyz"] {
-            let (status, reasons) = ask(server, probe).await;
-            assert_eq!(status, 200, "{probe} after {:?} of {tokens} tokens: {reasons:?}", start.elapsed());
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    assert_eq!(request.await.unwrap().unwrap().status(), 200);
-    start.elapsed()
 }
 
 #[tokio::test]
-async fn a_long_prefill_in_one_step_is_no_hang() {
+async fn a_hang_fails_readiness_then_liveness_and_ends_the_process() {
     const STALL: Duration = Duration::from_secs(1);
-    let model = deep_model();
-    let server = Server::ready(&[
-        "--model",
-        model.path().to_str().unwrap(),
-        "--load-format",
-        "dummy",
-        "--max-num-batched-tokens",
-        "32768",
-        "--no-enable-prefix-caching",
+    const LIVENESS: Duration = Duration::from_secs(4);
+    let mut server = RealServer::ready(&[
+        "--fault-injection",
+        "--probe-interval",
+        "100ms",
         "--stall-timeout",
         "1s",
         "--liveness-timeout",
-        "1s",
-        "--probe-interval",
-        "200ms",
-        "--probe-soft-limit",
-        "2m",
-        "--probe-hard-limit",
-        "2m",
+        "4s",
+        "--failure-linger",
+        "5s",
     ])
     .await;
-    // As long as this machine needs for a step that would count as a hang if only its end were progress.
-    let mut longest = Duration::ZERO;
-    for tokens in [1000, 2000, 4000, 8000, 16000, 32000] {
-        longest = prefill(&server, tokens).await;
-        if longest > 3 * STALL {
-            break;
-        }
-    }
-    assert!(longest > 3 * STALL, "one step of {longest:?} does not test a stall_timeout of {STALL:?}");
+    let mut stream = server.stream(COMPLETIONS, &completion(2000)).await;
+    stream.chunks(2).await;
+    assert_eq!((server.status("/livez").await, server.status("/readyz").await), (Some(200), Some(200)));
+
+    let start = Instant::now();
+    server.inject(&json!({"fault": "hang"})).await;
+    server.until("unready", async |server| server.status("/readyz").await == Some(503)).await;
+    let unready_after = start.elapsed();
+    assert_eq!(reasons(&server, "/readyz").await, ["engine_stalled"]);
+    let live_while_unready = server.status("/livez").await == Some(200);
+    assert!(live_while_unready || start.elapsed() >= LIVENESS, "liveness fails before its bound");
+    server.until("to be restarted", async |server| server.status("/livez").await == Some(503)).await;
+    let dead_after = start.elapsed();
+
+    // The last heartbeat may be a little older than the hang.
+    let early = Duration::from_millis(500);
+    assert!(unready_after >= STALL - early && dead_after >= LIVENESS - early, "{unready_after:?} {dead_after:?}");
+    assert!(unready_after < dead_after);
+    let slack = Duration::from_secs(15);
+    assert!(unready_after < STALL + slack && dead_after < LIVENESS + slack, "{unready_after:?} {dead_after:?}");
+    let failed = "failed".to_owned();
+    server.until("failed", async |server| reasons(server, "/livez").await.contains(&failed)).await;
+    assert_eq!(server.metric("outrigger_node_state", "state=\"failed\"").await, 1.0);
+    // The front is alive: it ends streams and refuses new ones in words.
+    let refused = server.post(COMPLETIONS, &completion(1)).await;
+    assert_eq!((refused.status.as_u16(), refused.error("code")), (503, "engine_failed"), "{}", refused.body);
+    assert_eq!(error_at_the_end(stream).await["code"], "engine_failed");
+    assert!(server.exit().await.code().is_some_and(|code| code != 0));
 }
 
 #[tokio::test]
-async fn while_the_model_is_obtained_the_front_tells_so_and_refuses_work() {
-    // A hub that takes connections and never answers.
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let endpoint = format!("http://{}", silent.local_addr().unwrap());
-    let home = tempfile::tempdir().unwrap();
-    let home = home.path().to_str().unwrap();
-    let mut server = Server::start(&["--model", "nobody/nothing", "--hub-endpoint", &endpoint, "--home", home]);
-    let startup: Value = reqwest::get(server.url("/startupz")).await.unwrap().json().await.unwrap();
-    assert_eq!((&startup["started"], &startup["phase"]), (&json!(false), &json!("downloading")), "{startup}");
-    assert_eq!(server.status("/startupz").await, Some(503));
+async fn a_short_hang_makes_unready_for_as_long_as_it_lasts() {
+    let server = RealServer::ready(&[
+        "--fault-injection",
+        "--probe-interval",
+        "100ms",
+        "--stall-timeout",
+        "500ms",
+        "--liveness-timeout",
+        "60s",
+        "--probe-recovery",
+        "1",
+    ])
+    .await;
+    server.inject(&json!({"fault": "hang", "seconds": 3})).await;
+    server.until("unready", async |server| server.status("/readyz").await == Some(503)).await;
+    server.until("ready again", async |server| server.status("/readyz").await == Some(200)).await;
+    assert_eq!(server.status("/livez").await, Some(200));
+    assert_eq!(server.post(COMPLETIONS, &completion(2)).await.status, 200);
+}
+
+#[tokio::test]
+async fn a_panic_fails_every_probe_and_ends_streams_and_process() {
+    let mut server = RealServer::ready(&["--fault-injection", "--failure-linger", "5s"]).await;
+    let mut stream = server
+        .stream(
+            CHAT,
+            &json!({
+                "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2000, "ignore_eos": true
+            }),
+        )
+        .await;
+    stream.chunks(3).await;
+    let whole = tokio::spawn(reqwest::Client::new().post(server.url(COMPLETIONS)).json(&completion(2000)).send());
+    server.until("busy", async |server| server.running().await == 2.0).await;
+    server.inject(&json!({"fault": "panic"})).await;
+    server.until("dead", async |server| server.status("/livez").await == Some(503)).await;
+    assert_eq!(server.status("/readyz").await, Some(503));
+    assert_eq!(server.status("/health").await, Some(503));
+    for path in ["/livez", "/readyz"] {
+        assert!(reasons(&server, path).await.contains(&"engine_dead".to_owned()), "{path}");
+    }
+    assert_eq!(server.metric("outrigger_engine_alive", "").await, 0.0);
+    let error = error_at_the_end(stream).await;
+    assert_eq!(error["type"], "engine_error", "{error}");
+    assert_eq!(whole.await.expect("no panic").expect("an answer").status(), 503);
+    assert!(server.exit().await.code().is_some_and(|code| code != 0));
+}
+
+#[tokio::test]
+async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
+    let server = RealServer::ready(&["--fault-injection", "--probe-interval", "500ms"]).await;
+    server.until("probed", async |server| probes(server, "ok").await >= 2.0).await;
+    assert_eq!(server.status("/readyz").await, Some(200));
+    let right_before = probes(&server, "ok").await;
+    server.inject(&json!({"fault": "corrupt_weights"})).await;
+    server.until("unready", async |server| server.status("/readyz").await == Some(503)).await;
+    // The first probe that began after the damage tells it; one may have been under way.
+    let right_after = probes(&server, "ok").await;
+    assert!(right_after <= right_before + 2.0, "{right_before} {right_after}");
+    assert_eq!(reasons(&server, "/readyz").await, ["probe_failed"]);
+    let body = server.get("/readyz").await.body;
+    assert!(body["reasons"][0]["message"].as_str().is_some_and(|text| text.contains("wrong numbers")), "{body}");
+    // It stays so, and a restart is not asked for: the engine runs.
+    server.until("probed again", async |server| probes(server, "wrong").await >= 3.0).await;
     assert_eq!(server.status("/readyz").await, Some(503));
     assert_eq!(server.status("/livez").await, Some(200));
-    let refused = completion(&server, &json!({"prompt": "x"})).send().await.unwrap();
-    assert_eq!(refused.status(), 503);
-    assert!(refused.headers().contains_key("retry-after"));
+    assert_eq!(probes(&server, "ok").await, right_after);
+}
+
+/// The whole context as one step, several times longer than the bound on a hang.
+#[tokio::test]
+async fn a_long_prefill_is_not_a_hang() {
+    let plain = RealServer::ready(&["--max-num-batched-tokens", "8192"]).await;
+    let context = plain.get("/v1/models").await.body["data"][0]["max_model_len"].as_u64().expect("a number");
+    let prompt: Vec<u64> = (1..context).map(|id| 100 + id * 7 % 40_000).collect();
+    let body = json!({"prompt": prompt, "max_tokens": 1});
+    let start = Instant::now();
+    assert_eq!(plain.post(COMPLETIONS, &body).await.status, 200);
+    let bound = start.elapsed() / 4;
+    drop(plain);
+
+    let bound_flag = format!("{}ms", bound.as_millis().max(1));
+    let server = RealServer::ready(&[
+        "--max-num-batched-tokens",
+        "8192",
+        "--stall-timeout",
+        &bound_flag,
+        "--liveness-timeout",
+        &bound_flag,
+        "--probe-interval",
+        "50ms",
+        "--probe-hard-limit",
+        "10m",
+    ])
+    .await;
+    let start = Instant::now();
+    let answer = tokio::spawn(reqwest::Client::new().post(server.url(COMPLETIONS)).json(&body).send());
+    let (mut looks, mut was_running) = (0, false);
+    while !answer.is_finished() {
+        for path in ["/livez", "/readyz"] {
+            let probe = server.get(path).await;
+            assert_eq!(probe.status, 200, "{path} after {:?} of {bound:?}: {}", start.elapsed(), probe.body);
+        }
+        was_running |= server.running().await == 1.0;
+        looks += 1;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let took = start.elapsed();
+    assert_eq!(answer.await.expect("no panic").expect("an answer").status(), 200);
+    assert!(was_running, "the engine looked idle from outside");
+    assert!(took > bound && looks > 3, "{took:?} with a bound of {bound:?}, {looks} looks: the test does not test");
+}
+
+#[tokio::test]
+async fn a_full_queue_is_refused_and_is_no_fault() {
+    let server = RealServer::ready(&["--max-num-seqs", "1", "--max-num-queued-requests", "2"]).await;
+    let mut occupant = server.stream(COMPLETIONS, &completion(8000)).await;
+    occupant.chunks(1).await;
+    let waiting: Vec<_> = (0..2)
+        .map(|_| tokio::spawn(reqwest::Client::new().post(server.url(COMPLETIONS)).json(&completion(2)).send()))
+        .collect();
+    server.until("full", async |server| server.waiting().await == 2.0).await;
+    for stream in [false, true] {
+        let mut body = completion(2);
+        body["stream"] = json!(stream);
+        let refused = server.post(COMPLETIONS, &body).await;
+        assert_eq!((refused.status.as_u16(), refused.error("type")), (429, "overloaded_error"), "{}", refused.body);
+        assert!(refused.error("message").contains("max_num_queued_requests"), "{}", refused.body);
+        assert!(refused.retry_after().is_some_and(|seconds| (1..=60).contains(&seconds)), "{:?}", refused.headers);
+    }
+    assert_eq!(server.status("/livez").await, Some(200));
+    let readiness = server.get("/readyz").await;
+    assert_eq!((readiness.status.as_u16(), readiness.body["queue_saturation"].as_f64()), (200, Some(1.0)));
+    drop(occupant);
+    for answer in waiting {
+        assert_eq!(answer.await.expect("no panic").expect("an answer").status(), 200);
+    }
+    let readiness = server.get("/readyz").await;
+    assert_eq!((readiness.status.as_u16(), readiness.body["queue_saturation"].as_f64()), (200, Some(0.0)));
+    assert_eq!(server.post(COMPLETIONS, &completion(2)).await.status, 200);
+}
+
+#[tokio::test]
+async fn startup_tells_its_phase_and_then_that_it_is_over() {
+    let server = RealServer::start(&[]).await;
+    let first = server.get("/startupz").await;
+    assert_eq!((first.status.as_u16(), first.body["started"].as_bool()), (503, Some(false)), "{}", first.body);
+    assert_eq!(server.status("/livez").await, Some(200));
+    let phases = ["starting", "downloading", "loading_tokenizer", "loading_weights", "warming"];
+    let mut seen = vec![first.body];
+    server.until("started", async |server| server.status("/startupz").await == Some(200)).await;
+    seen.push(server.get("/startupz").await.body);
+    for body in &seen {
+        assert!(body["phase"].as_str().is_some_and(|phase| phases.contains(&phase)), "{body}");
+        assert!(body["fraction"].as_f64().is_some_and(|fraction| (0.0..=1.0).contains(&fraction)), "{body}");
+    }
+    assert_eq!(seen[1]["started"], true);
+    server.until("ready", async |server| server.status("/readyz").await == Some(200)).await;
+    assert_eq!(server.post(COMPLETIONS, &completion(1)).await.status, 200);
+}
+
+/// A hub that takes the connection and says nothing holds the node in its first phase.
+#[tokio::test]
+async fn a_node_that_downloads_is_alive_unready_and_says_so() {
+    let hub = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let endpoint = format!("http://{}", hub.local_addr().expect("an address"));
+    let home = tempfile::tempdir().expect("a directory");
+    let home = home.path().to_str().expect("UTF-8");
+    let mut server = RealServer::start(&["--model", "owner/name", "--hub-endpoint", &endpoint, "--home", home]).await;
+    let (held, _) = hub.accept().await.expect("the node asks the hub");
+    let startup = server.get("/startupz").await;
+    assert_eq!((startup.status.as_u16(), &startup.body["phase"]), (503, &json!("downloading")), "{}", startup.body);
+    assert_eq!(server.status("/livez").await, Some(200));
+    assert_eq!((server.status("/readyz").await, server.status("/health").await), (Some(503), Some(503)));
+    assert_eq!(reasons(&server, "/readyz").await[0], "starting");
+    let early = server.post(COMPLETIONS, &completion(1)).await;
+    assert_eq!((early.status.as_u16(), early.error("code")), (503, "model_loading"), "{}", early.body);
+    assert!(early.retry_after().is_some(), "{:?}", early.headers);
+    assert_eq!(server.get("/v1/models").await.body["data"], json!([]));
+    // There is nothing to finish.
     server.signal(libc::SIGTERM);
     assert_eq!(server.exit().await.code(), Some(0));
+    drop(held);
 }
