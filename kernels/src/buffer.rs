@@ -1,27 +1,21 @@
-//! Large, aligned, zeroed memory for weights and the KV pool, on huge pages where the system gives them.
+//! Large, aligned, zeroed memory for weights and the KV pool, on huge pages where the system gives them: weights are read
+//! from end to end for every token, which small pages slow by misses of the translation buffer.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// From this size on a buffer is a mapping aligned to huge pages; below it, heap memory aligned to cache lines.
 const HUGE_PAGE: usize = 2 << 20;
 const CACHE_LINE: usize = 64;
+/// Smaller buffers share mappings of this size.
+const SHARED_MAPPING: usize = 16 << 20;
 
 /// Zeroed memory of a plain number type.
 pub(crate) struct Buffer<T: Plain> {
     start: NonNull<T>,
     len: usize,
-    backing: Backing,
-}
-
-enum Backing {
-    Heap(Layout),
-    /// A mapping of its own, so that advice comes before the first touch and zero pages cost nothing until then.
-    #[cfg(unix)]
-    Mapping {
-        base: *mut libc::c_void,
-        bytes: usize,
-    },
+    /// Keeps the memory.
+    _mapping: Arc<Mapping>,
 }
 
 /// Types for which all bytes zero is a value, and that need no drop.
@@ -43,43 +37,14 @@ unsafe impl<T: Plain> Sync for Buffer<T> {}
 
 impl<T: Plain> Buffer<T> {
     pub fn zeroed(len: usize) -> Self {
-        let bytes = len.checked_mul(size_of::<T>()).expect("a buffer fits the address space").max(1);
-        #[cfg(unix)]
-        if bytes >= HUGE_PAGE {
-            return Self::mapped(len, bytes);
+        let bytes = len.checked_mul(size_of::<T>()).expect("a buffer fits the address space");
+        let bytes = bytes.max(1).next_multiple_of(CACHE_LINE);
+        if bytes > SHARED_MAPPING / 2 {
+            let mapping = Arc::new(Mapping::new(bytes));
+            return Self { start: mapping.start.cast(), len, _mapping: mapping };
         }
-        let layout = Layout::from_size_align(bytes, CACHE_LINE).expect("a buffer fits the address space");
-        // SAFETY: the layout is not empty.
-        let start = unsafe { alloc_zeroed(layout) };
-        let Some(start) = NonNull::new(start) else { handle_alloc_error(layout) };
-        Self { start: start.cast(), len, backing: Backing::Heap(layout) }
-    }
-
-    #[cfg(unix)]
-    fn mapped(len: usize, bytes: usize) -> Self {
-        let mapping = bytes + HUGE_PAGE;
-        // SAFETY: a fresh private anonymous mapping; `start` lies within it with `bytes` behind it.
-        unsafe {
-            let base = libc::mmap(
-                std::ptr::null_mut(),
-                mapping,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            );
-            if base == libc::MAP_FAILED {
-                handle_alloc_error(Layout::from_size_align_unchecked(bytes, HUGE_PAGE));
-            }
-            let start = base.cast::<u8>().add(base.align_offset(HUGE_PAGE));
-            #[cfg(target_os = "linux")]
-            libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE);
-            Self {
-                start: NonNull::new_unchecked(start).cast(),
-                len,
-                backing: Backing::Mapping { base, bytes: mapping },
-            }
-        }
+        let (start, mapping) = SHARED.lock().unwrap_or_else(PoisonError::into_inner).take(bytes);
+        Self { start: start.cast(), len, _mapping: mapping }
     }
 
     pub fn as_ptr(&self) -> *const T {
@@ -106,19 +71,103 @@ impl<T: Plain> std::ops::DerefMut for Buffer<T> {
     }
 }
 
-impl<T: Plain> Drop for Buffer<T> {
-    fn drop(&mut self) {
-        match self.backing {
-            // SAFETY: allocated with this layout in `zeroed`.
-            Backing::Heap(layout) => unsafe { dealloc(self.start.as_ptr().cast(), layout) },
-            // SAFETY: mapped with this length in `mapped`.
-            #[cfg(unix)]
-            Backing::Mapping { base, bytes } => unsafe {
-                libc::munmap(base, bytes);
-            },
+/// The mapping that small buffers are cut from.
+static SHARED: Mutex<Shared> = Mutex::new(Shared { mapping: None, used: 0 });
+
+struct Shared {
+    mapping: Option<Arc<Mapping>>,
+    used: usize,
+}
+
+impl Shared {
+    fn take(&mut self, bytes: usize) -> (NonNull<u8>, Arc<Mapping>) {
+        let mapping = match &self.mapping {
+            Some(mapping) if self.used + bytes <= SHARED_MAPPING => Arc::clone(mapping),
+            _ => {
+                self.used = 0;
+                Arc::clone(self.mapping.insert(Arc::new(Mapping::new(SHARED_MAPPING))))
+            }
+        };
+        // SAFETY: `used + bytes` lies within the mapping.
+        let start = unsafe { mapping.start.add(self.used) };
+        self.used += bytes;
+        (start, mapping)
+    }
+}
+
+/// Zeroed memory of its own, aligned to a huge page. Pages cost nothing until they are touched.
+#[cfg(unix)]
+struct Mapping {
+    start: NonNull<u8>,
+    base: *mut libc::c_void,
+    bytes: usize,
+}
+
+#[cfg(unix)]
+impl Mapping {
+    fn new(bytes: usize) -> Self {
+        let mapped = bytes + HUGE_PAGE;
+        // SAFETY: a fresh private anonymous mapping; `start` lies within it with `bytes` behind it.
+        unsafe {
+            let base = libc::mmap(
+                std::ptr::null_mut(),
+                mapped,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            );
+            if base == libc::MAP_FAILED {
+                handle_alloc_error(Layout::from_size_align_unchecked(bytes, CACHE_LINE));
+            }
+            let start = base.cast::<u8>().add(base.align_offset(HUGE_PAGE));
+            #[cfg(target_os = "linux")]
+            libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE);
+            Self { start: NonNull::new_unchecked(start), base, bytes: mapped }
         }
     }
 }
+
+#[cfg(unix)]
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped with this length in `new`; no buffer is left.
+        unsafe { libc::munmap(self.base, self.bytes) };
+    }
+}
+
+/// Where there is no `mmap`: the heap.
+#[cfg(not(unix))]
+struct Mapping {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+#[cfg(not(unix))]
+impl Mapping {
+    fn new(bytes: usize) -> Self {
+        let layout = Layout::from_size_align(bytes, CACHE_LINE).expect("a buffer fits the address space");
+        // SAFETY: the layout is not empty.
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
+        match NonNull::new(start) {
+            Some(start) => Self { start, layout },
+            None => handle_alloc_error(layout),
+        }
+    }
+}
+
+#[cfg(not(unix))]
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`.
+        unsafe { std::alloc::dealloc(self.start.as_ptr(), self.layout) };
+    }
+}
+
+// SAFETY: plain memory, reached only through the buffers cut from it.
+unsafe impl Send for Mapping {}
+// SAFETY: as above.
+unsafe impl Sync for Mapping {}
 
 /// A raw pointer that tasks on several threads write through, each to its own elements.
 #[derive(Clone, Copy)]
