@@ -5,7 +5,7 @@ use std::ops::Range;
 use half::{bf16, f16};
 
 use super::format::LANES;
-use super::{DenseType, Section, Target};
+use super::{DenseType, Section, Target, panel_block};
 use crate::simd::{Kernel, Level, Simd, dispatch};
 
 /// A stored weight that widens exactly to f32.
@@ -56,8 +56,18 @@ pub(super) fn read_lane(ty: DenseType, panel: &[u8], lane: usize, out: &mut [f32
     }
 }
 
-/// Rows whose activations are kept in cache while a range of panels passes.
-const ROW_BLOCK: usize = 64;
+/// Rows of the largest tile.
+const MAX_TILE: usize = 8;
+
+/// Rows of the next tile when `left` rows are left.
+fn tile_rows(left: usize) -> usize {
+    match left {
+        MAX_TILE.. => MAX_TILE,
+        4.. => 4,
+        2.. => 2,
+        _ => 1,
+    }
+}
 
 pub(super) fn multiply<E: Element>(
     level: Level,
@@ -80,24 +90,17 @@ pub(super) fn multiply<E: Element>(
         #[inline(always)]
         fn run<S: Simd>(self) {
             let tile = Tile { section: self.section, cols: self.cols, x: self.rows.as_ptr(), target: self.target };
-            let m = self.target.m;
-            for block in (0..m).step_by(ROW_BLOCK) {
-                let end = (block + ROW_BLOCK).min(m);
-                let mut panel = self.panels.start;
-                while panel < self.panels.end {
+            let (start, end, m) = (self.panels.start, self.panels.end, self.target.m);
+            // Eight panels at once hide the latency of a lone row's sums.
+            let block = panel_block(self.section.panel_bytes).max(8);
+            for first in (start..end).step_by(block) {
+                let panels = first..(first + block).min(end);
+                let mut row = 0;
+                while row < m {
+                    let rows = tile_rows(m - row);
                     // SAFETY: rows and panels are in range; `Matrix::multiply` checked the shapes.
-                    unsafe {
-                        if end - block == 1 && self.panels.end - panel >= 8 {
-                            tile.run::<S, E, 1, 8>(block, panel);
-                            panel += 8;
-                        } else if self.panels.end - panel >= 2 {
-                            tile.rows::<S, E, 2>(block..end, panel);
-                            panel += 2;
-                        } else {
-                            tile.rows::<S, E, 1>(block..end, panel);
-                            panel += 1;
-                        }
-                    }
+                    unsafe { tile.panels::<S, E>(row, rows, panels.clone()) };
+                    row += rows;
                 }
             }
         }
@@ -114,24 +117,29 @@ struct Tile<'a> {
 }
 
 impl Tile<'_> {
+    /// One tile of rows by some panels.
     #[inline(always)]
-    unsafe fn rows<S: Simd, E: Element, const P: usize>(&self, rows: Range<usize>, panel: usize) {
-        let mut row = rows.start;
+    unsafe fn panels<S: Simd, E: Element>(&self, row: usize, rows: usize, panels: Range<usize>) {
+        let mut panel = panels.start;
+        // SAFETY: passed on.
         unsafe {
-            while rows.end - row >= 8 {
-                self.run::<S, E, 8, P>(row, panel);
-                row += 8;
-            }
-            if rows.end - row >= 4 {
-                self.run::<S, E, 4, P>(row, panel);
-                row += 4;
-            }
-            if rows.end - row >= 2 {
-                self.run::<S, E, 2, P>(row, panel);
-                row += 2;
-            }
-            if rows.end > row {
-                self.run::<S, E, 1, P>(row, panel);
+            while panel < panels.end {
+                let left = panels.end - panel;
+                match rows {
+                    1 if left >= 8 => self.run::<S, E, 1, 8>(row, panel),
+                    1 => self.run::<S, E, 1, 1>(row, panel),
+                    2 if left >= 2 => self.run::<S, E, 2, 2>(row, panel),
+                    2 => self.run::<S, E, 2, 1>(row, panel),
+                    4 if left >= 2 => self.run::<S, E, 4, 2>(row, panel),
+                    4 => self.run::<S, E, 4, 1>(row, panel),
+                    _ if left >= 2 => self.run::<S, E, MAX_TILE, 2>(row, panel),
+                    _ => self.run::<S, E, MAX_TILE, 1>(row, panel),
+                }
+                panel += match rows {
+                    1 if left >= 8 => 8,
+                    1 => 1,
+                    _ => left.min(2),
+                };
             }
         }
     }

@@ -118,6 +118,13 @@ impl std::fmt::Display for PackError {
 
 impl std::error::Error for PackError {}
 
+/// Panels that all tiles of rows pass before the next ones are read, so that they come from memory once, in one long
+/// stream, and from the second-level cache after that. A tile's activations stay in the first-level cache meanwhile.
+fn panel_block(panel_bytes: usize) -> usize {
+    const BLOCK_BYTES: usize = 192 << 10;
+    (BLOCK_BYTES / panel_bytes).max(1)
+}
+
 /// Rows of one source, in panels of sixteen.
 struct Section {
     kind: Kind,

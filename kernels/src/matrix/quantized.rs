@@ -8,7 +8,7 @@ use std::ops::Range;
 use half::f16;
 
 use super::format::{Format, GROUP, LANES};
-use super::{Section, Target};
+use super::{Section, Target, panel_block};
 use crate::rows::{MAX_TILE, QuantizedRows, tile_rows};
 use crate::simd::{Kernel, Level, Simd, dispatch};
 
@@ -52,9 +52,6 @@ pub(super) fn read_lane<T: Format>(panel: &[u8], lane: usize, out: &mut [f32]) {
     }
 }
 
-/// Rows whose quantized activations are kept in cache while a range of panels passes; whole tiles.
-const ROW_BLOCK: usize = 8 * MAX_TILE;
-
 pub(super) fn multiply<T: Format>(
     level: Level,
     section: &Section,
@@ -76,12 +73,18 @@ pub(super) fn multiply<T: Format>(
         #[inline(always)]
         fn run<S: Simd>(self) {
             let tile = Tile { section: self.section, groups: self.groups, rows: self.rows, target: self.target };
-            let m = self.target.m;
-            for block in (0..m).step_by(ROW_BLOCK) {
-                let end = (block + ROW_BLOCK).min(m);
-                for panel in self.panels.clone() {
-                    // SAFETY: rows and panels are in range; `Matrix::multiply` checked the shapes.
-                    unsafe { tile.rows::<S, T>(block..end, panel) };
+            let (start, end) = (self.panels.start, self.panels.end);
+            let block = panel_block(self.section.panel_bytes);
+            for first in (start..end).step_by(block) {
+                let panels = first..(first + block).min(end);
+                let mut row = 0;
+                while row < self.target.m {
+                    let rows = tile_rows(self.target.m - row);
+                    for panel in panels.clone() {
+                        // SAFETY: rows and panels are in range; `Matrix::multiply` checked the shapes.
+                        unsafe { tile.rows::<S, T>(row, rows, panel) };
+                    }
+                    row += rows;
                 }
             }
         }
@@ -97,22 +100,18 @@ struct Tile<'a> {
 }
 
 impl Tile<'_> {
+    /// One tile of rows by one panel.
     #[inline(always)]
-    unsafe fn rows<S: Simd, T: Format>(&self, rows: Range<usize>, panel: usize) {
-        let mut row = rows.start;
-        while row < rows.end {
-            let tile = tile_rows(rows.end - row);
-            // SAFETY: passed on.
-            unsafe {
-                match tile {
-                    MAX_TILE => self.run::<S, T, MAX_TILE>(row, panel),
-                    8 => self.run::<S, T, 8>(row, panel),
-                    4 => self.run::<S, T, 4>(row, panel),
-                    2 => self.run::<S, T, 2>(row, panel),
-                    _ => self.run::<S, T, 1>(row, panel),
-                }
+    unsafe fn rows<S: Simd, T: Format>(&self, row: usize, rows: usize, panel: usize) {
+        // SAFETY: passed on.
+        unsafe {
+            match rows {
+                MAX_TILE => self.run::<S, T, MAX_TILE>(row, panel),
+                8 => self.run::<S, T, 8>(row, panel),
+                4 => self.run::<S, T, 4>(row, panel),
+                2 => self.run::<S, T, 2>(row, panel),
+                _ => self.run::<S, T, 1>(row, panel),
             }
-            row += tile;
         }
     }
 
