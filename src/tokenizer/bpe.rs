@@ -14,7 +14,7 @@ const MAX_SCANNED_BYTES: usize = 32;
 
 #[derive(Debug)]
 pub(super) struct BytePairEncoder {
-    byte_tokens: [Option<TokenId>; 256],
+    byte_tokens: Box<[Option<TokenId>; 256]>,
     merges: HashMap<(TokenId, TokenId), Joined, ahash::RandomState>,
     /// Whole words that are one token whatever the merges say; empty when the merges decide alone.
     words: HashMap<Box<[u8]>, TokenId, ahash::RandomState>,
@@ -32,10 +32,10 @@ impl BytePairEncoder {
         merges: impl ExactSizeIterator<Item = Option<&'a str>>,
     ) -> Result<Self, TokenizerError> {
         let mut encoder = Self {
-            byte_tokens: std::array::from_fn(|byte| {
+            byte_tokens: Box::new(std::array::from_fn(|byte| {
                 let mut buffer = [0; 4];
                 tokens.get(&*byte_level::char_of(byte as u8).encode_utf8(&mut buffer)).copied()
-            }),
+            })),
             merges: HashMap::with_capacity_and_hasher(merges.len(), Default::default()),
             words: HashMap::default(),
         };

@@ -4,9 +4,11 @@
 //! Templates come with models, never with requests. They are still bounded in steps, depth, size and time, because a
 //! request decides how much they have to do.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -42,7 +44,7 @@ pub enum ChatTemplateError {
     Missing,
     #[error("the chat template has {0} bytes, more than {MAX_TEMPLATE_BYTES}")]
     TemplateTooLarge(usize),
-    #[error("the chat template cannot be read: {0:#}")]
+    #[error("the chat template cannot be read: {0}")]
     Syntax(#[source] minijinja::Error),
     /// The template called `raise_exception`: the messages are not what it wants.
     #[error("the chat template refuses the messages: {0}")]
@@ -51,8 +53,11 @@ pub enum ChatTemplateError {
     OutputTooLarge,
     #[error("rendering the chat template takes too long")]
     TooExpensive,
-    #[error("the chat template cannot be rendered: {0:#}")]
+    #[error("the chat template cannot be rendered: {0}")]
     Render(#[source] minijinja::Error),
+    /// A bug in the template engine, which some input brought to light.
+    #[error("the template engine failed on the chat template")]
+    EnginePanicked,
     #[error("no thread to render the chat template on")]
     Thread(#[source] io::Error),
 }
@@ -67,7 +72,7 @@ impl From<ChatTemplateError> for Failure {
             ChatTemplateError::OutputTooLarge | ChatTemplateError::TooExpensive => {
                 "These messages are too long for the model's chat template.".to_owned()
             }
-            ChatTemplateError::Render(_) => {
+            ChatTemplateError::Render(_) | ChatTemplateError::EnginePanicked => {
                 "The model's chat template cannot be applied to these messages; they may lack a field that it needs, or \
                  have one of an unexpected type."
                     .to_owned()
@@ -107,17 +112,24 @@ impl ChatTemplate {
         sources: &TemplateSources,
         special_tokens: &BTreeMap<String, String>,
     ) -> Result<Self, ChatTemplateError> {
-        let mut environment = environment();
-        let mut needs_deep_stack = false;
-        for (name, source) in [(DEFAULT, &sources.default), (TOOL_USE, &sources.tool_use)] {
-            let Some(source) = source else { continue };
-            if source.len() > MAX_TEMPLATE_BYTES {
-                return Err(ChatTemplateError::TemplateTooLarge(source.len()));
+        // Compiling recurses as deep as the template nests, and a chain of filters nests without an end.
+        let environment = on_deep_stack(|| {
+            let mut environment = environment();
+            for (name, source) in [(DEFAULT, &sources.default), (TOOL_USE, &sources.tool_use)] {
+                let Some(source) = source else { continue };
+                if source.len() > MAX_TEMPLATE_BYTES {
+                    return Err(ChatTemplateError::TemplateTooLarge(source.len()));
+                }
+                environment
+                    .add_template_owned(name, without_generation_tags(source))
+                    .map_err(ChatTemplateError::Syntax)?;
             }
-            // Only a namespace carries a value from one turn of a loop to the next.
-            needs_deep_stack |= source.contains("namespace") || source.len() > MAX_SHALLOW_TEMPLATE_BYTES;
-            environment.add_template_owned(name, without_generation_tags(source)).map_err(ChatTemplateError::Syntax)?;
-        }
+            Ok(environment)
+        })?;
+        // Only a namespace carries a value from one turn of a loop to the next.
+        let sources = [&sources.default, &sources.tool_use].into_iter().flatten();
+        let needs_deep_stack =
+            sources.into_iter().any(|source| source.contains("namespace") || source.len() > MAX_SHALLOW_TEMPLATE_BYTES);
         Ok(Self {
             environment: Arc::new(environment),
             special_tokens: Arc::new(special_tokens.clone()),
@@ -166,12 +178,14 @@ impl ChatTemplate {
 fn render(template: &minijinja::Template<'_, '_>, variables: Value) -> Result<String, ChatTemplateError> {
     let mut output = BoundedOutput::default();
     DEADLINE.set(Instant::now().checked_add(MAX_TIME));
-    let result = template.render_captured_to(variables, &mut output).map(drop);
+    // minijinja 2.24 panics on `[][::-1]`, which a request with no messages reaches in Qwen's template.
+    let result = catch_unwind(AssertUnwindSafe(|| template.render_captured_to(variables, &mut output).map(drop)));
     DEADLINE.set(None);
     match result {
-        Ok(()) => Ok(output.text()),
-        Err(_) if output.overflowed => Err(ChatTemplateError::OutputTooLarge),
-        Err(error) => Err(classify(error)),
+        Err(_) => Err(ChatTemplateError::EnginePanicked),
+        Ok(Ok(())) => Ok(output.text()),
+        Ok(Err(_)) if output.overflowed => Err(ChatTemplateError::OutputTooLarge),
+        Ok(Err(error)) => Err(classify(error)),
     }
 }
 
@@ -217,6 +231,8 @@ fn classify(error: minijinja::Error) -> ChatTemplateError {
 /// Settings, functions and filters as transformers' `apply_chat_template` has them.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
+    // Errors would show the variables, and with them what the client wrote.
+    environment.set_debug(false);
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
     environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
@@ -228,6 +244,8 @@ fn environment() -> Environment<'static> {
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
     environment.add_filter("string", |value: &Value| python::str(value));
+    environment.add_filter("trim", trim);
+    environment.add_test("iterable", is_iterable);
     environment
 }
 
@@ -252,6 +270,24 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     strftime(format, SystemTime::now()).ok_or_else(|| {
         minijinja::Error::new(ErrorKind::InvalidOperation, format!("strftime_now does not know all of {format:?}"))
     })
+}
+
+/// Unlike minijinja, Jinja does not count `none`.
+fn is_iterable(value: &Value) -> bool {
+    match value.kind() {
+        ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => true,
+        _ => value.as_object().is_some(),
+    }
+}
+
+/// Whatever is not a string becomes one first.
+fn trim(value: &Value, characters: Option<Cow<'_, str>>) -> Result<String, minijinja::Error> {
+    let text = python::str(value)?;
+    let trimmed = match &characters {
+        Some(characters) => text.trim_matches(|character| characters.contains(character)),
+        None => text.trim(),
+    };
+    Ok(trimmed.to_owned())
 }
 
 /// `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
@@ -344,5 +380,121 @@ impl io::Write for BoundedOutput {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn render_with(source: &str, extra: serde_json::Value) -> Result<String, ChatTemplateError> {
+        let template = ChatTemplate::new(source, &BTreeMap::from([("bos_token".to_owned(), "<s>".to_owned())]))?;
+        template.render(&json!([{"role": "user", "content": "Hi"}]), None, true, extra.as_object().unwrap())
+    }
+
+    fn render(source: &str) -> Result<String, ChatTemplateError> {
+        render_with(source, json!({}))
+    }
+
+    #[test]
+    fn variables_may_replace_special_tokens_but_not_the_messages() {
+        let source = "{{ bos_token }}{{ messages[0].content }}{{ more }}{{ tools is none }}{{ documents is none }}";
+        assert_eq!(render(source).unwrap(), "<s>HiTrueTrue");
+        let extra = json!({"bos_token": "B", "messages": [], "more": 1, "documents": []});
+        assert_eq!(render_with(source, extra).unwrap(), "BHi1TrueFalse");
+    }
+
+    #[test]
+    fn what_the_template_raises_reaches_the_client() {
+        let error = render("{{ raise_exception('Only ' ~ messages[0].role ~ ' may speak') }}").unwrap_err();
+        let failure = Failure::from(error);
+        assert_eq!((failure.kind, failure.param.as_deref()), (FailureKind::InvalidRequest, Some("messages")));
+        assert!(failure.message.ends_with("Only user may speak"), "{}", failure.message);
+        // Also out of a macro.
+        let error = render("{% macro m() %}{{ raise_exception('no') }}{% endmacro %}{{ m() }}").unwrap_err();
+        assert!(matches!(error, ChatTemplateError::Raised(message) if message == "no"));
+    }
+
+    #[test]
+    fn a_model_without_a_template_says_so_when_asked() {
+        let template = ChatTemplate::from_sources(&TemplateSources::default(), &BTreeMap::new()).unwrap();
+        assert!(!template.exists());
+        let error = template.render(&json!([]), None, true, &Map::new()).unwrap_err();
+        assert!(Failure::from(error).message.contains("no chat template"));
+    }
+
+    #[test]
+    fn errors_do_not_tell_what_the_client_wrote() {
+        let error =
+            render("{% set secret = messages[0].content %}{{ messages[0].content.nothing.at_all }}").unwrap_err();
+        assert!(matches!(error, ChatTemplateError::Render(_)));
+        assert!(!format!("{error} {error:?}").contains("Hi"), "{error:?}");
+        assert!(matches!(ChatTemplate::new("{% if %}", &BTreeMap::new()), Err(ChatTemplateError::Syntax(_))));
+    }
+
+    #[test]
+    fn a_bug_of_the_engine_is_an_error_and_not_a_crash() {
+        // If this renders, the bug is fixed and the catch may go.
+        assert!(matches!(render("{% for m in [][::-1] %}{% endfor %}"), Err(ChatTemplateError::EnginePanicked)));
+    }
+
+    #[test]
+    fn generation_blocks_leave_no_trace() {
+        assert_eq!(
+            without_generation_tags("a{% generation %}b{%- endgeneration -%}c"),
+            "a{% if true %}b{%- endif -%}c"
+        );
+        assert_eq!(
+            without_generation_tags("{%+ generation +%}{% generations %}{% x"),
+            "{%+ if true +%}{% generations %}{% x"
+        );
+        assert_eq!(render("a\n{% generation %}\n b {%- endgeneration %} c").unwrap(), "a\n b c");
+    }
+
+    #[test]
+    fn the_clock_is_there() {
+        let year: u32 = render("{{ strftime_now('%Y') }}").unwrap().parse().unwrap();
+        assert!(year >= 2025);
+        assert!(matches!(render("{{ strftime_now('%Q') }}"), Err(ChatTemplateError::Render(_))));
+    }
+
+    #[test]
+    fn endless_work_ends() {
+        let loops = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+        assert!(matches!(render(loops), Err(ChatTemplateError::TooExpensive)));
+        let inside = format!("{{% set x %}}{loops}{{% endset %}}{{{{ x }}}}");
+        assert!(matches!(render(&inside), Err(ChatTemplateError::TooExpensive)));
+        let text = "x".repeat(10_000);
+        let output = format!("{{% for a in range(100000) %}}{text}{{% endfor %}}");
+        assert!(matches!(render(&output), Err(ChatTemplateError::OutputTooLarge)));
+        let macros = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
+        assert!(matches!(render(macros), Err(ChatTemplateError::Render(_))));
+        let huge = "x".repeat(MAX_TEMPLATE_BYTES + 1);
+        assert!(matches!(ChatTemplate::new(&huge, &BTreeMap::new()), Err(ChatTemplateError::TemplateTooLarge(_))));
+    }
+
+    #[test]
+    fn deep_nesting_does_not_overflow_the_stack() {
+        let nest = |open: &str, middle: &str, close: &str, depth: usize| {
+            render(&format!("{}{middle}{}", open.repeat(depth), close.repeat(depth)))
+        };
+        assert!(matches!(nest("{% if true %}", "x", "{% endif %}", 5_000), Err(ChatTemplateError::Syntax(_))));
+        let depth = MAX_TEMPLATE_BYTES / 4;
+        // Whether these render does not matter, coming back does.
+        for (open, close) in [("(", ")"), ("[", "]"), ("not ", ""), ("-", ""), ("{1:", "}")] {
+            let source = format!("{{{{ {}1{} }}}}", open.repeat(depth / open.len()), close.repeat(depth / open.len()));
+            let _ = render(&source);
+        }
+        for link in ["|e", ".a", "[0]", "()", "+1", "~1", " and 1", " if 1", " is odd"] {
+            let source = format!("{{{{ 1{} }}}}", link.repeat(depth / link.len()));
+            let _ = render(&source);
+        }
+        let values = "{% set n = namespace(x=1) %}{% for a in range(100000) %}{% set n.x = [n.x] %}{% endfor %}done";
+        assert_eq!(render(values).unwrap(), "done");
+        let written = values.replace("done", "{{ n.x }}");
+        assert!(matches!(render(&written), Err(ChatTemplateError::Render(_))));
+        let dumped = values.replace("done", "{{ n.x | tojson }}");
+        assert!(matches!(render(&dumped), Err(ChatTemplateError::Render(_))));
     }
 }

@@ -254,3 +254,7 @@ fn boolean(metadata: &Metadata, key: &'static str) -> Result<Option<bool>, Token
     let read = |value: &Value| value.as_bool().ok_or(TokenizerError::WrongType { key, expected: "true or false" });
     metadata.get(key).map(read).transpose()
 }
+
+#[cfg(test)]
+#[path = "gguf_tests.rs"]
+mod tests;

@@ -51,11 +51,6 @@ impl SentencePieceEncoder {
         Self { pieces, byte_tokens, unknown, add_space_prefix }
     }
 
-    /// Whether a decoder has to take a leading space away again.
-    pub fn adds_space_prefix(&self) -> bool {
-        self.add_space_prefix
-    }
-
     /// Appends the tokens of a text without special tokens. The prefix is put wherever such a text begins: at the start and
     /// after each special token.
     pub fn encode(&self, text: &str, tokens: &mut Vec<TokenId>) {

@@ -13,4 +13,5 @@ mod process;
 mod real_model;
 mod real_server;
 mod server;
+mod small_tokenizers;
 mod tokenizer;
