@@ -386,7 +386,7 @@ fn the_readme_has_every_key() {
 
 #[test]
 fn the_metrics_page_has_every_metric() {
-    assert_documented("docs/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table());
+    assert_documented("deploy/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table());
 }
 
 /// Words of the text that look like a series of ours: `vllm:…` or `outrigger_…`.
