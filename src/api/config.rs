@@ -15,7 +15,7 @@ pub struct Config {
     /// Port to listen on; 0 takes a free one. Default: 8000.
     pub port: u16,
     /// Connections served at once. Beyond it, connections get 503 at once for everything but health and metrics, so that
-    /// probes still see the truth. Default: 2048.
+    /// probes still see the truth. Default: 900, which fits into the usual limit of 1024 open files.
     pub max_connections: usize,
     /// Bytes of a request's body. Default: 4 MiB.
     pub max_body_bytes: usize,
@@ -69,7 +69,7 @@ impl Default for Config {
         Self {
             host: "127.0.0.1".into(),
             port: 8000,
-            max_connections: 2048,
+            max_connections: 900,
             max_body_bytes: 4 << 20,
             header_read_timeout: Duration::from_secs(30),
             body_read_timeout: Duration::from_secs(60),

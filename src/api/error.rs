@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
+use tracing::{debug, error};
 
 use crate::types::{Failure, FailureKind};
 
@@ -54,7 +55,7 @@ fn status_and_type(kind: FailureKind) -> (StatusCode, &'static str) {
 impl ApiError {
     /// A failure that has a status of its own beside its kind's.
     pub fn with_status(status: StatusCode, failure: Failure) -> Self {
-        Self { status, ..Self::from(failure) }
+        Self { status, ..Self::of(&failure) }
     }
 
     pub fn not_found(message: impl Into<String>) -> Self {
@@ -74,7 +75,12 @@ impl ApiError {
     pub fn unavailable(message: impl Into<String>, code: &'static str, retry_after: Option<Duration>) -> Self {
         let mut failure = Failure::new(FailureKind::EngineFailed, message).with_code(code);
         failure.retry_after = retry_after;
-        Self { body: ErrorBody { r#type: "unavailable_error", ..ErrorBody::of(&failure) }, ..Self::from(failure) }
+        Self { body: ErrorBody { r#type: "unavailable_error", ..ErrorBody::of(&failure) }, ..Self::of(&failure) }
+    }
+
+    fn of(failure: &Failure) -> Self {
+        let (status, _) = status_and_type(failure.kind);
+        Self { status, kind: failure.kind, body: ErrorBody::of(failure), retry_after: failure.retry_after }
     }
 
     /// The body alone, for a stream that has begun.
@@ -96,9 +102,34 @@ impl ErrorBody {
 }
 
 impl From<Failure> for ApiError {
+    /// The failure ends here, so here it is logged.
     fn from(failure: Failure) -> Self {
-        let (status, _) = status_and_type(failure.kind);
-        Self { status, kind: failure.kind, body: ErrorBody::of(&failure), retry_after: failure.retry_after }
+        log(&failure);
+        Self::of(&failure)
+    }
+}
+
+/// What is the node's fault is an error. What is the client's is its own business: the text may quote what it sent, and
+/// is not logged.
+fn log(failure: &Failure) {
+    let kind = failure.kind.label();
+    match failure.kind {
+        FailureKind::EngineFailed
+        | FailureKind::NumericsInvalid
+        | FailureKind::OutOfMemory
+        | FailureKind::PeerUnreachable
+        | FailureKind::PeerDisconnected
+        | FailureKind::PeerStalled
+        | FailureKind::Internal => {
+            let source = failure.source.as_deref().map(|source| source as &dyn std::error::Error);
+            error!(kind, source, "a request failed: {}", failure.message);
+        }
+        FailureKind::InvalidRequest
+        | FailureKind::Unauthenticated
+        | FailureKind::RateLimited
+        | FailureKind::Overloaded
+        | FailureKind::DeadlineExceeded
+        | FailureKind::Cancelled => debug!(kind, code = failure.code, "a request was refused or cut short"),
     }
 }
 

@@ -7,7 +7,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tracing::error;
+use tracing::{debug, error};
 use uuid::Uuid;
 
 use super::error::ApiError;
@@ -29,6 +29,7 @@ pub async fn observe(State(state): State<ApiState>, request: Request, next: Next
     if let Some(kind) = response.extensions().get::<FailureKind>() {
         state.metrics.failures.with([kind.label()]).inc();
     }
+    debug!(route, status = response.status().as_u16(), elapsed = ?start.elapsed(), request_id = ?id, "answered");
     response.headers_mut().insert(REQUEST_ID, id);
     response
 }
