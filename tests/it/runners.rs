@@ -1,0 +1,59 @@
+//! Runners over the fixtures and over the real model.
+
+use std::path::Path;
+
+use outrigger::engine::ModelRunner;
+use outrigger::engine::model::decoder::DType;
+use outrigger::engine::model::{LoadFormat, ModelFiles};
+use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
+
+use crate::{fixtures, real_model};
+
+/// Which arithmetic.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Numbers {
+    /// `--dtype float32`: weights, activations and KV cache.
+    Float32,
+    /// What the server does when nothing is said.
+    Default,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Setup {
+    pub numbers: Numbers,
+    pub block_size: usize,
+    pub threads: usize,
+}
+
+impl Setup {
+    pub fn new(numbers: Numbers) -> Self {
+        Self { numbers, block_size: 16, threads: 2 }
+    }
+}
+
+/// A runner over a fixture, with room for ten sequences or more.
+pub fn fixture_runner(name: &str, setup: Setup) -> Box<dyn ModelRunner> {
+    load(&fixtures::path(name), setup, 16 << 20)
+}
+
+/// A runner over SmolLM2, with room for all golden cases at once.
+pub fn smollm2_runner(setup: Setup) -> Box<dyn ModelRunner> {
+    load(real_model::path(), setup, 256 << 20)
+}
+
+fn load(path: &Path, setup: Setup, kv_cache_memory: u64) -> Box<dyn ModelRunner> {
+    let files = ModelFiles::open(path, LoadFormat::Auto).unwrap();
+    let config = RunnerConfig {
+        dtype: match setup.numbers {
+            Numbers::Float32 => DType::Float32,
+            Numbers::Default => DType::Auto,
+        },
+        kv_cache_dtype: KvCacheDType::Auto,
+        kv_cache_memory,
+        block_size: setup.block_size,
+        max_model_len: Some(files.config.max_position_embeddings.min(2048)),
+        threads: setup.threads,
+    };
+    let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &config, &|_| ());
+    Box::new(runner.unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+}
