@@ -10,11 +10,10 @@ use super::auth::{ApiKeyError, ApiKeys};
 use super::config::Config;
 use super::error::ApiError;
 use super::model::ServedModel;
-use super::openai::worker_failed;
 use crate::admission::AdmissionController;
 use crate::health::{Health, QueueView};
 use crate::observability::Metrics;
-use crate::types::{Failure, NodeState};
+use crate::types::{Failure, FailureKind, NodeState};
 
 /// Long texts that are tokenised at once, beside the engine.
 const TOKENIZE_WORKERS: usize = 2;
@@ -106,4 +105,9 @@ impl ApiState {
         let _permit = self.tokenize_workers.acquire().await.map_err(|_| worker_failed())?;
         tokio::task::spawn_blocking(work).await.map_err(|_| worker_failed())?
     }
+}
+
+/// The blocking work panicked: the request is answered, the node goes on.
+fn worker_failed() -> Failure {
+    Failure::new(FailureKind::Internal, "The prompt could not be processed.")
 }

@@ -113,6 +113,10 @@ impl Part {
         self.unfinished == 0
     }
 
+    fn try_event(&mut self) -> Option<GenerationEvent> {
+        if self.is_finished() { None } else { self.stream.try_next() }
+    }
+
     /// Takes one event; not every event is news for the client.
     fn apply(&mut self, event: GenerationEvent, metrics: &Metrics) -> Option<Step> {
         match event {
@@ -324,12 +328,6 @@ async fn has_failed(phases: &mut watch::Receiver<NodePhase>) {
     if phases.wait_for(|phase| phase.state == NodeState::Failed).await.is_err() {
         // The node's health is gone, so nothing will be told any more.
         std::future::pending().await
-    }
-}
-
-impl Part {
-    fn try_event(&mut self) -> Option<GenerationEvent> {
-        if self.is_finished() { None } else { self.stream.try_next() }
     }
 }
 

@@ -16,4 +16,3 @@ pub mod tokenize;
 mod usage;
 
 pub use body::RequestBody;
-pub use prepare::worker_failed;

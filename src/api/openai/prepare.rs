@@ -16,7 +16,7 @@ use crate::api::config::Config;
 use crate::api::error::ApiError;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{ChoiceStart, Failure, FailureKind, GenerateRequest, RequestId, SamplingParams, TokenId};
+use crate::types::{ChoiceStart, Failure, GenerateRequest, RequestId, SamplingParams, TokenId};
 
 /// Relative, in milliseconds; what cannot finish in it is refused or cut short.
 pub const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
@@ -322,9 +322,4 @@ fn check_min_tokens(sampling: &SamplingParams, max_tokens: u32) -> Result<(), Fa
     }
     let message = format!("`min_tokens` is {}, more than the {max_tokens} tokens allowed.", sampling.min_tokens);
     Err(Failure::invalid("min_tokens", message).with_code("out_of_range"))
-}
-
-/// The blocking work panicked: the request is answered, the node goes on.
-pub fn worker_failed() -> Failure {
-    Failure::new(FailureKind::Internal, "The prompt could not be processed.")
 }

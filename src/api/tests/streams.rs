@@ -9,6 +9,8 @@ use super::*;
 use crate::types::FailureKind;
 
 const PATH: &str = "/v1/completions";
+/// Nothing here takes this long unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A node that hands out the sender of each request.
 fn by_hand() -> (Node, Arc<Mutex<Vec<Events>>>) {
@@ -44,7 +46,8 @@ impl Pieces {
     }
 
     async fn next(&mut self) -> Option<Bytes> {
-        let frame = self.0.frame().await?.expect("the body does not break");
+        let frame = tokio::time::timeout(PATIENCE, self.0.frame()).await.expect("something is written");
+        let frame = frame?.expect("the body does not break");
         frame.into_data().ok()
     }
 
