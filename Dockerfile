@@ -26,6 +26,7 @@ ENV OUTRIGGER_HOME=/var/cache/outrigger \
     OUTRIGGER_LOG_FORMAT=json
 EXPOSE 8000
 STOPSIGNAL SIGTERM
+# It reads the same configuration: change the port by OUTRIGGER_PORT or a file, not by a flag of `serve` alone.
 # Liveness, not readiness: an orchestrator that replaces unhealthy containers must not replace one that is loading or busy.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 CMD ["outrigger", "healthcheck"]
 ENTRYPOINT ["outrigger"]

@@ -7,6 +7,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use outrigger::config::{Invocation, KEYS};
+
 /// From the top: a module may name only modules of lower rank, and itself. Equal ranks are siblings, and strangers.
 const LAYERS: &[&[&str]] = &[
     &["main"],
@@ -411,6 +413,53 @@ fn alerts_name_series_that_exist() {
     let alerts = fs::read_to_string(root().join("deploy/alerts.yaml")).expect("the alerts");
     assert!(!series_names(&alerts).is_empty(), "no series in the alerts");
     assert_none(unknown_series(&alerts, &outrigger::observability::metrics::markdown_table()));
+}
+
+/// The number behind `label`, at its first place in the text.
+fn number_after(text: &str, label: &str) -> u64 {
+    let (_, rest) = text.split_once(label).unwrap_or_else(|| panic!("no `{label}`"));
+    let digits: String = rest.trim_start().chars().take_while(char::is_ascii_digit).collect();
+    digits.parse().unwrap_or_else(|_| panic!("no number behind `{label}`"))
+}
+
+/// The configuration file inside the Kubernetes manifest.
+fn manifest_configuration(manifest: &str) -> String {
+    let (_, rest) = manifest.split_once("outrigger.toml: |\n").expect("a configuration in the manifest");
+    rest.lines().map_while(|line| line.strip_prefix("    ")).map(|line| format!("{line}\n")).collect()
+}
+
+#[test]
+fn the_manifest_fits_the_server() {
+    let manifest = fs::read_to_string(root().join("deploy/kubernetes.yaml")).expect("the manifest");
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("outrigger.toml");
+    fs::write(&file, manifest_configuration(&manifest)).expect("written");
+    let arguments = ["serve".to_owned(), format!("--config={}", file.display())];
+    let variables = [("OUTRIGGER_HOME".to_owned(), "/var/cache/outrigger".to_owned())];
+    let config = Invocation::read(arguments, variables).expect("a valid configuration").config;
+    assert_eq!(config.api.host, "0.0.0.0", "probes reach the pod from outside");
+    assert_eq!(u64::from(config.api.port), number_after(&manifest, "containerPort:"));
+    let grace = number_after(&manifest, "terminationGracePeriodSeconds:");
+    let pause = number_after(&manifest, "sleep: { seconds:");
+    let needed = pause + config.process.shutdown_timeout.as_secs();
+    assert!(grace > needed, "a grace of {grace} s cuts streams that may take {needed} s");
+}
+
+#[test]
+fn the_image_sets_only_known_keys() {
+    let image = fs::read_to_string(root().join("Dockerfile")).expect("the Dockerfile");
+    let variables: Vec<&str> = image
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .flat_map(|line| line.split_whitespace())
+        .filter_map(|word| word.strip_prefix("OUTRIGGER_")?.split_once('='))
+        .map(|(name, _)| name)
+        .collect();
+    assert!(!variables.is_empty(), "no variables in the image");
+    for variable in variables {
+        let name = variable.to_ascii_lowercase();
+        assert!(KEYS.iter().any(|key| key.names().any(|known| known == name)), "OUTRIGGER_{variable} is not a key");
+    }
 }
 
 /// The checks themselves, each broken once.

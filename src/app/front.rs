@@ -26,6 +26,8 @@ pub struct Front {
     pub fault_target: Option<FaultTarget>,
     /// As a client on this machine reaches it.
     pub base_url: String,
+    /// Reached from this machine only.
+    pub is_local: bool,
     server: JoinHandle<()>,
     server_shutdown: CancellationToken,
 }
@@ -39,7 +41,7 @@ impl Front {
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let listener =
             TcpListener::bind((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))?;
-        let base_url = announce::base_url(listener.local_addr().context("the listener has no address")?);
+        let address = listener.local_addr().context("the listener has no address")?;
 
         let metrics = Arc::new(Metrics::new(&config.process.served_names(&model)[0]));
         let max_num_seqs = u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX);
@@ -50,7 +52,17 @@ impl Front {
         let extra = fault_target.as_ref().map(|target| fault_routes(target.clone(), api.clone())).unwrap_or_default();
         let server_shutdown = CancellationToken::new();
         let server = tokio::spawn(api::serve(listener, api.clone(), extra, server_shutdown.clone()));
-        Ok(Self { api, metrics, admission, health, fault_target, base_url, server, server_shutdown })
+        Ok(Self {
+            api,
+            metrics,
+            admission,
+            health,
+            fault_target,
+            base_url: announce::base_url(address),
+            is_local: address.ip().is_loopback(),
+            server,
+            server_shutdown,
+        })
     }
 
     /// Returns, with the reason, when the node has failed.

@@ -57,6 +57,9 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install().context("signals cannot be caught")?;
     let front = Front::open(&config).await?;
     say(&format!("Listening on {}", front.base_url));
+    if config.api.api_keys.is_empty() && !front.is_local {
+        tracing::warn!("no api_keys are set: everybody who reaches the address of `host` may use the model");
+    }
     let model = tokio::select! {
         loaded = load::load(&config, &front) => loaded?,
         caught = signals.next() => {
