@@ -19,7 +19,7 @@ pub fn curl_line(base_url: &str, has_chat_template: bool, wants_key: bool) -> St
     let (route, body) = match has_chat_template {
         true => (
             "chat/completions",
-            r#"{"model": "default", "messages": [{"role": "user", "content": "What is the capital of France?"}]}"#,
+            r#"{"model": "default", "messages": [{"role": "user", "content": "What is an outrigger canoe?"}], "temperature": 0}"#,
         ),
         false => ("completions", r#"{"model": "default", "prompt": "The capital of France is", "max_tokens": 32}"#),
     };
