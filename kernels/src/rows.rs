@@ -29,7 +29,7 @@ pub(crate) fn tile_rows(left: usize) -> usize {
 /// Activation rows in eight bits. Per group of 32: `scale = max|x| / 127`, `q = round(x * (127 / max|x|))`, ties to even. A
 /// NaN or infinity anywhere in a group makes its scale NaN, so that it reaches the logits.
 ///
-/// Rows stand in tiles (see [`tile_rows`]), as the integer kernel reads them: within a tile, group by group, row by row. So a
+/// Rows stand in tiles (see `tile_rows`), as the integer kernel reads them: within a tile, group by group, row by row. So a
 /// group of a tile has the quants of its rows side by side, and every address is a constant away from the next.
 #[derive(Default)]
 pub struct QuantizedRows {
@@ -301,7 +301,7 @@ unsafe fn activate<S: Simd>(activation: Activation, x: S::F) -> S::F {
             Activation::GeluTanh => {
                 let cube = S::mul(S::mul(x, x), x);
                 let inner = S::fma(S::splat(0.044_715), cube, x);
-                sigmoid_times::<S>(x, S::mul(S::splat(1.595_769_1), inner))
+                sigmoid_times::<S>(x, S::mul(S::splat(1.595_769_2), inner))
             }
             Activation::Gelu => {
                 let mut lanes = [0.0f32; LANES];

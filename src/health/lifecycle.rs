@@ -1,6 +1,6 @@
 //! The node's state machine: `Starting → Warming → Ready ⇄ Degraded → Draining → Stopped`, and `Failed` from anywhere.
 //!
-//! [`Machine`] is the pure core. [`Lifecycle`] is its handle: each transition has a reason, a metric and a log line, and
+//! `Machine` is the pure core. [`Lifecycle`] is its handle: each transition has a reason, a metric and a log line, and
 //! reaches every subscriber. Who asks for a transition that cannot be made is told so; the state stays.
 
 use std::borrow::Cow;

@@ -271,6 +271,7 @@ unsafe fn softmax<S: Simd>(scores: &mut [f32], from: usize, to: usize, partial: 
 }
 
 /// Weighted values of `R` rows, vectors `at..at + V` of the head, positions ascending.
+#[expect(clippy::needless_range_loop, reason = "rows and vectors are indexed in lockstep, without closures")]
 #[inline(always)]
 unsafe fn weigh<S: Simd, E: Element, const R: usize, const V: usize>(
     view: &View<E>,
