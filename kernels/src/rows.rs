@@ -417,7 +417,8 @@ mod tests {
         let gates = [-90.0f32, -3.0, -0.5, 0.0, 0.5, 3.0, 90.0];
         let gate_up: Vec<f32> = gates.iter().copied().chain([1.0; 7]).collect();
         let mut out = [0.0; 7];
-        let expect: [(Activation, fn(f64) -> f64); 3] = [
+        type Truth = fn(f64) -> f64;
+        let expect: [(Activation, Truth); 3] = [
             (Activation::Silu, |x| x / (1.0 + libm::exp(-x))),
             (Activation::Gelu, |x| 0.5 * x * (1.0 + libm::erf(x / std::f64::consts::SQRT_2))),
             (Activation::GeluTanh, |x| 0.5 * x * (1.0 + libm::tanh(0.797_884_560_8 * (x + 0.044715 * x * x * x)))),
