@@ -229,10 +229,8 @@ async fn a_client_that_leaves_frees_its_sequences() {
     body["n"] = json!(2);
     let mut stream = server.stream(COMPLETIONS, &body).await;
     stream.chunks(4).await;
-    let whole = tokio::spawn({
-        let request = reqwest::Client::new().post(server.url(COMPLETIONS)).json(&completion(TOKENS)).send();
-        request
-    });
+    let request = reqwest::Client::new().post(server.url(COMPLETIONS)).json(&completion(TOKENS));
+    let whole = tokio::spawn(request.send());
     server.until("busy", async |server| server.running().await == 3.0).await;
     assert!(server.metric("vllm:kv_cache_usage_perc", "").await > 0.0);
     drop(stream);
@@ -431,12 +429,12 @@ async fn a_crowd_gets_200_or_429_and_the_server_goes_on() {
     let server = RealServer::ready(&["--max-num-seqs", "32", "--max-num-queued-requests", "100"]).await;
     let client = reqwest::Client::new();
     let ask = async |index: usize| {
-        let body = json!({"prompt": [100 + index, 7, 8], "max_tokens": 2, "stream": index % 2 == 0});
+        let body = json!({"prompt": [100 + index, 7, 8], "max_tokens": 2, "stream": index.is_multiple_of(2)});
         let response = client.post(server.url(COMPLETIONS)).json(&body).send().await.expect("an answer");
         let (status, headers) = (response.status().as_u16(), response.headers().clone());
         let text = response.text().await.expect("a whole body");
         match status {
-            200 if index % 2 == 0 => assert!(text.trim_end().ends_with("data: [DONE]"), "{text}"),
+            200 if index.is_multiple_of(2) => assert!(text.trim_end().ends_with("data: [DONE]"), "{text}"),
             200 => assert!(text.contains("\"completion_tokens\":"), "{text}"),
             429 => assert!(headers.contains_key("retry-after") && text.contains("max_num_queued_requests"), "{text}"),
             other => panic!("{other}: {text}"),
