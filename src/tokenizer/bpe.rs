@@ -50,13 +50,13 @@ impl BytePairEncoder {
         Ok(encoder)
     }
 
-    /// Words that are tokens stay whole, whatever the merges say.
+    /// Words that are tokens stay whole, whatever the merges say. Of two tokens for one word the first is taken.
     pub fn with_whole_words<'a>(mut self, words: impl Iterator<Item = (&'a str, TokenId)>) -> Self {
         let mut bytes = Vec::new();
-        for (text, token) in words {
+        for (text, token) in words.filter(|(text, _)| byte_level::spells(text)) {
             bytes.clear();
             byte_level::decode(text, &mut bytes);
-            self.words.insert(bytes.as_slice().into(), token);
+            self.words.entry(bytes.as_slice().into()).or_insert(token);
         }
         self
     }

@@ -42,15 +42,15 @@ pub(super) fn byte_of(character: char) -> Option<u8> {
 
 /// Appends the bytes that a token stands for. A token with a character outside of the alphabet stands for itself.
 pub(super) fn decode(token: &str, bytes: &mut Vec<u8>) {
-    let start = bytes.len();
-    for character in token.chars() {
-        let Some(byte) = byte_of(character) else {
-            bytes.truncate(start);
-            bytes.extend_from_slice(token.as_bytes());
-            return;
-        };
-        bytes.push(byte);
+    match token.chars().map(byte_of).collect::<Option<Vec<u8>>>() {
+        Some(decoded) => bytes.extend_from_slice(&decoded),
+        None => bytes.extend_from_slice(token.as_bytes()),
     }
+}
+
+/// Whether a token is spelled in the alphabet, so that merging could make it.
+pub(super) fn spells(token: &str) -> bool {
+    token.chars().all(|character| byte_of(character).is_some())
 }
 
 #[cfg(test)]
@@ -72,5 +72,6 @@ mod tests {
         decode("Ġa", &mut bytes);
         decode("Ġ日", &mut bytes);
         assert_eq!(bytes, [b" a".as_slice(), "Ġ日".as_bytes()].concat());
+        assert!(spells("Ġa") && !spells("Ġ日"));
     }
 }

@@ -1,8 +1,9 @@
 //! Chat templates: messages to the text that the model was trained on. Jinja as Hugging Face's transformers runs it, with its
 //! extensions, on minijinja.
 //!
-//! Templates come with models, never with requests. They are still bounded in steps, depth, size and time, because a
-//! request decides how much they have to do.
+//! Templates come with models, never with requests. They are still bounded in steps, depth, output and time, because a
+//! request decides how much they have to do. What minijinja gives no hold on is memory: a template that doubles a string
+//! forty times asks for a terabyte. A file of weights from an untrusted source is no safer for that.
 
 use std::borrow::Cow;
 use std::cell::Cell;
@@ -24,16 +25,18 @@ use crate::types::{Failure, FailureKind};
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
 /// Instructions for one rendering. A message of a long conversation takes some tens.
 const MAX_STEPS: u64 = 4_000_000;
-/// Of statements, expressions and macros in one another.
-const MAX_RECURSION: usize = 100;
+/// Of statements and calls in one another, where a macro's call counts for several. minijinja allows no more.
+const MAX_RECURSION: usize = 500;
 /// Far beyond any context length.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
 /// Looked at whenever something is written.
 const MAX_TIME: Duration = Duration::from_secs(5);
-/// A template can build values that are nested as deep as it has steps, and freeing them recurses. Templates that cannot
-/// are rendered on the caller's stack.
+/// A template can build values that are nested as deep as it has steps, and freeing them recurses; so do macros.
+/// Templates that can do neither are rendered on the caller's stack.
 const DEEP_STACK_BYTES: usize = 512 << 20;
 const MAX_SHALLOW_TEMPLATE_BYTES: usize = 16 << 10;
+/// A namespace carries values from one turn of a loop to the next; the others call themselves.
+const SIGNS_OF_DEPTH: [&str; 4] = ["namespace", "macro", "recursive", "include"];
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
@@ -126,10 +129,10 @@ impl ChatTemplate {
             }
             Ok(environment)
         })?;
-        // Only a namespace carries a value from one turn of a loop to the next.
-        let sources = [&sources.default, &sources.tool_use].into_iter().flatten();
-        let needs_deep_stack =
-            sources.into_iter().any(|source| source.contains("namespace") || source.len() > MAX_SHALLOW_TEMPLATE_BYTES);
+        let is_deep = |source: &String| {
+            SIGNS_OF_DEPTH.iter().any(|sign| source.contains(sign)) || source.len() > MAX_SHALLOW_TEMPLATE_BYTES
+        };
+        let needs_deep_stack = [&sources.default, &sources.tool_use].into_iter().flatten().any(is_deep);
         Ok(Self {
             environment: Arc::new(environment),
             special_tokens: Arc::new(special_tokens.clone()),
@@ -459,6 +462,20 @@ mod tests {
         assert!(matches!(render("{{ strftime_now('%Q') }}"), Err(ChatTemplateError::Render(_))));
     }
 
+    /// Tool definitions are JSON schemas, which templates write by macros that call themselves.
+    #[test]
+    fn macros_follow_a_nested_schema() {
+        let source = "{% macro show(s) %}{% if s.inner is defined %}{% for key, value in s.items() %}\
+                      <{{ show(value) }}>{% endfor %}{% else %}{{ s.leaf }}{% endif %}{% endmacro %}{{ show(schema) }}";
+        let depth = 24;
+        let mut schema = json!({"leaf": "x"});
+        for _ in 0..depth {
+            schema = json!({"inner": schema});
+        }
+        let expected = format!("{}x{}", "<".repeat(depth), ">".repeat(depth));
+        assert_eq!(render_with(source, json!({"schema": schema})).unwrap(), expected);
+    }
+
     #[test]
     fn endless_work_ends() {
         let loops = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
@@ -470,6 +487,9 @@ mod tests {
         assert!(matches!(render(&output), Err(ChatTemplateError::OutputTooLarge)));
         let macros = "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}";
         assert!(matches!(render(macros), Err(ChatTemplateError::Render(_))));
+        assert!(matches!(render("{% include 'default' %}"), Err(ChatTemplateError::Render(_))));
+        let recursive = "{% for a in [[1]] recursive %}{{ loop([[1]]) }}{% endfor %}";
+        assert!(matches!(render(recursive), Err(ChatTemplateError::Render(_))));
         let huge = "x".repeat(MAX_TEMPLATE_BYTES + 1);
         assert!(matches!(ChatTemplate::new(&huge, &BTreeMap::new()), Err(ChatTemplateError::TemplateTooLarge(_))));
     }

@@ -131,7 +131,9 @@ fn pieces(tokenizer: &tokenizers::Tokenizer, decoder: &Decoder) -> Result<Pieces
     }
     let mut texts = vec![""; size];
     for (text, &token) in &vocabulary {
-        texts[token as usize] = text;
+        // The same whatever the order of the map, should two texts have one id.
+        let place = &mut texts[token as usize];
+        *place = if place.is_empty() { text } else { (*place).min(text) };
     }
     let added = tokenizer.get_added_tokens_decoder();
     let (strips, bytewise) = match decoder {

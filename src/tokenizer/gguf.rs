@@ -59,13 +59,11 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer,
     let pre_tokenizer = PreTokenizer::by_name(name)?;
     let merges = required_array(metadata, MERGES)?;
     let by_text = vocabulary.by_text();
-    let is_word = |token: TokenId| vocabulary.types[token as usize] == TokenType::Normal;
-    let bpe = BytePairEncoder::new(&by_text, merges.iter().map(Value::as_str))?;
-    let bpe = if pre_tokenizer.ignores_merges {
-        bpe.with_whole_words(by_text.iter().map(|(text, &token)| (*text, token)).filter(|&(_, token)| is_word(token)))
-    } else {
-        bpe
-    };
+    let mut bpe = BytePairEncoder::new(&by_text, merges.iter().map(Value::as_str))?;
+    if pre_tokenizer.ignores_merges {
+        let words = (0..).zip(vocabulary.iter()).filter(|(_, (_, ty))| *ty == TokenType::Normal);
+        bpe = bpe.with_whole_words(words.map(|(token, (text, _))| (text, token)));
+    }
     let mut pieces = Pieces::builder(false, false);
     let mut bytes = Vec::new();
     for (text, ty) in vocabulary.iter() {

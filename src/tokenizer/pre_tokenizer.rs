@@ -180,6 +180,7 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
     use std::sync::LazyLock;
+    use std::time::{Duration, Instant};
 
     const NAMES: [&str; 43] = [
         "gpt-2",
@@ -254,6 +255,20 @@ mod tests {
             let error = PreTokenizer::by_name(name).unwrap_err();
             assert!(error.to_string().contains(&format!("{name:?}")), "{error}");
         }
+    }
+
+    /// 200 kB of one thing. No pattern may run into a limit of the regular expression library, or take forever.
+    #[test]
+    fn monotonous_texts_are_split_in_time() {
+        let started = Instant::now();
+        for unit in ["a", "A", "日", " ", "\n", " \n", "'", "'s", "1", "Aa", "aA", "\u{301}", "! ", "😀"] {
+            let text = format!("{}x", unit.repeat(200_000 / unit.len()));
+            for name in NAMES {
+                let length: usize = words(name, &text).iter().map(String::len).sum();
+                assert_eq!(length, text.len(), "{name}: {unit:?}");
+            }
+        }
+        assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
     }
 
     proptest! {
