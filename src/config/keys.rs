@@ -142,8 +142,6 @@ keys! {
             "Time in which the body of a request has to arrive.";
         stream_keep_alive: Time => api.stream_keep_alive,
             "Silence on a stream after which a comment line is sent.";
-        stream_keep_alive: Time => api.stream_keep_alive,
-            "After so long without a token, a comment line keeps a stream's connection open.";
         max_input_tokens: Auto<Count> => api.max_input_tokens,
             "Longest prompt, in tokens; `auto` is what the model's context holds.";
         max_output_tokens: Auto<Count> => api.max_output_tokens,
