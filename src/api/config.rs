@@ -23,6 +23,8 @@ pub struct Config {
     pub header_read_timeout: Duration,
     /// Time in which a request's body has to arrive. Default: 60 s.
     pub body_read_timeout: Duration,
+    /// Time for which a client may take nothing of what is sent to it; then its connection is cut. Default: 60 s.
+    pub write_timeout: Duration,
     /// Silence on a stream after which a comment line is sent. Default: 5 s.
     pub stream_keep_alive: Duration,
     /// Tokens of a prompt. Default: what the model's context holds.
@@ -44,6 +46,7 @@ impl fmt::Debug for Config {
             max_body_bytes,
             header_read_timeout,
             body_read_timeout,
+            write_timeout,
             stream_keep_alive,
             max_input_tokens,
             max_output_tokens,
@@ -56,6 +59,7 @@ impl fmt::Debug for Config {
             .field("max_body_bytes", max_body_bytes)
             .field("header_read_timeout", header_read_timeout)
             .field("body_read_timeout", body_read_timeout)
+            .field("write_timeout", write_timeout)
             .field("stream_keep_alive", stream_keep_alive)
             .field("max_input_tokens", max_input_tokens)
             .field("max_output_tokens", max_output_tokens)
@@ -73,6 +77,7 @@ impl Default for Config {
             max_body_bytes: 4 << 20,
             header_read_timeout: Duration::from_secs(30),
             body_read_timeout: Duration::from_secs(60),
+            write_timeout: Duration::from_secs(60),
             stream_keep_alive: Duration::from_secs(5),
             max_input_tokens: None,
             max_output_tokens: None,
@@ -89,6 +94,7 @@ impl Config {
             ("max_body_bytes", self.max_body_bytes > 0),
             ("header_read_timeout", !self.header_read_timeout.is_zero()),
             ("body_read_timeout", !self.body_read_timeout.is_zero()),
+            ("write_timeout", !self.write_timeout.is_zero()),
             ("stream_keep_alive", !self.stream_keep_alive.is_zero()),
             ("max_input_tokens", self.max_input_tokens != Some(0)),
             ("max_output_tokens", self.max_output_tokens != Some(0)),

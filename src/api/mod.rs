@@ -14,6 +14,7 @@ pub mod openai;
 mod routes;
 pub mod server;
 mod state;
+mod write_timeout;
 
 #[cfg(test)]
 mod tests;

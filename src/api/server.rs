@@ -25,6 +25,7 @@ use tracing::{debug, warn};
 
 use super::routes::{overflow_router, router};
 use super::state::ApiState;
+use super::write_timeout::WriteTimeout;
 
 /// Connections beyond `max_connections` that are still answered, with 503 or the health routes.
 const OVERFLOW_CONNECTIONS: usize = 64;
@@ -141,6 +142,7 @@ impl Connection {
                 router.clone().oneshot(request)
             }
         });
+        let stream = WriteTimeout::new(stream, self.state.config.write_timeout);
         let connection = self.builder.serve_connection(TokioIo::new(stream), service).into_owned();
         let connection = self.watcher.watch(connection);
         tokio::pin!(connection);

@@ -140,6 +140,8 @@ keys! {
             "Time in which the head of a request has to arrive, and for which an idle connection is kept.";
         body_read_timeout | body_timeout: Time => api.body_read_timeout,
             "Time in which the body of a request has to arrive.";
+        write_timeout: Time => api.write_timeout,
+            "Time for which a client may take nothing of what is sent to it; then its connection is cut.";
         stream_keep_alive: Time => api.stream_keep_alive,
             "Silence on a stream after which a comment line is sent.";
         max_input_tokens: Auto<Count> => api.max_input_tokens,

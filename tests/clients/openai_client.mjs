@@ -149,7 +149,7 @@ const checks = {
             break;
         }
         await until("idle", idle);
-        assert((await metric("vllm:generation_tokens_total")) < 5000);
+        assert((await metric("outrigger_engine_step_seconds_count")) < 5000);
     },
 
     // A full queue is a RateLimitError with Retry-After. Needs a server with one place and no queue.

@@ -215,7 +215,7 @@ def leaving(client, base_url):
     until("running", lambda: metric(base_url, "vllm:num_requests_running") == 1)
     stream.close()
     until("idle", lambda: metric(base_url, "vllm:num_requests_running") == 0)
-    assert metric(base_url, "vllm:generation_tokens_total") < 5000
+    assert metric(base_url, "outrigger_engine_step_seconds_count") < 5000
 
 
 def overload(client, base_url):

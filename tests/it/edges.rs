@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use crate::real_server::{Answer, CHAT, COMPLETIONS, Event, RealServer, completion, data, within};
 
@@ -238,10 +238,35 @@ async fn a_client_that_leaves_frees_its_sequences() {
     server.until("idle", async |server| server.running().await + server.waiting().await == 0.0).await;
     assert_eq!(server.metric("vllm:kv_cache_usage_perc", "").await, 0.0);
     assert_eq!(server.metric("vllm:request_success_total", "finished_reason=\"abort\"").await, 3.0);
-    // They were cancelled and did not merely end.
-    let generated = server.metric("vllm:generation_tokens_total", "").await;
-    assert!(generated < TOKENS as f64, "{generated}");
+    // They were cancelled and did not merely end: a step makes one token of each.
+    let steps = server.metric("outrigger_engine_step_seconds_count", "").await;
+    assert!(steps < TOKENS as f64, "{steps}");
     assert_eq!(server.post(COMPLETIONS, &completion(2)).await.status, 200);
+}
+
+/// It takes nothing of what is sent to it. Its place is given to others all the same.
+#[tokio::test]
+async fn a_client_that_does_not_read_is_cut_off() {
+    const CHOICES: u64 = 32;
+    let seats = CHOICES.to_string();
+    let server =
+        RealServer::ready(&["--max-num-seqs", &seats, "--max-num-queued-requests", "0", "--write-timeout", "1s"]).await;
+    let mut body = completion(2000);
+    // Log-probabilities make a token some two thousand bytes: soon more than the kernel holds for both ends.
+    for (field, value) in [("stream", json!(true)), ("n", json!(CHOICES)), ("logprobs", json!(20))] {
+        body[field] = value;
+    }
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4096).expect("a small buffer");
+    let address = server.base_url.strip_prefix("http://").and_then(|address| address.parse().ok());
+    let mut silent = socket.connect(address.expect("an address")).await.expect("a connection");
+    silent.write_all(&request("POST", COMPLETIONS, body.to_string().as_bytes())).await.expect("sent");
+    server.until("busy", async |server| server.running().await == CHOICES as f64).await;
+    assert_eq!(server.post(COMPLETIONS, &completion(1)).await.status, 429);
+    server.until("cut off", async |server| server.post(COMPLETIONS, &completion(1)).await.status == 200).await;
+    let steps = server.metric("outrigger_engine_step_seconds_count", "").await;
+    assert!(steps < 2000.0, "it ended by itself: the test does not test");
+    drop(silent);
 }
 
 #[tokio::test]
