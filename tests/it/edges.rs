@@ -33,6 +33,20 @@ fn hi(more: &Value) -> Value {
 }
 
 #[tokio::test]
+async fn the_line_to_paste_is_answered() {
+    let mut server = RealServer::ready(&[]).await;
+    let line = (0..5).map(|_| server.next_line()).find(|line| line.starts_with("curl ")).expect("a line to paste");
+    let url = line.split_whitespace().nth(1).and_then(|url| url.strip_prefix(server.base_url.as_str()));
+    let body = line.split_once("-d '").and_then(|(_, rest)| rest.trim_end().strip_suffix('\''));
+    let body: Value = serde_json::from_str(body.expect("a body")).expect("JSON");
+    let answer = server.post(url.expect("a URL of this server"), &body).await;
+    assert_eq!(answer.status, 200, "{line}{}", answer.body);
+    let text = answer.body["choices"][0]["message"]["content"].as_str().expect("a message");
+    // The subject of the question comes back in the answer.
+    assert!(text.contains("outrigger canoe"), "{line}{text}");
+}
+
+#[tokio::test]
 async fn malformed_bodies_are_refused_and_harm_nobody() {
     let server = RealServer::shared(&[]).await;
     let deep = |open: &str, close: &str| format!("{{\"messages\": {}{}}}", open.repeat(100_000), close.repeat(100_000));
