@@ -1,5 +1,5 @@
-//! Byte-level byte-pair encoding (GPT-2 and its descendants): a word's bytes are tokens, and pairs of tokens are merged in
-//! the order in which the training found them.
+//! Byte-level byte-pair encoding (GPT-2 and its descendants): a word's bytes are tokens, and pairs of tokens are merged
+//! in the order in which the training found them.
 
 use std::cell::RefCell;
 use std::collections::HashMap;

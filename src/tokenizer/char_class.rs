@@ -1,5 +1,5 @@
-//! The character classes that pre-tokenizer patterns speak of, from the tables of the regular expression library, so that
-//! the hand-written splits agree with the patterns that they stand for.
+//! The character classes that pre-tokenizer patterns speak of, from the tables of the regular expression library, so
+//! that the hand-written splits agree with the patterns that they stand for.
 
 use std::sync::LazyLock;
 

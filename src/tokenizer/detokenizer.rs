@@ -1,14 +1,14 @@
-//! Token ids to text, one token at a time. The text after k tokens depends on those k alone, so a detokenizer is rebuilt by
-//! feeding the same tokens into a fresh one.
+//! Token ids to text, one token at a time. The text after k tokens depends on those k alone, so a detokenizer is
+//! rebuilt by feeding the same tokens into a fresh one.
 
 use std::sync::Arc;
 
 use super::pieces::Pieces;
 use crate::types::TokenId;
 
-/// Emits complete characters only: bytes of an unfinished one are held back until they are complete, or known to be invalid
-/// and replaced by U+FFFD. The concatenation of what `push` and `finish` return is what decoding everything at once gives.
-/// The cost of a push is the length of the token.
+/// Emits complete characters only: bytes of an unfinished one are held back until they are complete, or known to be
+/// invalid and replaced by U+FFFD. The concatenation of what `push` and `finish` return is what decoding everything at
+/// once gives. The cost of a push is the length of the token.
 #[derive(Clone, Debug)]
 pub struct Detokenizer {
     pieces: Arc<Pieces>,

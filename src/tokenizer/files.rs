@@ -1,5 +1,5 @@
-//! A tokenizer from a directory as Hugging Face publishes them. `tokenizer.json` is read by the library that defines it;
-//! what stands around it follows transformers: `tokenizer_config.json` may override how texts are framed.
+//! A tokenizer from a directory as Hugging Face publishes them. `tokenizer.json` is read by the library that defines
+//! it; what stands around it follows transformers: `tokenizer_config.json` may override how texts are framed.
 
 use std::path::Path;
 

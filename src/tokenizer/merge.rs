@@ -1,5 +1,5 @@
-//! Byte-pair merging, the part that byte-level BPE and SentencePiece share: of all adjacent pairs that may be joined, the
-//! one of the best priority is joined first, the leftmost of equals, until none is left.
+//! Byte-pair merging, the part that byte-level BPE and SentencePiece share: of all adjacent pairs that may be joined,
+//! the one of the best priority is joined first, the leftmost of equals, until none is left.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

@@ -57,8 +57,8 @@ impl Tokenizer {
         gguf::load(metadata)
     }
 
-    /// From a directory with a `tokenizer.json` and, where there are, `tokenizer_config.json`, `generation_config.json`,
-    /// `special_tokens_map.json` and `chat_template.jinja`.
+    /// From a directory with a `tokenizer.json` and, where there are, `tokenizer_config.json`,
+    /// `generation_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
     pub fn from_dir(directory: &Path) -> Result<Self, TokenizerError> {
         files::load(directory)
     }
@@ -67,9 +67,9 @@ impl Tokenizer {
         Self(Arc::new(Inner { encoder, pieces: Arc::new(pieces), special, templates }))
     }
 
-    /// The ids of a text. Special tokens that are spelled out in the text become those tokens, as a rendered chat template
-    /// wants it. With `add_special_tokens` the text is framed as the model was trained (often a token at the beginning);
-    /// rendered chat templates bring their own frame and want `false`.
+    /// The ids of a text. Special tokens that are spelled out in the text become those tokens, as a rendered chat
+    /// template wants it. With `add_special_tokens` the text is framed as the model was trained (often a token at the
+    /// beginning); rendered chat templates bring their own frame and want `false`.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TokenizerError> {
         self.0.encoder.encode(text, add_special_tokens)
     }
@@ -86,8 +86,8 @@ impl Tokenizer {
         text
     }
 
-    /// For text that continues a prompt: a space that begins it is part of it. For all tokenizers but SentencePiece's the
-    /// deltas join to what [`Tokenizer::decode`] returns; for those they are what it returns beyond the prompt.
+    /// For text that continues a prompt: a space that begins it is part of it. For all tokenizers but SentencePiece's
+    /// the deltas join to what [`Tokenizer::decode`] returns; for those they are what it returns beyond the prompt.
     pub fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
         Detokenizer::new(self.0.pieces.clone(), skip_special_tokens, false)
     }

@@ -1,6 +1,6 @@
-//! How text is split into words before merging, by the name that GGUF files give (`tokenizer.ggml.pre`). The patterns are
-//! those of the models' published `tokenizer.json`. Names that we cannot vouch for are refused: a wrong split gives tokens
-//! that the model has never seen, and nothing would say so.
+//! How text is split into words before merging, by the name that GGUF files give (`tokenizer.ggml.pre`). The patterns
+//! are those of the models' published `tokenizer.json`. Names that we cannot vouch for are refused: a wrong split gives
+//! tokens that the model has never seen, and nothing would say so.
 
 use fancy_regex::Regex;
 

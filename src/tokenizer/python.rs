@@ -1,4 +1,5 @@
-//! Values as Python writes them: chat templates were written for Jinja in Python, and models were trained on its output.
+//! Values as Python writes them: chat templates were written for Jinja in Python, and models were trained on its
+//! output.
 
 use std::fmt::Write;
 

@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 
 use crate::types::TokenId;
 
-/// Tokens that end an assistant's turn in the model families that we know. Many files name only one end token, often the
-/// one that ends a document.
+/// Tokens that end an assistant's turn in the model families that we know. Many files name only one end token, often
+/// the one that ends a document.
 pub(super) const TURN_ENDS: [&str; 5] = ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<end_of_turn>"];
 
 #[derive(Clone, Debug, Default)]

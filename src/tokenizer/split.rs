@@ -1,5 +1,5 @@
-//! The two families of splitting patterns that most models use, written by hand: a regular expression with lookahead costs
-//! ten times as much. Tests hold them to the patterns that they stand for.
+//! The two families of splitting patterns that most models use, written by hand: a regular expression with lookahead
+//! costs ten times as much. Tests hold them to the patterns that they stand for.
 
 use super::char_class::{CharClass, class_of};
 

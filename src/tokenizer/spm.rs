@@ -1,5 +1,5 @@
-//! SentencePiece's byte-pair model: pieces have scores, adjacent pieces are merged into the piece of the best score, and
-//! what the vocabulary lacks is spelled in bytes.
+//! SentencePiece's byte-pair model: pieces have scores, adjacent pieces are merged into the piece of the best score,
+//! and what the vocabulary lacks is spelled in bytes.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -51,8 +51,8 @@ impl SentencePieceEncoder {
         Self { pieces, byte_tokens, unknown, add_space_prefix }
     }
 
-    /// Appends the tokens of a text without special tokens. The prefix is put wherever such a text begins: at the start and
-    /// after each special token.
+    /// Appends the tokens of a text without special tokens. The prefix is put wherever such a text begins: at the start
+    /// and after each special token.
     pub fn encode(&self, text: &str, tokens: &mut Vec<TokenId>) {
         if text.is_empty() {
             return;

@@ -1,7 +1,7 @@
 //! Finds stop strings in a text that arrives piece by piece, and holds back only what may still become one.
 //!
-//! The result depends on the text alone, never on where its pieces were cut, so a matcher is rebuilt by feeding the same
-//! text into a fresh one. Knows nothing of tokens.
+//! The result depends on the text alone, never on where its pieces were cut, so a matcher is rebuilt by feeding the
+//! same text into a fresh one. Knows nothing of tokens.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,7 +11,8 @@ type Node = u32;
 
 const ROOT: Node = 0;
 
-/// The Aho–Corasick automaton over the bytes of the stop strings. Its size is the sum of their lengths, which the API bounds.
+/// The Aho–Corasick automaton over the bytes of the stop strings. Its size is the sum of their lengths, which the API
+/// bounds.
 #[derive(Debug)]
 struct Automaton {
     stops: Vec<String>,
@@ -34,8 +35,8 @@ struct TrieNode {
 
 /// Text goes in through [`StopMatcher::push`]; what may be shown to the client comes out.
 ///
-/// The stop string that is completed first wins; of several completed by the same character, the first in the list. That
-/// is vLLM's rule. Cloning is cheap.
+/// The stop string that is completed first wins; of several completed by the same character, the first in the list.
+/// That is vLLM's rule. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
     automaton: Arc<Automaton>,

@@ -1,4 +1,5 @@
-//! Templates in the manner of the common model families, against what transformers rendered (`tests/golden/chat_templates.py`).
+//! Templates in the manner of the common model families, against what transformers rendered
+//! (`tests/golden/chat_templates.py`).
 
 use std::collections::BTreeMap;
 use std::path::Path;
