@@ -44,7 +44,7 @@ pub trait ModelRunner: Send {
     fn corrupt(&mut self) {}
 }
 
-/// Why a batch could not be computed. The content of its blocks is undefined afterwards.
+/// Why a batch could not be computed. The positions it was to write are undefined afterwards; those before them are not.
 #[derive(Debug, thiserror::Error)]
 pub enum RunnerError {
     /// The batch needs more memory than there is; a smaller one may succeed.
