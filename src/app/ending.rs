@@ -36,7 +36,7 @@ pub async fn while_loading(front: Front, caught: Caught) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Unready at once; what runs may finish; 0.
+/// Unready at once; what runs may finish, or is ended at the deadline: 0. A hung engine can do neither: 1.
 async fn after_signal(
     caught: Caught,
     config: &Config,
@@ -53,18 +53,20 @@ async fn after_signal(
         model.engine.drain(deadline).await;
         admission.drained().await;
     };
-    tokio::select! {
-        finished = timeout(limit + ENGINE_GRACE, finished) => {
-            if finished.is_err() {
+    let code = tokio::select! {
+        finished = timeout(limit + ENGINE_GRACE, finished) => match finished {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => {
                 tracing::error!("work is left that neither finished nor could be ended within shutdown_timeout");
+                ExitCode::FAILURE
             }
-        }
+        },
         again = signals.next() => {
             tracing::warn!(signal = again.name, "a second signal: ending at once");
             return ExitCode::from(again.exit_code());
         }
         reason = front.failed() => return after_failure(&reason, config, front, signals).await,
-    }
+    };
     model.watchers.cancel();
     let lifecycle = front.health.lifecycle().clone();
     if timeout(CONNECTION_GRACE, front.close()).await.is_err() {
@@ -72,7 +74,7 @@ async fn after_signal(
     }
     // Refused only if the node failed meanwhile, which is logged already.
     let _ = lifecycle.stop("everything has ended");
-    ExitCode::SUCCESS
+    code
 }
 
 /// The engine is gone. Its streams end with an error; the front stays for a while, so that probes and scrapers see why.

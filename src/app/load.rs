@@ -13,7 +13,7 @@ use crate::api::ServedModel;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{CpuModelRunner, RunnerConfig};
-use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, StopTexts};
+use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, ModelRunner, StopTexts};
 use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
 use crate::tokenizer::{ChatTemplate, StopMatcher, Tokenizer};
@@ -21,7 +21,7 @@ use crate::types::{Backend, Fingerprint, TokenId};
 
 /// What the synthetic inference continues, where the tokenizer can spell it.
 const PROBE_TEXT: &str = "The capital of France is";
-/// Tokens of that text at most; with the generated ones they fit the blocks that the engine keeps for it.
+/// Tokens of that text at most.
 const MAX_PROBE_PROMPT: usize = 16;
 
 pub struct LoadedModel {
@@ -64,7 +64,8 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
     let (tokenizer, runner) = tokio::try_join!(tokenizer, runner)?;
     let fingerprint = runner.fingerprint();
     let eos_token_ids = union(&model_eos, tokenizer.eos_token_ids());
-    let prompt = probe_prompt(&tokenizer);
+    let room = runner.max_model_len().saturating_sub(config.health.probe_max_tokens as usize);
+    let prompt = probe_prompt(&tokenizer, room);
 
     let engine = {
         let mut engine_config = config.engine.clone();
@@ -166,9 +167,10 @@ fn stop_texts(tokenizer: Tokenizer) -> StopTexts {
     })
 }
 
-fn probe_prompt(tokenizer: &Tokenizer) -> Vec<TokenId> {
+/// At most `room` tokens, but at least one.
+fn probe_prompt(tokenizer: &Tokenizer, room: usize) -> Vec<TokenId> {
     let mut prompt = tokenizer.encode(PROBE_TEXT, true).unwrap_or_default();
-    prompt.truncate(MAX_PROBE_PROMPT);
+    prompt.truncate(room.min(MAX_PROBE_PROMPT));
     if prompt.is_empty() {
         prompt.push(0);
     }

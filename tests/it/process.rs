@@ -92,6 +92,21 @@ async fn what_outlasts_the_shutdown_timeout_ends_honestly() {
 }
 
 #[tokio::test]
+async fn the_shortest_context_is_served() {
+    let server = Server::ready(&["--model", &model(), "--max-model-len", "6"]).await;
+    assert_eq!(complete(&server, 3).await.status(), 200);
+}
+
+#[tokio::test]
+async fn a_hung_engine_does_not_hold_up_the_end() {
+    let mut server = Server::ready(&["--model", &model(), "--shutdown-timeout", "300ms", "--fault-injection"]).await;
+    let client = reqwest::Client::new();
+    client.post(server.url("/debug/fault")).json(&json!({"fault": "hang"})).send().await.unwrap();
+    server.signal(libc::SIGTERM);
+    assert_eq!(server.exit().await.code(), Some(1));
+}
+
+#[tokio::test]
 async fn a_second_signal_ends_it_at_once() {
     let mut server = Server::ready(&["--model", &model(), "--shutdown-timeout", "1h", "--fault-injection"]).await;
     let client = reqwest::Client::new();
