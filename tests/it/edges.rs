@@ -285,8 +285,10 @@ async fn a_client_that_does_not_read_is_cut_off() {
 
 #[tokio::test]
 async fn an_idle_stream_is_kept_open_by_comments() {
+    /// Seconds of work, so that the hang comes before the end.
+    const TOKENS: u64 = 1000;
     let server = RealServer::ready(&["--fault-injection"]).await;
-    let mut stream = server.stream(COMPLETIONS, &completion(50)).await;
+    let mut stream = server.stream(COMPLETIONS, &completion(TOKENS)).await;
     stream.chunks(1).await;
     server.inject(&json!({"fault": "hang", "seconds": 8})).await;
     let events = stream.rest().await;
@@ -295,7 +297,7 @@ async fn an_idle_stream_is_kept_open_by_comments() {
     assert!(matches!(events[comment + 1], Event::Data(_) | Event::Comment(_)), "{events:?}");
     assert_eq!(events.last(), Some(&Event::Done));
     let tokens = data(&events).filter(|chunk| chunk["choices"][0]["finish_reason"].is_null()).count();
-    assert_eq!(1 + tokens, 50);
+    assert_eq!(1 + tokens as u64, TOKENS);
     // A stream that begins while nothing comes is opened, and kept open, as well.
     server.inject(&json!({"fault": "hang", "seconds": 7})).await;
     let events = server.stream(CHAT, &hi(&json!({"max_tokens": 2}))).await.rest().await;
@@ -331,7 +333,7 @@ async fn a_deadline_that_runs_out_ends_honestly() {
 #[tokio::test]
 async fn a_hopeless_deadline_is_refused_early() {
     let server = RealServer::ready(&["--max-num-seqs", "1"]).await;
-    let measured = join_all((0..12).map(|_| async { server.post(COMPLETIONS, &completion(20)).await })).await;
+    let measured = join_all((0..12).map(|_| async { server.post(COMPLETIONS, &completion(60)).await })).await;
     assert!(measured.iter().all(|answer| answer.status == 200));
     let occupants: Vec<_> = (0..8)
         .map(|_| tokio::spawn(reqwest::Client::new().post(server.url(COMPLETIONS)).json(&completion(500)).send()))
@@ -492,7 +494,7 @@ async fn a_crowd_gets_200_or_429_and_the_server_goes_on() {
 
 #[tokio::test]
 async fn a_drain_finishes_streams_and_takes_nothing_more() {
-    const TOKENS: u64 = 400;
+    const TOKENS: u64 = 1500;
     let mut server = RealServer::ready(&["--shutdown-timeout", "10m"]).await;
     let mut stream = server.stream(COMPLETIONS, &completion(TOKENS)).await;
     stream.chunks(2).await;
