@@ -119,6 +119,12 @@ impl Part {
 
     /// Takes one event; not every event is news for the client.
     fn apply(&mut self, event: GenerationEvent, metrics: &Metrics) -> Option<Step> {
+        // The front may have ended a choice itself, at its deadline, before an engine that was late came to it.
+        if let GenerationEvent::Token { choice, .. } | GenerationEvent::Finished { choice, .. } = &event
+            && self.choices[*choice as usize].finished
+        {
+            return None;
+        }
         match event {
             GenerationEvent::Scheduled { cached_tokens } => {
                 self.scheduled(cached_tokens, metrics);
