@@ -70,9 +70,14 @@ impl Pool {
     /// Runs `task(0)` to `task(tasks - 1)`, each once, and returns when all are done.
     ///
     /// # Panics
-    /// When a task panicked, or for more than 65,535 tasks.
+    /// When a task panicked.
     pub fn run(&self, tasks: usize, task: &Task<'_>) {
-        assert!(tasks <= MAX_TASKS, "a job has at most {MAX_TASKS} tasks");
+        for first in (0..tasks).step_by(MAX_TASKS) {
+            self.run_job((tasks - first).min(MAX_TASKS), &|index| task(first + index));
+        }
+    }
+
+    fn run_job(&self, tasks: usize, task: &Task<'_>) {
         if tasks <= 1 || self.workers.is_empty() {
             (0..tasks).for_each(task);
             return;
@@ -189,8 +194,8 @@ mod tests {
     fn every_task_runs_once() {
         for threads in [1, 2, 4] {
             let pool = Pool::new(threads);
-            for tasks in [0, 1, 2, 7, 1000] {
-                for _ in 0..50 {
+            for (tasks, rounds) in [(0, 50), (1, 50), (2, 50), (7, 50), (1000, 50), (2 * MAX_TASKS + 3, 1)] {
+                for _ in 0..rounds {
                     let runs: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
                     pool.run(tasks, &|task| {
                         runs[task].fetch_add(1, Ordering::Relaxed);

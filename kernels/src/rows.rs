@@ -11,6 +11,9 @@ const ROW_GRAIN: usize = 4;
 /// Inputs that share a scale; the groups of every packed weight type.
 const GROUP: usize = 32;
 
+/// A group whose values are all at most this large counts as zero; its inverse scale would overflow.
+const NEGLIGIBLE: f32 = 1e-30;
+
 /// Rows of the largest tile.
 pub(crate) const MAX_TILE: usize = 12;
 
@@ -135,7 +138,7 @@ impl Kernel for QuantizeGroup<'_> {
             let halves = [S::load(x.as_ptr()), S::load(x.as_ptr().add(LANES))];
             let max = S::reduce_max(S::max(S::abs(halves[0]), S::abs(halves[1])));
             let poison = S::reduce_sum(S::mul(S::add(S::abs(halves[0]), S::abs(halves[1])), S::splat(0.0)));
-            let inverse = S::splat(if max > 0.0 { 127.0 / max } else { 0.0 });
+            let inverse = S::splat(if max > NEGLIGIBLE { 127.0 / max } else { 0.0 });
             for (half, x) in halves.into_iter().enumerate() {
                 S::store_i8(out.quants.add(half * LANES), S::mul(x, inverse));
                 let quants = std::slice::from_raw_parts(out.quants.add(half * LANES), LANES);
