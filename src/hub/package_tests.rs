@@ -72,7 +72,10 @@ async fn without_pip_the_error_says_so() {
 #[tokio::test]
 async fn the_error_repeats_pips_last_words() {
     let setup = setup(b"x");
-    let pip = setup.pip("echo 'WARNING: slow' >&2; echo 'ERROR: no matching distribution' >&2; exit 3");
+    let pip = setup.pip(
+        "echo 'WARNING: slow' >&2; head -c 200000 /dev/zero >&2; \
+                         echo 'ERROR: no matching distribution' >&2; exit 3",
+    );
     let error = setup.fetch(&[&["sh", &pip]]).await.unwrap_err().to_string();
     assert!(error.contains("no matching distribution") && error.contains('3'), "{error}");
     assert!(setup.names().is_empty());
@@ -82,7 +85,7 @@ async fn the_error_repeats_pips_last_words() {
 async fn a_full_disk_is_recognised_behind_pip() {
     let setup = setup(b"x");
     let pip = setup.pip("echo \"OSError: [Errno 28] No space left on device\" >&2; exit 1");
-    assert!(matches!(setup.fetch(&[&["sh", &pip]]).await, Err(SourceError::DiskFull { needed: 101 })));
+    assert!(matches!(setup.fetch(&[&["sh", &pip]]).await, Err(SourceError::DiskFull { needed: 200 })));
 }
 
 #[tokio::test]
