@@ -94,15 +94,15 @@ mod tests {
 
     #[derive(Debug, Deserialize)]
     struct Inner {
-        #[allow(dead_code)]
+        #[expect(dead_code, reason = "only parsed")]
         amount: Option<f32>,
     }
 
     #[derive(Debug, Deserialize)]
     struct Outer {
-        #[allow(dead_code)]
+        #[expect(dead_code, reason = "only parsed")]
         items: Vec<Inner>,
-        #[allow(dead_code)]
+        #[expect(dead_code, reason = "only parsed")]
         count: Option<u32>,
     }
 

@@ -13,10 +13,10 @@ use crate::api::ServedModel;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{CpuModelRunner, RunnerConfig};
-use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, ModelRunner, StopTexts};
+use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, ModelRunner};
 use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
-use crate::tokenizer::{ChatTemplate, StopMatcher, Tokenizer};
+use crate::tokenizer::{ChatTemplate, Tokenizer};
 use crate::types::{Backend, Fingerprint, TokenId};
 
 /// What the synthetic inference continues, where the tokenizer can spell it.
@@ -75,7 +75,7 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
             config: engine_config,
             fingerprint: fingerprint.clone(),
             eos_token_ids: eos_token_ids.clone(),
-            stop_texts: stop_texts(tokenizer.clone()),
+            stop_texts: tokenizer.clone().into(),
             on_step: Some(Box::new(move |time| metrics.engine_step.observe(time.as_secs_f64()))),
         };
         off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(Box::new(runner))))?)).await?
@@ -149,21 +149,6 @@ fn open_chat_template(tokenizer: &Tokenizer) -> anyhow::Result<ChatTemplate> {
     tokenizer.chat_template().or_else(|error| {
         tracing::warn!(%error, "the model's chat template cannot be read; chat requests will be refused");
         Ok(ChatTemplate::new(UNREADABLE, tokenizer.special_tokens())?)
-    })
-}
-
-/// Watches the text of a choice for its stop strings.
-fn stop_texts(tokenizer: Tokenizer) -> StopTexts {
-    StopTexts::new(move |params| {
-        let mut detokenizer = tokenizer.detokenizer(params.skip_special_tokens);
-        let mut matcher = StopMatcher::new(&params.stop, params.include_stop_str_in_output);
-        let mut text = String::new();
-        Box::new(move |token| {
-            text.clear();
-            detokenizer.push_to(token, &mut text);
-            matcher.push(&text).matched?;
-            matcher.matched().map(str::to_owned)
-        })
     })
 }
 

@@ -4,18 +4,35 @@
 use std::sync::Arc;
 
 use super::sampler::SequenceSampler;
+use crate::tokenizer::{StopMatcher, Tokenizer};
 use crate::types::{FinishReason, SamplingParams, StopCause, TokenId};
 
 /// Watches the text of one choice: takes the next token, and gives the stop string that it completes.
 pub type StopText = Box<dyn FnMut(TokenId) -> Option<String> + Send>;
 
-/// Makes a fresh watcher for the stop strings of a request. It is made of a tokenizer, which the engine does not know.
+/// Makes a fresh watcher for the stop strings of a request.
 #[derive(Clone)]
 pub struct StopTexts(Arc<dyn Fn(&SamplingParams) -> StopText + Send + Sync>);
 
 impl StopTexts {
     pub fn new(fresh: impl Fn(&SamplingParams) -> StopText + Send + Sync + 'static) -> Self {
         Self(Arc::new(fresh))
+    }
+}
+
+impl From<Tokenizer> for StopTexts {
+    fn from(tokenizer: Tokenizer) -> Self {
+        Self::new(move |params| {
+            let mut detokenizer = tokenizer.detokenizer(params.skip_special_tokens);
+            let mut matcher = StopMatcher::new(&params.stop, params.include_stop_str_in_output);
+            let mut text = String::new();
+            Box::new(move |token| {
+                text.clear();
+                detokenizer.push_to(token, &mut text);
+                matcher.push(&text).matched?;
+                matcher.matched().map(str::to_owned)
+            })
+        })
     }
 }
 

@@ -10,8 +10,8 @@ use futures::future::join_all;
 use outrigger::engine::model::decoder::DType;
 use outrigger::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
-use outrigger::engine::{self, EngineHandle, EngineParts, StopTexts};
-use outrigger::tokenizer::{StopMatcher, Tokenizer};
+use outrigger::engine::{self, EngineHandle, EngineParts};
+use outrigger::tokenizer::Tokenizer;
 use outrigger::types::{
     Backend, ChoiceStart, FinishReason, GenerateRequest, GenerationEvent, RequestId, SamplingParams, TokenId,
 };
@@ -76,22 +76,10 @@ fn engine(path: &Path, setup: Setup) -> EngineHandle {
         config,
         fingerprint: runner.fingerprint(),
         eos_token_ids: files.eos_token_ids,
-        stop_texts: stop_texts(tokenizer),
+        stop_texts: tokenizer.into(),
         on_step: None,
     };
     engine::spawn(parts, Box::new(move || Ok(Box::new(runner)))).unwrap()
-}
-
-/// Looks for stop strings as the server does.
-fn stop_texts(tokenizer: Tokenizer) -> StopTexts {
-    StopTexts::new(move |params| {
-        let mut detokenizer = tokenizer.detokenizer(true);
-        let mut matcher = StopMatcher::new(&params.stop, params.include_stop_str_in_output);
-        Box::new(move |token| {
-            matcher.push(&detokenizer.push(token));
-            matcher.matched().map(str::to_owned)
-        })
-    })
 }
 
 /// A token and the bits of all its log-probabilities.
