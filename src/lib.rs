@@ -6,8 +6,9 @@
 //! main            process: arguments, exit code
 //! app             composition root: builds and starts every task, owns the drain order
 //! config          gathers each module's Config: TOML < environment < flags
-//! api             HTTP (axum): OpenAI wire types, SSE, health
-//! admission │ engine │ health │ hub
+//! api             HTTP (axum): OpenAI wire types, SSE, health, the endpoint that peers call, admin
+//! router          which replica serves this request, and what happens when it dies
+//! admission │ cluster │ engine │ health │ hub
 //! tokenizer       text <-> token ids, chat templates, incremental detokenizer, stop strings
 //! observability   every metric in one table
 //! types           the shared nouns, the Backend trait, Failure
@@ -18,11 +19,13 @@
 pub mod admission;
 pub mod api;
 pub mod app;
+pub mod cluster;
 pub mod config;
 pub mod engine;
 pub mod formats;
 pub mod health;
 pub mod hub;
 pub mod observability;
+pub mod router;
 pub mod tokenizer;
 pub mod types;

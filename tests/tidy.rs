@@ -15,7 +15,8 @@ const LAYERS: &[&[&str]] = &[
     &["app"],
     &["config"],
     &["api"],
-    &["admission", "engine", "health", "hub"],
+    &["router"],
+    &["admission", "cluster", "engine", "health", "hub"],
     &["tokenizer"],
     &["formats"],
     &["observability"],
@@ -32,7 +33,9 @@ struct Fence {
 const FENCES: &[Fence] = &[
     Fence { path: "axum", homes: &["api/", "app/"], reason: "HTTP ends at the API" },
     Fence { path: "tower_http", homes: &["api/"], reason: "HTTP ends at the API" },
-    Fence { path: "hyper", homes: &["api/"], reason: "HTTP ends at the API" },
+    Fence { path: "hyper", homes: &["api/", "cluster/peer_client"], reason: "HTTP ends at the API and at the peers" },
+    Fence { path: "chitchat", homes: &["cluster/membership", "cluster/seal"], reason: "one place gossips" },
+    Fence { path: "rustls", homes: &["cluster/tls"], reason: "one place decides who is trusted" },
     Fence {
         path: "outrigger_kernels",
         homes: &["engine/model_runner", "engine/sampler", "engine/model/"],

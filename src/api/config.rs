@@ -1,6 +1,7 @@
 //! Where the API listens and what it accepts.
 
 use std::fmt;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -31,6 +32,8 @@ pub struct Config {
     pub max_input_tokens: Option<u32>,
     /// Tokens generated per choice. Default: what the model's context holds.
     pub max_output_tokens: Option<u32>,
+    /// Where operators look at the cluster. Default: none.
+    pub admin_addr: Option<SocketAddr>,
     /// Keys that clients present as `Authorization: Bearer …`; plain, or `sha256:` and 64 hexadecimal digits. Default: none,
     /// which admits everybody.
     pub api_keys: Vec<String>,
@@ -50,6 +53,7 @@ impl fmt::Debug for Config {
             stream_keep_alive,
             max_input_tokens,
             max_output_tokens,
+            admin_addr,
             api_keys,
         } = self;
         f.debug_struct("Config")
@@ -63,6 +67,7 @@ impl fmt::Debug for Config {
             .field("stream_keep_alive", stream_keep_alive)
             .field("max_input_tokens", max_input_tokens)
             .field("max_output_tokens", max_output_tokens)
+            .field("admin_addr", admin_addr)
             .field("api_keys", &format_args!("{} redacted", api_keys.len()))
             .finish()
     }
@@ -81,6 +86,7 @@ impl Default for Config {
             stream_keep_alive: Duration::from_secs(5),
             max_input_tokens: None,
             max_output_tokens: None,
+            admin_addr: None,
             api_keys: Vec::new(),
         }
     }

@@ -5,12 +5,14 @@
 
 use super::Config;
 use super::syntax::{
-    Auto, Choice, Count, List, Location, Notation, Number, Secrets, Size, Switch, Syntax, Text, Time, Token, choice,
+    Address, Auto, Choice, Count, List, Location, Notation, Number, Plain, Secrets, Size, Switch, Syntax, Text, Time,
+    Token, choice,
 };
 use crate::engine::model::LoadFormat;
 use crate::engine::model::decoder::DType;
 use crate::engine::model_runner::KvCacheDType;
 use crate::observability::trace::LogFormat;
+use crate::router::Strategy;
 
 /// One row of the table.
 pub struct Key {
@@ -115,6 +117,17 @@ choice!(KvCacheDType, "auto|float32|float16|bfloat16" {
     Float32: "float32" | "f32" | "float",
     Float16: "float16" | "f16" | "half",
     BFloat16: "bfloat16" | "bf16",
+});
+
+choice!(Strategy, "balanced|least-request|least-latency|least-kv-cache|throughput|prefix-cache|random|power-of-two" {
+    Balanced: "balanced",
+    LeastRequest: "least-request",
+    LeastLatency: "least-latency",
+    LeastKvCache: "least-kv-cache",
+    Throughput: "throughput",
+    PrefixCache: "prefix-cache",
+    Random: "random",
+    PowerOfTwo: "power-of-two",
 });
 
 choice!(LoadFormat, "auto|safetensors|gguf|dummy" {
@@ -222,6 +235,56 @@ keys! {
             "Fraction of the memory in use from which the node is unready.";
         queue_saturation_mark: Number => health.queue_saturation_mark,
             "Fullness of the queue from which a node is unready, while another ready node is below it.";
+    }
+    "Cluster" {
+        node_id: Auto<Text> => cluster.node_id,
+            "Names this node among the others; `auto` is a random name.";
+        cluster_id: Text => cluster.cluster_id,
+            "Names the cluster; nodes of another name are not heard.";
+        gossip_addr: Auto<Address> => cluster.gossip_addr,
+            "UDP address to gossip on; `auto` is none: a cluster of one.";
+        gossip_advertise_addr: Auto<Address> => cluster.gossip_advertise_addr,
+            "Where others reach it; `auto` is `gossip_addr`.";
+        peer_addr: Auto<Address> => cluster.peer_addr,
+            "TCP address on which other nodes call; `auto` is `gossip_addr`, host and port.";
+        peer_advertise_addr: Auto<Address> => cluster.peer_advertise_addr,
+            "Where others reach it; `auto` is `peer_addr`, with the host of `gossip_advertise_addr` where that is given.";
+        peers: List => cluster.peers,
+            "Gossip addresses of other nodes, `host:port`; one is enough, and names are resolved again and again.";
+        cluster_key_file: Auto<Location> => cluster.cluster_key_file,
+            "File with the secret that all nodes share, 32 bytes or more; all traffic between nodes is sealed with it.";
+        zone: Plain => cluster.zone,
+            "Requests prefer nodes of their own zone.";
+        gossip_interval: Time => cluster.gossip_interval,
+            "From one round of gossip to the next.";
+        peer_connect_timeout: Time => cluster.peer_connect_timeout,
+            "Time in which a connection to another node has to stand.";
+        peer_tls_cert_file: Auto<Location> => cluster.peer_tls_cert_file,
+            "Certificate chain (PEM) for calls between nodes; `auto` derives one from the cluster key.";
+        peer_tls_key_file: Auto<Location> => cluster.peer_tls_key_file,
+            "Its private key (PEM).";
+        peer_tls_ca_file: Auto<Location> => cluster.peer_tls_ca_file,
+            "The authority (PEM) that signs the nodes' certificates.";
+        admin_addr: Auto<Address> => api.admin_addr,
+            "Address for `/cluster`, `outrigger status` and metrics; `auto` is none.";
+    }
+    "Routing" {
+        placement: Choice<Strategy> => router.placement,
+            "How a replica is chosen; a request may say otherwise in `x-outrigger-placement`.";
+        peer_stall_timeout: Time => router.peer_stall_timeout,
+            "Silence of a replica after which a stream continues on another.";
+        max_failovers: Count => router.max_failovers,
+            "Replicas that one stream may lose.";
+        failover_timeout: Time => router.failover_timeout,
+            "How long a stream waits for a replica that could continue it.";
+        retry_budget: Number => router.retry_budget,
+            "Retries before the first token, as a fraction of the requests.";
+        journal_ttl: Time => router.journal_ttl,
+            "How long the journal of an ended or broken stream is kept, for clients that reconnect.";
+        journal_memory: Size => router.journal_memory,
+            "Memory for all journals together.";
+        journal_ack_timeout: Time => router.journal_ack_timeout,
+            "How long a stream's first token waits for another node to hold its journal.";
     }
     "Log" {
         log_format: Choice<LogFormat> => trace.log_format,

@@ -21,7 +21,7 @@ pub use keys::{KEYS, Key, markdown_table};
 pub use process::Process;
 
 use crate::observability::trace;
-use crate::{admission, api, engine, health, hub};
+use crate::{admission, api, cluster, engine, health, hub, router};
 
 /// Every section. Defaults are the sections' own.
 #[derive(Clone, Debug)]
@@ -34,6 +34,8 @@ pub struct Config {
     pub admission: admission::Config,
     pub health: health::Config,
     pub api: api::Config,
+    pub cluster: cluster::Config,
+    pub router: router::Config,
     pub trace: trace::Config,
 }
 
@@ -48,6 +50,8 @@ impl Default for Config {
             admission: admission::Config::default(),
             health: health::Config::default(),
             api: api::Config::default(),
+            cluster: cluster::Config::default(),
+            router: router::Config::default(),
             trace: trace::Config::default(),
         }
     }
@@ -63,6 +67,8 @@ impl Config {
         self.admission.validate(problems);
         self.health.validate(problems);
         self.api.validate(problems);
+        self.cluster.validate(problems);
+        self.router.validate(problems);
         self.trace.validate(problems);
     }
 }

@@ -3,6 +3,7 @@
 //! Knows no key and no section.
 
 use std::marker::PhantomData;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -222,6 +223,40 @@ impl Syntax<String> for Text {
 
     fn write(value: &String) -> toml::Value {
         toml::Value::String(value.clone())
+    }
+}
+
+/// A text that may be empty.
+pub struct Plain;
+
+impl Notation for Plain {
+    const HINT: &'static str = "TEXT";
+}
+
+impl Syntax<String> for Plain {
+    fn read(text: &str) -> Result<String, String> {
+        Ok(text.trim().to_owned())
+    }
+
+    fn write(value: &String) -> toml::Value {
+        toml::Value::String(value.clone())
+    }
+}
+
+/// An IP address and a port.
+pub struct Address;
+
+impl Notation for Address {
+    const HINT: &'static str = "IP:PORT";
+}
+
+impl Syntax<SocketAddr> for Address {
+    fn read(text: &str) -> Result<SocketAddr, String> {
+        text.trim().parse().map_err(|_| format!("must be an IP address and a port such as 10.0.0.7:7946, got `{text}`"))
+    }
+
+    fn write(value: &SocketAddr) -> toml::Value {
+        toml::Value::String(value.to_string())
     }
 }
 

@@ -3,6 +3,8 @@
 use std::any::Any;
 use std::task::{Context, Poll};
 
+use serde::{Deserialize, Serialize};
+
 use super::failure::Failure;
 use super::ids::{Fingerprint, TokenId};
 use super::request::GenerateRequest;
@@ -76,7 +78,7 @@ pub enum GenerationEvent {
 }
 
 /// Log-probabilities at one position, of the raw logits (before penalties and temperature).
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogprobs {
     pub logprob: f32,
     /// Rank of the sampled token, from 1.
@@ -85,7 +87,7 @@ pub struct TokenLogprobs {
     pub top: Vec<(TokenId, f32)>,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FinishReason {
     /// A natural end; `StopCause` says which.
     Stop(StopCause),
@@ -97,7 +99,7 @@ pub enum FinishReason {
     Shutdown,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StopCause {
     /// The model's end-of-sequence token (it is published as the last `Token`, without text).
     EndOfSequence(TokenId),

@@ -8,6 +8,6 @@ pub mod status;
 
 pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};
 pub use failure::{Failure, FailureKind};
-pub use ids::{Fingerprint, RequestId, TokenId};
+pub use ids::{Fingerprint, NodeId, RequestId, TokenId};
 pub use request::{ChoiceStart, GenerateRequest, SamplingParams};
 pub use status::{EngineStatus, NodeState};

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 use super::ids::{RequestId, TokenId};
 
 /// One generation with `sampling.n` choices. Together with the model's fingerprint it decides every token.
@@ -25,7 +27,7 @@ pub struct GenerateRequest {
 }
 
 /// Where one choice begins.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChoiceStart {
     /// Index of the choice in the client's response, `0..n`.
     pub index: u32,
@@ -40,7 +42,7 @@ impl ChoiceStart {
 }
 
 /// How tokens are chosen. Ranges are validated at the API; the engine relies on them.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
     /// Number of choices, at least 1.
     pub n: u32,

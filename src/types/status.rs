@@ -2,8 +2,11 @@
 
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+
 /// `Starting → Warming → Ready ⇄ Degraded → Draining → Stopped`, and `Failed` from anywhere.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum NodeState {
     Starting,
     Warming,

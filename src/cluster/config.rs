@@ -1,0 +1,110 @@
+//! How a node finds the others and is found.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Names this node. Default: none, which stands for a random name.
+    pub node_id: Option<String>,
+    /// Names the cluster; nodes of another name are not heard. Default: `outrigger`.
+    pub cluster_id: String,
+    /// UDP address to gossip on. Default: none, which makes a cluster of one.
+    pub gossip_addr: Option<SocketAddr>,
+    /// Where others reach it. Default: none, which stands for `gossip_addr`.
+    pub gossip_advertise_addr: Option<SocketAddr>,
+    /// TCP address on which peers call. Default: none, which stands for `gossip_addr`'s host and port.
+    pub peer_addr: Option<SocketAddr>,
+    /// Where others reach it. Default: none, which stands for `peer_addr`.
+    pub peer_advertise_addr: Option<SocketAddr>,
+    /// Gossip addresses of other nodes, `host:port`; names are resolved again and again.
+    pub peers: Vec<String>,
+    /// Holds the secret that all nodes of a cluster share, 32 bytes or more.
+    pub cluster_key_file: Option<PathBuf>,
+    /// Requests prefer nodes of their own zone. Default: empty, which is a zone as well.
+    pub zone: String,
+    /// From one round of gossip to the next. Default: 250 ms.
+    pub gossip_interval: Duration,
+    /// Time in which a connection to a peer has to stand. Default: 1 s.
+    pub peer_connect_timeout: Duration,
+    /// Certificates for peer traffic instead of those derived from the cluster key: all three, or none.
+    pub peer_tls_cert_file: Option<PathBuf>,
+    pub peer_tls_key_file: Option<PathBuf>,
+    pub peer_tls_ca_file: Option<PathBuf>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            node_id: None,
+            cluster_id: "outrigger".into(),
+            gossip_addr: None,
+            gossip_advertise_addr: None,
+            peer_addr: None,
+            peer_advertise_addr: None,
+            peers: Vec::new(),
+            cluster_key_file: None,
+            zone: String::new(),
+            gossip_interval: Duration::from_millis(250),
+            peer_connect_timeout: Duration::from_secs(1),
+            peer_tls_cert_file: None,
+            peer_tls_key_file: None,
+            peer_tls_ca_file: None,
+        }
+    }
+}
+
+impl Config {
+    /// Whether this node takes part in a cluster, or is one alone.
+    pub fn is_clustered(&self) -> bool {
+        self.gossip_addr.is_some()
+    }
+
+    /// Reports every problem, with the key's name.
+    pub fn validate(&self, problems: &mut Vec<String>) {
+        if self.is_clustered() && self.cluster_key_file.is_none() {
+            problems.push("cluster_key_file is required with gossip_addr: nothing between nodes is ever plain".into());
+        }
+        if !self.is_clustered() {
+            let orphans = [
+                ("peers", !self.peers.is_empty()),
+                ("peer_addr", self.peer_addr.is_some()),
+                ("gossip_advertise_addr", self.gossip_advertise_addr.is_some()),
+                ("peer_advertise_addr", self.peer_advertise_addr.is_some()),
+            ];
+            for (key, _) in orphans.iter().filter(|(_, is_set)| *is_set) {
+                problems.push(format!("{key} means nothing without gossip_addr"));
+            }
+        }
+        let unspecified = |addr: Option<SocketAddr>| addr.is_some_and(|addr| addr.ip().is_unspecified());
+        if unspecified(self.gossip_addr) && self.gossip_advertise_addr.is_none() {
+            problems
+                .push("gossip_advertise_addr is required: gossip_addr is no address that others could reach".into());
+        }
+        if unspecified(self.peer_addr) && self.peer_advertise_addr.is_none() && self.gossip_advertise_addr.is_none() {
+            problems.push("peer_advertise_addr is required: peer_addr is no address that others could reach".into());
+        }
+        let files = [&self.peer_tls_cert_file, &self.peer_tls_key_file, &self.peer_tls_ca_file];
+        if !matches!(files.iter().filter(|file| file.is_some()).count(), 0 | 3) {
+            problems.push("peer_tls_cert_file, peer_tls_key_file and peer_tls_ca_file go together".into());
+        }
+        for (key, time) in
+            [("gossip_interval", self.gossip_interval), ("peer_connect_timeout", self.peer_connect_timeout)]
+        {
+            if time < Duration::from_millis(10) || time > Duration::from_secs(60) {
+                problems.push(format!("{key} must be from 10ms to 1m"));
+            }
+        }
+        for (key, name) in
+            [("cluster_id", Some(&self.cluster_id)), ("node_id", self.node_id.as_ref()), ("zone", Some(&self.zone))]
+        {
+            if name.is_some_and(|name| name.len() > 64) {
+                problems.push(format!("{key} must have at most 64 bytes"));
+            }
+        }
+    }
+}

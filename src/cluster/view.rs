@@ -1,0 +1,41 @@
+//! The cluster as this node sees it at one moment: the peers that are alive, with their latest reports.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::load_report::{LoadReport, ModelReport, NodeDescription};
+use crate::types::NodeId;
+
+/// A snapshot; replaced as a whole when something changes.
+#[derive(Clone, Debug, Default)]
+pub struct ClusterView {
+    /// Live peers, this node not among them.
+    pub peers: BTreeMap<NodeId, Arc<Peer>>,
+    /// Peers that gossip holds for dead and has not forgotten yet.
+    pub dead: Vec<NodeId>,
+}
+
+/// A live peer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Peer {
+    pub id: NodeId,
+    /// Greater for a later process of the same name.
+    pub incarnation: u64,
+    pub description: NodeDescription,
+    pub report: LoadReport,
+    /// When the report arrived here, by this node's clock.
+    pub reported_at: Instant,
+    /// It came and went too often lately: 0 to 1, multiplies its weight.
+    pub stability: f64,
+}
+
+impl Peer {
+    pub fn report_age(&self, now: Instant) -> Duration {
+        now.saturating_duration_since(self.reported_at)
+    }
+
+    pub fn model(&self, name: &str) -> Option<&ModelReport> {
+        self.description.models.iter().find(|model| model.names.iter().any(|known| known == name))
+    }
+}
