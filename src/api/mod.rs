@@ -2,6 +2,7 @@
 //!
 //! Knows the engine only as `types::Backend`. Requests below this module are token ids; text stays here.
 
+pub mod admin;
 pub mod auth;
 mod body;
 pub mod config;

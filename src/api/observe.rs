@@ -44,7 +44,7 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
 
 /// A bounded set of labels, whatever paths clients try.
 fn route_label(path: &str) -> &'static str {
-    const ROUTES: [&str; 12] = [
+    const ROUTES: [&str; 13] = [
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/models",
@@ -56,6 +56,7 @@ fn route_label(path: &str) -> &'static str {
         "/startupz",
         "/metrics",
         "/version",
+        "/cluster",
         "/v1/models/{id}",
     ];
     match ROUTES.iter().find(|route| **route == path) {

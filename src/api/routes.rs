@@ -35,7 +35,7 @@ pub fn overflow_router(state: ApiState) -> Router {
 }
 
 /// Open to everybody: orchestrators and scrapers have no key.
-fn open_routes() -> Router<ApiState> {
+pub(super) fn open_routes() -> Router<ApiState> {
     Router::new()
         .route("/health", get(health::health))
         .route("/livez", get(health::livez))
@@ -45,7 +45,8 @@ fn open_routes() -> Router<ApiState> {
         .route("/version", get(version))
 }
 
-fn finish(routes: Router<ApiState>, state: ApiState) -> Router {
+/// What every route has around it.
+pub(super) fn finish(routes: Router<ApiState>, state: ApiState) -> Router {
     routes
         .method_not_allowed_fallback(wrong_method)
         // Bodies are bounded where they are read, with an answer in our own words.
@@ -55,7 +56,11 @@ fn finish(routes: Router<ApiState>, state: ApiState) -> Router {
         .with_state(state)
 }
 
-async fn require_key(State(state): State<ApiState>, request: Request, next: Next) -> Result<Response, ApiError> {
+pub(super) async fn require_key(
+    State(state): State<ApiState>,
+    request: Request,
+    next: Next,
+) -> Result<Response, ApiError> {
     state.keys.check(request.headers())?;
     Ok(next.run(request).await)
 }
@@ -64,7 +69,7 @@ async fn version() -> Json<Value> {
     Json(json!({ "version": env!("CARGO_PKG_VERSION") }))
 }
 
-async fn unknown_route(method: Method, uri: Uri) -> ApiError {
+pub(super) async fn unknown_route(method: Method, uri: Uri) -> ApiError {
     let path: String = uri.path().chars().take(200).collect();
     ApiError::not_found(format!("There is no route {method} {path}."))
 }

@@ -41,7 +41,13 @@ const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(30);
 ///
 /// `extra` are routes of the caller's own.
 pub async fn serve(listener: TcpListener, state: ApiState, extra: Router, shutdown: CancellationToken) {
-    let server = Server::new(state, extra);
+    let router = router(state.clone()).merge(extra);
+    serve_router(listener, state, router, shutdown).await;
+}
+
+/// As `serve`, but these routes.
+pub(super) async fn serve_router(listener: TcpListener, state: ApiState, router: Router, shutdown: CancellationToken) {
+    let server = Server::new(state, router);
     let graceful = GracefulShutdown::new();
     loop {
         let accepted = tokio::select! {
@@ -76,7 +82,7 @@ struct Server {
 }
 
 impl Server {
-    fn new(state: ApiState, extra: Router) -> Self {
+    fn new(state: ApiState, router: Router) -> Self {
         let mut builder = Builder::new(TokioExecutor::new());
         builder
             .http1()
@@ -85,7 +91,7 @@ impl Server {
             .max_buf_size(MAX_BUFFER_BYTES);
         builder.http2().timer(TokioTimer::new()).keep_alive_interval(HTTP2_PING_INTERVAL);
         Self {
-            router: router(state.clone()).merge(extra),
+            router,
             overflow_router: overflow_router(state.clone()),
             places: Arc::new(Semaphore::new(state.config.max_connections)),
             overflow_places: Arc::new(Semaphore::new(OVERFLOW_CONNECTIONS)),

@@ -1,5 +1,7 @@
 //! Which replica serves a request, and what happens when it dies.
 
 pub mod config;
+pub mod overview;
 
 pub use config::{Config, Strategy};
+pub use overview::{ClusterOverview, NodeOverview, PeerOverview, StreamCounts};

@@ -1,0 +1,126 @@
+//! What operators ask, at an address of its own (`admin_addr`): the cluster as this node sees it, and the probes and metrics
+//! that the main port has as well. Several nodes of one machine have one each.
+//!
+//! `/cluster` names nodes and addresses, so it asks for an API key where the API does. Knows nothing of routing: the overview
+//! comes from whoever is asked for it.
+
+use std::sync::Arc;
+
+use axum::http::header;
+use axum::middleware::from_fn_with_state;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Extension, Json, Router};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::routes::{finish, open_routes, require_key, unknown_route};
+use super::server::serve_router;
+use super::state::ApiState;
+use crate::router::ClusterOverview;
+
+/// Tells how the cluster looks now.
+pub type OverviewSource = Arc<dyn Fn() -> ClusterOverview + Send + Sync>;
+
+/// Serves until `shutdown`, as the main port does.
+pub async fn serve(listener: TcpListener, state: ApiState, overview: OverviewSource, shutdown: CancellationToken) {
+    let router = admin_router(state.clone(), overview);
+    serve_router(listener, state, router, shutdown).await;
+}
+
+/// The whole of the admin address.
+pub fn admin_router(state: ApiState, overview: OverviewSource) -> Router {
+    let guarded = Router::new()
+        .route("/cluster", get(cluster))
+        .route_layer(from_fn_with_state(state.clone(), require_key))
+        .layer(Extension(Overview(overview)));
+    finish(open_routes().merge(guarded).fallback(unknown_route), state)
+}
+
+#[derive(Clone)]
+struct Overview(OverviewSource);
+
+async fn cluster(Extension(Overview(overview)): Extension<Overview>) -> Response {
+    ([(header::CACHE_CONTROL, "no-store")], Json(overview())).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body;
+    use axum::http::{Request, StatusCode};
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    use super::*;
+    use crate::admission::{self, AdmissionController};
+    use crate::api::Config;
+    use crate::cluster::LoadReport;
+    use crate::health::{self, Health};
+    use crate::observability::Metrics;
+    use crate::router::{NodeOverview, StreamCounts};
+    use crate::types::NodeId;
+
+    fn overview() -> ClusterOverview {
+        ClusterOverview {
+            cluster_id: "c".into(),
+            node: NodeOverview {
+                id: NodeId::new("a"),
+                incarnation: 1,
+                version: "0.1.0".into(),
+                zone: String::new(),
+                peer_addr: None,
+                models: Vec::new(),
+                report: LoadReport::default(),
+            },
+            peers: Vec::new(),
+            dead: Vec::new(),
+            streams: StreamCounts::default(),
+        }
+    }
+
+    fn router(api_keys: &[&str]) -> Router {
+        let metrics = Arc::new(Metrics::new("tiny"));
+        let health = Health::new(health::Config::default(), metrics.clone());
+        let admission = AdmissionController::new(admission::Config::default(), 1, metrics.clone());
+        let config = Config { api_keys: api_keys.iter().map(ToString::to_string).collect(), ..Config::default() };
+        let state = ApiState::new(config, metrics, admission, health).expect("a valid configuration");
+        admin_router(state, Arc::new(overview))
+    }
+
+    async fn get(router: Router, path: &str, key: Option<&str>) -> (StatusCode, String) {
+        let mut request = Request::get(path);
+        if let Some(key) = key {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        }
+        let response = router.oneshot(request.body(Body::empty()).expect("a request")).await.expect("infallible");
+        let status = response.status();
+        let body = response.into_body().collect().await.expect("a whole body").to_bytes();
+        (status, String::from_utf8(body.to_vec()).expect("UTF-8"))
+    }
+
+    #[tokio::test]
+    async fn the_cluster_is_told_and_probes_answer_as_on_the_main_port() {
+        let (status, body) = get(router(&[]), "/cluster", None).await;
+        assert_eq!(status, StatusCode::OK);
+        assert_eq!(serde_json::from_str::<ClusterOverview>(&body).expect("an overview"), overview());
+        for path in ["/livez", "/metrics", "/version"] {
+            assert_eq!(get(router(&[]), path, None).await.0, StatusCode::OK, "{path}");
+        }
+        for path in ["/readyz", "/startupz"] {
+            assert_eq!(
+                get(router(&[]), path, None).await.0,
+                StatusCode::SERVICE_UNAVAILABLE,
+                "{path}: nothing is loaded"
+            );
+        }
+        assert_eq!(get(router(&[]), "/v1/models", None).await.0, StatusCode::NOT_FOUND);
+    }
+
+    #[tokio::test]
+    async fn where_the_api_wants_a_key_the_cluster_does_too_and_probes_do_not() {
+        assert_eq!(get(router(&["k"]), "/cluster", None).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(get(router(&["k"]), "/cluster", Some("other")).await.0, StatusCode::UNAUTHORIZED);
+        assert_eq!(get(router(&["k"]), "/cluster", Some("k")).await.0, StatusCode::OK);
+        assert_eq!(get(router(&["k"]), "/livez", None).await.0, StatusCode::OK);
+    }
+}

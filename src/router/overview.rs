@@ -1,0 +1,143 @@
+//! The cluster as one node sees it, for people and programs that look after it: `/cluster` on the admin address, the table
+//! of `outrigger status`, and the clock of `outrigger drill`. Plain data; whoever fills it in knows the rest.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+
+use serde::{Deserialize, Serialize};
+
+use crate::cluster::{LoadReport, ModelReport};
+use crate::types::NodeId;
+
+/// What a node knows of itself and of the others.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ClusterOverview {
+    pub cluster_id: String,
+    /// The node that tells this.
+    pub node: NodeOverview,
+    /// Live peers, by name.
+    pub peers: Vec<PeerOverview>,
+    /// Peers that are held for dead and not forgotten yet.
+    pub dead: Vec<NodeId>,
+    pub streams: StreamCounts,
+}
+
+/// What a node says of itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeOverview {
+    pub id: NodeId,
+    /// Greater for a later process of the same name.
+    pub incarnation: u64,
+    /// Of the software.
+    pub version: String,
+    pub zone: String,
+    /// Where peers call; none in a cluster of one.
+    pub peer_addr: Option<SocketAddr>,
+    /// Empty while the model loads.
+    pub models: Vec<ModelReport>,
+    pub report: LoadReport,
+}
+
+/// What this node knows of another.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerOverview {
+    #[serde(flatten)]
+    pub node: NodeOverview,
+    /// Since its report arrived here.
+    pub report_age_seconds: f64,
+    pub breaker: BreakerPosition,
+    /// What placement multiplies its share of the requests with: 1 for a node that is well.
+    pub weight: f64,
+    /// 1 for a node that stays, less for one that comes and goes.
+    pub stability: f64,
+    /// Streams of this node's clients that are computed there.
+    pub streams: u64,
+    /// Of the last call that it answered.
+    pub round_trip_seconds: Option<f64>,
+    pub last_failure: Option<PeerFailure>,
+}
+
+/// Whether calls to a peer are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BreakerPosition {
+    #[default]
+    Closed,
+    Open,
+    /// A single call tries whether it is well again.
+    HalfOpen,
+}
+
+/// The last call to a peer that went wrong.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PeerFailure {
+    /// Label of the failure's kind.
+    pub kind: String,
+    pub age_seconds: f64,
+}
+
+/// The streams whose clients this node holds. Totals count from its start.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamCounts {
+    /// Open now, wherever they are computed.
+    pub open: u64,
+    /// Of these, the ones that its own engine computes.
+    pub local: u64,
+    /// Streams of other nodes' clients that its engine computes now.
+    pub for_peers: u64,
+    /// Total of streams that lost their replica and went on elsewhere, by the label of the failure's kind.
+    pub failovers: BTreeMap<String, u64>,
+    /// Total of streams that a draining replica gave away.
+    pub hand_overs: u64,
+    /// Total of streams that were taken over from a journal, after their entry node was gone.
+    pub resumed: u64,
+    /// Journals held for other nodes and its own, and their bytes.
+    pub journals: u64,
+    pub journal_bytes: u64,
+    /// Total of streams that began without a second holder of their journal.
+    pub unreplicated: u64,
+}
+
+impl StreamCounts {
+    /// Failovers of every kind.
+    pub fn failovers_total(&self) -> u64 {
+        self.failovers.values().sum()
+    }
+}
+
+impl ClusterOverview {
+    /// This node, then its live peers.
+    pub fn nodes(&self) -> impl Iterator<Item = &NodeOverview> {
+        std::iter::once(&self.node).chain(self.peers.iter().map(|peer| &peer.node))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_reads_back_from_json_and_is_flat_there() {
+        let peer = PeerOverview {
+            node: NodeOverview {
+                id: NodeId::new("b"),
+                incarnation: 7,
+                version: "0.1.0".into(),
+                zone: "z".into(),
+                peer_addr: Some(([127, 0, 0, 1], 7000).into()),
+                models: Vec::new(),
+                report: LoadReport { kv_usage: 0.25, ..LoadReport::default() },
+            },
+            report_age_seconds: 0.5,
+            breaker: BreakerPosition::HalfOpen,
+            weight: 1.0,
+            stability: 0.5,
+            streams: 3,
+            round_trip_seconds: Some(0.001),
+            last_failure: Some(PeerFailure { kind: "peer_stalled".into(), age_seconds: 2.0 }),
+        };
+        let json = serde_json::to_value(&peer).expect("plain data");
+        assert_eq!((&json["id"], &json["breaker"]), (&"b".into(), &"half_open".into()));
+        assert_eq!(serde_json::from_value::<PeerOverview>(json).expect("the same"), peer);
+    }
+}
