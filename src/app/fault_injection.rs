@@ -1,5 +1,6 @@
-//! Faults on request, for drills and tests: `POST /debug/fault {"fault": "hang" | "panic" | "corrupt_weights"}`. The route
-//! exists only when `fault_injection` is configured, and asks for an API key like the rest of the API.
+//! Faults on request, for drills and tests: `POST /debug/fault {"fault": "hang" | "panic" | "corrupt_weights" |
+//! "nan_logits"}`. The route exists only when `fault_injection` is configured, and asks for an API key like the rest of
+//! the API.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -33,6 +34,8 @@ enum FaultRequest {
     Panic,
     /// The weights in memory are damaged.
     CorruptWeights,
+    /// Every logit is NaN from now on.
+    NanLogits,
 }
 
 impl From<FaultRequest> for Fault {
@@ -41,6 +44,7 @@ impl From<FaultRequest> for Fault {
             FaultRequest::Hang { seconds } => Fault::Hang(Duration::from_secs(seconds.unwrap_or(HANG_SECONDS))),
             FaultRequest::Panic => Fault::Panic,
             FaultRequest::CorruptWeights => Fault::CorruptWeights,
+            FaultRequest::NanLogits => Fault::NanLogits,
         }
     }
 }

@@ -42,6 +42,9 @@ pub trait ModelRunner: Send {
 
     /// Damages the weights in memory. Reachable only through fault injection; a runner without weights ignores it.
     fn corrupt(&mut self) {}
+
+    /// Makes every logit NaN from now on. Reachable only through fault injection, as `corrupt` is.
+    fn spoil(&mut self) {}
 }
 
 /// Why a batch could not be computed. The positions it was to write are undefined afterwards; those before them are not.

@@ -153,6 +153,11 @@ impl Engine {
         self.runner.corrupt();
     }
 
+    pub(super) fn spoil_logits(&mut self) {
+        warn!("making every logit NaN, as fault injection asks");
+        self.runner.spoil();
+    }
+
     /// One step. An error is final: the engine has failed.
     pub(super) fn step(&mut self, now: Instant) -> Result<(), Failure> {
         self.expire(now);

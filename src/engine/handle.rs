@@ -82,7 +82,10 @@ pub enum Fault {
     /// The engine's thread stands still.
     Hang(Duration),
     Panic,
+    /// Wrong numbers, which look like right ones.
     CorruptWeights,
+    /// Numbers that are none.
+    NanLogits,
 }
 
 enum EngineCommand {
@@ -341,6 +344,7 @@ fn obey(engine: &mut Engine, command: EngineCommand) {
         }
         EngineCommand::InjectFault(Fault::Panic) => panic!("fault injection asks for a panic"),
         EngineCommand::InjectFault(Fault::CorruptWeights) => engine.corrupt_weights(),
+        EngineCommand::InjectFault(Fault::NanLogits) => engine.spoil_logits(),
     }
 }
 

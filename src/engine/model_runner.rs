@@ -229,4 +229,8 @@ impl ModelRunner for CpuModelRunner {
     fn corrupt(&mut self) {
         self.decoder.corrupt();
     }
+
+    fn spoil(&mut self) {
+        self.decoder.spoil();
+    }
 }

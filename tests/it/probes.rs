@@ -145,6 +145,17 @@ async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
     assert_eq!(probes(&server, "ok").await, right_after);
 }
 
+#[tokio::test]
+async fn logits_that_are_no_numbers_end_the_stream_with_a_typed_error_and_make_unready() {
+    let server = RealServer::ready(&["--fault-injection", "--probe-interval", "500ms"]).await;
+    let mut stream = server.stream(COMPLETIONS, &completion(2000)).await;
+    stream.chunks(2).await;
+    server.inject(&json!({"fault": "nan_logits"})).await;
+    assert_eq!(error_at_the_end(stream).await["code"], "numerics_invalid");
+    server.until("unready", async |server| server.status("/readyz").await == Some(503)).await;
+    assert_eq!(server.status("/livez").await, Some(200));
+}
+
 /// The whole context as one step, several times longer than the bound on a hang.
 #[tokio::test]
 async fn a_long_prefill_is_not_a_hang() {

@@ -191,6 +191,11 @@ impl Decoder {
         }
     }
 
+    /// Makes every logit NaN from now on, for drills; what is in the KV cache stays right.
+    pub fn spoil(&mut self) {
+        self.norm.fill(f32::NAN);
+    }
+
     /// Computes all rows of `pass`, stores their keys and values in `cache`, and writes the logits of the output rows to
     /// `logits`, `[output_rows, vocab_size]`. `progress` is called once a layer.
     pub fn forward(&mut self, pass: &Pass<'_>, cache: &mut KvCache, logits: &mut Vec<f32>, progress: &dyn Fn()) {
