@@ -1,7 +1,9 @@
 //! Which replica serves a request, and what happens when it dies.
 
+pub mod breaker;
 pub mod config;
 pub mod overview;
+pub mod retry_budget;
 
 pub use config::{Config, Strategy};
 pub use overview::{ClusterOverview, NodeOverview, PeerOverview, StreamCounts};

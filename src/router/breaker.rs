@@ -1,0 +1,421 @@
+//! A circuit breaker for each peer: keeps requests away from one that has just failed, and lets single probes find out
+//! whether it is well again. What a failure means depends on its kind. Pure; time and jitter are passed in.
+//!
+//! It supplements the gossip: it knows at once what a report tells a second later.
+
+use std::time::{Duration, Instant};
+
+use super::retry_budget::jittered;
+use crate::types::FailureKind;
+
+/// Waits of an open breaker: the first, and the cap of their doubling.
+const UNREACHABLE: Backoff = Backoff { first: Duration::from_millis(250), most: Duration::from_secs(10) };
+const BROKEN: Backoff = Backoff { first: Duration::from_secs(1), most: Duration::from_secs(30) };
+/// Wrong numbers are worse than none, and rarely heal by themselves.
+const WRONG_NUMBERS: Backoff = Backoff { first: Duration::from_secs(60), most: Duration::from_secs(600) };
+/// A full queue moves on within a moment.
+const OVERLOADED: Duration = Duration::from_millis(200);
+
+/// Internal failures in a row that open the breaker.
+const MAX_INTERNAL: u32 = 3;
+/// A probe that has not come back after this is given up, and another may start.
+const PROBE_PATIENCE: Duration = Duration::from_secs(10);
+/// A breaker that has been closed for so long starts again from the first wait.
+const STEADY: Duration = Duration::from_secs(60);
+
+/// Out of memory: the weight shrinks to the half, at most to this.
+const LEAST_WEIGHT: f64 = 1.0 / 16.0;
+/// What the weight lacks is halved in this time, and shrinks by an eighth with each success.
+const WEIGHT_HALF_LIFE: Duration = Duration::from_secs(10);
+const KEPT_AT_SUCCESS: f64 = 7.0 / 8.0;
+
+#[derive(Clone, Copy, Debug)]
+struct Backoff {
+    first: Duration,
+    most: Duration,
+}
+
+impl Backoff {
+    fn after(self, trips: u32) -> Duration {
+        self.first.saturating_mul(1 << trips.min(16)).min(self.most)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BreakerState {
+    Closed,
+    Open,
+    HalfOpen,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum State {
+    Closed { since: Instant },
+    Open { until: Instant },
+    HalfOpen { probe: Option<Probe> },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Probe {
+    number: u64,
+    started: Instant,
+}
+
+/// What the breaker gives to one call and wants to hear its outcome with. It may be lost: a probe is then given up after a
+/// while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Attempt {
+    incarnation: u64,
+    number: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct Breaker {
+    /// Of the process that the peer was when it was last looked at.
+    incarnation: u64,
+    state: State,
+    /// Openings since it was last steady.
+    trips: u32,
+    internal_in_a_row: u32,
+    /// No new request before this, though the breaker is closed.
+    busy_until: Option<Instant>,
+    /// What memory takes from the weight, 0 to 1 - `LEAST_WEIGHT`, and when it did.
+    lack: f64,
+    lack_at: Instant,
+    attempts: u64,
+}
+
+impl Breaker {
+    pub fn new(incarnation: u64, now: Instant) -> Self {
+        Self {
+            incarnation,
+            state: State::Closed { since: now },
+            trips: 0,
+            internal_in_a_row: 0,
+            busy_until: None,
+            lack: 0.0,
+            lack_at: now,
+            attempts: 0,
+        }
+    }
+
+    /// The peer is seen with this incarnation. Another process starts with a clean record; what calls to the one before
+    /// still report counts for nothing.
+    pub fn see(&mut self, incarnation: u64, now: Instant) {
+        if incarnation != self.incarnation {
+            *self = Self { attempts: self.attempts, ..Self::new(incarnation, now) };
+        }
+    }
+
+    /// Whether a call may be made now.
+    pub fn allows(&self, now: Instant) -> bool {
+        match self.state {
+            State::Closed { .. } => self.busy_until.is_none_or(|until| until <= now),
+            State::Open { until } => until <= now,
+            State::HalfOpen { probe: None } => true,
+            State::HalfOpen { probe: Some(probe) } => probe.started + PROBE_PATIENCE <= now,
+        }
+    }
+
+    /// How much of its share the peer should get, above 0 and at most 1.
+    pub fn weight(&self, now: Instant) -> f64 {
+        1.0 - self.lack_now(now)
+    }
+
+    pub fn state(&self, now: Instant) -> BreakerState {
+        match self.state {
+            State::Closed { .. } => BreakerState::Closed,
+            State::Open { until } if until > now => BreakerState::Open,
+            State::Open { .. } | State::HalfOpen { .. } => BreakerState::HalfOpen,
+        }
+    }
+
+    /// A call begins, if it may. The first one after an opening is the only one until its outcome is known.
+    pub fn begin(&mut self, now: Instant) -> Option<Attempt> {
+        if !self.allows(now) {
+            return None;
+        }
+        self.attempts += 1;
+        if !matches!(self.state, State::Closed { .. }) {
+            self.state = State::HalfOpen { probe: Some(Probe { number: self.attempts, started: now }) };
+        }
+        Some(Attempt { incarnation: self.incarnation, number: self.attempts })
+    }
+
+    /// The peer has done what the call asked for (its first event is enough).
+    pub fn succeeded(&mut self, attempt: Attempt, now: Instant) {
+        if attempt.incarnation != self.incarnation {
+            return;
+        }
+        match self.state {
+            State::HalfOpen { probe: Some(probe) } if probe.number == attempt.number => {
+                self.state = State::Closed { since: now };
+            }
+            // What an earlier call still delivers says nothing about the failure that came after it began.
+            State::Open { .. } | State::HalfOpen { .. } => return,
+            State::Closed { since } if now.saturating_duration_since(since) >= STEADY => self.trips = 0,
+            State::Closed { .. } => {}
+        }
+        self.internal_in_a_row = 0;
+        self.lack = self.lack_now(now) * KEPT_AT_SUCCESS;
+        self.lack_at = now;
+    }
+
+    /// A call has failed. `random` jitters the wait.
+    pub fn failed(&mut self, attempt: Attempt, kind: FailureKind, now: Instant, random: u64) {
+        if attempt.incarnation != self.incarnation {
+            return;
+        }
+        match kind {
+            // The request's own fault, or nobody's.
+            FailureKind::InvalidRequest
+            | FailureKind::Unauthenticated
+            | FailureKind::RateLimited
+            | FailureKind::DeadlineExceeded
+            | FailureKind::Cancelled => self.end_probe(attempt),
+            FailureKind::Overloaded => {
+                self.busy_until = Some(now + jittered(OVERLOADED, random));
+                self.answered(attempt, now);
+            }
+            FailureKind::OutOfMemory => {
+                self.lack = (1.0 - (1.0 - self.lack_now(now)) / 2.0).min(1.0 - LEAST_WEIGHT);
+                self.lack_at = now;
+                self.answered(attempt, now);
+            }
+            FailureKind::NumericsInvalid => self.open(attempt, WRONG_NUMBERS, now, random),
+            FailureKind::PeerStalled | FailureKind::PeerDisconnected | FailureKind::EngineFailed => {
+                self.open(attempt, BROKEN, now, random);
+            }
+            FailureKind::PeerUnreachable => self.open(attempt, UNREACHABLE, now, random),
+            FailureKind::Internal => {
+                self.internal_in_a_row += 1;
+                if self.internal_in_a_row >= MAX_INTERNAL || self.is_probe(attempt) {
+                    self.open(attempt, BROKEN, now, random);
+                }
+            }
+        }
+    }
+
+    /// Opens, unless the call began before a failure that has opened it already: a hundred streams that break together
+    /// are one failure.
+    fn open(&mut self, attempt: Attempt, backoff: Backoff, now: Instant, random: u64) {
+        let wait = jittered(backoff.after(self.trips), random);
+        match self.state {
+            State::Open { until } => self.state = State::Open { until: until.max(now + backoff.first) },
+            State::HalfOpen { .. } if !self.is_probe(attempt) => {}
+            State::Closed { .. } | State::HalfOpen { .. } => {
+                self.state = State::Open { until: now + wait };
+                self.trips = self.trips.saturating_add(1);
+            }
+        }
+        self.internal_in_a_row = 0;
+    }
+
+    /// The peer lives and answers, though it did not help.
+    fn answered(&mut self, attempt: Attempt, now: Instant) {
+        if self.is_probe(attempt) {
+            self.state = State::Closed { since: now };
+        }
+    }
+
+    /// The outcome says nothing: the next call probes again.
+    fn end_probe(&mut self, attempt: Attempt) {
+        if self.is_probe(attempt) {
+            self.state = State::HalfOpen { probe: None };
+        }
+    }
+
+    fn is_probe(&self, attempt: Attempt) -> bool {
+        matches!(self.state, State::HalfOpen { probe: Some(probe) } if probe.number == attempt.number)
+    }
+
+    fn lack_now(&self, now: Instant) -> f64 {
+        let half_lives = now.saturating_duration_since(self.lack_at).as_secs_f64() / WEIGHT_HALF_LIFE.as_secs_f64();
+        self.lack * libm::exp2(-half_lives)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The longest wait that jitter allows.
+    const LATEST: u64 = u64::MAX;
+
+    fn seconds(seconds: f64) -> Duration {
+        Duration::from_secs_f64(seconds)
+    }
+
+    fn fail(breaker: &mut Breaker, kind: FailureKind, now: Instant) {
+        let attempt = breaker.begin(now).expect("a call may be made");
+        breaker.failed(attempt, kind, now, LATEST);
+    }
+
+    /// How long no call may be made.
+    fn closed_for(breaker: &Breaker, now: Instant) -> Duration {
+        let millis = (0..1_000_000).find(|&millis| breaker.allows(now + Duration::from_millis(millis)));
+        Duration::from_millis(millis.expect("it opens some day"))
+    }
+
+    #[test]
+    fn each_kind_of_failure_has_its_own_consequence() {
+        let now = Instant::now();
+        for kind in FailureKind::ALL {
+            let mut breaker = Breaker::new(1, now);
+            fail(&mut breaker, kind, now);
+            let (state, wait) = match kind {
+                FailureKind::InvalidRequest
+                | FailureKind::Unauthenticated
+                | FailureKind::RateLimited
+                | FailureKind::DeadlineExceeded
+                | FailureKind::Cancelled
+                | FailureKind::OutOfMemory
+                | FailureKind::Internal => (BreakerState::Closed, Duration::ZERO),
+                FailureKind::Overloaded => (BreakerState::Closed, OVERLOADED),
+                FailureKind::NumericsInvalid => (BreakerState::Open, WRONG_NUMBERS.first),
+                FailureKind::PeerUnreachable => (BreakerState::Open, UNREACHABLE.first),
+                FailureKind::PeerDisconnected | FailureKind::PeerStalled | FailureKind::EngineFailed => {
+                    (BreakerState::Open, BROKEN.first)
+                }
+            };
+            assert_eq!((breaker.state(now), closed_for(&breaker, now)), (state, wait), "{kind:?}");
+            assert_eq!(breaker.weight(now), if kind == FailureKind::OutOfMemory { 0.5 } else { 1.0 }, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn one_probe_at_a_time_decides() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(1, now);
+        fail(&mut breaker, FailureKind::PeerStalled, now);
+        assert!(breaker.begin(now).is_none());
+        let later = now + BROKEN.first;
+        let probe = breaker.begin(later).expect("the probe");
+        assert_eq!(breaker.state(later), BreakerState::HalfOpen);
+        assert!(breaker.begin(later).is_none(), "one at a time");
+        breaker.succeeded(probe, later);
+        assert_eq!(breaker.state(later), BreakerState::Closed);
+        assert!(breaker.allows(later));
+    }
+
+    #[test]
+    fn a_probe_that_says_nothing_or_is_lost_makes_room_for_another() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(1, now);
+        fail(&mut breaker, FailureKind::PeerStalled, now);
+        let later = now + BROKEN.first;
+        let probe = breaker.begin(later).expect("the probe");
+        breaker.failed(probe, FailureKind::Cancelled, later, LATEST);
+        assert_eq!(breaker.state(later), BreakerState::HalfOpen);
+        breaker.begin(later).expect("another probe, which gets lost");
+        assert!(!breaker.allows(later + PROBE_PATIENCE - seconds(0.001)));
+        assert!(breaker.allows(later + PROBE_PATIENCE));
+    }
+
+    #[test]
+    fn waits_double_up_to_the_cap_and_start_again_after_a_steady_time() {
+        let mut now = Instant::now();
+        let mut breaker = Breaker::new(1, now);
+        let mut waits = Vec::new();
+        for _ in 0..8 {
+            fail(&mut breaker, FailureKind::PeerUnreachable, now);
+            let wait = closed_for(&breaker, now);
+            waits.push(wait.as_millis());
+            now += wait;
+        }
+        assert_eq!(waits, [250, 500, 1000, 2000, 4000, 8000, 10_000, 10_000]);
+        let probe = breaker.begin(now).expect("the probe");
+        breaker.succeeded(probe, now);
+        let attempt = breaker.begin(now).expect("closed");
+        now += STEADY;
+        breaker.succeeded(attempt, now);
+        fail(&mut breaker, FailureKind::PeerUnreachable, now);
+        assert_eq!(closed_for(&breaker, now).as_millis(), 250);
+    }
+
+    #[test]
+    fn streams_that_break_together_are_one_failure() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(1, now);
+        let attempts: Vec<Attempt> = (0..100).map(|_| breaker.begin(now).expect("closed")).collect();
+        attempts.iter().for_each(|&attempt| breaker.failed(attempt, FailureKind::PeerDisconnected, now, LATEST));
+        assert_eq!(closed_for(&breaker, now), BROKEN.first);
+        breaker.succeeded(attempts[0], now);
+        assert_eq!(breaker.state(now), BreakerState::Open, "an old call's success proves nothing");
+    }
+
+    #[test]
+    fn internal_failures_open_only_in_a_row() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(1, now);
+        fail(&mut breaker, FailureKind::Internal, now);
+        fail(&mut breaker, FailureKind::Internal, now);
+        let attempt = breaker.begin(now).expect("closed");
+        breaker.succeeded(attempt, now);
+        fail(&mut breaker, FailureKind::Internal, now);
+        fail(&mut breaker, FailureKind::Internal, now);
+        assert!(breaker.allows(now));
+        fail(&mut breaker, FailureKind::Internal, now);
+        assert!(!breaker.allows(now));
+    }
+
+    #[test]
+    fn memory_takes_weight_and_time_and_success_give_it_back() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(1, now);
+        (0..20).for_each(|_| fail(&mut breaker, FailureKind::OutOfMemory, now));
+        assert_eq!(breaker.weight(now), LEAST_WEIGHT);
+        assert!(breaker.allows(now), "less is not nothing");
+        let after_time = breaker.weight(now + WEIGHT_HALF_LIFE);
+        assert!((after_time - (1.0 + LEAST_WEIGHT) / 2.0).abs() < 1e-9);
+        let attempt = breaker.begin(now).expect("closed");
+        breaker.succeeded(attempt, now);
+        assert!(breaker.weight(now) > LEAST_WEIGHT + 0.1);
+    }
+
+    #[test]
+    fn another_process_of_the_name_starts_clean() {
+        let now = Instant::now();
+        let mut breaker = Breaker::new(1, now);
+        let old = breaker.begin(now).expect("closed");
+        fail(&mut breaker, FailureKind::NumericsInvalid, now);
+        breaker.see(1, now);
+        assert!(!breaker.allows(now));
+        breaker.see(2, now);
+        assert!(breaker.allows(now));
+        breaker.failed(old, FailureKind::PeerDisconnected, now, LATEST);
+        assert!(breaker.allows(now), "that was the process before");
+    }
+
+    proptest! {
+        #[test]
+        fn it_always_opens_up_again_and_never_lets_two_probes_run(
+            steps in prop::collection::vec((0u64..3000, 0usize..16, any::<u64>()), 1..200)
+        ) {
+            let mut now = Instant::now();
+            let mut breaker = Breaker::new(1, now);
+            let mut calls: Vec<Attempt> = Vec::new();
+            for (millis, outcome, random) in steps {
+                now += Duration::from_millis(millis);
+                let was_closed = breaker.state(now) == BreakerState::Closed;
+                if let Some(attempt) = breaker.begin(now) {
+                    calls.push(attempt);
+                    if !was_closed {
+                        prop_assert!(breaker.begin(now).is_none(), "two probes");
+                    }
+                }
+                if !calls.is_empty() {
+                    let attempt = calls.swap_remove(random as usize % calls.len());
+                    match FailureKind::ALL.get(outcome) {
+                        Some(&kind) => breaker.failed(attempt, kind, now, random),
+                        None => breaker.succeeded(attempt, now),
+                    }
+                }
+                prop_assert!((LEAST_WEIGHT..=1.0).contains(&breaker.weight(now)));
+                prop_assert!(breaker.allows(now + WRONG_NUMBERS.most + PROBE_PATIENCE));
+            }
+        }
+    }
+}
