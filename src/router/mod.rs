@@ -2,7 +2,9 @@
 
 pub mod breaker;
 pub mod config;
+pub mod hot_prefixes;
 pub mod overview;
+pub mod placement;
 pub mod retry_budget;
 
 pub use config::{Config, Strategy};
