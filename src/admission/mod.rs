@@ -162,6 +162,17 @@ impl AdmissionController {
         }
     }
 
+    /// Lets in a request that goes on with a stream that has begun: no cap applies to it, and no closed door.
+    pub fn admit_continuation(&self, demand: Demand) -> Permit {
+        self.shared.queue.lock().admit_continuation(demand, Instant::now());
+        Permit { shared: self.shared.clone(), demand, scheduled: false }
+    }
+
+    /// Prompt tokens that the queue would still take.
+    pub fn free_token_budget(&self) -> u64 {
+        self.shared.queue.lock().free_token_budget()
+    }
+
     /// From now on refuses everything; what was admitted goes on.
     pub fn close(&self) {
         self.shared.queue.lock().close();

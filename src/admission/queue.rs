@@ -39,10 +39,18 @@ impl Queue {
         if let Some(reason) = self.objection(demand, now) {
             return Err(Rejection { reason, retry_after: self.retry_after(engine_tokens_per_second) });
         }
-        self.queued_requests += 1;
-        self.queued_choices += u64::from(demand.choices);
-        self.queued_tokens += demand.prompt_tokens;
+        self.enter_queue(demand);
         Ok(())
+    }
+
+    /// Lets the request in, whatever waits.
+    pub fn admit_continuation(&mut self, demand: Demand, now: Instant) {
+        self.advance(now);
+        self.enter_queue(demand);
+    }
+
+    pub fn free_token_budget(&self) -> u64 {
+        self.config.max_num_queued_tokens.saturating_sub(self.queued_tokens)
     }
 
     /// An admitted request leaves the queue for the batch.
@@ -132,6 +140,12 @@ impl Queue {
 
     fn advance(&mut self, now: Instant) {
         self.drain.advance(now, self.queued_requests > 0);
+    }
+
+    fn enter_queue(&mut self, demand: Demand) {
+        self.queued_requests += 1;
+        self.queued_choices += u64::from(demand.choices);
+        self.queued_tokens += demand.prompt_tokens;
     }
 
     fn leave_queue(&mut self, demand: Demand) {

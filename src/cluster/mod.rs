@@ -5,13 +5,16 @@
 
 pub mod config;
 pub mod journal;
+mod journal_store;
 pub mod key;
 pub mod load_report;
+pub mod rendezvous;
 pub mod transport;
 pub mod view;
 
 pub use config::Config;
 pub use journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};
+pub use journal_store::JournalStore;
 pub use key::ClusterKey;
 pub use load_report::{LoadReport, ModelReport, NodeDescription, PROTOCOL_VERSION};
 pub use transport::{FollowCall, GenerateCall, JournalBatch, PeerFrame, PeerService, PeerStream, PeerTransport};

@@ -194,6 +194,30 @@ metrics! {
         "Seconds per synthetic inference";
     memory_pressure: GaugeVec<1> = Gauge "outrigger_memory_pressure_ratio" ["source"] []
         "Memory in use over memory available, free KV blocks counted as free";
+    placements: CounterVec<1> = Counter "outrigger_placements_total" ["target"] []
+        "Requests by where they were first placed (local, peer), or that they were shed";
+    placement_retries: Counter = Counter "outrigger_placement_retries_total" [] []
+        "Attempts before the first token after one that was refused";
+    streams_open: Gauge = Gauge "outrigger_streams_open" [] []
+        "Streams for which this node answers to clients";
+    streams_served: Gauge = Gauge "outrigger_streams_served_for_peers" [] []
+        "Streams that this node generates for other nodes";
+    failovers: CounterVec<1> = Counter "outrigger_failovers_total" ["cause"] []
+        "Streams that went on at another replica, by the failure of the one before";
+    hand_overs: Counter = Counter "outrigger_hand_overs_total" [] []
+        "Streams that went on at another replica because theirs was leaving";
+    stream_contradictions: Counter = Counter "outrigger_stream_contradictions_total" [] []
+        "Times that a replica gave another token than the one that was emitted already";
+    streams_resumed: CounterVec<1> = Counter "outrigger_streams_resumed_total" ["from"] []
+        "Streams that a client asked for again, by where they were found (running, journal, follow)";
+    journals_held: Gauge = Gauge "outrigger_journals_held" [] []
+        "Journals kept, of this node's ended streams and of other nodes' streams";
+    journal_bytes: Gauge = Gauge "outrigger_journal_bytes" [] []
+        "Memory of the journals kept";
+    journal_unreplicated: Counter = Counter "outrigger_journal_unreplicated_total" [] []
+        "Streams that began with fewer holders of their journal than there could have been";
+    journal_fenced: Counter = Counter "outrigger_journal_fenced_total" [] []
+        "Streams that another node had taken over while this one was away";
     process_cpu_seconds: CounterF64 = Counter "process_cpu_seconds_total" [] []
         "User and system CPU seconds of this process";
     process_resident_memory: Gauge = Gauge "process_resident_memory_bytes" [] []
@@ -215,6 +239,9 @@ impl Metrics {
         }
         for kind in FailureKind::ALL {
             metrics.failures.with([kind.label()]);
+        }
+        for target in ["local", "peer", "shed"] {
+            metrics.placements.with([target]);
         }
         metrics.set_node_state(NodeState::Starting);
         metrics

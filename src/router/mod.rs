@@ -1,11 +1,27 @@
 //! Which replica serves a request, and what happens when it dies.
+//!
+//! The `Router` takes every request of the API. It places the request here or at a peer (`placement`), runs a stream for it
+//! that outlives its replicas (`failover`), keeps the stream's journal with two other nodes (`replicator`), and answers the
+//! calls of peers (`service`). Knows the engine as a `Backend` and the other nodes through `cluster`; no HTTP, no text.
 
 pub mod breaker;
 pub mod config;
+pub mod dispatch;
+mod failover;
 pub mod hot_prefixes;
+mod ledger;
 pub mod overview;
 pub mod placement;
+mod replicator;
 pub mod retry_budget;
+mod service;
+mod shared;
+mod source;
+mod stream_log;
 
 pub use config::{Config, Strategy};
+pub use dispatch::{Dispatch, Dispatched, StreamName};
 pub use overview::{ClusterOverview, NodeOverview, PeerOverview, StreamCounts};
+pub use shared::{LocalReplica, NodeIdentity, Router, RouterParts};
+
+use shared::Shared;

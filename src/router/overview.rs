@@ -1,13 +1,18 @@
 //! The cluster as one node sees it, for people and programs that look after it: `/cluster` on the admin address, the table
-//! of `outrigger status`, and the clock of `outrigger drill`. Plain data; whoever fills it in knows the rest.
+//! of `outrigger status`, and the clock of `outrigger drill`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{LoadReport, ModelReport};
-use crate::types::NodeId;
+use super::Router;
+use super::breaker::BreakerState;
+use super::failover::now;
+use super::shared::Shared;
+use crate::cluster::{LoadReport, ModelReport, Peer};
+use crate::types::{FailureKind, NodeId};
 
 /// What a node knows of itself and of the others.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -109,6 +114,80 @@ impl ClusterOverview {
     /// This node, then its live peers.
     pub fn nodes(&self) -> impl Iterator<Item = &NodeOverview> {
         std::iter::once(&self.node).chain(self.peers.iter().map(|peer| &peer.node))
+    }
+}
+
+impl Router {
+    /// The cluster as this node sees it now.
+    pub fn overview(&self) -> ClusterOverview {
+        let shared = &self.shared;
+        let (view, now, identity) = (shared.view.borrow().clone(), now(), &shared.identity);
+        let peers: Vec<PeerOverview> = view.peers.values().map(|peer| shared.peer_overview(peer, now)).collect();
+        let metrics = &shared.metrics;
+        let failovers = FailureKind::ALL.into_iter().map(|kind| {
+            let label = kind.label();
+            (label.to_owned(), metrics.failovers.with([label]).get())
+        });
+        let resumed = ["journal", "follow"].map(|from| metrics.streams_resumed.with([from]).get());
+        let open = u64::from(self.open_streams());
+        let journals = shared.journals.lock();
+        ClusterOverview {
+            cluster_id: identity.cluster_id.clone(),
+            node: NodeOverview {
+                id: shared.own.clone(),
+                incarnation: identity.incarnation,
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                zone: identity.zone.clone(),
+                peer_addr: identity.peer_addr,
+                models: self.local().map(|local| local.model.clone()).into_iter().collect(),
+                report: self.report(),
+            },
+            streams: StreamCounts {
+                open,
+                local: open.saturating_sub(peers.iter().map(|peer| peer.streams).sum()),
+                for_peers: u64::try_from(metrics.streams_served.get()).unwrap_or(0),
+                failovers: failovers.filter(|(_, count)| *count > 0).collect(),
+                hand_overs: metrics.hand_overs.get(),
+                resumed: resumed.iter().sum(),
+                journals: journals.len() as u64,
+                journal_bytes: journals.bytes(),
+                unreplicated: metrics.journal_unreplicated.get(),
+            },
+            peers,
+            dead: view.dead.clone(),
+        }
+    }
+}
+
+impl Shared {
+    fn peer_overview(&self, peer: &Peer, now: Instant) -> PeerOverview {
+        let standing = self.ledger.standing(peer, now);
+        let description = &peer.description;
+        PeerOverview {
+            node: NodeOverview {
+                id: peer.id.clone(),
+                incarnation: peer.incarnation,
+                version: description.version.clone(),
+                zone: description.zone.clone(),
+                peer_addr: Some(description.peer_addr),
+                models: description.models.clone(),
+                report: peer.report.clone(),
+            },
+            report_age_seconds: peer.report_age(now).as_secs_f64(),
+            breaker: match standing.breaker {
+                BreakerState::Closed => BreakerPosition::Closed,
+                BreakerState::Open => BreakerPosition::Open,
+                BreakerState::HalfOpen => BreakerPosition::HalfOpen,
+            },
+            weight: standing.weight * peer.stability,
+            stability: peer.stability,
+            streams: standing.open.into(),
+            round_trip_seconds: standing.round_trip.map(|time| time.as_secs_f64()),
+            last_failure: standing.last_failure.map(|(kind, at)| PeerFailure {
+                kind: kind.label().to_owned(),
+                age_seconds: now.saturating_duration_since(at).as_secs_f64(),
+            }),
+        }
     }
 }
 

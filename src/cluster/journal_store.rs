@@ -1,0 +1,250 @@
+//! The journals that this node keeps: those it holds for others, and those of its own streams that have ended. Bounded in
+//! time and in memory; time is passed in.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::journal::{ChoiceProgress, JournalEntry, JournalKey, JournalRecord, JournalRefusal};
+
+/// What a record costs beside its tokens.
+const RECORD_BYTES: u64 = 1024;
+
+pub struct JournalStore {
+    ttl: Duration,
+    max_bytes: u64,
+    bytes: u64,
+    records: BTreeMap<JournalKey, Kept>,
+    /// By last change.
+    ages: BTreeSet<(Instant, JournalKey)>,
+}
+
+struct Kept {
+    record: JournalRecord,
+    bytes: u64,
+    changed: Instant,
+}
+
+impl JournalStore {
+    pub fn new(ttl: Duration, max_bytes: u64) -> Self {
+        Self { ttl, max_bytes, bytes: 0, records: BTreeMap::new(), ages: BTreeSet::new() }
+    }
+
+    pub fn len(&self) -> usize {
+        self.records.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.records.is_empty()
+    }
+
+    /// Memory of all records, about.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    pub fn get(&self, key: &JournalKey) -> Option<&JournalRecord> {
+        self.records.get(key).map(|kept| &kept.record)
+    }
+
+    /// Takes a change from the stream's entry node, or says why not.
+    pub fn apply(&mut self, entry: JournalEntry, now: Instant) -> Result<(), JournalRefusal> {
+        self.expire(now);
+        match entry {
+            JournalEntry::Put(record) => self.put(record, now),
+            JournalEntry::Append { key, epoch, choice, start, tokens, finished } => {
+                let kept = self.records.get_mut(&key).ok_or(JournalRefusal::Unknown { key })?;
+                if epoch < kept.record.epoch {
+                    return Err(JournalRefusal::Fenced { key, epoch: kept.record.epoch });
+                }
+                let start = start as usize;
+                let choice = kept.record.choices.get_mut(choice as usize);
+                let Some(choice) = choice.filter(|choice| epoch == kept.record.epoch && start <= choice.tokens.len())
+                else {
+                    return Err(JournalRefusal::Unknown { key });
+                };
+                let known = choice.tokens.len() - start;
+                choice.tokens.extend(tokens.into_iter().skip(known));
+                choice.finished = choice.finished.take().or(finished);
+                self.settle(key, now);
+                Ok(())
+            }
+        }
+    }
+
+    /// Keeps the record, unless a later epoch of the stream is kept already.
+    pub fn put(&mut self, mut record: JournalRecord, now: Instant) -> Result<(), JournalRefusal> {
+        let key = record.head.key;
+        if size(&record) > self.max_bytes {
+            return Err(JournalRefusal::Full { key });
+        }
+        if let Some(kept) = self.records.get(&key) {
+            let held = &kept.record;
+            if held.epoch > record.epoch || (held.epoch == record.epoch && held.entry != record.entry) {
+                return Err(JournalRefusal::Fenced { key, epoch: held.epoch });
+            }
+            // The same generation, so whichever is longer holds the other.
+            if held.head.fingerprint == record.head.fingerprint && held.head.body == record.head.body {
+                record.choices.iter_mut().zip(&held.choices).for_each(|(new, old)| extend(new, old));
+            }
+            let changed = kept.changed;
+            self.ages.remove(&(changed, key));
+            self.bytes -= kept.bytes;
+        }
+        self.records.insert(key, Kept { record, bytes: 0, changed: now });
+        self.ages.insert((now, key));
+        self.settle(key, now);
+        Ok(())
+    }
+
+    /// Forgets what is older than the time to live.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some(&(changed, key)) = self.ages.first()
+            && now.saturating_duration_since(changed) >= self.ttl
+        {
+            self.remove(key);
+        }
+    }
+
+    /// Counts the record anew, as the youngest, and makes room if need be: the oldest ended streams go first.
+    fn settle(&mut self, key: JournalKey, now: Instant) {
+        let kept = self.records.get_mut(&key).expect("the record is kept");
+        self.ages.remove(&(kept.changed, key));
+        self.ages.insert((now, key));
+        kept.changed = now;
+        self.bytes -= kept.bytes;
+        kept.bytes = size(&kept.record);
+        self.bytes += kept.bytes;
+        while self.bytes > self.max_bytes {
+            let oldest = |ended: bool| {
+                let mut keys = self.ages.iter().map(|(_, key)| *key);
+                keys.find(|key| !ended || self.records[key].record.is_finished())
+            };
+            let Some(victim) = oldest(true).or_else(|| oldest(false)) else { return };
+            self.remove(victim);
+        }
+    }
+
+    fn remove(&mut self, key: JournalKey) {
+        if let Some(kept) = self.records.remove(&key) {
+            self.ages.remove(&(kept.changed, key));
+            self.bytes -= kept.bytes;
+        }
+    }
+}
+
+/// Takes over what `other` knows beyond `choice`.
+fn extend(choice: &mut ChoiceProgress, other: &ChoiceProgress) {
+    if other.tokens.len() > choice.tokens.len() {
+        choice.tokens.extend_from_slice(&other.tokens[choice.tokens.len()..]);
+    }
+    if choice.finished.is_none() && other.tokens.len() == choice.tokens.len() {
+        choice.finished.clone_from(&other.finished);
+    }
+}
+
+fn size(record: &JournalRecord) -> u64 {
+    let tokens: usize = record.choices.iter().map(|choice| choice.tokens.len()).sum();
+    let texts: usize = record.head.sampling.stop.iter().map(String::len).sum();
+    let biases = record.head.sampling.logit_bias.len() * 8;
+    let head = Arc::as_ref(&record.head);
+    RECORD_BYTES + (4 * (head.prompt.len() + tokens) + texts + biases) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::journal::JournalHead;
+    use crate::types::{Fingerprint, FinishReason, NodeId, RequestId, SamplingParams};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn record(name: &str, epoch: u64, entry: &str, tokens: &[u32]) -> JournalRecord {
+        let head = JournalHead {
+            key: JournalKey::new("tenant", name, 0),
+            body: [0; 16],
+            id: RequestId::new("r"),
+            created: 1,
+            model: "m".into(),
+            fingerprint: Fingerprint::new("f"),
+            prompt: Arc::from([1, 2, 3]),
+            sampling: Arc::new(SamplingParams::default()),
+        };
+        let choice = ChoiceProgress { tokens: tokens.to_vec(), finished: None };
+        JournalRecord { head: Arc::new(head), epoch, entry: NodeId::new(entry), choices: vec![choice] }
+    }
+
+    fn append(name: &str, epoch: u64, start: u32, tokens: &[u32], finished: bool) -> JournalEntry {
+        JournalEntry::Append {
+            key: JournalKey::new("tenant", name, 0),
+            epoch,
+            choice: 0,
+            start,
+            tokens: tokens.to_vec(),
+            finished: finished.then_some(FinishReason::Length),
+        }
+    }
+
+    fn tokens(store: &JournalStore, name: &str) -> Option<Vec<u32>> {
+        store.get(&JournalKey::new("tenant", name, 0)).map(|record| record.choices[0].tokens.clone())
+    }
+
+    #[test]
+    fn appends_overlap_but_leave_no_gap() {
+        let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
+        let key = JournalKey::new("tenant", "a", 0);
+        assert_eq!(store.apply(append("a", 1, 0, &[7], false), now), Err(JournalRefusal::Unknown { key }));
+        store.apply(JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
+        store.apply(append("a", 1, 1, &[8, 9], false), now).expect("overlaps");
+        store.apply(append("a", 1, 0, &[7], false), now).expect("known");
+        assert_eq!(tokens(&store, "a"), Some(vec![7, 8, 9]));
+        assert_eq!(store.apply(append("a", 1, 4, &[1], false), now), Err(JournalRefusal::Unknown { key }));
+        store.apply(append("a", 1, 3, &[], true), now).expect("ends");
+        assert!(store.get(&key).expect("kept").is_finished());
+    }
+
+    #[test]
+    fn a_later_epoch_fences_the_earlier_one() {
+        let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
+        let key = JournalKey::new("tenant", "a", 0);
+        store.apply(JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
+        store.apply(JournalEntry::Put(record("a", 2, "y", &[7])), now).expect("later");
+        assert_eq!(tokens(&store, "a"), Some(vec![7, 8]), "what is known stays known");
+        let fenced = Err(JournalRefusal::Fenced { key, epoch: 2 });
+        assert_eq!(store.apply(append("a", 1, 2, &[9], false), now), fenced);
+        assert_eq!(store.apply(JournalEntry::Put(record("a", 1, "x", &[7, 8, 9])), now), fenced);
+        assert_eq!(
+            store.apply(JournalEntry::Put(record("a", 2, "z", &[7, 8, 9])), now),
+            fenced,
+            "the first one counts"
+        );
+        assert_eq!(tokens(&store, "a"), Some(vec![7, 8]));
+    }
+
+    #[test]
+    fn records_live_for_their_time_after_the_last_change() {
+        let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
+        store.apply(JournalEntry::Put(record("a", 1, "x", &[])), now).expect("kept");
+        store.apply(append("a", 1, 0, &[1], false), now + SECOND / 2).expect("kept");
+        store.expire(now + SECOND);
+        assert_eq!(store.len(), 1);
+        store.expire(now + SECOND * 3 / 2);
+        assert_eq!((store.len(), store.bytes()), (0, 0));
+    }
+
+    #[test]
+    fn memory_is_bounded_and_ended_streams_go_first() {
+        let (mut store, now) = (JournalStore::new(SECOND, 3 * (RECORD_BYTES + 100)), Instant::now());
+        for (age, name) in ["a", "b", "c"].iter().enumerate() {
+            store.put(record(name, 1, "x", &[1]), now + SECOND / 100 * age as u32).expect("kept");
+        }
+        store.apply(append("b", 1, 1, &[], true), now + SECOND / 10).expect("ends");
+        store.put(record("d", 1, "x", &[1]), now + SECOND / 5).expect("kept");
+        assert_eq!((tokens(&store, "b"), store.len()), (None, 3));
+        store.put(record("e", 1, "x", &[1]), now + SECOND / 4).expect("kept");
+        assert_eq!((tokens(&store, "a"), store.len()), (None, 3), "then the oldest");
+        let key = JournalKey::new("tenant", "f", 0);
+        let huge = record("f", 1, "x", &vec![1; 10_000]);
+        assert_eq!(store.put(huge, now), Err(JournalRefusal::Full { key }));
+    }
+}

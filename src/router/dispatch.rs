@@ -1,0 +1,371 @@
+//! From a request to a running stream: join it if it runs already, take it up again if a journal has it, else place it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::Shared;
+use super::failover::{Beginning, FailoverStream, now};
+use super::hot_prefixes::{self, PrefixHashes};
+use super::source::{Replica, Source};
+use super::stream_log::StreamLog;
+use super::{Router, Strategy};
+use crate::admission::Demand;
+use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalHead, JournalKey, JournalRecord, Peer};
+use crate::types::{
+    ChoiceStart, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId, SamplingParams,
+    TokenId,
+};
+
+/// A request of a client's, ready to be served by any replica of its model.
+#[derive(Clone, Debug)]
+pub struct Dispatch {
+    pub id: RequestId,
+    /// Seconds since the epoch.
+    pub created: u64,
+    /// A name under which it is served.
+    pub model: String,
+    /// Digest of the tokenizer that made the prompt.
+    pub tokenizer: String,
+    pub prompt: Arc<[TokenId]>,
+    pub sampling: Arc<SamplingParams>,
+    pub priority: i32,
+    pub deadline: Option<Instant>,
+    /// Instead of the configured one.
+    pub strategy: Option<Strategy>,
+    /// A replica of other numbers may go on with the stream, if there is none of the same.
+    pub allows_other_fingerprint: bool,
+    /// Under what the stream can be found again, if it can.
+    pub name: Option<StreamName>,
+}
+
+#[derive(Clone, Debug)]
+pub struct StreamName {
+    pub key: JournalKey,
+    /// Digest of the client's body.
+    pub body: [u8; 16],
+    /// The key is the client's own: the stream may exist already.
+    pub may_exist: bool,
+    /// Tokens of each choice that the client has, if it said so.
+    pub have: Option<Vec<u32>>,
+}
+
+/// A stream, and how the client knows it.
+pub struct Dispatched {
+    /// From the first token on, also when the client has some already.
+    pub stream: GenerationStream,
+    pub id: RequestId,
+    pub created: u64,
+}
+
+/// What a stream needs to be generated, wherever that is.
+pub(super) struct Want {
+    pub(super) id: RequestId,
+    pub(super) model: String,
+    pub(super) tokenizer: String,
+    /// Whose numbers it has to have.
+    pub(super) fingerprint: Option<Fingerprint>,
+    pub(super) allows_other_fingerprint: bool,
+    pub(super) prompt: Arc<[TokenId]>,
+    pub(super) prefixes: PrefixHashes,
+    pub(super) sampling: Arc<SamplingParams>,
+    pub(super) priority: i32,
+    pub(super) deadline: Option<Instant>,
+    pub(super) strategy: Strategy,
+}
+
+/// Where it goes.
+pub(super) enum Choice {
+    Here,
+    Peer(Arc<Peer>, Fingerprint),
+    /// Every replica is over its caps.
+    Shed(Failure),
+    /// No replica could serve it.
+    Nowhere(Failure),
+}
+
+/// What this node and the others know of a stream.
+enum Recalled {
+    Running(Arc<StreamLog>),
+    Record(JournalRecord),
+    Nothing,
+}
+
+impl Want {
+    fn new(dispatch: &Dispatch, shared: &Shared) -> Self {
+        Self {
+            id: dispatch.id.clone(),
+            model: dispatch.model.clone(),
+            tokenizer: dispatch.tokenizer.clone(),
+            fingerprint: None,
+            allows_other_fingerprint: dispatch.allows_other_fingerprint,
+            prompt: dispatch.prompt.clone(),
+            prefixes: hot_prefixes::hashes(&dispatch.prompt),
+            sampling: dispatch.sampling.clone(),
+            priority: dispatch.priority,
+            deadline: dispatch.deadline,
+            strategy: dispatch.strategy.unwrap_or(shared.config.placement),
+        }
+    }
+
+    pub(super) fn demand(&self) -> Demand {
+        Demand {
+            prompt_tokens: self.prompt.len() as u64,
+            choices: self.sampling.n,
+            priority: self.priority,
+            deadline: self.deadline,
+        }
+    }
+
+    pub(super) fn request(&self, choices: Vec<ChoiceStart>, is_continuation: bool) -> GenerateRequest {
+        GenerateRequest {
+            id: self.id.clone(),
+            prompt: self.prompt.clone(),
+            choices,
+            sampling: self.sampling.clone(),
+            priority: self.engine_priority(is_continuation),
+            deadline: self.deadline,
+            bypass_prefix_cache: false,
+            is_probe: false,
+        }
+    }
+
+    pub(super) fn call(
+        &self,
+        choices: Vec<ChoiceStart>,
+        fingerprint: &Fingerprint,
+        is_continuation: bool,
+        now: Instant,
+    ) -> GenerateCall {
+        GenerateCall {
+            id: self.id.clone(),
+            fingerprint: fingerprint.clone(),
+            prompt: self.prompt.clone(),
+            choices,
+            sampling: self.sampling.clone(),
+            priority: self.engine_priority(is_continuation),
+            remaining: self.deadline.map(|deadline| deadline.saturating_duration_since(now)),
+            is_continuation,
+        }
+    }
+
+    /// A client that has tokens already waits less well than one that has none.
+    fn engine_priority(&self, is_continuation: bool) -> i32 {
+        self.priority.saturating_sub(i32::from(is_continuation))
+    }
+
+    /// Longest prompt and output.
+    pub(super) fn length(&self) -> u64 {
+        self.prompt.len() as u64 + u64::from(self.sampling.max_tokens)
+    }
+}
+
+impl Router {
+    /// Finds or starts the stream. What fails here has cost nothing.
+    pub async fn dispatch(&self, dispatch: Dispatch) -> Result<Dispatched, Failure> {
+        if let Some(name) = dispatch.name.as_ref().filter(|name| name.may_exist) {
+            match self.recall(&name.key).await {
+                Recalled::Running(log) => {
+                    if let Some(joined) = self.join(&log, &dispatch)? {
+                        return Ok(joined);
+                    }
+                }
+                Recalled::Record(record) => return self.resume(record, &dispatch).await,
+                Recalled::Nothing => {}
+            }
+        }
+        self.start(&dispatch)
+    }
+
+    fn start(&self, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
+        let shared = &self.shared;
+        let mut want = Want::new(dispatch, shared);
+        shared.first_attempt();
+        let (beginning, fingerprint) = shared.begin(&want)?;
+        want.fingerprint = Some(fingerprint.clone());
+        let head = Arc::new(JournalHead {
+            key: dispatch.key(),
+            body: dispatch.name.as_ref().map(|name| name.body).unwrap_or_default(),
+            id: dispatch.id.clone(),
+            created: dispatch.created,
+            model: dispatch.model.clone(),
+            fingerprint,
+            prompt: dispatch.prompt.clone(),
+            sampling: dispatch.sampling.clone(),
+        });
+        let is_named = dispatch.name.is_some();
+        let is_gated = is_named && shared.has_peers();
+        let log = Arc::new(StreamLog::new(head, 1, Vec::new(), is_named, is_gated));
+        if let Some(running) = shared.register(&log)
+            && let Some(joined) = self.join(&running, dispatch)?
+        {
+            return Ok(joined);
+        }
+        let gate = is_gated.then(|| shared.clone().replicate(log.clone()));
+        Ok(self.launch(log, want, gate, beginning))
+    }
+
+    /// Goes on with a stream that this node does not run.
+    async fn resume(&self, record: JournalRecord, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
+        let shared = &self.shared;
+        check_body(&record.head, dispatch)?;
+        let mut want = Want::new(dispatch, shared);
+        want.id = record.head.id.clone();
+        want.fingerprint = Some(record.head.fingerprint.clone());
+        // The tokens are in the journal, their logprobs are not: these are computed again.
+        let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
+        let known = match record.head.sampling.logprobs {
+            Some(_) => truncated(&record.choices, have),
+            None => record.choices.clone(),
+        };
+        let source = self.follow(&record, &known).await;
+        let from = if source.is_some() { "follow" } else { "journal" };
+        shared.metrics.streams_resumed.with([from]).inc();
+        let epoch = if source.is_some() { record.epoch } else { record.epoch + 1 };
+        let log = Arc::new(StreamLog::new(record.head, epoch, known, true, false));
+        if let Some(running) = shared.register(&log)
+            && let Some(joined) = self.join(&running, dispatch)?
+        {
+            return Ok(joined);
+        }
+        let gate = (source.is_none() && shared.has_peers()).then(|| shared.clone().replicate(log.clone()));
+        let beginning = source.map_or(Beginning::Anywhere, Beginning::Follow);
+        Ok(self.launch(log, want, gate, beginning))
+    }
+
+    /// The stream's entry node, if it still runs it there.
+    async fn follow(&self, record: &JournalRecord, known: &[ChoiceProgress]) -> Option<Source> {
+        let shared = &self.shared;
+        if record.is_finished() || record.entry == shared.own {
+            return None;
+        }
+        let peer = shared.view.borrow().peers.get(&record.entry).cloned()?;
+        let have = known.iter().map(|choice| choice.tokens.len() as u32).collect();
+        let call = FollowCall { key: record.head.key, have };
+        let stream = shared.bounded(shared.transport.follow(&peer, call)).await.ok()?;
+        let cursor = StreamLog::new(record.head.clone(), record.epoch, known.to_vec(), true, false).cursor();
+        Some(Source::peer(peer.id.clone(), stream, None, (), cursor, now()))
+    }
+
+    /// Listens to a stream that runs here; nothing if it has just ended.
+    fn join(&self, log: &Arc<StreamLog>, dispatch: &Dispatch) -> Result<Option<Dispatched>, Failure> {
+        check_body(&log.head, dispatch)?;
+        let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
+        if log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(have) {
+            // Taken up from a journal further on than this client is: it gets a generation of its own, which is the same.
+            let record = log.record(&self.shared.own);
+            let known = truncated(&record.choices, have);
+            let mut want = Want::new(dispatch, &self.shared);
+            want.fingerprint = Some(log.head.fingerprint.clone());
+            let twin = Arc::new(StreamLog::new(log.head.clone(), log.epoch(), known, false, false));
+            return Ok(Some(self.launch(twin, want, None, Beginning::Anywhere)));
+        }
+        let joined =
+            log.listen(&[]).map(|stream| Dispatched { stream, id: log.head.id.clone(), created: log.head.created });
+        if joined.is_some() {
+            self.shared.metrics.streams_resumed.with(["running"]).inc();
+        }
+        Ok(joined)
+    }
+
+    fn launch(
+        &self,
+        log: Arc<StreamLog>,
+        want: Want,
+        gate: Option<futures::future::BoxFuture<'static, ()>>,
+        beginning: Beginning,
+    ) -> Dispatched {
+        let stream = log.listen(&[]).expect("the stream is new");
+        let (id, created) = (log.head.id.clone(), log.head.created);
+        self.shared.stream_began();
+        tokio::spawn(FailoverStream::new(self.shared.clone(), log, want, gate).run(beginning));
+        Dispatched { stream, id, created }
+    }
+
+    /// Asks this node and, in the order of the key's rendezvous, the others.
+    async fn recall(&self, key: &JournalKey) -> Recalled {
+        let shared = &self.shared;
+        let running = shared.streams.lock().get(key).cloned();
+        if let Some(log) = running {
+            return Recalled::Running(log);
+        }
+        let own = {
+            let mut journals = shared.journals.lock();
+            journals.expire(now());
+            journals.get(key).cloned()
+        };
+        if let Some(record) = own.clone().filter(JournalRecord::is_finished) {
+            return Recalled::Record(record);
+        }
+        let records = shared.lookup(key).await.into_iter().chain(own);
+        let best = records.max_by_key(|record| {
+            let tokens: usize = record.choices.iter().map(|choice| choice.tokens.len()).sum();
+            (record.is_finished(), record.epoch, tokens)
+        });
+        best.map_or(Recalled::Nothing, Recalled::Record)
+    }
+}
+
+impl Shared {
+    /// The first source, or a place where one is to be opened, and whose numbers it will have.
+    fn begin(&self, want: &Want) -> Result<(Beginning, Fingerprint), Failure> {
+        let everywhere = |_: &Replica| true;
+        match self.choose(want, &everywhere, false) {
+            Choice::Here => {
+                let starts = ChoiceStart::fresh(want.sampling.n);
+                let cursor = super::stream_log::Cursor::fresh(want.sampling.n);
+                let refusal = match self.open_here(want, starts, cursor, false) {
+                    Ok(source) => {
+                        self.metrics.placements.with(["local"]).inc();
+                        let fingerprint = self.local().expect("it was chosen").model.fingerprint.clone();
+                        return Ok((Beginning::Source(source), fingerprint));
+                    }
+                    Err(failure) => failure,
+                };
+                let is_load = matches!(refusal.kind, FailureKind::Overloaded | FailureKind::EngineFailed);
+                let elsewhere = |replica: &Replica| *replica != Replica::Here;
+                match self.choose(want, &elsewhere, false) {
+                    Choice::Peer(peer, fingerprint) if is_load => Ok(self.begin_at(peer, fingerprint)),
+                    Choice::Here | Choice::Peer(..) | Choice::Shed(_) | Choice::Nowhere(_) => {
+                        self.metrics.placements.with(["shed"]).inc();
+                        Err(refusal)
+                    }
+                }
+            }
+            Choice::Peer(peer, fingerprint) => Ok(self.begin_at(peer, fingerprint)),
+            Choice::Shed(failure) | Choice::Nowhere(failure) => {
+                self.metrics.placements.with(["shed"]).inc();
+                Err(failure)
+            }
+        }
+    }
+
+    fn begin_at(&self, peer: Arc<Peer>, fingerprint: Fingerprint) -> (Beginning, Fingerprint) {
+        self.metrics.placements.with(["peer"]).inc();
+        (Beginning::Place(Choice::Peer(peer, fingerprint.clone())), fingerprint)
+    }
+}
+
+impl Dispatch {
+    fn key(&self) -> JournalKey {
+        self.name.as_ref().map_or_else(|| JournalKey::new("", self.id.as_str(), 0), |name| name.key)
+    }
+}
+
+/// The choices as a client has them; what it lacks is generated again.
+fn truncated(choices: &[ChoiceProgress], have: &[u32]) -> Vec<ChoiceProgress> {
+    let truncate = |(index, choice): (usize, &ChoiceProgress)| {
+        let kept = have.get(index).map_or(0, |&have| have as usize).min(choice.tokens.len());
+        let finished = choice.finished.clone().filter(|_| kept == choice.tokens.len());
+        ChoiceProgress { tokens: choice.tokens[..kept].to_vec(), finished }
+    };
+    choices.iter().enumerate().map(truncate).collect()
+}
+
+fn check_body(head: &JournalHead, dispatch: &Dispatch) -> Result<(), Failure> {
+    let body = dispatch.name.as_ref().map(|name| name.body);
+    if body == Some(head.body) && head.prompt == dispatch.prompt {
+        return Ok(());
+    }
+    let message = "The key in `idempotency-key` belongs to a request with another body.";
+    Err(Failure::invalid("idempotency-key", message).with_code("idempotency_key_reused"))
+}

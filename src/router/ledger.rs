@@ -1,0 +1,145 @@
+//! What this node has to do with each peer: the breaker, and the requests on their way that its report cannot know of yet.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::breaker::{Attempt, Breaker, BreakerState};
+use crate::cluster::Peer;
+use crate::types::{FailureKind, NodeId};
+
+/// Requests on their way to one peer that are counted.
+const MAX_SENT: usize = 4096;
+/// Peers of which is kept account; who was not called for longest is forgotten first.
+const MAX_PEERS: usize = 1024;
+
+/// Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Ledger(Arc<Mutex<BTreeMap<NodeId, Account>>>);
+
+struct Account {
+    breaker: Breaker,
+    sent: VecDeque<Sent>,
+    open: u32,
+    last_failure: Option<(FailureKind, Instant)>,
+    last_call: Instant,
+    /// From a call to its acceptance, the last time.
+    round_trip: Option<Duration>,
+}
+
+struct Sent {
+    at: Instant,
+    choices: u32,
+    tokens: u64,
+}
+
+/// What placement has to know of a peer beside its report.
+#[derive(Clone, Copy, Debug)]
+pub struct Standing {
+    pub allows: bool,
+    pub weight: f64,
+    pub breaker: BreakerState,
+    pub sent_choices: u32,
+    pub sent_tokens: u64,
+    /// Streams that this node has there.
+    pub open: u32,
+    pub last_failure: Option<(FailureKind, Instant)>,
+    pub round_trip: Option<Duration>,
+}
+
+/// Counts a stream at a peer for as long as it lives.
+pub struct InFlight {
+    ledger: Ledger,
+    node: NodeId,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if let Some(account) = self.ledger.0.lock().get_mut(&self.node) {
+            account.open = account.open.saturating_sub(1);
+        }
+    }
+}
+
+impl Account {
+    fn new(peer: &Peer, now: Instant) -> Self {
+        let breaker = Breaker::new(peer.incarnation, now);
+        Self { breaker, sent: VecDeque::new(), open: 0, last_failure: None, last_call: now, round_trip: None }
+    }
+}
+
+impl Ledger {
+    pub fn standing(&self, peer: &Peer, now: Instant) -> Standing {
+        let mut accounts = self.0.lock();
+        let Some(account) = accounts.get_mut(&peer.id) else {
+            let breaker = Breaker::new(peer.incarnation, now);
+            return Standing {
+                allows: true,
+                weight: breaker.weight(now),
+                breaker: breaker.state(now),
+                sent_choices: 0,
+                sent_tokens: 0,
+                open: 0,
+                last_failure: None,
+                round_trip: None,
+            };
+        };
+        account.breaker.see(peer.incarnation, now);
+        while account.sent.front().is_some_and(|sent| sent.at < peer.reported_at) {
+            account.sent.pop_front();
+        }
+        Standing {
+            allows: account.breaker.allows(now),
+            weight: account.breaker.weight(now),
+            breaker: account.breaker.state(now),
+            sent_choices: account.sent.iter().map(|sent| sent.choices).sum(),
+            sent_tokens: account.sent.iter().map(|sent| sent.tokens).sum(),
+            open: account.open,
+            last_failure: account.last_failure,
+            round_trip: account.round_trip,
+        }
+    }
+
+    /// A call begins. Without an attempt the breaker has closed the way meanwhile; the call may still be made, and its
+    /// outcome counts for nothing.
+    pub fn send(&self, peer: &Peer, choices: u32, tokens: u64, now: Instant) -> (Option<Attempt>, InFlight) {
+        let mut accounts = self.0.lock();
+        let account = accounts.entry(peer.id.clone()).or_insert_with(|| Account::new(peer, now));
+        account.breaker.see(peer.incarnation, now);
+        account.open += 1;
+        account.last_call = now;
+        if account.sent.len() == MAX_SENT {
+            account.sent.pop_front();
+        }
+        account.sent.push_back(Sent { at: now, choices, tokens });
+        let attempt = account.breaker.begin(now);
+        if accounts.len() > MAX_PEERS {
+            let idle = accounts.iter().filter(|(_, account)| account.open == 0);
+            let oldest = idle.min_by_key(|(_, account)| account.last_call).map(|(node, _)| node.clone());
+            oldest.and_then(|node| accounts.remove(&node));
+        }
+        (attempt, InFlight { ledger: self.clone(), node: peer.id.clone() })
+    }
+
+    /// The peer took a call after this time.
+    pub fn answered(&self, node: &NodeId, round_trip: Duration) {
+        if let Some(account) = self.0.lock().get_mut(node) {
+            account.round_trip = Some(round_trip);
+        }
+    }
+
+    pub fn succeeded(&self, node: &NodeId, attempt: Attempt, now: Instant) {
+        if let Some(account) = self.0.lock().get_mut(node) {
+            account.breaker.succeeded(attempt, now);
+        }
+    }
+
+    pub fn failed(&self, node: &NodeId, attempt: Attempt, kind: FailureKind, now: Instant, random: u64) {
+        if let Some(account) = self.0.lock().get_mut(node) {
+            account.last_failure = Some((kind, now));
+            account.breaker.failed(attempt, kind, now, random);
+        }
+    }
+}

@@ -1,0 +1,284 @@
+//! Puts the journals of running streams where they survive this node: with two other nodes, chosen by rendezvous hash.
+//!
+//! The request goes there before its first token is sent to the client; tokens follow in batches, without being waited for.
+//! What a holder misses is computed again, since a generation is a pure function. A holder that is lost is replaced.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use futures::stream::{FuturesUnordered, StreamExt};
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use super::stream_log::StreamLog;
+use crate::cluster::{
+    ClusterView, JournalBatch, JournalEntry, JournalKey, JournalRefusal, Peer, PeerTransport, rendezvous,
+};
+use crate::observability::Metrics;
+use crate::types::{Failure, NodeId, NodeState};
+
+/// Copies of a journal, beside the entry node's own.
+const HOLDERS: usize = 2;
+/// From one batch of tokens to the next.
+const FLUSH_INTERVAL: Duration = Duration::from_millis(50);
+/// A holder that has not taken a batch in this time is replaced.
+const BATCH_TIMEOUT: Duration = Duration::from_secs(1);
+/// Entries of one batch.
+const MAX_BATCH_ENTRIES: usize = 4096;
+
+pub struct Replicator {
+    own: NodeId,
+    transport: Arc<dyn PeerTransport>,
+    view: watch::Receiver<Arc<ClusterView>>,
+    metrics: Arc<Metrics>,
+    ack_timeout: Duration,
+    streams: Mutex<BTreeMap<JournalKey, Replicated>>,
+}
+
+struct Replicated {
+    log: Arc<StreamLog>,
+    holders: Vec<Holder>,
+    /// Nodes that failed as holders of this stream, or refused.
+    lost: BTreeSet<NodeId>,
+    /// No token comes any more; gone once the holders have everything.
+    has_ended: bool,
+}
+
+struct Holder {
+    node: NodeId,
+    /// For each choice the tokens sent, and whether its end was.
+    sent: Vec<(usize, bool)>,
+    needs_put: bool,
+}
+
+impl Holder {
+    fn new(node: NodeId, log: &StreamLog) -> Self {
+        Self { node, sent: vec![(0, false); log.head.sampling.n as usize], needs_put: false }
+    }
+}
+
+type Answer = (NodeId, Vec<JournalKey>, Result<Vec<JournalRefusal>, Failure>);
+
+impl Replicator {
+    pub fn new(
+        own: NodeId,
+        transport: Arc<dyn PeerTransport>,
+        view: watch::Receiver<Arc<ClusterView>>,
+        metrics: Arc<Metrics>,
+        ack_timeout: Duration,
+    ) -> Self {
+        Self { own, transport, view, metrics, ack_timeout, streams: Mutex::default() }
+    }
+
+    /// Finds holders for the stream, and returns when they have it, or do not answer in time. From then on they are kept up
+    /// to date until [`Replicator::end`].
+    pub async fn place(&self, log: Arc<StreamLog>) {
+        let candidates = self.candidates(&log.key(), &BTreeSet::new());
+        let wanted = candidates.len().min(HOLDERS);
+        let mut holders = Vec::with_capacity(wanted);
+        let mut lost = BTreeSet::new();
+        let mut waiting = candidates.into_iter();
+        let mut puts = FuturesUnordered::new();
+        puts.extend(waiting.by_ref().take(HOLDERS).map(|peer| self.put(peer, &log)));
+        // A first holder may cost the time once, its replacement once more.
+        let deadline = Instant::now() + self.ack_timeout * 2;
+        while let Ok(Some((node, taken))) = timeout_at(deadline, puts.next()).await {
+            if taken {
+                holders.push(Holder::new(node, &log));
+            } else {
+                lost.insert(node);
+                puts.extend(waiting.next().map(|peer| self.put(peer, &log)));
+            }
+        }
+        drop(puts);
+        if holders.len() < wanted {
+            self.metrics.journal_unreplicated.inc();
+        }
+        if !log.is_fenced() {
+            self.streams.lock().insert(log.key(), Replicated { log, holders, lost, has_ended: false });
+        }
+    }
+
+    /// The stream gets no token any more.
+    pub fn end(&self, key: &JournalKey) {
+        if let Some(stream) = self.streams.lock().get_mut(key) {
+            stream.has_ended = true;
+        }
+    }
+
+    /// Sends what is new, until `shutdown`.
+    pub async fn run(self: Arc<Self>, shutdown: CancellationToken) {
+        let mut ticks = interval(FLUSH_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut busy = BTreeSet::new();
+        let mut answers: FuturesUnordered<BoxFuture<'static, Answer>> = FuturesUnordered::new();
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                Some((node, keys, answer)) = answers.next() => {
+                    busy.remove(&node);
+                    self.learn(&node, &keys, answer);
+                }
+                _ = ticks.tick() => {
+                    for (peer, keys, batch) in self.batches(&busy) {
+                        busy.insert(peer.id.clone());
+                        answers.push(self.send(&peer, keys, batch));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Peers that could hold the journal, best first.
+    fn candidates(&self, key: &JournalKey, without: &BTreeSet<NodeId>) -> Vec<Arc<Peer>> {
+        let view = self.view.borrow().clone();
+        let stays = |peer: &&Arc<Peer>| match peer.report.state {
+            NodeState::Starting | NodeState::Warming | NodeState::Ready | NodeState::Degraded => true,
+            NodeState::Draining | NodeState::Stopped | NodeState::Failed => false,
+        };
+        let nodes = view.peers.values().filter(stays).map(|peer| &peer.id);
+        let nodes = nodes.filter(|node| **node != self.own && !without.contains(node));
+        rendezvous::rank(key, nodes).into_iter().map(|node| view.peers[node].clone()).collect()
+    }
+
+    async fn put(&self, peer: Arc<Peer>, log: &StreamLog) -> (NodeId, bool) {
+        let entries = vec![JournalEntry::Put(log.record(&self.own))];
+        let batch = JournalBatch { from: self.own.clone(), entries };
+        let taken = match timeout(self.ack_timeout, self.transport.journal(&peer, batch)).await {
+            Ok(Ok(refusals)) => {
+                if refusals.iter().any(|refusal| matches!(refusal, JournalRefusal::Fenced { .. })) {
+                    self.fenced(log);
+                }
+                refusals.is_empty()
+            }
+            Ok(Err(_)) | Err(_) => false,
+        };
+        (peer.id.clone(), taken)
+    }
+
+    fn send(&self, peer: &Peer, keys: Vec<JournalKey>, batch: JournalBatch) -> BoxFuture<'static, Answer> {
+        let (node, call) = (peer.id.clone(), self.transport.journal(peer, batch));
+        Box::pin(async move {
+            let silent = || Err(Failure::new(crate::types::FailureKind::PeerStalled, "The holder does not answer."));
+            let answer = timeout(BATCH_TIMEOUT, call).await.unwrap_or_else(|_| silent());
+            (node, keys, answer)
+        })
+    }
+
+    /// What each holder that is not busy has to be told, with the streams that it is about.
+    fn batches(&self, busy: &BTreeSet<NodeId>) -> Vec<(Arc<Peer>, Vec<JournalKey>, JournalBatch)> {
+        let view = self.view.borrow().clone();
+        let mut batches: BTreeMap<NodeId, (Vec<JournalKey>, Vec<JournalEntry>)> = BTreeMap::new();
+        let mut streams = self.streams.lock();
+        for (key, stream) in streams.iter_mut() {
+            self.replace_lost(key, stream, &view);
+            for holder in stream.holders.iter_mut().filter(|holder| !busy.contains(&holder.node)) {
+                let (keys, entries) = batches.entry(holder.node.clone()).or_default();
+                if entries.len() < MAX_BATCH_ENTRIES && holder.gather(&stream.log, &self.own, entries) {
+                    keys.push(*key);
+                }
+            }
+        }
+        streams.retain(|_, stream| !stream.has_ended || stream.holders.iter().any(|holder| holder.owes(&stream.log)));
+        drop(streams);
+        let batch = |(node, (keys, entries)): (NodeId, (Vec<JournalKey>, Vec<JournalEntry>))| {
+            let batch = JournalBatch { from: self.own.clone(), entries };
+            (!batch.entries.is_empty()).then(|| (view.peers[&node].clone(), keys, batch))
+        };
+        batches.into_iter().filter_map(batch).collect()
+    }
+
+    /// Holders that left are forgotten, and others take their place.
+    fn replace_lost(&self, key: &JournalKey, stream: &mut Replicated, view: &ClusterView) {
+        stream.holders.retain(|holder| view.peers.contains_key(&holder.node));
+        if stream.holders.len() >= HOLDERS || stream.has_ended || stream.holders.len() >= view.peers.len() {
+            return;
+        }
+        let mut without = stream.lost.clone();
+        without.extend(stream.holders.iter().map(|holder| holder.node.clone()));
+        let missing = HOLDERS - stream.holders.len();
+        for peer in self.candidates(key, &without).into_iter().take(missing) {
+            stream.holders.push(Holder { needs_put: true, ..Holder::new(peer.id.clone(), &stream.log) });
+        }
+    }
+
+    fn learn(&self, node: &NodeId, keys: &[JournalKey], answer: Result<Vec<JournalRefusal>, Failure>) {
+        let mut streams = self.streams.lock();
+        let refusals = match answer {
+            Ok(refusals) => refusals,
+            Err(failure) => {
+                tracing::debug!(%node, kind = failure.kind.label(), "a holder of journals is lost");
+                for key in keys {
+                    if let Some(stream) = streams.get_mut(key) {
+                        stream.lose(node);
+                    }
+                }
+                return;
+            }
+        };
+        for refusal in refusals {
+            match refusal {
+                JournalRefusal::Fenced { key, .. } => {
+                    if let Some(stream) = streams.remove(&key) {
+                        self.fenced(&stream.log);
+                    }
+                }
+                JournalRefusal::Unknown { key } => {
+                    let holders = streams.get_mut(&key).into_iter().flat_map(|stream| &mut stream.holders);
+                    holders.filter(|holder| holder.node == *node).for_each(|holder| holder.needs_put = true);
+                }
+                JournalRefusal::Full { key } => {
+                    if let Some(stream) = streams.get_mut(&key) {
+                        stream.lose(node);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Another node has taken the stream over while this one was away. Whoever still listens here gets the same tokens.
+    fn fenced(&self, log: &StreamLog) {
+        if !log.is_fenced() {
+            log.fence();
+            self.metrics.journal_fenced.inc();
+        }
+    }
+}
+
+impl Replicated {
+    fn lose(&mut self, node: &NodeId) {
+        self.holders.retain(|holder| holder.node != *node);
+        self.lost.insert(node.clone());
+    }
+}
+
+impl Holder {
+    /// Adds what the holder has not been told; true if there was anything.
+    fn gather(&mut self, log: &StreamLog, own: &NodeId, entries: &mut Vec<JournalEntry>) -> bool {
+        if std::mem::take(&mut self.needs_put) {
+            let record = log.record(own);
+            let told = record.choices.iter().map(|choice| (choice.tokens.len(), choice.finished.is_some()));
+            self.sent = told.collect();
+            entries.push(JournalEntry::Put(record));
+            return true;
+        }
+        let before = entries.len();
+        for (choice, sent) in self.sent.iter_mut().enumerate() {
+            let Some((tokens, finished)) = log.since(choice, *sent) else { continue };
+            let start = sent.0 as u32;
+            *sent = (sent.0 + tokens.len(), sent.1 || finished.is_some());
+            let (key, epoch, choice) = (log.key(), log.epoch(), choice as u32);
+            entries.push(JournalEntry::Append { key, epoch, choice, start, tokens, finished });
+        }
+        entries.len() > before
+    }
+
+    fn owes(&self, log: &StreamLog) -> bool {
+        self.needs_put || self.sent.iter().enumerate().any(|(choice, sent)| log.since(choice, *sent).is_some())
+    }
+}

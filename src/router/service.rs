@@ -1,0 +1,160 @@
+//! What this node does for its peers: generates, lets streams be followed, keeps journals.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc::UnboundedSender;
+use tokio::time::{MissedTickBehavior, interval};
+
+use super::Router;
+use super::failover::now;
+use super::hot_prefixes;
+use super::shared::Shared;
+use super::source::{Sign, Source};
+use super::stream_log::Cursor;
+use crate::admission::Demand;
+use crate::cluster::{
+    FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal, PeerFrame, PeerService,
+    PeerStream,
+};
+use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent};
+
+/// Of the stall timeout, for signs of life: several may be lost before anybody is alarmed.
+const HEARTBEATS_PER_TIMEOUT: u32 = 4;
+
+impl PeerService for Router {
+    fn generate(&self, call: GenerateCall) -> Result<PeerStream, Failure> {
+        let shared = &self.shared;
+        let refuse = |message: &str| Failure::new(FailureKind::Overloaded, message);
+        let local = shared.local().filter(|_| shared.may_serve_here());
+        let local = local.ok_or_else(|| refuse("The replica is not ready, or is leaving."))?;
+        if local.model.fingerprint != call.fingerprint {
+            return Err(refuse("The replica has another fingerprint."));
+        }
+        let demand = Demand {
+            prompt_tokens: call.prompt.len() as u64,
+            choices: u32::try_from(call.choices.len()).unwrap_or(u32::MAX),
+            priority: call.priority,
+            deadline: call.remaining.map(|remaining| now() + remaining),
+        };
+        let permit = match call.is_continuation {
+            true => shared.admission().admit_continuation(demand),
+            false => {
+                let rate = local.engine.status().drain_tokens_per_second;
+                shared.admission().try_admit(demand, rate).map_err(Failure::from)?
+            }
+        };
+        shared.hot_prefixes.lock().record(&hot_prefixes::hashes(&call.prompt));
+        let unfinished = call.choices.len();
+        let cursor = Cursor::fresh(0);
+        let stream = local.engine.generate(GenerateRequest {
+            id: call.id,
+            prompt: call.prompt,
+            choices: call.choices,
+            sampling: call.sampling,
+            priority: call.priority,
+            deadline: demand.deadline,
+            bypass_prefix_cache: false,
+            is_probe: false,
+        })?;
+        let source = Source::engine(stream, local.engine.clone(), permit, cursor, now());
+        let (frames, answer) = PeerStream::channel();
+        tokio::spawn(serve(shared.clone(), source, frames, unfinished));
+        Ok(answer)
+    }
+
+    fn follow(&self, call: FollowCall) -> Result<PeerStream, Failure> {
+        let gone = || Failure::new(FailureKind::PeerDisconnected, "The stream does not run here.");
+        let log = self.shared.streams.lock().get(&call.key).cloned().ok_or_else(gone)?;
+        let unfinished = log.continuation().0.len();
+        let mut stream = log.listen(&call.have).ok_or_else(gone)?;
+        let (frames, answer) = PeerStream::channel();
+        let every = self.shared.heartbeat_interval();
+        tokio::spawn(async move {
+            let mut ticks = interval(every);
+            let mut left = unfinished;
+            while left > 0 {
+                let frame = tokio::select! {
+                    biased;
+                    () = frames.closed() => return,
+                    event = stream.next() => match event {
+                        Some(event) => PeerFrame::Event(event),
+                        None => return,
+                    },
+                    _ = ticks.tick() => PeerFrame::Heartbeat,
+                };
+                left -= usize::from(matches!(frame, PeerFrame::Event(GenerationEvent::Finished { .. })));
+                let is_over = matches!(frame, PeerFrame::Event(GenerationEvent::Failed(_)));
+                if frames.send(frame).is_err() || is_over {
+                    return;
+                }
+            }
+        });
+        Ok(answer)
+    }
+
+    fn journal(&self, batch: JournalBatch) -> Vec<JournalRefusal> {
+        let mut journals = self.shared.journals.lock();
+        let now = now();
+        batch.entries.into_iter().filter_map(|entry| journals.apply(entry, now).err()).collect()
+    }
+
+    fn lookup(&self, key: JournalKey) -> Option<JournalRecord> {
+        let running = self.shared.streams.lock().get(&key).cloned();
+        if let Some(log) = running {
+            return Some(log.record(&self.shared.own));
+        }
+        let mut journals = self.shared.journals.lock();
+        journals.expire(now());
+        journals.get(&key).cloned()
+    }
+
+    fn tokenizer(&self, digest: &str) -> Option<Bytes> {
+        let local = self.shared.local()?;
+        (local.model.tokenizer == digest).then(|| local.tokenizer.clone())
+    }
+}
+
+impl Shared {
+    fn heartbeat_interval(&self) -> Duration {
+        self.config.peer_stall_timeout / HEARTBEATS_PER_TIMEOUT
+    }
+}
+
+/// Passes on what the engine says. While it says nothing, its step loop vouches for it; an engine that hangs goes silent.
+async fn serve(shared: Arc<Shared>, mut source: Source, frames: UnboundedSender<PeerFrame>, mut unfinished: usize) {
+    shared.metrics.streams_served.inc();
+    let mut ticks = interval(shared.heartbeat_interval());
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut is_leaving = shared.is_leaving.subscribe();
+    let mut last_beat = now();
+    while unfinished > 0 {
+        let frame = tokio::select! {
+            biased;
+            () = frames.closed() => break,
+            sign = source.next() => match sign {
+                Sign::Event(event) => PeerFrame::Event(event),
+                Sign::Heartbeat | Sign::HandOver => continue,
+            },
+            Ok(()) = is_leaving.changed() => PeerFrame::HandOver,
+            _ = ticks.tick() => {
+                let beat = source.last_sign();
+                if beat <= last_beat {
+                    continue;
+                }
+                last_beat = beat;
+                PeerFrame::Heartbeat
+            }
+        };
+        unfinished -= usize::from(matches!(frame, PeerFrame::Event(GenerationEvent::Finished { .. })));
+        let is_over = matches!(frame, PeerFrame::Event(GenerationEvent::Failed(_)));
+        if frames.send(frame).is_err() || is_over {
+            break;
+        }
+    }
+    if let Some((first, between)) = source.latencies() {
+        shared.note_latency(first, between);
+    }
+    shared.metrics.streams_served.dec();
+}

@@ -1,0 +1,348 @@
+//! A stream while this node answers for it: what it has emitted, and who listens. Everything that a source says goes through
+//! here, so no token is lost, repeated or replaced, whatever became of the sources.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use parking_lot::Mutex;
+use tokio::sync::{Notify, mpsc};
+
+use crate::cluster::{ChoiceProgress, JournalHead, JournalKey, JournalRecord};
+use crate::types::{
+    ChoiceStart, Failure, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId, TokenLogprobs,
+};
+
+/// Where one source is in each choice.
+#[derive(Clone, Debug)]
+pub struct Cursor {
+    positions: Vec<usize>,
+}
+
+impl Cursor {
+    /// At the beginning of each choice.
+    pub fn fresh(choices: u32) -> Self {
+        Self { positions: vec![0; choices as usize] }
+    }
+}
+
+/// What an event of a source is to the stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum News {
+    Taken,
+    /// The stream has it from another source already.
+    Known,
+    /// The source contradicts what was emitted: its numbers are not those of the others.
+    Contradiction {
+        choice: u32,
+        position: usize,
+    },
+    /// No event of this request.
+    Foreign,
+}
+
+pub struct StreamLog {
+    pub head: Arc<JournalHead>,
+    /// The client named the stream, or was told its name: a holder keeps its journal.
+    pub is_named: bool,
+    epoch: AtomicU64,
+    /// A later epoch exists elsewhere.
+    is_fenced: AtomicBool,
+    state: Mutex<State>,
+    /// Told when a listener goes.
+    departures: Notify,
+}
+
+struct State {
+    choices: Vec<Choice>,
+    scheduled: Option<GenerationEvent>,
+    failure: Option<Failure>,
+    listeners: Vec<mpsc::UnboundedSender<GenerationEvent>>,
+    /// Nothing leaves before the journal has its holders.
+    is_gated: bool,
+    /// No listener may come any more.
+    is_closed: bool,
+}
+
+#[derive(Default)]
+struct Choice {
+    progress: ChoiceProgress,
+    /// Of each token, where they were asked for.
+    logprobs: Vec<Option<Box<TokenLogprobs>>>,
+}
+
+impl StreamLog {
+    /// A stream with what is known of it already.
+    pub fn new(head: Arc<JournalHead>, epoch: u64, known: Vec<ChoiceProgress>, is_named: bool, is_gated: bool) -> Self {
+        let choices =
+            known.into_iter().map(|progress| Choice { logprobs: vec![None; progress.tokens.len()], progress });
+        let mut choices: Vec<Choice> = choices.collect();
+        choices.resize_with(head.sampling.n as usize, Choice::default);
+        let state =
+            State { choices, scheduled: None, failure: None, listeners: Vec::new(), is_gated, is_closed: false };
+        Self {
+            head,
+            is_named,
+            epoch: epoch.into(),
+            is_fenced: false.into(),
+            state: Mutex::new(state),
+            departures: Notify::new(),
+        }
+    }
+
+    pub fn key(&self) -> JournalKey {
+        self.head.key
+    }
+
+    pub fn epoch(&self) -> u64 {
+        self.epoch.load(Ordering::Relaxed)
+    }
+
+    pub fn set_epoch(&self, epoch: u64) {
+        self.epoch.store(epoch, Ordering::Relaxed);
+    }
+
+    pub fn is_fenced(&self) -> bool {
+        self.is_fenced.load(Ordering::Relaxed)
+    }
+
+    pub fn fence(&self) {
+        self.is_fenced.store(true, Ordering::Relaxed);
+    }
+
+    /// Everything so far and everything to come, from token `have` of each choice on; nothing once the stream is closed.
+    pub fn listen(self: &Arc<Self>, have: &[u32]) -> Option<GenerationStream> {
+        let mut state = self.state.lock();
+        if state.is_closed {
+            return None;
+        }
+        let (sender, stream) = GenerationStream::channel();
+        if !state.is_gated {
+            state.tell(&sender, have);
+        }
+        if state.failure.is_none() && !(state.is_complete() && !state.is_gated) {
+            state.listeners.push(sender);
+        }
+        Some(stream.guarded_by(Listener(self.clone())))
+    }
+
+    /// Lets out what was held back.
+    pub fn open_gate(&self) {
+        let state = &mut *self.state.lock();
+        if std::mem::replace(&mut state.is_gated, false) {
+            let listeners = std::mem::take(&mut state.listeners);
+            listeners.iter().for_each(|listener| state.tell(listener, &[]));
+            if !state.is_complete() && state.failure.is_none() {
+                state.listeners = listeners;
+            }
+        }
+    }
+
+    /// Whether it could tell the logprobs of every token from `have` on.
+    pub fn has_logprobs_from(&self, have: &[u32]) -> bool {
+        let state = self.state.lock();
+        let mut choices = state.choices.iter().enumerate();
+        choices.all(|(index, choice)| {
+            let have = have.get(index).map_or(0, |&have| have as usize);
+            choice.logprobs.iter().skip(have).all(Option::is_some)
+        })
+    }
+
+    /// For a source that begins with what has been emitted so far.
+    pub fn cursor(&self) -> Cursor {
+        let state = self.state.lock();
+        Cursor { positions: state.choices.iter().map(|choice| choice.progress.tokens.len()).collect() }
+    }
+
+    /// Unfinished choices with their tokens, and where a source that continues them stands.
+    pub fn continuation(&self) -> (Vec<ChoiceStart>, Cursor) {
+        let state = self.state.lock();
+        let unfinished = state.choices.iter().enumerate().filter(|(_, choice)| choice.progress.finished.is_none());
+        let starts = unfinished
+            .map(|(index, choice)| ChoiceStart { index: index as u32, emitted: choice.progress.tokens.clone() })
+            .collect();
+        let positions = state.choices.iter().map(|choice| choice.progress.tokens.len()).collect();
+        (starts, Cursor { positions })
+    }
+
+    /// Takes an event of a source.
+    pub fn take(&self, cursor: &mut Cursor, event: GenerationEvent) -> News {
+        let mut state = self.state.lock();
+        match event {
+            GenerationEvent::Scheduled { .. } if state.scheduled.is_some() => News::Known,
+            GenerationEvent::Scheduled { .. } => {
+                state.scheduled = Some(event.clone());
+                state.publish(event);
+                News::Taken
+            }
+            GenerationEvent::Token { choice, token, logprobs } => state.token(cursor, choice, token, logprobs),
+            GenerationEvent::Finished { choice, reason } => state.finish(cursor, choice, reason),
+            GenerationEvent::Failed(_) => News::Foreign,
+        }
+    }
+
+    /// Ends the unfinished choices.
+    pub fn finish_all(&self, reason: &FinishReason) {
+        let mut state = self.state.lock();
+        for index in 0..state.choices.len() {
+            if state.choices[index].progress.finished.is_none() {
+                state.choices[index].progress.finished = Some(reason.clone());
+                state.publish(GenerationEvent::Finished { choice: index as u32, reason: reason.clone() });
+            }
+        }
+    }
+
+    /// Ends the whole stream with a failure.
+    pub fn fail(&self, failure: Failure) {
+        let mut state = self.state.lock();
+        state.is_gated = false;
+        state.publish(GenerationEvent::Failed(failure.clone()));
+        state.failure = Some(failure);
+        state.listeners.clear();
+    }
+
+    pub fn is_complete(&self) -> bool {
+        self.state.lock().is_complete()
+    }
+
+    /// Whether a token has been emitted.
+    pub fn has_begun(&self) -> bool {
+        self.state.lock().choices.iter().any(|choice| !choice.progress.tokens.is_empty())
+    }
+
+    /// Returns once nobody listens any more.
+    pub async fn abandoned(&self) {
+        loop {
+            let departed = self.departures.notified();
+            if self.state.lock().is_abandoned() {
+                return;
+            }
+            departed.await;
+        }
+    }
+
+    /// Takes no listener any more, unless one is there that has not gone.
+    pub fn close(&self, only_if_abandoned: bool) -> bool {
+        let mut state = self.state.lock();
+        if only_if_abandoned && !state.is_abandoned() {
+            return false;
+        }
+        state.is_closed = true;
+        true
+    }
+
+    /// As another node would have to know it.
+    pub fn record(&self, entry: &NodeId) -> JournalRecord {
+        let state = self.state.lock();
+        JournalRecord {
+            head: self.head.clone(),
+            epoch: self.epoch(),
+            entry: entry.clone(),
+            choices: state.choices.iter().map(|choice| choice.progress.clone()).collect(),
+        }
+    }
+
+    /// What is new since `sent` (tokens, and whether the end was sent) of a choice, if anything.
+    pub fn since(&self, choice: usize, sent: (usize, bool)) -> Option<(Vec<TokenId>, Option<FinishReason>)> {
+        let state = self.state.lock();
+        let progress = &state.choices[choice].progress;
+        let finished = progress.finished.clone().filter(|_| !sent.1);
+        let tokens = progress.tokens.get(sent.0..).unwrap_or_default();
+        (!tokens.is_empty() || finished.is_some()).then(|| (tokens.to_vec(), finished))
+    }
+}
+
+impl State {
+    fn token(&mut self, cursor: &mut Cursor, index: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>>) -> News {
+        let (Some(choice), Some(position)) =
+            (self.choices.get_mut(index as usize), cursor.positions.get_mut(index as usize))
+        else {
+            return News::Foreign;
+        };
+        let at = *position;
+        *position += 1;
+        match choice.progress.tokens.get(at) {
+            Some(known) if *known == token => News::Known,
+            Some(_) => News::Contradiction { choice: index, position: at },
+            None if choice.progress.finished.is_some() => match choice.progress.finished {
+                // The deadline ends a stream at a time, not at a token.
+                Some(FinishReason::Deadline | FinishReason::Shutdown) => News::Known,
+                _ => News::Contradiction { choice: index, position: at },
+            },
+            None => {
+                assert_eq!(at, choice.progress.tokens.len(), "a source begins where the stream is, or before");
+                choice.progress.tokens.push(token);
+                choice.logprobs.push(logprobs.clone());
+                self.publish(GenerationEvent::Token { choice: index, token, logprobs });
+                News::Taken
+            }
+        }
+    }
+
+    fn finish(&mut self, cursor: &Cursor, index: u32, reason: FinishReason) -> News {
+        let (Some(choice), Some(&position)) =
+            (self.choices.get_mut(index as usize), cursor.positions.get(index as usize))
+        else {
+            return News::Foreign;
+        };
+        if choice.progress.finished.is_some() {
+            return News::Known;
+        }
+        let is_timed = matches!(reason, FinishReason::Deadline | FinishReason::Shutdown);
+        if position < choice.progress.tokens.len() && !is_timed {
+            return News::Contradiction { choice: index, position };
+        }
+        choice.progress.finished = Some(reason.clone());
+        self.publish(GenerationEvent::Finished { choice: index, reason });
+        News::Taken
+    }
+
+    fn is_complete(&self) -> bool {
+        self.choices.iter().all(|choice| choice.progress.finished.is_some())
+    }
+
+    /// Whoever listened has gone, and what has been said was said to nobody.
+    fn is_abandoned(&self) -> bool {
+        self.listeners.iter().all(mpsc::UnboundedSender::is_closed)
+    }
+
+    fn publish(&self, event: GenerationEvent) {
+        if self.is_gated {
+            return;
+        }
+        // Who has gone is noticed elsewhere.
+        if let [only] = self.listeners.as_slice() {
+            let _ = only.send(event);
+            return;
+        }
+        for listener in &self.listeners {
+            let _ = listener.send(event.clone());
+        }
+    }
+
+    fn tell(&self, listener: &mpsc::UnboundedSender<GenerationEvent>, have: &[u32]) {
+        let events = self.scheduled.iter().cloned();
+        let of_choices = self.choices.iter().enumerate().flat_map(|(index, choice)| {
+            let skipped = have.get(index).map_or(0, |&have| have as usize);
+            let tokens = choice.progress.tokens.iter().zip(&choice.logprobs).skip(skipped);
+            let tokens = tokens.map(move |(&token, logprobs)| GenerationEvent::Token {
+                choice: index as u32,
+                token,
+                logprobs: logprobs.clone(),
+            });
+            let end = choice.progress.finished.clone();
+            tokens.chain(end.map(|reason| GenerationEvent::Finished { choice: index as u32, reason }))
+        });
+        for event in events.chain(of_choices).chain(self.failure.clone().map(GenerationEvent::Failed)) {
+            let _ = listener.send(event);
+        }
+    }
+}
+
+/// Lives in a listener's stream, and tells when it goes.
+struct Listener(Arc<StreamLog>);
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.0.departures.notify_waiters();
+    }
+}
