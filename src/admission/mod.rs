@@ -145,14 +145,14 @@ struct Shared {
 impl AdmissionController {
     /// `max_num_seqs` is the number of choices that the engine runs at once.
     pub fn new(config: Config, max_num_seqs: u32, metrics: Arc<Metrics>) -> Self {
-        let queue = Mutex::new(Queue::new(config, max_num_seqs, Instant::now()));
+        let queue = Mutex::new(Queue::new(config, max_num_seqs, now()));
         Self { shared: Arc::new(Shared { queue, metrics, drained: Notify::new() }) }
     }
 
     /// Lets the request in or refuses it, at once. `engine_tokens_per_second` is the engine's own measurement
     /// (`EngineStatus::drain_tokens_per_second`), used until this queue has measured its own drain; 0 is unknown.
     pub fn try_admit(&self, demand: Demand, engine_tokens_per_second: f64) -> Result<Permit, Rejection> {
-        let admitted = self.shared.queue.lock().admit(demand, engine_tokens_per_second, Instant::now());
+        let admitted = self.shared.queue.lock().admit(demand, engine_tokens_per_second, now());
         match admitted {
             Ok(()) => Ok(Permit { shared: self.shared.clone(), demand, scheduled: false }),
             Err(rejection) => {
@@ -194,6 +194,11 @@ impl AdmissionController {
     }
 }
 
+/// The runtime's clock, which a simulator may turn.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
 /// A place at the engine, held until the response ends. Dropping it gives the place back.
 #[must_use = "dropping the permit gives the place back"]
 pub struct Permit {
@@ -206,7 +211,7 @@ impl Permit {
     /// The engine has taken the request out of its queue. Further calls do nothing.
     pub fn scheduled(&mut self) {
         if !std::mem::replace(&mut self.scheduled, true) {
-            self.shared.queue.lock().schedule(self.demand, Instant::now());
+            self.shared.queue.lock().schedule(self.demand, now());
         }
     }
 }
@@ -215,7 +220,7 @@ impl Drop for Permit {
     fn drop(&mut self) {
         let last = {
             let mut queue = self.shared.queue.lock();
-            queue.release(self.demand, self.scheduled, Instant::now());
+            queue.release(self.demand, self.scheduled, now());
             queue.status().admitted_requests == 0
         };
         if last {

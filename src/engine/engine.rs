@@ -1,7 +1,7 @@
 //! The engine itself: one step is expire, schedule, compute, sample, publish. Synchronous, and time is passed in; the thread
 //! that drives it is in `handle`.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -59,7 +59,8 @@ pub(super) struct Engine {
     sampler: Sampler,
     rules: EndRules,
     uses_prefix_cache: bool,
-    requests: HashMap<Serial, Request>,
+    /// In order of arrival.
+    requests: BTreeMap<Serial, Request>,
     /// By the index of the sequence.
     choices: Vec<Option<Choice>>,
     deadlines: BTreeSet<(Instant, Serial)>,
@@ -96,7 +97,7 @@ impl Engine {
             runner,
             rules,
             uses_prefix_cache: config.enable_prefix_caching,
-            requests: HashMap::new(),
+            requests: BTreeMap::new(),
             choices: Vec::new(),
             deadlines: BTreeSet::new(),
             drain: None,
@@ -173,7 +174,7 @@ impl Engine {
 
     /// Ends every request; the engine is not used for computing after this.
     pub(super) fn fail_all(&mut self, failure: &Failure) {
-        for (_, request) in self.requests.drain() {
+        for request in std::mem::take(&mut self.requests).into_values() {
             let _ = request.events.send(GenerationEvent::Failed(failure.clone()));
         }
         self.drain = None;
@@ -308,19 +309,19 @@ impl Engine {
     }
 
     fn compute(&mut self) -> Result<(), Failure> {
-        let begin = Instant::now();
+        let begin = self.shared.now();
         let plan = self.scheduler.schedule(std::mem::take(&mut self.plan));
         add(&self.shared.counters.preemptions, plan.num_preempted);
         self.announce(&plan);
         // Also before a step that may take long: from outside, an engine that computes must not look idle.
         self.publish_status();
-        let forward_begin = Instant::now();
+        let forward_begin = self.shared.now();
         let result = self.forward(&plan);
-        add_time(&self.shared.counters.forward_nanoseconds, forward_begin.elapsed());
+        add_time(&self.shared.counters.forward_nanoseconds, self.shared.now().saturating_duration_since(forward_begin));
         match result {
             Ok(()) => {
                 self.sample(&plan.entries);
-                self.account(&plan, begin.elapsed());
+                self.account(&plan, self.shared.now().saturating_duration_since(begin));
             }
             Err(RunnerError::OutOfMemory { tokens }) => self.shrink(&plan, tokens),
             Err(error @ RunnerError::Device(_)) => {

@@ -50,7 +50,7 @@ impl Harness {
             max_model_len: limits.max_model_len,
         };
         let start = Instant::now();
-        let shared = Arc::new(Shared::new(start, limits.num_blocks));
+        let shared = Arc::new(Shared::new(Instant::now, limits.num_blocks));
         let log = runner.log();
         let engine = Engine::new(config, Box::new(runner), rules, num_reserved, Arc::clone(&shared), None);
         Self { engine, log, shared, streams: BTreeMap::new(), next_serial: 0, start }

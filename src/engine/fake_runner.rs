@@ -80,13 +80,14 @@ pub struct FakeRunner {
     /// `[rows, vocab_size]`
     logits: Vec<f32>,
     weights: u64,
+    is_spoiled: bool,
     log: Arc<FakeRunnerLog>,
 }
 
 impl FakeRunner {
     pub fn new(model: FakeModel) -> Self {
         let pool = vec![UNWRITTEN; model.num_blocks as usize * model.block_size];
-        Self { pool, logits: Vec::new(), weights: 1, log: Arc::default(), model }
+        Self { pool, logits: Vec::new(), weights: 1, is_spoiled: false, log: Arc::default(), model }
     }
 
     pub fn log(&self) -> Arc<FakeRunnerLog> {
@@ -115,7 +116,7 @@ impl FakeRunner {
         let end = entry.start + entry.tokens.len();
         let state = (0..end)
             .fold(self.weights, |state, position| mix(state ^ self.pool[self.index(entry.block_table, position)]));
-        let poisoned = self.model.poison_token.is_some_and(|poison| entry.tokens.contains(&poison));
+        let poisoned = self.is_spoiled || self.model.poison_token.is_some_and(|poison| entry.tokens.contains(&poison));
         for id in 0..self.model.vocab_size {
             let unit = (mix(state.wrapping_add(id as u64)) >> 40) as f32 / (1u64 << 24) as f32;
             self.logits.push(if poisoned { f32::NAN } else { unit * 8.0 - 4.0 });
@@ -181,6 +182,10 @@ impl ModelRunner for FakeRunner {
 
     fn corrupt(&mut self) {
         self.weights = mix(self.weights);
+    }
+
+    fn spoil(&mut self) {
+        self.is_spoiled = true;
     }
 }
 

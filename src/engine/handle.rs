@@ -8,7 +8,7 @@ use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,9 +19,10 @@ use tracing::{error, info, warn};
 use super::batch::ModelRunner;
 use super::config::Config;
 use super::counters::{EngineCountersSnapshot, add};
-use super::engine::{Engine, Serial, Submission, draining, engine_failed};
-use super::generation::{EndRules, StopTexts};
+use super::engine::{Serial, Submission, draining, engine_failed};
+use super::generation::StopTexts;
 use super::shared::Shared;
+use super::stepped::{EngineCommand, SteppedEngine};
 use crate::types::{
     Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationEvent, GenerationStream,
     TokenId,
@@ -29,9 +30,6 @@ use crate::types::{
 
 /// An idle engine wakes this often to show that it lives.
 const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
-
-/// Commands taken before a step; the others wait for the next.
-const MAX_COMMANDS_PER_STEP: usize = 4096;
 
 /// Makes the runner on the engine's own thread, where all work on its device stays.
 pub type MakeRunner = Box<dyn FnOnce() -> Result<Box<dyn ModelRunner>, Box<dyn Error + Send + Sync>> + Send>;
@@ -88,17 +86,6 @@ pub enum Fault {
     NanLogits,
 }
 
-enum EngineCommand {
-    Submit(Submission),
-    /// The stream of this request was dropped.
-    Cancel(Serial),
-    Drain {
-        deadline: Instant,
-        done: oneshot::Sender<()>,
-    },
-    InjectFault(Fault),
-}
-
 /// Reaches the engine; cheap to clone. The engine ends when the last handle and the last stream are gone.
 #[derive(Clone)]
 pub struct EngineHandle {
@@ -117,40 +104,24 @@ pub fn spawn(parts: EngineParts, make_runner: MakeRunner) -> Result<EngineHandle
     if !problems.is_empty() {
         return Err(SpawnError::Config(problems.join("; ")));
     }
-    let (commands, receiver) = channel();
-    let (fingerprint, max_num_requests) = (parts.fingerprint.clone(), parts.config.max_num_requests);
     let (started_sender, started) = channel();
     thread::Builder::new()
         .name("engine".to_owned())
-        .spawn(move || match start(parts, make_runner) {
-            Ok((mut engine, shared, limits)) => {
-                // Nobody waits only if `spawn` itself was abandoned; the closed command channel then ends the thread.
-                let _ = started_sender.send(Ok((Arc::clone(&shared), limits)));
-                drive(&mut engine, &shared, &receiver);
-            }
-            Err(error) => {
-                let _ = started_sender.send(Err(error));
+        .spawn(move || {
+            let made = make_runner().map_err(SpawnError::Runner);
+            match made.and_then(|runner| SteppedEngine::new(parts, runner, Instant::now)) {
+                Ok((handle, mut engine)) => {
+                    // Nobody waits only if `spawn` itself was abandoned; then the handle is dropped, which ends the thread.
+                    let _ = started_sender.send(Ok(handle));
+                    drive(&mut engine);
+                }
+                Err(error) => {
+                    let _ = started_sender.send(Err(error));
+                }
             }
         })
         .map_err(SpawnError::Thread)?;
-    let (shared, limits) = started.recv().map_err(|_| SpawnError::Panicked)??;
-    let next_serial = Arc::new(AtomicU64::new(0));
-    Ok(EngineHandle { commands, next_serial, shared, limits, max_num_requests, fingerprint })
-}
-
-fn start(parts: EngineParts, make_runner: MakeRunner) -> Result<(Engine, Arc<Shared>, EngineLimits), SpawnError> {
-    let runner = make_runner().map_err(SpawnError::Runner)?;
-    let limits = EngineLimits::new(&parts.config, runner.as_ref())?;
-    let num_reserved = runner.num_blocks() - limits.num_blocks;
-    let shared = Arc::new(Shared::new(Instant::now(), limits.num_blocks));
-    let rules = EndRules {
-        eos_token_ids: parts.eos_token_ids.into(),
-        stop_texts: parts.stop_texts,
-        vocab_size: limits.vocab_size,
-        max_model_len: limits.max_model_len,
-    };
-    let engine = Engine::new(&parts.config, runner, rules, num_reserved, Arc::clone(&shared), parts.on_step);
-    Ok((engine, shared, limits))
+    started.recv().map_err(|_| SpawnError::Panicked)?
 }
 
 impl EngineLimits {
@@ -216,6 +187,16 @@ impl EngineLimits {
 }
 
 impl EngineHandle {
+    pub(super) fn new(
+        commands: Sender<EngineCommand>,
+        shared: Arc<Shared>,
+        limits: EngineLimits,
+        max_num_requests: usize,
+        fingerprint: Fingerprint,
+    ) -> Self {
+        Self { commands, next_serial: Arc::default(), shared, limits, max_num_requests, fingerprint }
+    }
+
     pub fn limits(&self) -> EngineLimits {
         self.limits
     }
@@ -290,12 +271,11 @@ impl Drop for CancelOnDrop {
 }
 
 /// The life of the thread: serve until nobody is left to serve, or until the engine fails; then refuse.
-fn drive(engine: &mut Engine, shared: &Shared, commands: &Receiver<EngineCommand>) {
-    let failure = match catch_unwind(AssertUnwindSafe(|| serve(engine, shared, commands))) {
+fn drive(engine: &mut SteppedEngine) {
+    let failure = match catch_unwind(AssertUnwindSafe(|| serve(engine))) {
         Ok(Ok(())) => {
             info!("the engine ends: nobody holds its handle any more");
-            shared.update(|status| status.alive = false);
-            return;
+            return engine.end();
         }
         Ok(Err(failure)) => {
             let cause = failure.source.clone().map(|source| source.to_string());
@@ -307,44 +287,16 @@ fn drive(engine: &mut Engine, shared: &Shared, commands: &Receiver<EngineCommand
             engine_failed()
         }
     };
-    shared.update(|status| {
-        *status = EngineStatus { alive: false, running: 0, waiting: 0, waiting_tokens: 0, ..status.clone() }
-    });
-    engine.fail_all(&failure);
-    for command in commands {
-        if let EngineCommand::Submit(submission) = command {
-            let _ = submission.events.send(GenerationEvent::Failed(failure.clone()));
-        }
-    }
+    engine.fail(&failure);
+    engine.refuse_forever(&failure);
 }
 
-fn serve(engine: &mut Engine, shared: &Shared, commands: &Receiver<EngineCommand>) -> Result<(), Failure> {
+fn serve(engine: &mut SteppedEngine) -> Result<(), Failure> {
     loop {
-        if engine.is_idle() {
-            match commands.recv_timeout(IDLE_HEARTBEAT) {
-                Ok(command) => obey(engine, command),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            }
-            shared.beat();
+        if engine.is_idle() && !engine.wait(IDLE_HEARTBEAT) {
+            return Ok(());
         }
-        commands.try_iter().take(MAX_COMMANDS_PER_STEP).for_each(|command| obey(engine, command));
-        engine.step(Instant::now())?;
-    }
-}
-
-fn obey(engine: &mut Engine, command: EngineCommand) {
-    match command {
-        EngineCommand::Submit(submission) => engine.submit(submission),
-        EngineCommand::Cancel(serial) => engine.cancel(serial),
-        EngineCommand::Drain { deadline, done } => engine.drain(deadline, done),
-        EngineCommand::InjectFault(Fault::Hang(time)) => {
-            warn!(?time, "standing still, as fault injection asks");
-            thread::sleep(time);
-        }
-        EngineCommand::InjectFault(Fault::Panic) => panic!("fault injection asks for a panic"),
-        EngineCommand::InjectFault(Fault::CorruptWeights) => engine.corrupt_weights(),
-        EngineCommand::InjectFault(Fault::NanLogits) => engine.spoil_logits(),
+        engine.step()?;
     }
 }
 

@@ -29,9 +29,12 @@ pub mod scheduler;
 mod scheduler_tests;
 pub mod sequence;
 mod shared;
+pub mod stepped;
 
 pub use batch::{BatchEntry, ModelRunner, RunnerError};
 pub use config::Config;
 pub use counters::{EngineCounters, EngineCountersSnapshot};
 pub use generation::{StopText, StopTexts};
 pub use handle::{EngineHandle, EngineLimits, EngineParts, Fault, SpawnError, spawn};
+pub use shared::Clock;
+pub use stepped::SteppedEngine;

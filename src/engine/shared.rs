@@ -9,7 +9,11 @@ use parking_lot::Mutex;
 use super::counters::EngineCounters;
 use crate::types::EngineStatus;
 
+/// Tells the time: that of the system, or a simulated one.
+pub type Clock = fn() -> Instant;
+
 pub(super) struct Shared {
+    clock: Clock,
     epoch: Instant,
     /// Nanoseconds from `epoch` to the last sign of progress.
     heartbeat: AtomicU64,
@@ -22,7 +26,8 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(now: Instant, kv_blocks_total: u32) -> Self {
+    pub(super) fn new(clock: Clock, kv_blocks_total: u32) -> Self {
+        let now = clock();
         let status = EngineStatus {
             alive: true,
             heartbeat: now,
@@ -35,6 +40,7 @@ impl Shared {
             drain_tokens_per_second: 0.0,
         };
         Self {
+            clock,
             epoch: now,
             heartbeat: AtomicU64::new(0),
             status: Mutex::new(status),
@@ -44,8 +50,12 @@ impl Shared {
         }
     }
 
+    pub(super) fn now(&self) -> Instant {
+        (self.clock)()
+    }
+
     pub(super) fn beat(&self) {
-        let since = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let since = u64::try_from(self.now().saturating_duration_since(self.epoch).as_nanos()).unwrap_or(u64::MAX);
         self.heartbeat.store(since, Ordering::Relaxed);
     }
 

@@ -198,7 +198,7 @@ impl Health {
     pub fn snapshot(&self, queue: QueueView) -> HealthSnapshot {
         let Shared { config, lifecycle, .. } = &*self.shared;
         let mut observed = self.shared.observed.lock();
-        let engine = self.shared.view_engine(&mut observed, Instant::now());
+        let engine = self.shared.view_engine(&mut observed, tokio::time::Instant::now().into_std());
         let phase = lifecycle.phase();
         HealthSnapshot {
             state: phase.state,

@@ -1,0 +1,128 @@
+//! The engine with its inbox and without a thread: whoever owns it says when it takes a step. `handle` steps it on a thread
+//! of its own as fast as it can; the simulator on a clock of its own.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+use tracing::warn;
+
+use super::batch::ModelRunner;
+use super::engine::{Engine, Serial, Submission};
+use super::generation::EndRules;
+use super::handle::{EngineHandle, EngineLimits, EngineParts, Fault, SpawnError};
+use super::shared::{Clock, Shared};
+use crate::types::{EngineStatus, Failure, GenerationEvent};
+
+/// Commands taken before a step; the others wait for the next.
+const MAX_COMMANDS_PER_STEP: usize = 4096;
+
+pub(super) enum EngineCommand {
+    Submit(Submission),
+    /// The stream of this request was dropped.
+    Cancel(Serial),
+    Drain {
+        deadline: Instant,
+        done: oneshot::Sender<()>,
+    },
+    InjectFault(Fault),
+}
+
+pub struct SteppedEngine {
+    engine: Engine,
+    shared: Arc<Shared>,
+    commands: Receiver<EngineCommand>,
+}
+
+impl SteppedEngine {
+    /// The configuration is valid. `clock` tells the engine how long its steps take, and others when it last moved.
+    pub fn new(
+        parts: EngineParts,
+        runner: Box<dyn ModelRunner>,
+        clock: Clock,
+    ) -> Result<(EngineHandle, Self), SpawnError> {
+        let limits = EngineLimits::new(&parts.config, runner.as_ref())?;
+        let num_reserved = runner.num_blocks() - limits.num_blocks;
+        let shared = Arc::new(Shared::new(clock, limits.num_blocks));
+        let rules = EndRules {
+            eos_token_ids: parts.eos_token_ids.into(),
+            stop_texts: parts.stop_texts,
+            vocab_size: limits.vocab_size,
+            max_model_len: limits.max_model_len,
+        };
+        let engine = Engine::new(&parts.config, runner, rules, num_reserved, Arc::clone(&shared), parts.on_step);
+        let (sender, commands) = channel();
+        let handle =
+            EngineHandle::new(sender, Arc::clone(&shared), limits, parts.config.max_num_requests, parts.fingerprint);
+        Ok((handle, Self { engine, shared, commands }))
+    }
+
+    /// Nothing is here to compute; what has been asked for since the last step is not seen yet.
+    pub fn is_idle(&self) -> bool {
+        self.engine.is_idle()
+    }
+
+    /// Takes what was asked for, and computes one step if there is anything to compute. An error is final.
+    pub fn step(&mut self) -> Result<(), Failure> {
+        let Self { engine, commands, .. } = self;
+        commands.try_iter().take(MAX_COMMANDS_PER_STEP).for_each(|command| obey(engine, command));
+        self.engine.step(self.shared.now())
+    }
+
+    /// Waits for something to do, at most so long. False once nobody is left who could ask.
+    pub(super) fn wait(&mut self, limit: Duration) -> bool {
+        let is_asked_for = match self.commands.recv_timeout(limit) {
+            Ok(command) => {
+                obey(&mut self.engine, command);
+                true
+            }
+            Err(RecvTimeoutError::Timeout) => true,
+            Err(RecvTimeoutError::Disconnected) => false,
+        };
+        self.shared.beat();
+        is_asked_for
+    }
+
+    /// The engine has failed: ends every stream, and the handle refuses from now on.
+    pub fn fail(&mut self, failure: &Failure) {
+        self.end();
+        self.engine.fail_all(failure);
+        self.commands.try_iter().for_each(|command| refuse(command, failure));
+    }
+
+    /// As a failed engine: answers whatever still arrives, until nobody is left who could ask.
+    pub(super) fn refuse_forever(&mut self, failure: &Failure) {
+        self.commands.iter().for_each(|command| refuse(command, failure));
+    }
+
+    /// Nothing runs any more.
+    pub(super) fn end(&self) {
+        self.shared.update(|status| {
+            *status = EngineStatus { alive: false, running: 0, waiting: 0, waiting_tokens: 0, ..status.clone() }
+        });
+    }
+}
+
+fn obey(engine: &mut Engine, command: EngineCommand) {
+    match command {
+        EngineCommand::Submit(submission) => engine.submit(submission),
+        EngineCommand::Cancel(serial) => engine.cancel(serial),
+        EngineCommand::Drain { deadline, done } => engine.drain(deadline, done),
+        EngineCommand::InjectFault(Fault::Hang(time)) => {
+            warn!(?time, "standing still, as fault injection asks");
+            thread::sleep(time);
+        }
+        EngineCommand::InjectFault(Fault::Panic) => panic!("fault injection asks for a panic"),
+        EngineCommand::InjectFault(Fault::CorruptWeights) => engine.corrupt_weights(),
+        EngineCommand::InjectFault(Fault::NanLogits) => engine.spoil_logits(),
+    }
+}
+
+fn refuse(command: EngineCommand, failure: &Failure) {
+    if let EngineCommand::Submit(submission) = command {
+        // Nobody may be listening any more.
+        let _ = submission.events.send(GenerationEvent::Failed(failure.clone()));
+    }
+}
