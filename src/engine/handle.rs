@@ -24,8 +24,7 @@ use super::generation::StopTexts;
 use super::shared::Shared;
 use super::stepped::{EngineCommand, SteppedEngine};
 use crate::types::{
-    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationEvent, GenerationStream,
-    TokenId,
+    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId,
 };
 
 /// An idle engine wakes this often to show that it lives.

@@ -26,8 +26,8 @@ const LEAST_FACTOR: f64 = 0.05;
 /// What `Degraded` leaves of it.
 const DEGRADED: f64 = 0.3;
 
-/// Fullness of its queue from which the queue may be why a node is not ready.
-const QUEUE_MATTERS: f64 = 0.5;
+/// As the readiness verdict spells that a queue is too full.
+const SATURATED: &str = "saturated";
 /// Tokens of the prompt, more than here, that make a peer's cache worth a hop.
 const WORTH_A_HOP: usize = 512;
 /// Weight of a candidate that holds the whole prompt, compared with one that holds nothing of it.
@@ -134,7 +134,7 @@ fn is_usable(candidate: &Candidate<'_>, is_continuation: bool) -> bool {
 
 /// Its queue is all that is wrong with it: it computes well, but others should be asked first.
 fn is_unready_by_queue(report: &LoadReport) -> bool {
-    !report.ready && report.reasons.len() <= 1 && sane(report.queue_saturation) >= QUEUE_MATTERS
+    !report.reasons.is_empty() && report.reasons.iter().all(|reason| reason == SATURATED)
 }
 
 /// A usable candidate, as this request finds it.

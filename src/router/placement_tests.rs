@@ -159,7 +159,8 @@ fn who_cannot_serve_is_left_out() {
         LoadReport { state: NodeState::Draining, ..idle() },
         LoadReport { state: NodeState::Stopped, ..idle() },
         LoadReport { state: NodeState::Failed, ..idle() },
-        LoadReport { ready: false, reasons: vec!["the device is gone".into()], ..idle() },
+        LoadReport { ready: false, reasons: vec!["device_lost".into()], ..queueing(0.9) },
+        LoadReport { ready: false, ..queueing(0.9) },
     ];
     for strategy in Strategy::ALL {
         for request in [REQUEST, CONTINUATION] {
@@ -176,7 +177,7 @@ fn who_cannot_serve_is_left_out() {
 
 #[test]
 fn a_full_queue_alone_makes_nobody_useless() {
-    let saturated = LoadReport { ready: false, reasons: vec!["the queue is 95 % full".into()], ..queueing(0.95) };
+    let saturated = LoadReport { ready: false, reasons: vec!["saturated".into()], ..queueing(0.95) };
     let free = idle();
     for request in [REQUEST, CONTINUATION] {
         assert_eq!(only(Strategy::Balanced, &request, &[peer(&saturated), peer(&free)]), 1);
