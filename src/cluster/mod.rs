@@ -9,6 +9,7 @@ mod journal_store;
 pub mod key;
 pub mod load_report;
 pub mod rendezvous;
+pub mod tls;
 pub mod transport;
 pub mod view;
 
