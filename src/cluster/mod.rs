@@ -12,6 +12,7 @@ pub mod rendezvous;
 pub mod tls;
 pub mod transport;
 pub mod view;
+pub mod wire;
 
 pub use config::Config;
 pub use journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};
