@@ -8,6 +8,7 @@ pub mod journal;
 mod journal_store;
 pub mod key;
 pub mod load_report;
+pub mod peer_client;
 pub mod rendezvous;
 pub mod tls;
 pub mod transport;
