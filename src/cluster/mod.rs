@@ -4,16 +4,16 @@
 //! Knows nothing of engines and of requests beyond what crosses the wire; which node serves a request, the router decides.
 
 pub mod config;
+pub mod gossip;
 pub mod journal;
 mod journal_store;
 pub mod key;
 pub mod load_report;
-pub mod peer_client;
+pub mod membership;
 pub mod rendezvous;
-pub mod tls;
+pub mod seal;
 pub mod transport;
 pub mod view;
-pub mod wire;
 
 pub use config::Config;
 pub use journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};

@@ -188,10 +188,6 @@ metrics! {
         "Connections accepted";
     http_connections_refused: Counter = Counter "outrigger_http_connections_refused_total" [] []
         "Connections answered 503 because max_connections was reached";
-    peer_connections: Gauge = Gauge "outrigger_peer_connections" [] []
-        "Open connections that peers have made";
-    peer_connections_refused: CounterVec<1> = Counter "outrigger_peer_connections_refused_total" ["reason"] []
-        "Connections to the peer address that were closed, by reason (handshake: no peer; full: too many)";
     probe_results: CounterVec<1> = Counter "outrigger_probe_results_total" ["result"] []
         "Synthetic inferences, by result";
     probe_duration: Histogram = Histogram "outrigger_probe_duration_seconds" [] (*PROBE_SECONDS)
@@ -222,6 +218,14 @@ metrics! {
         "Streams that began with fewer holders of their journal than there could have been";
     journal_fenced: Counter = Counter "outrigger_journal_fenced_total" [] []
         "Streams that another node had taken over while this one was away";
+    gossip_bytes: CounterVec<1> = Counter "outrigger_gossip_bytes_total" ["direction"] []
+        "Bytes of gossip between nodes, sealed, without the headers of UDP and IP";
+    gossip_drops: CounterVec<1> = Counter "outrigger_gossip_drops_total" ["reason"] []
+        "Gossip that was not delivered, by reason";
+    cluster_nodes: GaugeVec<1> = Gauge "outrigger_cluster_nodes" ["state"] []
+        "Other nodes of the cluster, alive and dead ones";
+    cluster_changes: CounterVec<1> = Counter "outrigger_cluster_changes_total" ["change"] []
+        "Nodes that joined, left, died, or were replaced by a later process of the same name";
     process_cpu_seconds: CounterF64 = Counter "process_cpu_seconds_total" [] []
         "User and system CPU seconds of this process";
     process_resident_memory: Gauge = Gauge "process_resident_memory_bytes" [] []
@@ -431,6 +435,10 @@ mod tests {
         metrics.rejections.with(["queue_full"]).inc();
         metrics.probe_results.with(["ok"]).inc();
         metrics.memory_pressure.with(["gpu"]).set(0.5);
+        metrics.gossip_bytes.with(["sent"]).inc();
+        metrics.gossip_drops.with(["replayed"]).inc();
+        metrics.cluster_nodes.with(["alive"]).set(2.0);
+        metrics.cluster_changes.with(["joined"]).inc();
         metrics.model.set(&["m", "abc"]);
         metrics.cache_config.set(&["16", "8", "true"]);
         let text = metrics.prometheus_text();

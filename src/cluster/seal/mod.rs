@@ -1,0 +1,284 @@
+//! Seals what nodes gossip. Without the cluster's key a datagram can neither be read, nor made, nor sent a second time.
+//!
+//! *Key and nonce.* Each run of a process is a session with a random name of 128 bits. Its key is derived from the cluster
+//! key, the purpose and that name (HKDF-SHA256); its datagrams are numbered, and the number is the nonce of
+//! ChaCha20-Poly1305. So a nonce repeats under a key only if two sessions draw the same name, for which 2^40 starts have a
+//! chance of 2^-49, or if a virtual machine is resumed twice from one snapshot, against which nothing here helps. The header
+//! and the cluster's name are authenticated with each datagram.
+//!
+//! *Replay.* A known session has a window of numbers; each passes once. A session is known only after it has answered this
+//! process's challenge: its datagrams show a cookie that this process gave it within the last minute, by this process's own
+//! clock. So what was recorded before this process started, or of a session that it has forgotten since (bounded table,
+//! idle sessions go), is answered with a challenge that a recording cannot meet. No clocks of two nodes are compared.
+//! What remains: somebody on the way may hold datagrams back, and deliver each once within the window, until the session has
+//! been silent for five minutes. Gossip is versioned, so late news changes nothing; a node that has just died can be made
+//! to look alive for as many datagrams as were held back.
+//!
+//! *Strangers* cost one key derivation and one failed tag for each datagram, and no memory.
+//!
+//! `Endpoint` is sans-IO: bytes in, bytes out, time passed in. `transport` moves the bytes.
+
+mod fragments;
+mod frame;
+mod keys;
+mod replay;
+mod sessions;
+#[cfg(test)]
+mod tests;
+pub mod transport;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use self::fragments::{Joined, Reassembly};
+use self::frame::{Challenge, Content, FRAGMENT_OVERHEAD, Frame};
+pub use self::keys::SessionId;
+use self::keys::{HEADER_BYTES, Header, Keys, SessionKey, TAG_BYTES};
+use self::sessions::{Cookie, NO_COOKIE, Sessions};
+use super::ClusterKey;
+
+/// Crosses every network in one piece: IPv6's least packet of 1280 bytes holds it with its headers.
+pub const MAX_DATAGRAM_BYTES: usize = 1200;
+/// Of a message in one datagram.
+const FRAGMENT_BYTES: usize = MAX_DATAGRAM_BYTES - HEADER_BYTES - TAG_BYTES - FRAGMENT_OVERHEAD;
+/// Addresses whose cookie is remembered.
+const MAX_COOKIES: usize = 1024;
+/// Datagrams whose address is remembered, for the challenges that they bring.
+const MAX_RECENT: usize = 1024;
+/// Bounds what a flood of recorded datagrams makes this node send.
+const MAX_CHALLENGES_PER_SECOND: u32 = 256;
+
+/// Why a datagram or a message was not delivered; the label of a metric.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum DropReason {
+    /// No datagram of this protocol, or one that its sender has made wrongly.
+    Malformed,
+    /// Another key or another cluster, or changed on the way.
+    Unauthenticated,
+    /// This node's own.
+    Own,
+    Replayed,
+    /// Its session has not yet answered a challenge.
+    Unproven,
+    /// Too many sessions.
+    Crowded,
+    /// Pieces of a message did not arrive.
+    Incomplete,
+    /// A message too long to send.
+    Oversized,
+    /// The operating system did not send it.
+    Unsent,
+}
+
+impl DropReason {
+    pub const ALL: [DropReason; 9] = [
+        DropReason::Malformed,
+        DropReason::Unauthenticated,
+        DropReason::Own,
+        DropReason::Replayed,
+        DropReason::Unproven,
+        DropReason::Crowded,
+        DropReason::Incomplete,
+        DropReason::Oversized,
+        DropReason::Unsent,
+    ];
+
+    pub fn label(self) -> &'static str {
+        match self {
+            DropReason::Malformed => "malformed",
+            DropReason::Unauthenticated => "unauthenticated",
+            DropReason::Own => "own",
+            DropReason::Replayed => "replayed",
+            DropReason::Unproven => "unproven",
+            DropReason::Crowded => "crowded",
+            DropReason::Incomplete => "incomplete",
+            DropReason::Oversized => "oversized",
+            DropReason::Unsent => "unsent",
+        }
+    }
+}
+
+/// What came of a datagram.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// A whole message, if this datagram completed one.
+    pub message: Option<Vec<u8>>,
+    /// A datagram to send back to where this one came from.
+    pub reply: Option<Vec<u8>>,
+    pub dropped: Option<DropReason>,
+}
+
+impl Received {
+    fn dropped(reason: DropReason) -> Self {
+        Self { dropped: Some(reason), ..Self::default() }
+    }
+}
+
+/// One process's end of all its conversations.
+pub struct Endpoint {
+    keys: Keys,
+    own: SessionId,
+    own_key: SessionKey,
+    /// Of the next datagram.
+    next_number: u64,
+    next_message: u32,
+    sessions: Sessions,
+    /// What the others want to see.
+    cookies: BTreeMap<SocketAddr, Cookie>,
+    /// Where the last datagrams went; the newest has number `next_number - 1`.
+    recent: VecDeque<SocketAddr>,
+    reassembly: Reassembly,
+    challenges: ChallengeBudget,
+}
+
+impl Endpoint {
+    /// `session` and `secret` are random, and never used before.
+    pub fn new(key: &ClusterKey, cluster_id: &str, session: SessionId, secret: [u8; 32], now: Instant) -> Self {
+        let keys = Keys::new(key, cluster_id);
+        Self {
+            own_key: keys.session(&session),
+            keys,
+            own: session,
+            next_number: 0,
+            next_message: 0,
+            sessions: Sessions::new(secret, now),
+            cookies: BTreeMap::new(),
+            recent: VecDeque::new(),
+            reassembly: Reassembly::default(),
+            challenges: ChallengeBudget { since: now, spent: 0 },
+        }
+    }
+
+    /// The datagrams of one message; `None` when it is too long.
+    pub fn seal(&mut self, to: SocketAddr, message: &[u8]) -> Option<Vec<Vec<u8>>> {
+        let fragments = fragments::split(self.next_message, message, FRAGMENT_BYTES)?;
+        self.next_message = self.next_message.wrapping_add(1);
+        Some(fragments.map(|fragment| self.seal_frame(to, Content::Fragment(fragment))).collect())
+    }
+
+    fn seal_frame(&mut self, to: SocketAddr, content: Content<'_>) -> Vec<u8> {
+        let cookie = self.cookies.get(&to).copied().unwrap_or(NO_COOKIE);
+        let header = Header { session: self.own, number: self.next_number };
+        self.next_number += 1;
+        if self.recent.len() == MAX_RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(to);
+        self.keys.seal(&self.own_key, header, &Frame { cookie, content }.encode())
+    }
+
+    /// `datagram` is overwritten.
+    pub fn receive(&mut self, from: SocketAddr, datagram: &mut [u8], now: Instant) -> Received {
+        let Some(header) = Header::decode(datagram).filter(|_| datagram.len() <= MAX_DATAGRAM_BYTES) else {
+            return Received::dropped(DropReason::Malformed);
+        };
+        if header.session == self.own {
+            return Received::dropped(DropReason::Own);
+        }
+        match self.sessions.key(&header.session, now) {
+            Some(key) => match self.keys.open(key, header, datagram) {
+                Some(frame) => self.receive_known(from, header, frame, now),
+                None => Received::dropped(DropReason::Unauthenticated),
+            },
+            None => {
+                let key = self.keys.session(&header.session);
+                match self.keys.open(&key, header, datagram) {
+                    Some(frame) => self.receive_unknown(from, header, key, frame, now),
+                    None => Received::dropped(DropReason::Unauthenticated),
+                }
+            }
+        }
+    }
+
+    /// How many messages were given up, since the last call, because pieces of them did not arrive.
+    pub fn take_incomplete(&mut self) -> u64 {
+        self.reassembly.take_given_up()
+    }
+
+    fn receive_known(&mut self, from: SocketAddr, header: Header, frame: &[u8], now: Instant) -> Received {
+        if !self.sessions.accept(&header.session, header.number, now) {
+            return Received::dropped(DropReason::Replayed);
+        }
+        match Frame::decode(frame) {
+            Some(frame) => self.deliver(from, header, frame.content, now),
+            None => Received::dropped(DropReason::Malformed),
+        }
+    }
+
+    fn receive_unknown(
+        &mut self,
+        from: SocketAddr,
+        header: Header,
+        key: SessionKey,
+        frame: &[u8],
+        now: Instant,
+    ) -> Received {
+        let Some(frame) = Frame::decode(frame) else { return Received::dropped(DropReason::Malformed) };
+        if self.sessions.is_good(&frame.cookie, &header.session, now) {
+            if !self.sessions.admit(header.session, key, header.number, now) {
+                return Received::dropped(DropReason::Crowded);
+            }
+            return self.deliver(from, header, frame.content, now);
+        }
+        // A challenge is heard from anybody, since it names a recent datagram of this very process; its answer below
+        // takes the other's challenge along.
+        if let Content::Challenge(challenge) = frame.content {
+            self.note_cookie(from, &challenge);
+        }
+        let reply = self.challenges.take(now).then(|| {
+            let cookie = self.sessions.cookie(&header.session, now);
+            let challenge = Challenge { session: header.session, number: header.number, cookie };
+            self.seal_frame(from, Content::Challenge(challenge))
+        });
+        Received { reply, ..Received::dropped(DropReason::Unproven) }
+    }
+
+    fn deliver(&mut self, from: SocketAddr, header: Header, content: Content<'_>, now: Instant) -> Received {
+        match content {
+            Content::Fragment(fragment) => match self.reassembly.add(header.session, fragment, now) {
+                Joined::Message(message) => Received { message: Some(message), ..Received::default() },
+                Joined::Waiting => Received::default(),
+                Joined::Unsound => Received::dropped(DropReason::Malformed),
+            },
+            Content::Challenge(challenge) if self.note_cookie(from, &challenge) => {
+                let reply = self.challenges.take(now).then(|| self.seal_frame(from, Content::Answer));
+                Received { reply, ..Received::default() }
+            }
+            Content::Challenge(_) | Content::Answer => Received::default(),
+        }
+    }
+
+    /// Remembers what a challenge wants to see, if it answers a recent datagram of this process. The other may be reached
+    /// under another address than the one that it sends from.
+    fn note_cookie(&mut self, from: SocketAddr, challenge: &Challenge) -> bool {
+        let age = self.next_number.checked_sub(challenge.number).filter(|_| challenge.session == self.own);
+        let sent = age.and_then(|age| self.recent.len().checked_sub(usize::try_from(age).ok()?));
+        let Some(to) = sent.and_then(|at| self.recent.get(at)).copied() else { return false };
+        for address in [to, from] {
+            if self.cookies.len() >= MAX_COOKIES && !self.cookies.contains_key(&address) {
+                self.cookies.pop_first();
+            }
+            self.cookies.insert(address, challenge.cookie);
+        }
+        true
+    }
+}
+
+/// Challenges of the current second.
+struct ChallengeBudget {
+    since: Instant,
+    spent: u32,
+}
+
+impl ChallengeBudget {
+    fn take(&mut self, now: Instant) -> bool {
+        if now.saturating_duration_since(self.since) >= Duration::from_secs(1) {
+            (self.since, self.spent) = (now, 0);
+        }
+        self.spent += 1;
+        self.spent <= MAX_CHALLENGES_PER_SECOND
+    }
+}

@@ -1,0 +1,167 @@
+//! Chitchat's transport, sealed. A broken datagram or address never ends it: what cannot be sent or understood is counted.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use chitchat::transport::{Socket, Transport};
+use chitchat::{ChitchatMessage, Deserializable, Serializable};
+use futures::future::BoxFuture;
+use parking_lot::Mutex;
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::net::UdpSocket;
+use tokio::time::Instant;
+
+use super::{DropReason, Endpoint, MAX_DATAGRAM_BYTES};
+use crate::cluster::ClusterKey;
+use crate::observability::Metrics;
+
+/// After an error of the socket itself, so that a lasting one does not keep a core busy.
+const ERROR_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where datagrams come from and go to.
+pub trait Datagrams: Send + Sync + 'static {
+    /// The length and the sender of the next datagram. May be dropped at any time without losing one. A longer one than
+    /// the buffer is cut.
+    fn receive<'a>(&'a self, buffer: &'a mut [u8]) -> BoxFuture<'a, io::Result<(usize, SocketAddr)>>;
+
+    fn send<'a>(&'a self, datagram: &'a [u8], to: SocketAddr) -> BoxFuture<'a, io::Result<()>>;
+
+    fn local_addr(&self) -> io::Result<SocketAddr>;
+}
+
+impl Datagrams for UdpSocket {
+    fn receive<'a>(&'a self, buffer: &'a mut [u8]) -> BoxFuture<'a, io::Result<(usize, SocketAddr)>> {
+        Box::pin(self.recv_from(buffer))
+    }
+
+    fn send<'a>(&'a self, datagram: &'a [u8], to: SocketAddr) -> BoxFuture<'a, io::Result<()>> {
+        Box::pin(async move { self.send_to(datagram, to).await.map(|_| ()) })
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        UdpSocket::local_addr(self)
+    }
+}
+
+/// Hands chitchat sockets that share one set of datagrams: of two, the later one takes over.
+pub struct SealedTransport {
+    datagrams: Arc<dyn Datagrams>,
+    endpoint: Arc<Mutex<Endpoint>>,
+    metrics: Arc<Metrics>,
+}
+
+impl SealedTransport {
+    /// Draws the session.
+    pub fn new(
+        datagrams: Arc<dyn Datagrams>,
+        key: &ClusterKey,
+        cluster_id: &str,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, NoRandomness> {
+        let (session, secret) = (random()?, random()?);
+        let endpoint = Endpoint::new(key, cluster_id, session, secret, Instant::now());
+        Ok(Self { datagrams, endpoint: Arc::new(Mutex::new(endpoint)), metrics })
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("the operating system gives no random bytes")]
+pub struct NoRandomness;
+
+fn random<const N: usize>() -> Result<[u8; N], NoRandomness> {
+    let mut bytes = [0; N];
+    SystemRandom::new().fill(&mut bytes).map_err(|_| NoRandomness)?;
+    Ok(bytes)
+}
+
+#[async_trait]
+impl Transport for SealedTransport {
+    /// The address has been bound already.
+    async fn open(&self, _: SocketAddr) -> anyhow::Result<Box<dyn Socket>> {
+        Ok(Box::new(SealedSocket {
+            datagrams: Arc::clone(&self.datagrams),
+            endpoint: Arc::clone(&self.endpoint),
+            metrics: Arc::clone(&self.metrics),
+            // One byte more than fits tells what was cut.
+            buffer: Box::new([0; MAX_DATAGRAM_BYTES + 1]),
+        }))
+    }
+}
+
+struct SealedSocket {
+    datagrams: Arc<dyn Datagrams>,
+    endpoint: Arc<Mutex<Endpoint>>,
+    metrics: Arc<Metrics>,
+    buffer: Box<[u8; MAX_DATAGRAM_BYTES + 1]>,
+}
+
+#[async_trait]
+impl Socket for SealedSocket {
+    async fn send(&mut self, to: SocketAddr, message: ChitchatMessage) -> anyhow::Result<()> {
+        let sealed = self.endpoint.lock().seal(to, &message.serialize_to_vec());
+        let Some(datagrams) = sealed else {
+            self.count_drop(DropReason::Oversized);
+            return Ok(());
+        };
+        for datagram in &datagrams {
+            self.send_datagram(datagram, to).await;
+        }
+        Ok(())
+    }
+
+    async fn recv(&mut self) -> anyhow::Result<(SocketAddr, ChitchatMessage)> {
+        loop {
+            let (len, from) = match self.datagrams.receive(&mut self.buffer[..]).await {
+                Ok(received) => received,
+                Err(error) => {
+                    tracing::debug!(%error, "the gossip socket reports an error");
+                    tokio::time::sleep(ERROR_PAUSE).await;
+                    continue;
+                }
+            };
+            // No await from here to the return of a message: chitchat drops this future whenever something else happens.
+            self.metrics.gossip_bytes.with(["received"]).inc_by(len as u64);
+            let (received, incomplete) = {
+                let mut endpoint = self.endpoint.lock();
+                let received = endpoint.receive(from, &mut self.buffer[..len], Instant::now());
+                (received, endpoint.take_incomplete())
+            };
+            if incomplete > 0 {
+                self.metrics.gossip_drops.with([DropReason::Incomplete.label()]).inc_by(incomplete);
+            }
+            if let Some(reason) = received.dropped {
+                self.count_drop(reason);
+            }
+            if let Some(message) = received.message {
+                match ChitchatMessage::deserialize(&mut message.as_slice()) {
+                    Ok(message) => return Ok((from, message)),
+                    Err(_) => self.count_drop(DropReason::Malformed),
+                }
+            }
+            if let Some(reply) = received.reply {
+                self.send_datagram(&reply, from).await;
+            }
+        }
+    }
+}
+
+impl SealedSocket {
+    async fn send_datagram(&self, datagram: &[u8], to: SocketAddr) {
+        match self.datagrams.send(datagram, to).await {
+            Ok(()) => {
+                self.metrics.gossip_bytes.with(["sent"]).inc_by(datagram.len() as u64);
+            }
+            Err(error) => {
+                tracing::debug!(%to, %error, "gossip was not sent");
+                self.count_drop(DropReason::Unsent);
+            }
+        }
+    }
+
+    fn count_drop(&self, reason: DropReason) {
+        self.metrics.gossip_drops.with([reason.label()]).inc();
+    }
+}
