@@ -1,0 +1,485 @@
+//! What nodes tell of themselves, as the text values that gossip carries, and back. Whatever comes from the wire is checked
+//! against the bounds of `load_report`. Pure.
+//!
+//! A value is Postcard, seven bits to a character: chitchat carries text, and short text. Numbers are rounded to what a
+//! decision could notice, so that noise stays short.
+
+use serde::{Deserialize, Serialize};
+
+use super::load_report::{
+    LoadReport, MAX_HOT_PREFIXES, MAX_REASON_BYTES, MAX_REASONS, ModelReport, NodeDescription, PROTOCOL_VERSION,
+};
+use crate::types::NodeState;
+
+/// Of the text of a report or a list of prefixes, and of a description.
+pub const MAX_REPORT_BYTES: usize = 1024;
+pub const MAX_DESCRIPTION_BYTES: usize = 8 << 10;
+/// Models in a description, names of each, and bytes of any name in it.
+pub const MAX_MODELS: usize = 32;
+pub const MAX_NAMES: usize = 16;
+pub const MAX_NAME_BYTES: usize = 256;
+
+/// Smallest changes that are told apart.
+const RATIO_STEPS: f32 = 1000.0;
+const FIRST_TOKEN_STEP_SECONDS: f32 = 1e-4;
+const TOKEN_STEP_SECONDS: f32 = 1e-6;
+const RATE_STEP: f32 = 0.1;
+
+/// Why a value from the wire is not taken.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum GossipError {
+    #[error("the node speaks protocol {0}, this one {PROTOCOL_VERSION}")]
+    OtherProtocol(u16),
+    #[error("the value is malformed or beyond its bounds")]
+    Malformed,
+}
+
+/// A report without its prefixes, which change at another pace.
+#[derive(Serialize, Deserialize)]
+struct WireReport {
+    /// Differs from the last one's, so that an unchanged report is news as well.
+    sequence: u8,
+    state: NodeState,
+    ready: bool,
+    reasons: Vec<String>,
+    running: u32,
+    waiting: u32,
+    waiting_tokens: u64,
+    seats: u32,
+    queue_saturation: u16,
+    kv_usage: u16,
+    memory_pressure: u16,
+    time_to_first_token: u32,
+    inter_token_latency: u32,
+    drain_tokens_per_second: u32,
+    free_token_budget: u64,
+}
+
+/// The report but for its prefixes. Reasons are cut to their bounds, numbers to their ranges.
+pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
+    let ratio = |value: f32| (value.clamp(0.0, 1.0) * RATIO_STEPS).round() as u16;
+    let steps = |value: f32, step: f32| (value / step).round() as u32;
+    let wire = WireReport {
+        sequence,
+        state: report.state,
+        ready: report.ready,
+        reasons: report.reasons.iter().take(MAX_REASONS).map(|reason| cut(reason, MAX_REASON_BYTES)).collect(),
+        running: report.running,
+        waiting: report.waiting,
+        waiting_tokens: report.waiting_tokens,
+        seats: report.seats,
+        queue_saturation: ratio(report.queue_saturation),
+        kv_usage: ratio(report.kv_usage),
+        memory_pressure: ratio(report.memory_pressure),
+        time_to_first_token: steps(report.time_to_first_token, FIRST_TOKEN_STEP_SECONDS),
+        inter_token_latency: steps(report.inter_token_latency, TOKEN_STEP_SECONDS),
+        drain_tokens_per_second: steps(report.drain_tokens_per_second, RATE_STEP),
+        free_token_budget: report.free_token_budget,
+    };
+    to_text(&wire)
+}
+
+/// The report, without prefixes.
+pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
+    let wire: WireReport = from_text(text, MAX_REPORT_BYTES)?;
+    let ratios = [wire.queue_saturation, wire.kv_usage, wire.memory_pressure];
+    let is_within = ratios.iter().all(|&ratio| f32::from(ratio) <= RATIO_STEPS)
+        && wire.reasons.len() <= MAX_REASONS
+        && wire.reasons.iter().all(|reason| reason.len() <= MAX_REASON_BYTES);
+    if !is_within {
+        return Err(GossipError::Malformed);
+    }
+    Ok(LoadReport {
+        state: wire.state,
+        ready: wire.ready,
+        reasons: wire.reasons,
+        running: wire.running,
+        waiting: wire.waiting,
+        waiting_tokens: wire.waiting_tokens,
+        seats: wire.seats,
+        queue_saturation: f32::from(wire.queue_saturation) / RATIO_STEPS,
+        kv_usage: f32::from(wire.kv_usage) / RATIO_STEPS,
+        memory_pressure: f32::from(wire.memory_pressure) / RATIO_STEPS,
+        time_to_first_token: wire.time_to_first_token as f32 * FIRST_TOKEN_STEP_SECONDS,
+        inter_token_latency: wire.inter_token_latency as f32 * TOKEN_STEP_SECONDS,
+        drain_tokens_per_second: wire.drain_tokens_per_second as f32 * RATE_STEP,
+        free_token_budget: wire.free_token_budget,
+        hot_prefixes: Vec::new(),
+    })
+}
+
+/// The hottest prefixes, in their order.
+pub fn encode_prefixes(hashes: &[u32]) -> String {
+    let bytes: Vec<u8> = hashes.iter().take(MAX_HOT_PREFIXES).flat_map(|hash| hash.to_le_bytes()).collect();
+    pack(&bytes)
+}
+
+pub fn decode_prefixes(text: &str) -> Result<Vec<u32>, GossipError> {
+    let bytes = unpack(text, MAX_REPORT_BYTES)?;
+    let (hashes, rest) = bytes.as_chunks();
+    if hashes.len() > MAX_HOT_PREFIXES || !rest.is_empty() {
+        return Err(GossipError::Malformed);
+    }
+    Ok(hashes.iter().map(|hash| u32::from_le_bytes(*hash)).collect())
+}
+
+/// The description; what goes beyond its bounds is left out, names as a whole, since half a name is another one.
+pub fn encode_description(description: &NodeDescription) -> String {
+    let fits = |name: &String| name.len() <= MAX_NAME_BYTES;
+    let bounded = |model: &ModelReport| ModelReport {
+        names: model.names.iter().filter(|name| fits(name)).take(MAX_NAMES).cloned().collect(),
+        ..model.clone()
+    };
+    let is_whole = |model: &ModelReport| {
+        !model.names.is_empty()
+            && [model.fingerprint.as_str(), &model.tokenizer].iter().all(|id| id.len() <= MAX_NAME_BYTES)
+    };
+    let mut wire = NodeDescription {
+        version: cut(&description.version, MAX_NAME_BYTES),
+        zone: cut(&description.zone, MAX_NAME_BYTES),
+        models: description.models.iter().map(bounded).filter(is_whole).take(MAX_MODELS).collect(),
+        ..description.clone()
+    };
+    loop {
+        let text = to_text(&wire);
+        if text.len() <= MAX_DESCRIPTION_BYTES {
+            return text;
+        }
+        wire.models.pop().expect("a description without models is within its bound");
+    }
+}
+
+/// Of another protocol, only the number is read.
+pub fn decode_description(text: &str) -> Result<NodeDescription, GossipError> {
+    let bytes = unpack(text, MAX_DESCRIPTION_BYTES)?;
+    let (protocol, _) = postcard::take_from_bytes::<u16>(&bytes).map_err(|_| GossipError::Malformed)?;
+    if protocol != PROTOCOL_VERSION {
+        return Err(GossipError::OtherProtocol(protocol));
+    }
+    let description: NodeDescription = postcard::from_bytes(&bytes).map_err(|_| GossipError::Malformed)?;
+    let is_short = |name: &str| name.len() <= MAX_NAME_BYTES;
+    let is_sound = |model: &ModelReport| {
+        (1..=MAX_NAMES).contains(&model.names.len())
+            && model.names.iter().all(|name| is_short(name))
+            && is_short(model.fingerprint.as_str())
+            && is_short(&model.tokenizer)
+    };
+    let is_within = description.models.len() <= MAX_MODELS
+        && description.models.iter().all(is_sound)
+        && is_short(&description.version)
+        && is_short(&description.zone)
+        && description.peer_addr.port() != 0
+        && !description.peer_addr.ip().is_unspecified();
+    if is_within { Ok(description) } else { Err(GossipError::Malformed) }
+}
+
+/// How soon the others should hear of a change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Urgency {
+    /// Noise.
+    None,
+    /// With the next round.
+    Routine,
+    /// At once: it decides whether the node gets traffic at all.
+    Urgent,
+}
+
+/// What is new in `next` for those who have `told`. Prefixes are told apart from the rest, and do not count here.
+pub fn urgency(told: &LoadReport, next: &LoadReport) -> Urgency {
+    if told.state != next.state || told.ready != next.ready {
+        return Urgency::Urgent;
+    }
+    let counts = [
+        (told.running.into(), next.running.into()),
+        (told.waiting.into(), next.waiting.into()),
+        (told.seats.into(), next.seats.into()),
+        (told.waiting_tokens, next.waiting_tokens),
+        (told.free_token_budget, next.free_token_budget),
+    ];
+    let ratios = [
+        (told.queue_saturation, next.queue_saturation),
+        (told.kv_usage, next.kv_usage),
+        (told.memory_pressure, next.memory_pressure),
+    ];
+    let measures = [
+        (told.time_to_first_token, next.time_to_first_token),
+        (told.inter_token_latency, next.inter_token_latency),
+        (told.drain_tokens_per_second, next.drain_tokens_per_second),
+    ];
+    let is_news = told.reasons != next.reasons
+        || counts.iter().any(|&(told, next): &(u64, u64)| told.abs_diff(next) > told / 16)
+        || ratios.iter().any(|&(told, next)| (told - next).abs() > 0.02)
+        || measures.iter().any(|&(told, next)| (told - next).abs() > told.abs() / 10.0);
+    if is_news { Urgency::Routine } else { Urgency::None }
+}
+
+/// At most `max` bytes of `text`, whole characters.
+fn cut(text: &str, max: usize) -> String {
+    text[..text.floor_char_boundary(max)].to_owned()
+}
+
+fn to_text<T: Serialize>(value: &T) -> String {
+    pack(&postcard::to_stdvec(value).expect("plain data always encodes"))
+}
+
+fn from_text<T: for<'de> Deserialize<'de>>(text: &str, max_bytes: usize) -> Result<T, GossipError> {
+    postcard::from_bytes(&unpack(text, max_bytes)?).map_err(|_| GossipError::Malformed)
+}
+
+/// Bytes as ASCII, seven bits to a character, the lowest first; the last character's spare bits are zeros.
+fn pack(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity((bytes.len() * 8).div_ceil(7));
+    let (mut held, mut bits) = (0u32, 0);
+    for &byte in bytes {
+        held |= u32::from(byte) << bits;
+        bits += 8;
+        while bits >= 7 {
+            text.push(char::from((held & 0x7f) as u8));
+            held >>= 7;
+            bits -= 7;
+        }
+    }
+    if bits > 0 {
+        text.push(char::from(held as u8));
+    }
+    text
+}
+
+fn unpack(text: &str, max_bytes: usize) -> Result<Vec<u8>, GossipError> {
+    if text.len() > max_bytes || !text.is_ascii() {
+        return Err(GossipError::Malformed);
+    }
+    let mut bytes = Vec::with_capacity(text.len() * 7 / 8);
+    let (mut held, mut bits) = (0u32, 0);
+    for character in text.bytes() {
+        held |= u32::from(character) << bits;
+        bits += 7;
+        if bits >= 8 {
+            bytes.push((held & 0xff) as u8);
+            held >>= 8;
+            bits -= 8;
+        }
+    }
+    if held != 0 || bits >= 7 { Err(GossipError::Malformed) } else { Ok(bytes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::types::Fingerprint;
+
+    prop_compose! {
+        fn reports()(
+            state in prop::sample::select(vec![
+                NodeState::Starting, NodeState::Warming, NodeState::Ready, NodeState::Degraded, NodeState::Draining,
+                NodeState::Stopped, NodeState::Failed,
+            ]),
+            ready: bool,
+            reasons in prop::collection::vec("\\PC{0,60}", 0..6),
+            counts: (u32, u32, u64, u32, u64),
+            ratios: (f32, f32, f32),
+            measures: (f32, f32, f32),
+            hot_prefixes in prop::collection::vec(any::<u32>(), 0..100),
+        ) -> LoadReport {
+            LoadReport {
+                state, ready, reasons,
+                running: counts.0, waiting: counts.1, waiting_tokens: counts.2, seats: counts.3,
+                queue_saturation: ratios.0, kv_usage: ratios.1, memory_pressure: ratios.2,
+                time_to_first_token: measures.0, inter_token_latency: measures.1, drain_tokens_per_second: measures.2,
+                free_token_budget: counts.4, hot_prefixes,
+            }
+        }
+    }
+
+    fn description(models: Vec<ModelReport>) -> NodeDescription {
+        NodeDescription {
+            protocol: PROTOCOL_VERSION,
+            version: "0.1.0".into(),
+            peer_addr: "10.0.0.1:7947".parse().expect("an address"),
+            zone: "a".into(),
+            models,
+        }
+    }
+
+    fn model(names: Vec<String>) -> ModelReport {
+        ModelReport {
+            names,
+            fingerprint: Fingerprint::new("0".repeat(64)),
+            tokenizer: "1".repeat(64),
+            max_model_len: 8192,
+            created: 1_700_000_000,
+        }
+    }
+
+    /// As it would come out.
+    fn through(report: &LoadReport) -> LoadReport {
+        let hot_prefixes = decode_prefixes(&encode_prefixes(&report.hot_prefixes)).expect("our own");
+        LoadReport { hot_prefixes, ..decode_report(&encode_report(report, 7)).expect("our own") }
+    }
+
+    #[test]
+    fn an_ordinary_report_comes_back_nearly_exact() {
+        let report = LoadReport {
+            state: NodeState::Degraded,
+            ready: true,
+            reasons: vec!["The probe is slow: 812 ms.".into()],
+            running: 12,
+            waiting: 3,
+            waiting_tokens: 4711,
+            seats: 16,
+            queue_saturation: 0.375,
+            kv_usage: 0.5,
+            memory_pressure: 0.125,
+            time_to_first_token: 0.25,
+            inter_token_latency: 0.03125,
+            drain_tokens_per_second: 512.5,
+            free_token_budget: 100_000,
+            hot_prefixes: vec![1, u32::MAX, 3],
+        };
+        let back = through(&report);
+        let near = |a: f32, b: f32| (a - b).abs() <= 1e-4 * b.abs();
+        assert!(near(back.time_to_first_token, 0.25) && near(back.inter_token_latency, 0.03125));
+        assert!(near(back.drain_tokens_per_second, 512.5));
+        let rounded = LoadReport {
+            time_to_first_token: back.time_to_first_token,
+            inter_token_latency: back.inter_token_latency,
+            drain_tokens_per_second: back.drain_tokens_per_second,
+            ..report
+        };
+        assert_eq!(back, rounded);
+        assert_ne!(encode_report(&back, 1), encode_report(&back, 2), "an unchanged report is news as well");
+    }
+
+    #[test]
+    fn the_largest_values_fit_their_bounds() {
+        let huge = LoadReport {
+            reasons: vec!["ß".repeat(500); 20],
+            running: u32::MAX,
+            waiting: u32::MAX,
+            waiting_tokens: u64::MAX,
+            seats: u32::MAX,
+            queue_saturation: f32::INFINITY,
+            kv_usage: f32::NAN,
+            memory_pressure: -1.0,
+            time_to_first_token: f32::MAX,
+            inter_token_latency: f32::MAX,
+            drain_tokens_per_second: f32::MAX,
+            free_token_budget: u64::MAX,
+            hot_prefixes: vec![u32::MAX; 1000],
+            ..LoadReport::default()
+        };
+        assert!(encode_report(&huge, 255).len() <= MAX_REPORT_BYTES);
+        assert!(encode_prefixes(&huge.hot_prefixes).len() <= MAX_REPORT_BYTES);
+        let back = through(&huge);
+        assert_eq!((back.reasons.len(), back.reasons[0].len()), (MAX_REASONS, MAX_REASON_BYTES));
+        assert_eq!((back.queue_saturation, back.kv_usage, back.memory_pressure), (1.0, 0.0, 0.0));
+        assert_eq!(back.hot_prefixes.len(), MAX_HOT_PREFIXES);
+
+        let mut names = vec!["n".repeat(MAX_NAME_BYTES + 1)];
+        names.extend((0..100).map(|number| format!("{number}-{}", "n".repeat(200))));
+        let crowded = description((0..100).map(|_| model(names.clone())).collect());
+        let text = encode_description(&crowded);
+        assert!(text.len() <= MAX_DESCRIPTION_BYTES);
+        let back = decode_description(&text).expect("our own");
+        assert!(!back.models.is_empty() && back.models.len() <= MAX_MODELS);
+        assert_eq!(back.models[0].names, crowded.models[0].names[1..=MAX_NAMES]);
+    }
+
+    #[test]
+    fn an_ordinary_idle_report_is_short() {
+        let text = encode_report(&LoadReport { seats: 16, free_token_budget: 65_536, ..LoadReport::default() }, 0);
+        assert!(text.len() <= 24, "{} bytes", text.len());
+    }
+
+    #[test]
+    fn another_protocol_is_recognised_whatever_follows_its_number() {
+        let mut bytes = postcard::to_stdvec(&(PROTOCOL_VERSION + 1)).expect("plain");
+        bytes.extend([0xff; 40]);
+        assert_eq!(decode_description(&pack(&bytes)), Err(GossipError::OtherProtocol(PROTOCOL_VERSION + 1)));
+        assert_eq!(decode_description(""), Err(GossipError::Malformed));
+        assert_eq!(decode_description("ä"), Err(GossipError::Malformed));
+    }
+
+    #[test]
+    fn an_address_that_cannot_be_called_is_refused() {
+        for addr in ["0.0.0.0:1", "[::]:1", "10.0.0.1:0"] {
+            let unreachable = NodeDescription { peer_addr: addr.parse().expect("an address"), ..description(vec![]) };
+            assert_eq!(decode_description(&encode_description(&unreachable)), Err(GossipError::Malformed), "{addr}");
+        }
+    }
+
+    #[test]
+    fn noise_is_not_told_and_what_matters_is() {
+        let told = LoadReport {
+            ready: true,
+            running: 32,
+            waiting_tokens: 1000,
+            kv_usage: 0.5,
+            inter_token_latency: 0.02,
+            ..LoadReport::default()
+        };
+        let of = |change: fn(&mut LoadReport)| {
+            let mut next = told.clone();
+            change(&mut next);
+            urgency(&told, &next)
+        };
+        assert_eq!(of(|_| {}), Urgency::None);
+        assert_eq!(of(|next| next.running += 1), Urgency::None);
+        assert_eq!(of(|next| next.running += 3), Urgency::Routine);
+        assert_eq!(of(|next| next.waiting += 1), Urgency::Routine);
+        assert_eq!(of(|next| next.waiting_tokens += 20), Urgency::None);
+        assert_eq!(of(|next| next.kv_usage += 0.01), Urgency::None);
+        assert_eq!(of(|next| next.kv_usage += 0.1), Urgency::Routine);
+        assert_eq!(of(|next| next.inter_token_latency = 0.021), Urgency::None);
+        assert_eq!(of(|next| next.inter_token_latency = 0.03), Urgency::Routine);
+        assert_eq!(of(|next| next.time_to_first_token = 0.1), Urgency::Routine);
+        assert_eq!(of(|next| next.hot_prefixes.push(1)), Urgency::None);
+        assert_eq!(of(|next| next.reasons.push("memory".into())), Urgency::Routine);
+        assert_eq!(of(|next| next.ready = false), Urgency::Urgent);
+        assert_eq!(of(|next| next.state = NodeState::Draining), Urgency::Urgent);
+    }
+
+    proptest! {
+        #[test]
+        fn every_report_goes_through_within_its_bounds(report in reports(), sequence: u8) {
+            prop_assert!(encode_report(&report, sequence).len() <= MAX_REPORT_BYTES);
+            let back = through(&report);
+            prop_assert_eq!((back.state, back.ready, back.running, back.waiting), (report.state, report.ready, report.running, report.waiting));
+            prop_assert_eq!((back.waiting_tokens, back.seats, back.free_token_budget), (report.waiting_tokens, report.seats, report.free_token_budget));
+            prop_assert!(report.hot_prefixes.starts_with(&back.hot_prefixes));
+            prop_assert!(report.reasons.iter().zip(&back.reasons).all(|(whole, cut)| whole.starts_with(cut.as_str())));
+            for ratio in [back.queue_saturation, back.kv_usage, back.memory_pressure] {
+                prop_assert!((0.0..=1.0).contains(&ratio));
+            }
+            for measure in [back.time_to_first_token, back.inter_token_latency, back.drain_tokens_per_second] {
+                prop_assert!(measure >= 0.0 && measure.is_finite());
+            }
+            let again = through(&back);
+            prop_assert_eq!(&again.reasons, &back.reasons);
+            prop_assert_eq!(urgency(&back, &again), Urgency::None, "what came through once goes through unchanged");
+        }
+
+        #[test]
+        fn descriptions_come_back(zone in "\\PC{0,20}", names in prop::collection::vec("[a-z/.-]{1,40}", 1..5), models in 0usize..4) {
+            let models = (0..models).map(|_| model(names.clone())).collect();
+            let description = NodeDescription { zone, ..description(models) };
+            prop_assert_eq!(decode_description(&encode_description(&description)), Ok(description));
+        }
+
+        #[test]
+        fn any_text_is_taken_or_refused(text in "\\PC{0,200}", bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+            for text in [text, pack(&bytes), pack(&[&[PROTOCOL_VERSION as u8][..], &bytes[..]].concat())] {
+                let _ = (decode_report(&text), decode_prefixes(&text), decode_description(&text));
+            }
+        }
+
+        #[test]
+        fn packing_is_exact(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let text = pack(&bytes);
+            prop_assert_eq!(text.len(), (bytes.len() * 8).div_ceil(7));
+            prop_assert_eq!(unpack(&text, text.len()), Ok(bytes));
+        }
+    }
+}
