@@ -12,7 +12,6 @@ mod json;
 pub mod model;
 mod observe;
 pub mod openai;
-pub mod peer;
 mod routes;
 pub mod server;
 mod state;

@@ -64,6 +64,22 @@ impl Config {
         self.gossip_addr.is_some()
     }
 
+    /// Where others gossip with this node, whose socket is bound to `bound`.
+    pub fn gossip_advertised(&self, bound: SocketAddr) -> SocketAddr {
+        self.gossip_advertise_addr.unwrap_or(bound)
+    }
+
+    /// Where to listen for the calls of peers; `None` in a cluster of one.
+    pub fn peer_listen_addr(&self) -> Option<SocketAddr> {
+        self.gossip_addr.map(|gossip_addr| self.peer_addr.unwrap_or(gossip_addr))
+    }
+
+    /// Where peers call this node, whose listener is bound to `bound`.
+    pub fn peer_advertised(&self, bound: SocketAddr) -> SocketAddr {
+        let same_host = |gossip: SocketAddr| SocketAddr::new(gossip.ip(), bound.port());
+        self.peer_advertise_addr.or(self.gossip_advertise_addr.map(same_host)).unwrap_or(bound)
+    }
+
     /// Reports every problem, with the key's name.
     pub fn validate(&self, problems: &mut Vec<String>) {
         if self.is_clustered() && self.cluster_key_file.is_none() {
@@ -85,7 +101,21 @@ impl Config {
             problems
                 .push("gossip_advertise_addr is required: gossip_addr is no address that others could reach".into());
         }
-        if unspecified(self.peer_addr) && self.peer_advertise_addr.is_none() && self.gossip_advertise_addr.is_none() {
+        for (key, addr) in
+            [("gossip_advertise_addr", self.gossip_advertise_addr), ("peer_advertise_addr", self.peer_advertise_addr)]
+        {
+            if addr.is_some_and(|addr| addr.ip().is_unspecified() || addr.port() == 0) {
+                problems.push(format!("{key} must be an address that others can reach"));
+            }
+        }
+        for peer in &self.peers {
+            let is_named =
+                |(host, port): (&str, &str)| !host.is_empty() && port.parse().is_ok_and(|port: u16| port > 0);
+            if !peer.rsplit_once(':').is_some_and(is_named) {
+                problems.push(format!("peers: `{peer}` is not `host:port`"));
+            }
+        }
+        if unspecified(self.peer_addr) && self.peer_advertise_addr.or(self.gossip_advertise_addr).is_none() {
             problems.push("peer_advertise_addr is required: peer_addr is no address that others could reach".into());
         }
         let files = [&self.peer_tls_cert_file, &self.peer_tls_key_file, &self.peer_tls_ca_file];
@@ -105,6 +135,74 @@ impl Config {
             if name.is_some_and(|name| name.len() > 64) {
                 problems.push(format!("{key} must have at most 64 bytes"));
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addr(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    fn clustered(gossip_addr: &str) -> Config {
+        let cluster_key_file = Some("key".into());
+        Config { gossip_addr: Some(addr(gossip_addr)), cluster_key_file, ..Config::default() }
+    }
+
+    fn problems(config: &Config) -> Vec<String> {
+        let mut problems = Vec::new();
+        config.validate(&mut problems);
+        problems
+    }
+
+    #[test]
+    fn peers_call_beside_the_gossip_unless_said_otherwise() {
+        let config = clustered("10.0.0.1:7946");
+        assert_eq!(config.peer_listen_addr(), Some(addr("10.0.0.1:7946")));
+        assert_eq!(config.gossip_advertised(addr("10.0.0.1:7946")), addr("10.0.0.1:7946"));
+        assert_eq!(config.peer_advertised(addr("10.0.0.1:7946")), addr("10.0.0.1:7946"));
+        let apart = Config { peer_addr: Some(addr("10.0.0.1:7947")), ..config };
+        assert_eq!(apart.peer_listen_addr(), Some(addr("10.0.0.1:7947")));
+        assert_eq!(Config::default().peer_listen_addr(), None);
+    }
+
+    #[test]
+    fn the_host_that_gossip_advertises_holds_for_peers_as_well() {
+        let config = Config { gossip_advertise_addr: Some(addr("192.0.2.1:5")), ..clustered("0.0.0.0:7946") };
+        assert_eq!(config.gossip_advertised(addr("0.0.0.0:7946")), addr("192.0.2.1:5"));
+        assert_eq!(config.peer_advertised(addr("0.0.0.0:7000")), addr("192.0.2.1:7000"));
+        let own = Config { peer_advertise_addr: Some(addr("192.0.2.2:9")), ..config };
+        assert_eq!(own.peer_advertised(addr("0.0.0.0:7000")), addr("192.0.2.2:9"));
+    }
+
+    #[test]
+    fn addresses_that_nobody_could_reach_are_reported() {
+        let found = |config: Config| problems(&config).join("\n");
+        assert_eq!(found(clustered("10.0.0.1:7946")), "");
+        assert!(found(clustered("0.0.0.0:7946")).contains("gossip_advertise_addr is required"));
+        for advertised in ["0.0.0.0:1", "10.0.0.1:0"] {
+            let config = Config { gossip_advertise_addr: Some(addr(advertised)), ..clustered("0.0.0.0:7946") };
+            assert!(found(config).contains("gossip_advertise_addr must be"), "{advertised}");
+        }
+    }
+
+    #[test]
+    fn peers_have_a_host_and_a_port() {
+        for (peer, is_sound) in [
+            ("10.0.0.1:7946", true),
+            ("[::1]:7946", true),
+            ("outrigger.default.svc:7946", true),
+            ("outrigger", false),
+            (":7946", false),
+            ("outrigger:", false),
+            ("outrigger:http", false),
+            ("outrigger:0", false),
+        ] {
+            let config = Config { peers: vec![peer.into()], ..clustered("10.0.0.1:7946") };
+            assert_eq!(problems(&config).is_empty(), is_sound, "{peer}");
         }
     }
 }

@@ -2,7 +2,6 @@
 
 mod chat;
 mod completions;
-mod peer;
 mod refusals;
 mod sockets;
 mod streams;

@@ -1,0 +1,146 @@
+//! Who else is there: this node's part in the gossip, and the view that comes of it.
+//!
+//! Chitchat keeps each node's key-values and heartbeats in step and judges by phi accrual who lives. Around it: sealed
+//! datagrams (`seal`), values (`gossip`), the choice of peers to begin with (`seeds`), and what the view is made of
+//! (`roster`). One task owns all of it; `Membership` is its handle.
+
+mod damping;
+mod publisher;
+mod roster;
+mod seeds;
+mod task;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use tokio::net::UdpSocket;
+use tokio::sync::{oneshot, watch};
+use uuid::Uuid;
+
+use self::task::{Own, Task};
+use super::seal::transport::{Datagrams, NoRandomness, SealedTransport};
+use super::{ClusterKey, ClusterView, Config, LoadReport, NodeDescription};
+use crate::observability::Metrics;
+use crate::types::NodeId;
+
+/// How long a goodbye may take.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+
+#[derive(Debug, thiserror::Error)]
+pub enum MembershipError {
+    #[error("gossip_addr: {addr} cannot be bound")]
+    Bind {
+        addr: SocketAddr,
+        #[source]
+        source: io::Error,
+    },
+    #[error("gossip_addr is not set")]
+    Alone,
+    #[error("the gossip does not start")]
+    Gossip(#[source] Box<dyn std::error::Error + Send + Sync>),
+    #[error(transparent)]
+    NoRandomness(#[from] NoRandomness),
+}
+
+/// This node's part in the cluster. When the last handle is dropped, the node falls silent, as if it had died.
+#[derive(Clone)]
+pub struct Membership {
+    id: NodeId,
+    gossip_addr: Option<SocketAddr>,
+    view: watch::Receiver<Arc<ClusterView>>,
+    own: watch::Sender<Own>,
+    /// `None` in a cluster of one.
+    leave: Option<tokio::sync::mpsc::Sender<oneshot::Sender<()>>>,
+}
+
+impl Membership {
+    /// A cluster of one: the view stays empty.
+    pub fn alone(config: &Config) -> Self {
+        let (_, view) = watch::channel(Arc::default());
+        Self { id: node_id(config), gossip_addr: None, view, own: watch::channel(Own::default()).0, leave: None }
+    }
+
+    /// Binds the gossip address and begins to gossip. Nobody hears of this node as a peer before `describe`.
+    pub async fn start(config: &Config, key: &ClusterKey, metrics: Arc<Metrics>) -> Result<Self, MembershipError> {
+        let addr = config.gossip_addr.ok_or(MembershipError::Alone)?;
+        let socket = UdpSocket::bind(addr).await.map_err(|source| MembershipError::Bind { addr, source })?;
+        Self::start_on(Arc::new(socket), config, key, metrics).await
+    }
+
+    /// As `start`, on another network than the machine's.
+    pub async fn start_on(
+        datagrams: Arc<dyn Datagrams>,
+        config: &Config,
+        key: &ClusterKey,
+        metrics: Arc<Metrics>,
+    ) -> Result<Self, MembershipError> {
+        let bound = datagrams.local_addr().map_err(|error| MembershipError::Gossip(error.into()))?;
+        let transport = SealedTransport::new(datagrams, key, &config.cluster_id, Arc::clone(&metrics))?;
+        let id = node_id(config);
+        let (view_sender, view) = watch::channel(Arc::default());
+        let (own, own_receiver) = watch::channel(Own::default());
+        let (leave, leave_receiver) = tokio::sync::mpsc::channel(1);
+        let task = Task::start(id.clone(), bound, config, transport, metrics, view_sender, own_receiver)
+            .await
+            .map_err(MembershipError::Gossip)?;
+        tokio::spawn(task.run(leave_receiver));
+        Ok(Self { id, gossip_addr: Some(bound), view, own, leave: Some(leave) })
+    }
+
+    pub fn id(&self) -> &NodeId {
+        &self.id
+    }
+
+    /// Where it gossips; `None` in a cluster of one.
+    pub fn gossip_addr(&self) -> Option<SocketAddr> {
+        self.gossip_addr
+    }
+
+    pub fn view(&self) -> watch::Receiver<Arc<ClusterView>> {
+        self.view.clone()
+    }
+
+    /// Tells the others how this node does. Call it as often as you like: noise is not told, and what decides on traffic
+    /// is told at once.
+    pub fn publish(&self, report: LoadReport) {
+        self.own.send_if_modified(|own| {
+            let is_news = own.report != report;
+            own.report = report;
+            is_news
+        });
+    }
+
+    /// Tells the others what this node is.
+    pub fn describe(&self, description: NodeDescription) {
+        self.own.send_if_modified(|own| {
+            let is_news = own.description.as_ref() != Some(&description);
+            own.description = Some(description);
+            is_news
+        });
+    }
+
+    /// Says goodbye, so that the others need not find out, and ends the gossip.
+    pub async fn leave(&self) {
+        let Some(leave) = &self.leave else { return };
+        let (done, is_done) = oneshot::channel();
+        if leave.send(done).await.is_ok() {
+            let _ = tokio::time::timeout(LEAVE_TIMEOUT, is_done).await;
+        }
+    }
+}
+
+/// As configured, or random.
+fn node_id(config: &Config) -> NodeId {
+    let random = || Uuid::new_v4().simple().to_string()[..12].to_owned();
+    NodeId::new(config.node_id.clone().unwrap_or_else(random))
+}
+
+/// Grows from one process of a name to the next: the time of its start in microseconds since the epoch.
+fn incarnation_now() -> u64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)
+}

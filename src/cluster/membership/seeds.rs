@@ -1,0 +1,108 @@
+//! The addresses of the configured peers, resolved again and again: the names of a headless service stand for other
+//! addresses after every roll-out.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::lookup_host;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// From one lookup of a name to the next, and after one that failed.
+const REFRESH: Duration = Duration::from_secs(10);
+const RETRY: Duration = Duration::from_secs(2);
+/// Addresses that one name may stand for.
+const MAX_ADDRESSES: usize = 256;
+
+/// Addresses by the peer that they were configured as.
+type Addresses = BTreeMap<String, Vec<SocketAddr>>;
+
+/// Keeps the addresses fresh until it is dropped.
+pub(super) struct Seeds {
+    addresses: watch::Receiver<Addresses>,
+    _lookups: JoinSet<()>,
+    /// Counts the addresses that were asked for.
+    turn: usize,
+}
+
+impl Seeds {
+    /// Each name has a task of its own: a lookup that hangs keeps no other waiting.
+    pub(super) fn start(peers: &[String]) -> Self {
+        let literal = |peer: &String| Some((peer.clone(), vec![peer.parse().ok()?]));
+        let literals: Addresses = peers.iter().filter_map(literal).collect();
+        let names: Vec<String> = peers.iter().filter(|peer| !literals.contains_key(*peer)).cloned().collect();
+        let (sender, addresses) = watch::channel(literals);
+        let mut lookups = JoinSet::new();
+        for name in names {
+            lookups.spawn(resolve_again_and_again(name, sender.clone()));
+        }
+        Self { addresses, _lookups: lookups, turn: 0 }
+    }
+
+    /// The next `count` addresses that `is_wanted`, in turn.
+    pub(super) fn next(&mut self, count: usize, is_wanted: impl Fn(SocketAddr) -> bool) -> Vec<SocketAddr> {
+        let addresses: BTreeSet<SocketAddr> =
+            self.addresses.borrow().values().flatten().copied().filter(|addr| is_wanted(*addr)).collect();
+        let count = count.min(addresses.len());
+        let start = self.turn.checked_rem(addresses.len()).unwrap_or(0);
+        self.turn = self.turn.wrapping_add(count);
+        addresses.iter().cycle().skip(start).take(count).copied().collect()
+    }
+}
+
+async fn resolve_again_and_again(name: String, addresses: watch::Sender<Addresses>) {
+    let mut has_failed = false;
+    loop {
+        // A name that does not resolve now keeps the addresses that it had.
+        let pause = match lookup_host(&name).await {
+            Ok(found) => {
+                let mut found: Vec<SocketAddr> = found.take(MAX_ADDRESSES).collect();
+                found.sort_unstable();
+                found.dedup();
+                if has_failed {
+                    tracing::info!(peer = name, "the peer's name resolves again");
+                }
+                has_failed = false;
+                addresses.send_if_modified(|addresses| addresses.insert(name.clone(), found.clone()) != Some(found));
+                REFRESH
+            }
+            Err(error) => {
+                if !has_failed {
+                    tracing::warn!(peer = name, %error, "the peer's name does not resolve");
+                }
+                has_failed = true;
+                RETRY
+            }
+        };
+        tokio::time::sleep(pause).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn addr(text: &str) -> SocketAddr {
+        text.parse().expect("an address")
+    }
+
+    #[tokio::test]
+    async fn addresses_take_turns_and_unwanted_ones_do_not() {
+        let mut seeds = Seeds::start(&["10.0.0.1:1".into(), "10.0.0.2:1".into(), "10.0.0.3:1".into()]);
+        let turns: Vec<SocketAddr> = (0..4).flat_map(|_| seeds.next(1, |_| true)).collect();
+        assert_eq!(turns, ["10.0.0.1:1", "10.0.0.2:1", "10.0.0.3:1", "10.0.0.1:1"].map(addr));
+        assert_eq!(seeds.next(5, |found| found != addr("10.0.0.2:1")).len(), 2);
+        assert_eq!(seeds.next(5, |_| false), []);
+        assert_eq!(Seeds::start(&[]).next(1, |_| true), []);
+    }
+
+    #[tokio::test]
+    async fn names_are_resolved_and_one_that_is_unknown_stops_no_other() {
+        let mut seeds = Seeds::start(&["no-such-host.invalid:1".into(), "localhost:7".into()]);
+        let resolved = seeds.addresses.wait_for(|addresses| addresses.contains_key("localhost:7"));
+        tokio::time::timeout(Duration::from_secs(10), resolved).await.expect("in time").expect("running");
+        let found = seeds.next(9, |_| true);
+        assert!(!found.is_empty() && found.iter().all(|addr| addr.ip().is_loopback() && addr.port() == 7), "{found:?}");
+    }
+}

@@ -1,0 +1,322 @@
+//! The task that gossips: it feeds chitchat what this node has to say, and makes views of what chitchat knows.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use chitchat::{Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, spawn_chitchat};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::incarnation_now;
+use super::publisher::Publisher;
+use super::roster::{Change, Observed, Roster, Update, Value};
+use super::seeds::Seeds;
+use crate::cluster::gossip::encode_description;
+use crate::cluster::seal::transport::SealedTransport;
+use crate::cluster::{ClusterView, Config, LoadReport, NodeDescription};
+use crate::observability::Metrics;
+use crate::types::NodeId;
+
+/// Chitchat's keys are part of the protocol, so they are short.
+const DESCRIPTION_KEY: &str = "d";
+const REPORT_KEY: &str = "r";
+const PREFIXES_KEY: &str = "h";
+const GOODBYE_KEY: &str = "x";
+
+/// A node dies at this multiple of the usual time between its heartbeats.
+const PHI_THRESHOLD: f64 = 8.0;
+/// Phi's mean is taken over so few heartbeats that chitchat's prior, of weight 5, is half of it. Heartbeats come through
+/// every peer and so ever faster in a larger cluster; the prior keeps the limit from shrinking with them. With a prior of
+/// two rounds a silent node dies after 8 to 12 rounds: 2 to 3 s by default, and later where heartbeats are slow to come.
+const PHI_WINDOW: usize = 5;
+const PRIOR_ROUNDS: u32 = 2;
+/// Longer pauses say nothing about a node's rhythm.
+const LONGEST_ROUNDS: u32 = 40;
+/// Dead nodes are told of for half of this time, and then forgotten by all within the other half.
+const DEAD_GRACE: Duration = Duration::from_secs(60);
+/// Nothing is deleted before its node is, so this never matters; it has to be set.
+const TOMBSTONE_GRACE: Duration = Duration::from_secs(3600);
+
+/// Seeds to gossip with in a round without any peer, and rounds from one seed to the next otherwise: two halves of a
+/// cluster that have forgotten one another meet again through their seeds.
+const SEEDS_WHEN_ALONE: usize = 3;
+const SEED_ROUNDS: u64 = 8;
+/// Peers that hear of something urgent at once; they tell the others.
+const URGENT_PEERS: usize = 32;
+/// A goodbye is said so many times, with pauses that let each exchange end.
+const GOODBYES: u32 = 3;
+const GOODBYE_PAUSE: Duration = Duration::from_millis(80);
+/// Before gossip that has ended by itself begins anew.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+/// Then it knows nobody, and so the view stays as it was for a while.
+const RELEARNING: Duration = Duration::from_secs(5);
+
+/// What this node has to say.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Own {
+    pub(super) description: Option<NodeDescription>,
+    pub(super) report: LoadReport,
+}
+
+pub(super) struct Task {
+    id: NodeId,
+    bound: SocketAddr,
+    config: Config,
+    transport: SealedTransport,
+    metrics: Arc<Metrics>,
+    view: watch::Sender<Arc<ClusterView>>,
+    own: watch::Receiver<Own>,
+    seeds: Seeds,
+    gossip: Gossip,
+    publisher: Publisher,
+    roster: Roster,
+    rounds: u64,
+    /// When it began anew after a failure.
+    restarted_at: Option<Instant>,
+}
+
+/// Chitchat, and word of what it learns.
+struct Gossip {
+    handle: ChitchatHandle,
+    news: Arc<Notify>,
+}
+
+impl Task {
+    pub(super) async fn start(
+        id: NodeId,
+        bound: SocketAddr,
+        config: &Config,
+        transport: SealedTransport,
+        metrics: Arc<Metrics>,
+        view: watch::Sender<Arc<ClusterView>>,
+        own: watch::Receiver<Own>,
+    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let incarnation = incarnation_now();
+        let gossip = Gossip::start(&id, incarnation, bound, config, &transport).await?;
+        let seeds = Seeds::start(&config.peers);
+        let roster = Roster::new(id.clone(), incarnation);
+        let publisher = Publisher::default();
+        Ok(Self {
+            id,
+            bound,
+            config: config.clone(),
+            transport,
+            metrics,
+            view,
+            own,
+            seeds,
+            gossip,
+            publisher,
+            roster,
+            rounds: 0,
+            restarted_at: None,
+        })
+    }
+
+    /// Until all handles are gone, or one asks to leave.
+    pub(super) async fn run(mut self, mut leave: mpsc::Receiver<oneshot::Sender<()>>) {
+        let mut rounds = tokio::time::interval(self.config.gossip_interval);
+        rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                asked = leave.recv() => {
+                    if let Some(done) = asked {
+                        self.say_goodbye().await;
+                        let _ = self.gossip.handle.initiate_shutdown();
+                        let _ = done.send(());
+                    }
+                    return;
+                }
+                _ = self.gossip.handle.termination_watcher() => self.restart().await,
+                changed = self.own.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    self.tell(false).await;
+                }
+                _ = rounds.tick() => self.round().await,
+                () = self.gossip.news.notified() => self.look().await,
+            }
+        }
+    }
+
+    async fn round(&mut self) {
+        self.tell(true).await;
+        self.look().await;
+        self.meet_seeds().await;
+        self.rounds += 1;
+    }
+
+    /// Hands chitchat what is worth telling.
+    async fn tell(&mut self, is_round: bool) {
+        let (description, publication) = {
+            let own = self.own.borrow_and_update();
+            let description = own.description.as_ref().map(encode_description);
+            (description, self.publisher.publish(&own.report, is_round, Instant::now()))
+        };
+        let values =
+            [(DESCRIPTION_KEY, description), (REPORT_KEY, publication.report), (PREFIXES_KEY, publication.prefixes)];
+        self.gossip
+            .handle
+            .with_chitchat(|chitchat| {
+                let state = chitchat.self_node_state();
+                for (key, value) in values.iter().filter_map(|(key, value)| Some((key, value.as_ref()?))) {
+                    // Chitchat takes an equal value for no change.
+                    state.set(key, value);
+                }
+            })
+            .await;
+        if publication.is_urgent {
+            self.gossip_with_peers().await;
+        }
+    }
+
+    /// Makes a view of what chitchat knows.
+    async fn look(&mut self) {
+        let now = Instant::now();
+        if self.restarted_at.is_some_and(|at| now.saturating_duration_since(at) < RELEARNING) {
+            return;
+        }
+        let roster = &mut self.roster;
+        let update = self.gossip.handle.with_chitchat(|chitchat| roster.update(observe(chitchat), now)).await;
+        self.note(update);
+    }
+
+    fn note(&self, update: Update) {
+        for (peer, change) in &update.changes {
+            self.metrics.cluster_changes.with([change.label()]).inc();
+            match change {
+                Change::Died => tracing::warn!(%peer, "a peer died"),
+                Change::Joined | Change::Left | Change::Replaced => {
+                    tracing::info!(%peer, change = change.label(), "the cluster changed");
+                }
+            }
+        }
+        for (peer, reason) in &update.refused {
+            tracing::warn!(%peer, reason, "what a node gossips is not taken");
+        }
+        if update.is_superseded {
+            tracing::error!(node_id = %self.id, "a later process uses this node's node_id: the others no longer see this one");
+        }
+        if let Some(view) = update.view {
+            self.metrics.cluster_nodes.with(["alive"]).set(view.peers.len() as f64);
+            self.metrics.cluster_nodes.with(["dead"]).set(view.dead.len() as f64);
+            self.view.send_replace(view);
+        }
+    }
+
+    async fn meet_seeds(&mut self) {
+        let peers = self.live_addrs().await;
+        let count = match peers.len() {
+            0 => SEEDS_WHEN_ALONE,
+            _ => usize::from(self.rounds.is_multiple_of(SEED_ROUNDS)),
+        };
+        let own = [Some(self.bound), Some(self.config.gossip_advertised(self.bound))];
+        let is_wanted = |addr: SocketAddr| {
+            addr.is_ipv4() == self.bound.is_ipv4() && !own.contains(&Some(addr)) && !peers.contains(&addr)
+        };
+        for addr in self.seeds.next(count, is_wanted) {
+            let _ = self.gossip.handle.gossip(addr);
+        }
+    }
+
+    async fn live_addrs(&self) -> Vec<SocketAddr> {
+        let live = |chitchat: &mut Chitchat| {
+            let own = chitchat.self_chitchat_id();
+            let others = chitchat.live_nodes().filter(|id| *id != own);
+            others.map(|id| id.gossip_advertise_addr).collect()
+        };
+        self.gossip.handle.with_chitchat(live).await
+    }
+
+    async fn gossip_with_peers(&self) {
+        for addr in self.live_addrs().await.into_iter().take(URGENT_PEERS) {
+            let _ = self.gossip.handle.gossip(addr);
+        }
+    }
+
+    async fn say_goodbye(&mut self) {
+        self.gossip.handle.with_chitchat(|chitchat| chitchat.self_node_state().set(GOODBYE_KEY, "")).await;
+        if self.live_addrs().await.is_empty() {
+            return;
+        }
+        for _ in 0..GOODBYES {
+            self.gossip_with_peers().await;
+            tokio::time::sleep(GOODBYE_PAUSE).await;
+        }
+    }
+
+    /// Chitchat ends by itself only when it panics: this node becomes a later process of its own.
+    async fn restart(&mut self) {
+        tracing::error!("the gossip ended by itself and begins anew");
+        tokio::time::sleep(RESTART_PAUSE).await;
+        let incarnation = incarnation_now();
+        match Gossip::start(&self.id, incarnation, self.bound, &self.config, &self.transport).await {
+            Ok(gossip) => self.gossip = gossip,
+            Err(error) => return tracing::error!(error, "the gossip does not begin anew"),
+        }
+        self.publisher = Publisher::default();
+        self.roster.restarted(incarnation);
+        self.restarted_at = Some(Instant::now());
+    }
+}
+
+impl Gossip {
+    async fn start(
+        id: &NodeId,
+        incarnation: u64,
+        bound: SocketAddr,
+        config: &Config,
+        transport: &SealedTransport,
+    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let interval = config.gossip_interval;
+        let chitchat_config = ChitchatConfig {
+            chitchat_id: ChitchatId::new(id.as_str(), incarnation, config.gossip_advertised(bound)),
+            cluster_id: config.cluster_id.clone(),
+            gossip_interval: interval,
+            listen_addr: bound,
+            // Chitchat waits for names before it starts, and looks at them once a minute: `Seeds` does better.
+            seed_nodes: Vec::new(),
+            failure_detector_config: FailureDetectorConfig::new(
+                PHI_THRESHOLD,
+                PHI_WINDOW,
+                interval * LONGEST_ROUNDS,
+                interval * PRIOR_ROUNDS,
+                DEAD_GRACE,
+            ),
+            marked_for_deletion_grace_period: TOMBSTONE_GRACE,
+            catchup_callback: None,
+            extra_liveness_predicate: None,
+        };
+        let handle = spawn_chitchat(chitchat_config, Vec::new(), transport).await?;
+        let news = Arc::new(Notify::new());
+        let word = Arc::clone(&news);
+        // Called under chitchat's lock, so it only leaves word.
+        handle
+            .with_chitchat(|chitchat| {
+                let word = Arc::clone(&word);
+                chitchat.subscribe_event("", move |_| word.notify_one()).forever();
+            })
+            .await;
+        Ok(Self { handle, news })
+    }
+}
+
+/// What chitchat knows of every process, this one too.
+fn observe(chitchat: &Chitchat) -> impl Iterator<Item = Observed<'_>> {
+    let live: std::collections::HashSet<&ChitchatId> = chitchat.live_nodes().collect();
+    chitchat.node_states().iter().map(move |(id, state)| {
+        let value = |key| state.get_versioned(key).map(|found| Value { version: found.version, text: &found.value });
+        Observed {
+            id: &id.node_id,
+            incarnation: id.generation_id,
+            is_alive: live.contains(id),
+            has_left: state.contains_key(GOODBYE_KEY),
+            description: value(DESCRIPTION_KEY),
+            report: value(REPORT_KEY),
+            prefixes: value(PREFIXES_KEY),
+        }
+    })
+}
