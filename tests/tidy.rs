@@ -36,6 +36,10 @@ const FENCES: &[Fence] = &[
     Fence { path: "hyper", homes: &["api/", "cluster/peer_client"], reason: "HTTP ends at the API and at the peers" },
     Fence { path: "chitchat", homes: &["cluster/membership/", "cluster/seal/transport"], reason: "one place gossips" },
     Fence { path: "rustls", homes: &["cluster/tls"], reason: "one place decides who is trusted" },
+    Fence { path: "tokio_rustls", homes: &["cluster/tls"], reason: "one place decides who is trusted" },
+    Fence { path: "webpki", homes: &["cluster/tls"], reason: "one place decides who is trusted" },
+    Fence { path: "rcgen", homes: &["cluster/tls"], reason: "one place makes certificates" },
+    Fence { path: "postcard", homes: &["cluster/"], reason: "one place knows the bytes between nodes" },
     Fence {
         path: "outrigger_kernels",
         homes: &["engine/model_runner", "engine/sampler", "engine/model/"],

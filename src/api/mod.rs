@@ -12,6 +12,7 @@ mod json;
 pub mod model;
 mod observe;
 pub mod openai;
+pub mod peer;
 mod routes;
 pub mod server;
 mod state;

@@ -10,10 +10,13 @@ mod journal_store;
 pub mod key;
 pub mod load_report;
 pub mod membership;
+pub mod peer_client;
 pub mod rendezvous;
 pub mod seal;
+pub mod tls;
 pub mod transport;
 pub mod view;
+pub mod wire;
 
 pub use config::Config;
 pub use journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};

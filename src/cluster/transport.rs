@@ -4,7 +4,9 @@
 //! One hop, no loops: what a peer asks for is served here, or refused.
 
 use std::any::Any;
+use std::future::poll_fn;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -61,15 +63,26 @@ pub enum PeerFrame {
 
 /// Frames of one call. Dropping it cancels the call.
 pub struct PeerStream {
-    frames: mpsc::UnboundedReceiver<PeerFrame>,
+    frames: Frames,
     _guard: Option<Box<dyn Any + Send + Sync>>,
 }
 
+enum Frames {
+    Unbounded(mpsc::UnboundedReceiver<PeerFrame>),
+    Bounded(mpsc::Receiver<PeerFrame>),
+}
+
 impl PeerStream {
-    /// The sender's side holds at most what the request may generate, and a heartbeat now and then.
+    /// For a sender that bounds itself: it holds at most what the request may generate, and a heartbeat now and then.
     pub fn channel() -> (mpsc::UnboundedSender<PeerFrame>, Self) {
         let (sender, frames) = mpsc::unbounded_channel();
-        (sender, Self { frames, _guard: None })
+        (sender, Self { frames: Frames::Unbounded(frames), _guard: None })
+    }
+
+    /// For a sender that waits while `capacity` frames have not been taken.
+    pub fn bounded_channel(capacity: usize) -> (mpsc::Sender<PeerFrame>, Self) {
+        let (sender, frames) = mpsc::channel(capacity);
+        (sender, Self { frames: Frames::Bounded(frames), _guard: None })
     }
 
     /// Drops `guard` together with the stream.
@@ -79,14 +92,25 @@ impl PeerStream {
 
     /// The next frame. A stream that ends before its last choice has finished is broken: `PeerDisconnected`.
     pub async fn next(&mut self) -> PeerFrame {
-        self.frames.recv().await.unwrap_or_else(|| {
+        poll_fn(|context| self.poll_next(context)).await.unwrap_or_else(|| {
             let failure = Failure::new(FailureKind::PeerDisconnected, "The connection to the replica broke.");
             PeerFrame::Event(GenerationEvent::Failed(failure))
         })
     }
 
+    /// As `next`, but `None` when the sender is gone, whatever that means.
+    pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<PeerFrame>> {
+        match &mut self.frames {
+            Frames::Unbounded(frames) => frames.poll_recv(context),
+            Frames::Bounded(frames) => frames.poll_recv(context),
+        }
+    }
+
     pub fn try_next(&mut self) -> Option<PeerFrame> {
-        self.frames.try_recv().ok()
+        match &mut self.frames {
+            Frames::Unbounded(frames) => frames.try_recv().ok(),
+            Frames::Bounded(frames) => frames.try_recv().ok(),
+        }
     }
 }
 

@@ -188,6 +188,10 @@ metrics! {
         "Connections accepted";
     http_connections_refused: Counter = Counter "outrigger_http_connections_refused_total" [] []
         "Connections answered 503 because max_connections was reached";
+    peer_connections: Gauge = Gauge "outrigger_peer_connections" [] []
+        "Open connections that peers have made";
+    peer_connections_refused: CounterVec<1> = Counter "outrigger_peer_connections_refused_total" ["reason"] []
+        "Connections to the peer address that were closed, by reason (handshake: no peer; full: too many)";
     probe_results: CounterVec<1> = Counter "outrigger_probe_results_total" ["result"] []
         "Synthetic inferences, by result";
     probe_duration: Histogram = Histogram "outrigger_probe_duration_seconds" [] (*PROBE_SECONDS)

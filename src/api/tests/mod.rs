@@ -2,6 +2,7 @@
 
 mod chat;
 mod completions;
+mod peer;
 mod refusals;
 mod sockets;
 mod streams;

@@ -15,7 +15,7 @@ use super::*;
 use crate::api::serve;
 
 /// Nothing here takes this long unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 struct Served {
     address: SocketAddr,
@@ -31,7 +31,7 @@ async fn serve_node(node: &Node) -> Served {
     Served { address, shutdown, server }
 }
 
-async fn until(what: &str, condition: impl Fn() -> bool) {
+pub(super) async fn until(what: &str, condition: impl Fn() -> bool) {
     let waiting = async {
         while !condition() {
             sleep(Duration::from_millis(2)).await;
@@ -40,7 +40,7 @@ async fn until(what: &str, condition: impl Fn() -> bool) {
     in_time(what, waiting).await;
 }
 
-async fn in_time<T>(what: &str, work: impl Future<Output = T>) -> T {
+pub(super) async fn in_time<T>(what: &str, work: impl Future<Output = T>) -> T {
     timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("{what}: nothing happened for {PATIENCE:?}"))
 }
 

@@ -1,0 +1,390 @@
+//! The endpoint that peers call: HTTP/2 over mutual TLS, on an address of its own.
+//!
+//! Knows what a call looks like on the wire (`cluster::wire`) and nothing of how it is answered: that is `PeerService`.
+//! A call that is refused is answered with the failure as its body, and any status but 200.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use hyper::body::{Body, Frame, Incoming, SizeHint};
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::cluster::tls::PeerTls;
+use crate::cluster::wire::{self, WireError};
+use crate::cluster::{PeerFrame, PeerService, PeerStream};
+use crate::observability::Metrics;
+use crate::types::{Failure, FailureKind, GenerationEvent};
+
+/// Connections of peers: one of each, and those of their former lives that have not ended yet.
+const MAX_CONNECTIONS: usize = 1024;
+/// Connections that have not shown who they are. Strangers cannot take the places of peers.
+const MAX_HANDSHAKES: usize = 128;
+/// For TLS.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Out of file descriptors: the next accept waits, so that the loop does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// A peer that vanished without a word is noticed after the sum of both, and what it asked for is cancelled.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Calls that run on one connection.
+const MAX_CALLS: u32 = 4096;
+/// Bytes of one call, and of all calls on a connection, that may wait unread.
+const STREAM_WINDOW: u32 = 2 << 20;
+const CONNECTION_WINDOW: u32 = 64 << 20;
+/// Bytes of one answer that wait for the network.
+const SEND_BUFFER: usize = 256 << 10;
+/// Calls that are being read, together, in units of `MEMORY_UNIT`.
+const CALL_MEMORY: usize = 256 << 20;
+const MEMORY_UNIT: usize = 1 << 10;
+/// A call's body goes on arriving within this.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// When there is no room for a call.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+/// Frames that are ready go out together, up to about so many bytes.
+const BATCH_BYTES: usize = 64 << 10;
+
+/// Serves peers until `shutdown`, then accepts no connection and no call any more, and returns when the calls that run have
+/// ended. The caller bounds that time: dropping the future closes all connections.
+pub async fn serve(
+    listener: TcpListener,
+    tls: &PeerTls,
+    service: Arc<dyn PeerService>,
+    metrics: Arc<Metrics>,
+    shutdown: CancellationToken,
+) {
+    let server = Server {
+        tls: tls.clone(),
+        calls: Calls { service, memory: Arc::new(Semaphore::new(CALL_MEMORY / MEMORY_UNIT)) },
+        places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+        handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
+        metrics,
+        shutdown,
+    };
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = server.shutdown.cancelled() => break,
+            Some(_) = connections.join_next() => continue,
+            accepted = listener.accept() => accepted,
+        };
+        match accepted {
+            Ok((stream, address)) => match server.handshakes.clone().try_acquire_owned() {
+                Ok(place) => drop(connections.spawn(server.clone().connection(stream, address, place))),
+                Err(_) => server.refuse("full"),
+            },
+            Err(error) => pause_after(error).await,
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+}
+
+async fn pause_after(error: io::Error) {
+    let of_the_peer =
+        [io::ErrorKind::ConnectionAborted, io::ErrorKind::ConnectionReset, io::ErrorKind::ConnectionRefused];
+    if !of_the_peer.contains(&error.kind()) {
+        warn!(%error, "cannot accept connections of peers");
+        sleep(ACCEPT_PAUSE).await;
+    }
+}
+
+#[derive(Clone)]
+struct Server {
+    tls: PeerTls,
+    calls: Calls,
+    places: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+    shutdown: CancellationToken,
+}
+
+impl Server {
+    fn refuse(&self, reason: &'static str) {
+        self.metrics.peer_connections_refused.with([reason]).inc();
+    }
+
+    async fn connection(self, stream: TcpStream, address: SocketAddr, handshake: OwnedSemaphorePermit) {
+        let handshaken = tokio::select! {
+            biased;
+            () = self.shutdown.cancelled() => return,
+            handshaken = timeout(HANDSHAKE_TIMEOUT, self.handshake(stream)) => handshaken,
+        };
+        drop(handshake);
+        let stream = match handshaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
+            Ok(stream) => stream,
+            Err(error) => {
+                // Whoever finds the port can cause it, so it is counted and does not fill the log.
+                debug!(%address, %error, "a connection is no peer's");
+                return self.refuse("handshake");
+            }
+        };
+        let Ok(_place) = self.places.clone().try_acquire_owned() else { return self.refuse("full") };
+        let _open = OpenConnection::count(&self.metrics);
+        let calls = self.calls.clone();
+        let service = service_fn(move |request| calls.clone().answer(request));
+        let mut connection = pin!(http2_builder().serve_connection(TokioIo::new(stream), service));
+        let ended = tokio::select! {
+            biased;
+            ended = &mut connection => Some(ended),
+            () = self.shutdown.cancelled() => None,
+        };
+        let ended = match ended {
+            Some(ended) => ended,
+            None => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+        };
+        if let Err(error) = ended {
+            debug!(%address, %error, "a connection of a peer broke");
+        }
+    }
+
+    async fn handshake(&self, stream: TcpStream) -> io::Result<crate::cluster::tls::CalledStream> {
+        // Tokens are small writes that must not wait for one another.
+        stream.set_nodelay(true)?;
+        self.tls.accept(stream).await
+    }
+}
+
+fn http2_builder() -> http2::Builder<TokioExecutor> {
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_concurrent_streams(MAX_CALLS)
+        .max_send_buf_size(SEND_BUFFER)
+        // Peers may cancel as much as they like: the library's limits, against strangers, would end the connection and
+        // with it the calls beside the cancelled ones.
+        .max_pending_accept_reset_streams(MAX_CALLS as usize)
+        .max_local_error_reset_streams(None)
+        .auto_date_header(false);
+    builder
+}
+
+/// Counts a connection for as long as it is open.
+struct OpenConnection(Arc<Metrics>);
+
+impl OpenConnection {
+    fn count(metrics: &Arc<Metrics>) -> Self {
+        metrics.peer_connections.inc();
+        Self(metrics.clone())
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.peer_connections.dec();
+    }
+}
+
+/// Why a call is not passed to the service.
+#[derive(Debug, thiserror::Error)]
+enum CallError {
+    #[error("no such call")]
+    Unknown,
+    #[error("there is no room for the call")]
+    Crowded,
+    #[error("the call does not go on")]
+    Stalled,
+    #[error("the call broke")]
+    Broken(#[source] hyper::Error),
+    #[error("the call cannot be read")]
+    Wire(#[from] WireError),
+}
+
+/// A refusal: by the service, or before it was asked.
+struct Refusal(StatusCode, Failure);
+
+impl From<CallError> for Refusal {
+    fn from(error: CallError) -> Self {
+        let (status, kind, message) = match &error {
+            CallError::Unknown => {
+                (StatusCode::NOT_FOUND, FailureKind::Internal, "The replica does not know this call.")
+            }
+            CallError::Crowded => {
+                (StatusCode::SERVICE_UNAVAILABLE, FailureKind::Overloaded, "The replica has no room for the request.")
+            }
+            CallError::Stalled | CallError::Broken(_) => {
+                (StatusCode::BAD_REQUEST, FailureKind::PeerDisconnected, "The connection to the replica broke.")
+            }
+            CallError::Wire(WireError::TooLarge { .. }) => {
+                let message = "The request is too large to pass to another replica.";
+                (StatusCode::PAYLOAD_TOO_LARGE, FailureKind::InvalidRequest, message)
+            }
+            CallError::Wire(_) => {
+                (StatusCode::BAD_REQUEST, FailureKind::Internal, "The replica could not read the request.")
+            }
+        };
+        debug!(%error, "a peer's call is refused");
+        let mut failure = Failure::new(kind, message);
+        failure.retry_after = (kind == FailureKind::Overloaded).then_some(RETRY_AFTER);
+        Self(status, failure)
+    }
+}
+
+impl From<Failure> for Refusal {
+    /// The status is for whoever watches the traffic; the failure in the body counts.
+    fn from(failure: Failure) -> Self {
+        Self(StatusCode::CONFLICT, failure)
+    }
+}
+
+#[derive(Clone)]
+struct Calls {
+    service: Arc<dyn PeerService>,
+    memory: Arc<Semaphore>,
+}
+
+impl Calls {
+    async fn answer(self, request: Request<Incoming>) -> Result<Response<Answer>, Infallible> {
+        let mut response = Response::new(Answer::Whole(None));
+        match self.dispatch(request).await {
+            Ok(answer) => *response.body_mut() = answer,
+            Err(Refusal(status, failure)) => {
+                *response.status_mut() = status;
+                *response.body_mut() = Answer::Whole(Some(wire::encode_failure(failure)));
+            }
+        }
+        Ok(response)
+    }
+
+    async fn dispatch(&self, request: Request<Incoming>) -> Result<Answer, Refusal> {
+        let (head, body) = request.into_parts();
+        if head.method != Method::POST {
+            return Err(CallError::Unknown.into());
+        }
+        match head.uri.path() {
+            wire::GENERATE_PATH => Ok(Answer::stream(self.service.generate(self.read(body).await?)?)),
+            wire::FOLLOW_PATH => Ok(Answer::stream(self.service.follow(self.read(body).await?)?)),
+            wire::JOURNAL_PATH => Answer::message(&self.service.journal(self.read(body).await?)),
+            wire::LOOKUP_PATH => Answer::message(&self.service.lookup(self.read(body).await?)),
+            wire::TOKENIZER_PATH => {
+                let digest: String = self.read(body).await?;
+                let unknown = || Failure::invalid("tokenizer", "The replica does not have this tokenizer.");
+                Ok(Answer::Whole(Some(self.service.tokenizer(&digest).ok_or_else(unknown)?)))
+            }
+            _ => Err(CallError::Unknown.into()),
+        }
+    }
+
+    /// The call's body, decoded.
+    async fn read<T: DeserializeOwned>(&self, body: Incoming) -> Result<T, CallError> {
+        // Our own client says how long its calls are.
+        let size = body.size_hint().upper().map_or(wire::MAX_MESSAGE_BYTES, |size| size as usize);
+        if size > wire::MAX_MESSAGE_BYTES {
+            return Err(WireError::TooLarge { bytes: size, limit: wire::MAX_MESSAGE_BYTES }.into());
+        }
+        let units = size.div_ceil(MEMORY_UNIT) as u32;
+        let _memory = self.memory.try_acquire_many(units).map_err(|_| CallError::Crowded)?;
+        Ok(wire::decode_message(&collect(body, size).await?)?)
+    }
+}
+
+/// Reads a body of at most `limit` bytes.
+async fn collect(mut body: Incoming, limit: usize) -> Result<Bytes, CallError> {
+    let mut bytes = BytesMut::new();
+    loop {
+        let piece = timeout(READ_TIMEOUT, body.frame()).await.map_err(|_| CallError::Stalled)?;
+        let Some(piece) = piece else { return Ok(bytes.freeze()) };
+        let Ok(data) = piece.map_err(CallError::Broken)?.into_data() else { continue };
+        if bytes.len() + data.len() > limit {
+            return Err(WireError::TooLarge { bytes: bytes.len() + data.len(), limit }.into());
+        }
+        bytes.extend_from_slice(&data);
+    }
+}
+
+/// The body of an answer. When the peer cancels the call, it is dropped, and the stream with it.
+enum Answer {
+    Whole(Option<Bytes>),
+    Stream(PeerStream),
+    /// The stream has failed: nothing comes after that.
+    Ended,
+}
+
+impl Answer {
+    fn stream(stream: PeerStream) -> Self {
+        Self::Stream(stream)
+    }
+
+    fn message<T: Serialize>(message: &T) -> Result<Self, Refusal> {
+        Ok(Self::Whole(Some(wire::encode_message(message).map_err(CallError::from)?)))
+    }
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let piece = match &mut *self {
+            Self::Whole(bytes) => bytes.take(),
+            Self::Stream(stream) => ready!(poll_batch(stream, context)).map(|batch| {
+                if batch.is_last {
+                    *self = Self::Ended;
+                }
+                batch.bytes
+            }),
+            Self::Ended => None,
+        };
+        Poll::Ready(piece.map(|bytes| Ok(Frame::data(bytes))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Whole(None) | Self::Ended)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Whole(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Stream(_) => SizeHint::default(),
+            Self::Ended => SizeHint::with_exact(0),
+        }
+    }
+}
+
+struct Batch {
+    bytes: Bytes,
+    is_last: bool,
+}
+
+/// The frames that are ready, in one piece: one write, without waiting for more.
+fn poll_batch(stream: &mut PeerStream, context: &mut Context<'_>) -> Poll<Option<Batch>> {
+    let Some(mut frame) = ready!(stream.poll_next(context)) else { return Poll::Ready(None) };
+    let mut buffer = Vec::with_capacity(64);
+    loop {
+        let is_last = matches!(frame, PeerFrame::Event(GenerationEvent::Failed(_)));
+        wire::encode_frame(frame, &mut buffer);
+        let next = if is_last || buffer.len() >= BATCH_BYTES { None } else { stream.try_next() };
+        match next {
+            Some(next) => frame = next,
+            None => return Poll::Ready(Some(Batch { bytes: buffer.into(), is_last })),
+        }
+    }
+}

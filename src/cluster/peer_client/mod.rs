@@ -1,0 +1,196 @@
+//! Calls peers over HTTP/2 with mutual TLS: one connection per peer, shared by all calls to it.
+//!
+//! What goes wrong before the peer has answered is `PeerUnreachable`, what breaks afterwards `PeerDisconnected`; a refusal
+//! is the peer's own word and passes through. Retries nothing but a call that never left, once: whether a request is tried
+//! elsewhere, the router decides.
+
+mod connections;
+mod relay;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::{Response, StatusCode};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use self::connections::{ConnectError, Connections, PeerAddress, SendError};
+use self::relay::relay;
+use super::journal::{JournalKey, JournalRecord, JournalRefusal};
+use super::tls::PeerTls;
+use super::transport::{FollowCall, GenerateCall, JournalBatch, PeerStream, PeerTransport};
+use super::view::{ClusterView, Peer};
+use super::wire::{self, WireError};
+use crate::types::{Failure, FailureKind};
+
+/// Within this a peer begins to answer, and goes on with an answer that is no stream. It answers at once when it is well,
+/// even on a busy machine.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// A large call has a second more for so many bytes.
+const SLOWEST_BYTES_PER_SECOND: usize = 8 << 20;
+/// Frames of one stream that its reader has not taken; what is beyond waits at the peer.
+const UNREAD_FRAMES: usize = 1024;
+
+/// Makes calls to peers.
+pub struct HttpPeerTransport {
+    connections: Arc<Connections>,
+}
+
+/// Why a call brought no answer.
+#[derive(Debug, thiserror::Error)]
+enum CallError {
+    #[error("no connection")]
+    Connect(#[from] ConnectError),
+    #[error("the call broke before it was answered")]
+    Send(#[from] SendError),
+    #[error("no answer within {0:?}")]
+    Silent(Duration),
+    #[error("the answer broke")]
+    Read(#[source] hyper::Error),
+    #[error("the answer cannot be read")]
+    Wire(#[from] WireError),
+}
+
+impl HttpPeerTransport {
+    /// `views` says who is a peer: connections to others are kept only for the calls that run on them.
+    pub fn new(tls: PeerTls, connect_timeout: Duration, views: watch::Receiver<Arc<ClusterView>>) -> Self {
+        Self { connections: Arc::new(Connections::new(tls, connect_timeout, views)) }
+    }
+
+    /// A call whose answer is a stream.
+    fn stream<T: Serialize>(
+        &self,
+        peer: &Peer,
+        path: &'static str,
+        message: &T,
+    ) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        let answer = self.call(peer, path, message);
+        async move {
+            let body = answer.await?.into_body();
+            let (frames, stream) = PeerStream::bounded_channel(UNREAD_FRAMES);
+            tokio::spawn(relay(body, frames));
+            Ok(stream)
+        }
+        .boxed()
+    }
+
+    /// A call whose answer comes as a whole.
+    fn ask<T: Serialize>(
+        &self,
+        peer: &Peer,
+        path: &'static str,
+        message: &T,
+    ) -> BoxFuture<'static, Result<Bytes, Failure>> {
+        let answer = self.call(peer, path, message);
+        async move {
+            let body = answer.await?.into_body();
+            collect(body, wire::MAX_MESSAGE_BYTES).await.map_err(disconnected)
+        }
+        .boxed()
+    }
+
+    /// Resolves with the head of an answer that accepts the call.
+    fn call<T: Serialize>(
+        &self,
+        peer: &Peer,
+        path: &'static str,
+        message: &T,
+    ) -> impl Future<Output = Result<Response<Incoming>, Failure>> + Send + 'static + use<T> {
+        let (connections, peer) = (self.connections.clone(), PeerAddress::of(peer));
+        let message = wire::encode_message(message);
+        async move {
+            let message = message.map_err(unsendable)?;
+            let response = send(&connections, &peer, path, message).await.map_err(unreachable)?;
+            if response.status() == StatusCode::OK {
+                return Ok(response);
+            }
+            let refusal = collect(response.into_body(), wire::MAX_FRAME_BYTES).await.map_err(disconnected)?;
+            Err(wire::decode_failure(&refusal).unwrap_or_else(|error| disconnected(error.into())))
+        }
+    }
+}
+
+impl PeerTransport for HttpPeerTransport {
+    fn generate(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        self.stream(peer, wire::GENERATE_PATH, &call)
+    }
+
+    fn follow(&self, peer: &Peer, call: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        self.stream(peer, wire::FOLLOW_PATH, &call)
+    }
+
+    fn journal(&self, peer: &Peer, batch: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {
+        let answer = self.ask(peer, wire::JOURNAL_PATH, &batch);
+        async move { decode_answer(&answer.await?) }.boxed()
+    }
+
+    fn lookup(&self, peer: &Peer, key: JournalKey) -> BoxFuture<'static, Result<Option<JournalRecord>, Failure>> {
+        let answer = self.ask(peer, wire::LOOKUP_PATH, &key);
+        async move { decode_answer(&answer.await?) }.boxed()
+    }
+
+    fn tokenizer(&self, peer: &Peer, digest: String) -> BoxFuture<'static, Result<Bytes, Failure>> {
+        self.ask(peer, wire::TOKENIZER_PATH, &digest)
+    }
+}
+
+/// A connection that broke while nobody looked shows it only now: what could not be sent goes over a fresh one.
+async fn send(
+    connections: &Arc<Connections>,
+    peer: &PeerAddress,
+    path: &'static str,
+    message: Bytes,
+) -> Result<Response<Incoming>, CallError> {
+    let limit = answer_timeout(message.len());
+    let connection = connections.get(peer).await?;
+    let first = timeout(limit, connection.send(path, message.clone())).await.map_err(|_| CallError::Silent(limit))?;
+    match first {
+        Err(error) if error.is_unsent() => {
+            connections.forget(peer, &connection);
+            let connection = connections.get(peer).await?;
+            Ok(timeout(limit, connection.send(path, message)).await.map_err(|_| CallError::Silent(limit))??)
+        }
+        answered => Ok(answered?),
+    }
+}
+
+fn answer_timeout(bytes: usize) -> Duration {
+    ANSWER_TIMEOUT + Duration::from_secs((bytes / SLOWEST_BYTES_PER_SECOND) as u64)
+}
+
+/// Reads a body of at most `limit` bytes.
+async fn collect(mut body: Incoming, limit: usize) -> Result<Bytes, CallError> {
+    let mut bytes = BytesMut::new();
+    loop {
+        let piece = timeout(ANSWER_TIMEOUT, body.frame()).await.map_err(|_| CallError::Silent(ANSWER_TIMEOUT))?;
+        let Some(piece) = piece else { return Ok(bytes.freeze()) };
+        let Ok(data) = piece.map_err(CallError::Read)?.into_data() else { continue };
+        if bytes.len() + data.len() > limit {
+            return Err(WireError::TooLarge { bytes: bytes.len() + data.len(), limit }.into());
+        }
+        bytes.extend_from_slice(&data);
+    }
+}
+
+fn decode_answer<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
+    wire::decode_message(bytes).map_err(|error| disconnected(error.into()))
+}
+
+fn unsendable(error: WireError) -> Failure {
+    Failure::new(FailureKind::InvalidRequest, "The request is too large to pass to another replica.").with_source(error)
+}
+
+fn unreachable(error: CallError) -> Failure {
+    Failure::new(FailureKind::PeerUnreachable, "The replica cannot be reached.").with_source(error)
+}
+
+fn disconnected(error: CallError) -> Failure {
+    Failure::new(FailureKind::PeerDisconnected, "The connection to the replica broke.").with_source(error)
+}

@@ -1,0 +1,226 @@
+//! The bytes of the calls between nodes: a path for each call, postcard for what it carries, and frames with their length
+//! in front where an answer is a stream.
+//!
+//! Nothing here trusts the other side: every length has a bound, and no bytes make it panic. The encoding is that of
+//! `PROTOCOL_VERSION`; nodes of another version are not called.
+
+use std::time::Duration;
+
+use bytes::{Buf, Bytes, BytesMut};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::transport::PeerFrame;
+use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, TokenId, TokenLogprobs};
+
+/// Where each call is posted.
+pub const GENERATE_PATH: &str = "/outrigger/v1/generate";
+pub const FOLLOW_PATH: &str = "/outrigger/v1/follow";
+pub const JOURNAL_PATH: &str = "/outrigger/v1/journal";
+pub const LOOKUP_PATH: &str = "/outrigger/v1/lookup";
+pub const TOKENIZER_PATH: &str = "/outrigger/v1/tokenizer";
+
+/// Bytes of a call, and of an answer that is no stream.
+pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// Bytes of a frame, without the length in front.
+pub const MAX_FRAME_BYTES: usize = 1 << 20;
+/// Bytes of a failure's message as it crosses; the rest is cut off.
+const MAX_FAILURE_TEXT_BYTES: usize = 4 << 10;
+/// A frame's length, little-endian.
+const LENGTH_BYTES: usize = 4;
+
+/// Codes of failures that cross nodes: `Failure::code` is one of the program's own words, so that a peer's word is looked
+/// up here. Unknown ones are dropped.
+const CODES: &[&str] = &[
+    "context_length_exceeded",
+    "idempotency_key_reused",
+    "model_not_found",
+    "out_of_range",
+    "stream_interrupted",
+    "unsupported_parameter",
+];
+
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    #[error("{bytes} bytes where at most {limit} are allowed")]
+    TooLarge { bytes: usize, limit: usize },
+    #[error("the bytes are not what was expected")]
+    Malformed(#[source] postcard::Error),
+    #[error("{bytes} bytes too many")]
+    Trailing { bytes: usize },
+    #[error("the stream ends inside a frame")]
+    Truncated,
+}
+
+/// What a call or an answer carries.
+pub fn encode_message<T: Serialize>(message: &T) -> Result<Bytes, WireError> {
+    let bytes = postcard::to_allocvec(message).map_err(WireError::Malformed)?;
+    within(bytes.len(), MAX_MESSAGE_BYTES)?;
+    Ok(bytes.into())
+}
+
+pub fn decode_message<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+    within(bytes.len(), MAX_MESSAGE_BYTES)?;
+    decode(bytes)
+}
+
+/// Decodes all of `bytes`. The library reserves memory by what is there, not by what a length claims.
+fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
+    let (value, rest) = postcard::take_from_bytes(bytes).map_err(WireError::Malformed)?;
+    if !rest.is_empty() {
+        return Err(WireError::Trailing { bytes: rest.len() });
+    }
+    Ok(value)
+}
+
+fn within(bytes: usize, limit: usize) -> Result<(), WireError> {
+    if bytes > limit { Err(WireError::TooLarge { bytes, limit }) } else { Ok(()) }
+}
+
+/// The body of an answer that refuses a call.
+pub fn encode_failure(failure: Failure) -> Bytes {
+    postcard::to_allocvec(&WireFailure::from(failure)).expect("strings and numbers have an encoding").into()
+}
+
+pub fn decode_failure(bytes: &[u8]) -> Result<Failure, WireError> {
+    within(bytes.len(), MAX_FRAME_BYTES)?;
+    decode::<WireFailure>(bytes).map(Failure::from)
+}
+
+/// Appends a frame to `buffer`. One that would be too large (a stop string of a megabyte) goes out as a failure.
+pub fn encode_frame(frame: PeerFrame, buffer: &mut Vec<u8>) {
+    let start = buffer.len();
+    append_frame(&WireFrame::from(frame), buffer);
+    if buffer.len() - start - LENGTH_BYTES > MAX_FRAME_BYTES {
+        buffer.truncate(start);
+        let failure = Failure::new(FailureKind::Internal, "A part of the stream is too large to pass between nodes.");
+        append_frame(&WireFrame::Failed(failure.into()), buffer);
+    }
+}
+
+fn append_frame(frame: &WireFrame, buffer: &mut Vec<u8>) {
+    let start = buffer.len();
+    buffer.extend([0; LENGTH_BYTES]);
+    let written = postcard::to_extend(frame, std::mem::take(buffer)).expect("frames have an encoding");
+    *buffer = written;
+    let length = u32::try_from(buffer.len() - start - LENGTH_BYTES).unwrap_or(u32::MAX);
+    buffer[start..start + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
+}
+
+/// Cuts what arrives of a stream into frames.
+#[derive(Default)]
+pub struct FrameDecoder {
+    /// At most one frame, and what arrived together with its end.
+    buffer: BytesMut,
+}
+
+impl FrameDecoder {
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next frame that is there as a whole. To be asked until `None` after each `push`. After an error nothing more
+    /// can be made of the stream.
+    pub fn next_frame(&mut self) -> Result<Option<PeerFrame>, WireError> {
+        let Some(length) = self.buffer.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
+        let length = u32::from_le_bytes(*length) as usize;
+        within(length, MAX_FRAME_BYTES)?;
+        if self.buffer.len() < LENGTH_BYTES + length {
+            return Ok(None);
+        }
+        self.buffer.advance(LENGTH_BYTES);
+        let frame = decode::<WireFrame>(&self.buffer[..length])?;
+        self.buffer.advance(length);
+        Ok(Some(frame.into()))
+    }
+
+    /// To be called at the end of the stream.
+    pub fn finish(&self) -> Result<(), WireError> {
+        if self.buffer.is_empty() { Ok(()) } else { Err(WireError::Truncated) }
+    }
+}
+
+/// `PeerFrame` on the wire. The order of the variants is part of the protocol.
+#[derive(Serialize, Deserialize)]
+enum WireFrame {
+    Scheduled { cached_tokens: u32 },
+    Token { choice: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>> },
+    Finished { choice: u32, reason: FinishReason },
+    Failed(WireFailure),
+    Heartbeat,
+    HandOver,
+}
+
+impl From<PeerFrame> for WireFrame {
+    fn from(frame: PeerFrame) -> Self {
+        match frame {
+            PeerFrame::Event(GenerationEvent::Scheduled { cached_tokens }) => Self::Scheduled { cached_tokens },
+            PeerFrame::Event(GenerationEvent::Token { choice, token, logprobs }) => {
+                Self::Token { choice, token, logprobs }
+            }
+            PeerFrame::Event(GenerationEvent::Finished { choice, reason }) => Self::Finished { choice, reason },
+            PeerFrame::Event(GenerationEvent::Failed(failure)) => Self::Failed(failure.into()),
+            PeerFrame::Heartbeat => Self::Heartbeat,
+            PeerFrame::HandOver => Self::HandOver,
+        }
+    }
+}
+
+impl From<WireFrame> for PeerFrame {
+    fn from(frame: WireFrame) -> Self {
+        match frame {
+            WireFrame::Scheduled { cached_tokens } => Self::Event(GenerationEvent::Scheduled { cached_tokens }),
+            WireFrame::Token { choice, token, logprobs } => {
+                Self::Event(GenerationEvent::Token { choice, token, logprobs })
+            }
+            WireFrame::Finished { choice, reason } => Self::Event(GenerationEvent::Finished { choice, reason }),
+            WireFrame::Failed(failure) => Self::Event(GenerationEvent::Failed(failure.into())),
+            WireFrame::Heartbeat => Self::Heartbeat,
+            WireFrame::HandOver => Self::HandOver,
+        }
+    }
+}
+
+/// What of a failure concerns another node: its source stays in the log of the node where it happened.
+#[derive(Serialize, Deserialize)]
+struct WireFailure {
+    kind: FailureKind,
+    message: String,
+    param: Option<String>,
+    code: Option<String>,
+    retry_after: Option<Duration>,
+}
+
+impl From<Failure> for WireFailure {
+    fn from(failure: Failure) -> Self {
+        Self {
+            kind: failure.kind,
+            message: shortened(failure.message),
+            param: failure.param.map(shortened),
+            code: failure.code.map(str::to_owned),
+            retry_after: failure.retry_after,
+        }
+    }
+}
+
+impl From<WireFailure> for Failure {
+    fn from(failure: WireFailure) -> Self {
+        Self {
+            kind: failure.kind,
+            message: failure.message,
+            param: failure.param,
+            code: failure.code.and_then(|code| CODES.iter().find(|known| **known == code).copied()),
+            retry_after: failure.retry_after,
+            source: None,
+        }
+    }
+}
+
+fn shortened(mut text: String) -> String {
+    text.truncate(text.floor_char_boundary(MAX_FAILURE_TEXT_BYTES));
+    text
+}
+
+#[cfg(test)]
+#[path = "wire_tests.rs"]
+mod tests;
