@@ -5,6 +5,7 @@
 //! ```text
 //! main            process: arguments, exit code
 //! app             composition root: builds and starts every task, owns the drain order
+//! drill           beside app: starts nodes as processes, breaks them under load, compares every token
 //! config          gathers each module's Config: TOML < environment < flags
 //! api             HTTP (axum): OpenAI wire types, SSE, health, the endpoint that peers call, admin
 //! router          which replica serves this request, and what happens when it dies
@@ -21,6 +22,7 @@ pub mod api;
 pub mod app;
 pub mod cluster;
 pub mod config;
+pub mod drill;
 pub mod engine;
 pub mod formats;
 pub mod health;

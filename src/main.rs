@@ -2,8 +2,9 @@
 
 use std::process::ExitCode;
 
-use outrigger::app;
+use anyhow::Context;
 use outrigger::config::{Command, ConfigError, Invocation};
+use outrigger::{app, drill};
 
 /// Wrong usage or configuration, as `sysexits.h` and clap have it: restarting does not help.
 const EXIT_USAGE: u8 = 2;
@@ -17,19 +18,23 @@ fn main() -> ExitCode {
             return ExitCode::from(EXIT_USAGE);
         }
     };
-    let ended = match invocation.command {
-        Command::ShowConfig => {
-            print!("{}", invocation.effective());
-            Ok(ExitCode::SUCCESS)
-        }
-        Command::CheckHealth => {
-            let address = &invocation.config.api;
-            app::healthcheck::run(&address.host, address.port).map(|()| ExitCode::SUCCESS)
-        }
-        Command::Serve => app::serve(invocation),
-    };
-    ended.unwrap_or_else(|error| {
+    run(invocation).unwrap_or_else(|error| {
         eprintln!("outrigger: {error:#}");
         ExitCode::FAILURE
     })
+}
+
+fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
+    let api = &invocation.config.api;
+    match &invocation.command {
+        Command::ShowConfig => print!("{}", invocation.effective()),
+        Command::CheckHealth => app::healthcheck::run(&api.host, api.port)?,
+        Command::ShowStatus { as_json } => {
+            let address = api.admin_addr.context("no node to ask: --admin-addr is missing")?;
+            print!("{}", app::status::run(address, api.plain_key(), *as_json)?);
+        }
+        Command::Drill(arguments) => return Ok(drill::run(arguments, api.plain_key())?),
+        Command::Serve => return app::serve(invocation),
+    }
+    Ok(ExitCode::SUCCESS)
 }

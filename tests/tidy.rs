@@ -12,7 +12,7 @@ use outrigger::config::{Invocation, KEYS};
 /// From the top: a module may name only modules of lower rank, and itself. Equal ranks are siblings, and strangers.
 const LAYERS: &[&[&str]] = &[
     &["main"],
-    &["app"],
+    &["app", "drill"],
     &["config"],
     &["api"],
     &["router"],

@@ -35,6 +35,11 @@ impl ApiKeys {
         Ok(Self { digests: digests.collect::<Result<_, _>>()? })
     }
 
+    /// Whether a configured key is only the digest of one.
+    pub fn is_digest(key: &str) -> bool {
+        key.starts_with(DIGEST_PREFIX)
+    }
+
     /// Admits a request by its `Authorization` header.
     pub fn check(&self, headers: &HeaderMap) -> Result<(), Failure> {
         if self.digests.is_empty() {

@@ -93,6 +93,11 @@ impl Default for Config {
 }
 
 impl Config {
+    /// A key that this process may present to a node with the same configuration: digests cannot be presented.
+    pub fn plain_key(&self) -> Option<&str> {
+        self.api_keys.iter().map(String::as_str).find(|key| !ApiKeys::is_digest(key))
+    }
+
     /// Reports every problem, each with the key's name.
     pub fn validate(&self, errors: &mut Vec<String>) {
         let positive = [

@@ -11,6 +11,7 @@ mod front;
 pub mod healthcheck;
 mod load;
 mod signals;
+pub mod status;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Arg, ArgAction, ArgMatches, value_parser};
 
-use super::{Assignment, Command, KEYS, Key, Origin};
+use super::{Assignment, Command, KEYS, Key, Origin, drill};
 
 pub(super) struct Arguments {
     pub command: Command,
@@ -16,17 +16,20 @@ pub(super) struct Arguments {
 
 pub(super) fn read(arguments: impl IntoIterator<Item = String>) -> Result<Arguments, clap::Error> {
     let matches = command().try_get_matches_from(std::iter::once("outrigger".to_owned()).chain(arguments))?;
-    let (command, matches) = match matches.subcommand() {
-        Some(("config", matches)) => (Command::ShowConfig, matches),
-        Some(("healthcheck", matches)) => (Command::CheckHealth, matches),
-        Some((_, matches)) => (Command::Serve, matches),
-        None => (Command::Serve, &matches),
-    };
+    let (name, matches) = matches.subcommand().unwrap_or(("serve", &matches));
+    let file = matches.get_one("config").cloned();
     let mut assignments: Vec<Assignment> = KEYS.iter().filter_map(|key| assignment(key, matches)).collect();
     if let Some(model) = matches.try_get_one::<String>("MODEL").ok().flatten() {
         assignments.push(positional_model(model.clone(), &assignments)?);
     }
-    Ok(Arguments { command, file: matches.get_one("config").cloned(), assignments })
+    let command = match name {
+        "config" => Command::ShowConfig,
+        "healthcheck" => Command::CheckHealth,
+        "status" => Command::ShowStatus { as_json: matches.get_flag("json") },
+        "drill" => Command::Drill(drill::read(matches, file.as_ref(), &assignments)?),
+        _ => Command::Serve,
+    };
+    Ok(Arguments { command, file, assignments })
 }
 
 fn command() -> clap::Command {
@@ -57,6 +60,25 @@ fn command() -> clap::Command {
         .subcommand(
             clap::Command::new("healthcheck")
                 .about("Asks /livez of the node with this configuration; exit code 0 if it is alive")
+                .args(flags()),
+        )
+        .subcommand(
+            clap::Command::new("status")
+                .about("Prints the cluster as the node at --admin-addr sees it")
+                .arg(json_flag())
+                .args(flags()),
+        )
+        .subcommand(
+            clap::Command::new("drill")
+                .about("Runs game days: starts a cluster, or takes a live one, kills nodes under load and compares every token")
+                .long_about(
+                    "Runs game days: starts a cluster (or takes a live one: --target), keeps streams of all kinds in flight, \
+                     kills, pauses, breaks and restarts nodes, and compares every token with an undisturbed run. Prints, for \
+                     each exercise, the time to detect and to route around, the longest gap a client saw, requests failed and \
+                     tokens wrong; ends with 1 when these two are not 0. Configuration keys apply to the nodes that it starts.",
+                )
+                .args(drill::flags())
+                .arg(Arg::new("MODEL").help("The same as --model").value_parser(NonEmptyStringValueParser::new()))
                 .args(flags()),
         )
 }
@@ -105,7 +127,12 @@ fn negated(key: &Key) -> String {
     format!("no_{}", key.name)
 }
 
-fn kebab(name: &str) -> String {
+/// `--json`, of the subcommands that print for people.
+pub(super) fn json_flag() -> Arg {
+    Arg::new("json").long("json").action(ArgAction::SetTrue).help("Prints JSON instead of a table")
+}
+
+pub(super) fn kebab(name: &str) -> String {
     name.replace('_', "-")
 }
 

@@ -6,6 +6,7 @@
 
 mod arguments;
 mod compute;
+mod drill;
 mod environment;
 mod file;
 mod keys;
@@ -17,6 +18,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 pub use compute::Compute;
+pub use drill::{DrillArguments, DrillTarget};
 pub use keys::{KEYS, Key, markdown_table};
 pub use process::Process;
 
@@ -98,7 +100,7 @@ struct Assignment {
     origin: Origin,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
     /// Serve the model: the default.
     Serve,
@@ -106,6 +108,10 @@ pub enum Command {
     ShowConfig,
     /// Ask the node of this configuration whether it is alive.
     CheckHealth,
+    /// Print the cluster as the node of this configuration sees it.
+    ShowStatus { as_json: bool },
+    /// Run game days.
+    Drill(DrillArguments),
 }
 
 /// What the process was asked to do.
@@ -126,6 +132,16 @@ pub enum ConfigError {
     Usage(#[from] clap::Error),
     #[error("the configuration has {}:\n  {}", count(.0.len()), .0.join("\n  "))]
     Problems(Vec<String>),
+}
+
+/// The file that this process runs, to start it again.
+pub fn this_program() -> std::io::Result<PathBuf> {
+    std::env::current_exe()
+}
+
+/// Where files that nobody needs afterwards may lie.
+pub fn temporary_folder() -> PathBuf {
+    std::env::temp_dir()
 }
 
 fn count(problems: usize) -> String {

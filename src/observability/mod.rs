@@ -3,6 +3,7 @@
 pub mod instruments;
 pub mod metrics;
 pub mod process;
+pub mod text_table;
 pub mod trace;
 
 pub use instruments::{Counter, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, LabelledValue};

@@ -1,0 +1,299 @@
+//! The cluster that a drill is run against: its own nodes, or those that the operator named. What may be done to a node is
+//! decided here, and nowhere else.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use tokio::process::Command;
+use tokio::time::Instant;
+
+use super::client::DrillClient;
+use super::process::{NodeProcess, Signal, send_signal};
+use crate::config::DrillTarget;
+use crate::router::ClusterOverview;
+
+/// For a node to load its model, and for all to see one another.
+pub const START_PATIENCE: Duration = Duration::from_secs(60);
+/// For a process to end that was asked to: beyond its shutdown timeout.
+pub const EXIT_PATIENCE: Duration = Duration::from_secs(45);
+const POLL: Duration = Duration::from_millis(20);
+
+/// What can be done to a node from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// `kill -9`
+    Kill,
+    /// `kill -STOP`
+    Pause,
+    /// `kill -CONT`
+    Resume,
+    /// `kill -TERM`
+    Terminate,
+    Restart,
+}
+
+impl Action {
+    /// As the hook is told.
+    pub fn name(self) -> &'static str {
+        match self {
+            Action::Kill => "kill",
+            Action::Pause => "pause",
+            Action::Resume => "resume",
+            Action::Terminate => "terminate",
+            Action::Restart => "restart",
+        }
+    }
+
+    fn signal(self) -> Option<Signal> {
+        match self {
+            Action::Kill => Some(Signal::SIGKILL),
+            Action::Pause => Some(Signal::SIGSTOP),
+            Action::Resume => Some(Signal::SIGCONT),
+            Action::Terminate => Some(Signal::SIGTERM),
+            Action::Restart => None,
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ArenaError {
+    #[error("{node}: {action} was not allowed to the drill")]
+    Forbidden { node: String, action: &'static str },
+    #[error("{node}: {action} failed")]
+    Failed {
+        node: String,
+        action: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the cluster is not whole after {START_PATIENCE:?}: {0}")]
+    NotWhole(String),
+    #[error("the HTTP client cannot be made")]
+    Client(#[from] reqwest::Error),
+}
+
+/// A node, and what may be done to it.
+pub struct ArenaNode {
+    /// Base URL of its API.
+    pub url: String,
+    /// `host:port` of its admin address.
+    pub admin: Option<String>,
+    control: Control,
+}
+
+enum Control {
+    /// Started by the drill: anything.
+    Own(Box<NodeProcess>),
+    /// The operator's.
+    Foreign {
+        /// The process that may be killed, until it was.
+        may_kill: Option<u32>,
+        hook: Option<PathBuf>,
+    },
+}
+
+pub struct Arena {
+    pub nodes: Vec<ArenaNode>,
+    pub client: DrillClient,
+}
+
+impl ArenaNode {
+    pub fn own(process: NodeProcess) -> Self {
+        let addresses = process.addresses;
+        Self {
+            url: format!("http://{}", addresses.api),
+            admin: Some(addresses.admin.to_string()),
+            control: Control::Own(Box::new(process)),
+        }
+    }
+
+    pub fn foreign(target: DrillTarget, hook: Option<PathBuf>) -> Self {
+        let DrillTarget { url, admin, may_kill } = target;
+        Self { url, admin, control: Control::Foreign { may_kill, hook } }
+    }
+
+    pub fn allows(&self, action: Action) -> bool {
+        match &self.control {
+            Control::Own(_) => true,
+            Control::Foreign { hook: Some(_), .. } => true,
+            Control::Foreign { may_kill, hook: None } => may_kill.is_some() && action.signal().is_some(),
+        }
+    }
+
+    /// The process, where the drill started it.
+    pub fn process(&mut self) -> Option<&mut NodeProcess> {
+        match &mut self.control {
+            Control::Own(process) => Some(process),
+            Control::Foreign { .. } => None,
+        }
+    }
+
+    /// Does it, or says why not.
+    pub async fn act(&mut self, action: Action) -> Result<(), ArenaError> {
+        let node = self.url.clone();
+        let name = action.name();
+        if !self.allows(action) {
+            return Err(ArenaError::Forbidden { node, action: name });
+        }
+        let done = match &mut self.control {
+            Control::Own(process) => act_on_own(process, action),
+            Control::Foreign { hook: Some(hook), .. } => call_hook(hook, name, &node).await,
+            Control::Foreign { may_kill, hook: None } => act_on_foreign(may_kill, action),
+        };
+        done.map_err(|source| ArenaError::Failed { node, action: name, source })
+    }
+}
+
+fn act_on_own(process: &mut NodeProcess, action: Action) -> io::Result<()> {
+    match action.signal() {
+        Some(Signal::SIGKILL) => process.kill(),
+        Some(signal) => process.signal(signal),
+        None => process.start(),
+    }
+}
+
+fn act_on_foreign(may_kill: &mut Option<u32>, action: Action) -> io::Result<()> {
+    let forbidden = || io::Error::from(io::ErrorKind::PermissionDenied);
+    let (id, signal) = (may_kill.ok_or_else(forbidden)?, action.signal().ok_or_else(forbidden)?);
+    if matches!(action, Action::Kill | Action::Terminate) {
+        // The system may give the id to another process once this one is gone.
+        *may_kill = None;
+    }
+    send_signal(id, signal)
+}
+
+async fn call_hook(hook: &PathBuf, action: &str, url: &str) -> io::Result<()> {
+    let status = Command::new(hook).args([action, url]).status().await?;
+    match status.success() {
+        true => Ok(()),
+        false => Err(io::Error::other(format!("the hook ended with {status}"))),
+    }
+}
+
+impl Arena {
+    /// Starts every node of its own and waits until each knows all.
+    pub async fn start(nodes: Vec<ArenaNode>, client: DrillClient) -> Result<Self, ArenaError> {
+        let mut arena = Self { nodes, client };
+        for node in &mut arena.nodes {
+            if node.process().is_some() {
+                node.act(Action::Restart).await?;
+            }
+        }
+        arena.wait_until_whole().await?;
+        Ok(arena)
+    }
+
+    pub fn urls(&self) -> Vec<String> {
+        self.nodes.iter().map(|node| node.url.clone()).collect()
+    }
+
+    /// All URLs, beginning with the node of that index.
+    pub fn urls_from(&self, first: usize) -> Vec<String> {
+        let mut urls = self.urls();
+        urls.rotate_left(first % self.nodes.len());
+        urls
+    }
+
+    pub async fn overview(&self, node: usize) -> Option<ClusterOverview> {
+        self.client.overview(self.nodes[node].admin.as_ref()?).await
+    }
+
+    /// Waits until every node is ready and sees every other ready, with a model and a closed circuit.
+    pub async fn wait_until_whole(&mut self) -> Result<(), ArenaError> {
+        let deadline = Instant::now() + START_PATIENCE;
+        let mut missing = String::new();
+        let whole = DrillClient::until(deadline, POLL, async || match self.first_missing().await {
+            Some(problem) => {
+                missing = problem;
+                false
+            }
+            None => true,
+        })
+        .await;
+        if whole { Ok(()) } else { Err(ArenaError::NotWhole(missing)) }
+    }
+
+    /// What the cluster lacks to be whole.
+    async fn first_missing(&mut self) -> Option<String> {
+        for index in 0..self.nodes.len() {
+            if let Some(process) = self.nodes[index].process()
+                && let Some(status) = process.ended()
+            {
+                return Some(format!("{} has ended with {status}:\n{}", process.name, process.log_tail()));
+            }
+            let node = &self.nodes[index];
+            if !self.client.is_ready(&node.url).await {
+                return Some(format!("{} is not ready", node.url));
+            }
+            let Some(admin) = &node.admin else { continue };
+            let Some(overview) = self.client.overview(admin).await else {
+                return Some(format!("{admin} does not answer"));
+            };
+            if let Some(problem) = lacks_peers(&overview, self.nodes.len() - 1) {
+                return Some(format!("{}: {problem}", node.url));
+            }
+        }
+        None
+    }
+
+    /// Whether the process of the node still runs, as far as the drill can see.
+    pub async fn is_up(&mut self, node: usize) -> bool {
+        match self.nodes[node].process() {
+            Some(process) => process.is_running(),
+            None => self.client.is_ready(&self.nodes[node].url).await,
+        }
+    }
+}
+
+fn lacks_peers(overview: &ClusterOverview, wanted: usize) -> Option<String> {
+    use crate::router::overview::BreakerPosition;
+    let is_well = |peer: &&crate::router::PeerOverview| {
+        peer.node.report.ready && !peer.node.models.is_empty() && peer.breaker == BreakerPosition::Closed
+    };
+    let well = overview.peers.iter().filter(is_well).count();
+    (well < wanted).then(|| format!("it sees {well} of {wanted} others that are well"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn target(may_kill: Option<u32>) -> DrillTarget {
+        DrillTarget { url: "http://127.0.0.1:1".into(), admin: None, may_kill }
+    }
+
+    #[tokio::test]
+    async fn nothing_is_done_to_a_target_that_was_not_allowed() {
+        let mut node = ArenaNode::foreign(target(None), None);
+        for action in [Action::Kill, Action::Pause, Action::Resume, Action::Terminate, Action::Restart] {
+            assert!(!node.allows(action));
+            assert!(matches!(node.act(action).await, Err(ArenaError::Forbidden { .. })), "{action:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_that_may_die_dies_once_and_its_id_is_forgotten() {
+        let mut victim = std::process::Command::new("sleep").arg("1000").spawn().expect("it starts");
+        let mut node = ArenaNode::foreign(target(Some(victim.id())), None);
+        assert!(!node.allows(Action::Restart), "a process id does not tell how to start it again");
+        node.act(Action::Kill).await.expect("allowed");
+        let status = victim.wait().expect("it ends");
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(Signal::SIGKILL as i32));
+        assert!(matches!(node.act(Action::Kill).await, Err(ArenaError::Forbidden { .. })));
+    }
+
+    #[tokio::test]
+    async fn the_hook_is_told_what_to_do_to_whom() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let (hook, told) = (folder.path().join("hook"), folder.path().join("told"));
+        let script = format!("#!/bin/sh\necho \"$@\" >> {}\n[ \"$1\" != resume ]\n", told.display());
+        std::fs::write(&hook, script).expect("written");
+        std::fs::set_permissions(&hook, std::os::unix::fs::PermissionsExt::from_mode(0o700)).expect("executable");
+        let mut node = ArenaNode::foreign(target(None), Some(hook));
+        node.act(Action::Restart).await.expect("the hook agrees");
+        assert!(matches!(node.act(Action::Resume).await, Err(ArenaError::Failed { .. })), "the hook refuses");
+        let told = std::fs::read_to_string(told).expect("called");
+        assert_eq!(told, "restart http://127.0.0.1:1\nresume http://127.0.0.1:1\n");
+    }
+}

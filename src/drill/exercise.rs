@@ -1,0 +1,148 @@
+//! The exercises: what each does to the cluster, when, and through which node its clients come in.
+
+use super::arena::Action;
+
+/// One game day.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exercise {
+    /// Nothing happens: the gaps that are there anyway.
+    Calm,
+    KillInDecode,
+    KillInPrefill,
+    Pause,
+    EnginePanic,
+    EngineHang,
+    NanLogits,
+    RollingRestart,
+    KillEntry,
+    AllButOne,
+}
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Injury {
+    None,
+    /// To the node, other than the entry, that computes most streams.
+    Generator(Action),
+    /// Its engine breaks; see `app::fault_injection`.
+    GeneratorFault(&'static str),
+    Entry(Action),
+    /// To all but the entry, at one time.
+    AllButEntry(Action),
+    /// Every node in turn is told to end, and started again.
+    Rolling,
+}
+
+/// When it is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Moment {
+    /// Half of the streams have some tokens.
+    Decode,
+    /// The victim has begun with prompts that take it a while.
+    Prefill,
+}
+
+/// Where clients come in, and what they do when their connection breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Clients {
+    /// All through one node; a broken connection is a failure.
+    OneEntry,
+    /// All through one node, and elsewhere when that breaks.
+    Reconnecting,
+    /// Through every node alike; elsewhere when one is gone, as behind a load balancer.
+    Spread,
+}
+
+impl Exercise {
+    pub const ALL: [Exercise; 10] = [
+        Exercise::Calm,
+        Exercise::KillInDecode,
+        Exercise::KillInPrefill,
+        Exercise::Pause,
+        Exercise::EnginePanic,
+        Exercise::EngineHang,
+        Exercise::NanLogits,
+        Exercise::RollingRestart,
+        Exercise::KillEntry,
+        Exercise::AllButOne,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Exercise::Calm => "calm",
+            Exercise::KillInDecode => "kill-in-decode",
+            Exercise::KillInPrefill => "kill-in-prefill",
+            Exercise::Pause => "pause",
+            Exercise::EnginePanic => "engine-panic",
+            Exercise::EngineHang => "engine-hang",
+            Exercise::NanLogits => "nan-logits",
+            Exercise::RollingRestart => "rolling-restart",
+            Exercise::KillEntry => "kill-entry",
+            Exercise::AllButOne => "all-but-one",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|exercise| exercise.name() == name)
+    }
+
+    pub fn injury(self) -> Injury {
+        match self {
+            Exercise::Calm => Injury::None,
+            Exercise::KillInDecode | Exercise::KillInPrefill => Injury::Generator(Action::Kill),
+            Exercise::Pause => Injury::Generator(Action::Pause),
+            Exercise::EnginePanic => Injury::GeneratorFault("panic"),
+            Exercise::EngineHang => Injury::GeneratorFault("hang"),
+            Exercise::NanLogits => Injury::GeneratorFault("nan_logits"),
+            Exercise::RollingRestart => Injury::Rolling,
+            Exercise::KillEntry => Injury::Entry(Action::Kill),
+            Exercise::AllButOne => Injury::AllButEntry(Action::Kill),
+        }
+    }
+
+    pub fn moment(self) -> Moment {
+        match self {
+            Exercise::KillInPrefill => Moment::Prefill,
+            _ => Moment::Decode,
+        }
+    }
+
+    pub fn clients(self) -> Clients {
+        match self {
+            Exercise::Calm | Exercise::RollingRestart => Clients::Spread,
+            Exercise::KillEntry => Clients::Reconnecting,
+            _ => Clients::OneEntry,
+        }
+    }
+
+    /// The action that has to be allowed on the nodes that it may hit; None when it needs no permission of ours.
+    pub fn needs(self) -> Option<Action> {
+        match self.injury() {
+            Injury::None | Injury::GeneratorFault(_) => None,
+            Injury::Generator(action) | Injury::Entry(action) | Injury::AllButEntry(action) => Some(action),
+            // Who may restart may also end.
+            Injury::Rolling => Some(Action::Restart),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_lead_back() {
+        for exercise in Exercise::ALL {
+            assert_eq!(Exercise::from_name(exercise.name()), Some(exercise));
+        }
+        assert_eq!(Exercise::from_name("picnic"), None);
+    }
+
+    #[test]
+    fn clients_reconnect_where_their_own_node_goes() {
+        for exercise in Exercise::ALL {
+            let entry_goes = matches!(exercise.injury(), Injury::Entry(_) | Injury::Rolling);
+            assert!(!entry_goes || exercise.clients() != Clients::OneEntry, "{exercise:?}");
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! What is read off the streams of an exercise. Pure.
+
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::time::Instant;
+
+use super::client::StreamRecord;
+use super::transcript::Transcript;
+
+/// Of the longest gaps of all streams.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Gaps {
+    pub p50: f64,
+    pub p99: f64,
+    pub max: f64,
+}
+
+/// How an exercise went. Times are in seconds.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Outcome {
+    pub exercise: &'static str,
+    /// Why it was not run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
+    pub streams: usize,
+    /// From the fault until another node had noticed, as it tells itself.
+    pub detect_seconds: Option<f64>,
+    /// From the fault until every stream that was open had gone on.
+    pub route_around_seconds: Option<f64>,
+    /// The longest silence of each stream, from the fault on.
+    pub gap_seconds: Gaps,
+    /// Streams that lost their replica and went on elsewhere, and those that were handed over or taken over.
+    pub failovers: u64,
+    pub hand_overs: u64,
+    pub resumed: u64,
+    /// Connections that clients made anew.
+    pub reconnects: u64,
+    pub failed_requests: u64,
+    pub wrong_tokens: u64,
+    pub seconds: f64,
+    /// What went wrong, at most a few.
+    pub problems: Vec<String>,
+}
+
+/// Problems that are told.
+const MAX_PROBLEMS: usize = 8;
+
+impl Outcome {
+    pub fn skipped(exercise: &'static str, why: impl Into<String>) -> Self {
+        Self { exercise, skipped: Some(why.into()), ..Self::default() }
+    }
+
+    /// Both goals are reached and nothing else went wrong.
+    pub fn is_good(&self) -> bool {
+        self.failed_requests == 0 && self.wrong_tokens == 0 && self.problems.is_empty()
+    }
+
+    pub fn problem(&mut self, problem: impl Into<String>) {
+        if self.problems.len() < MAX_PROBLEMS {
+            self.problems.push(problem.into());
+        }
+    }
+
+    /// Adds a stream that has ended to the counts.
+    pub fn count(&mut self, name: &str, record: &StreamRecord, reference: &Transcript) {
+        self.streams += 1;
+        self.reconnects += u64::from(record.reconnects);
+        if let Some(why) = record.failure() {
+            self.failed_requests += 1;
+            self.problem(format!("{name}: {why}"));
+            return;
+        }
+        let wrong = record.transcript.wrong_tokens(reference);
+        self.wrong_tokens += wrong;
+        if let Some(difference) = record.transcript.difference(reference) {
+            self.problem(format!("{name}: {difference}"));
+        }
+    }
+
+    /// Reads the times off all streams; `fault` is when it was done.
+    pub fn time(&mut self, records: &[StreamRecord], fault: Option<Instant>) {
+        let gaps: Vec<Duration> = records.iter().filter_map(|record| longest_gap(record, fault)).collect();
+        self.gap_seconds = Gaps::of(&gaps);
+        let Some(fault) = fault else { return };
+        let recovered = records.iter().filter_map(|record| next_token(record, fault));
+        self.route_around_seconds = recovered.max().map(|time| time.as_secs_f64());
+    }
+}
+
+impl Gaps {
+    pub fn of(gaps: &[Duration]) -> Self {
+        let mut seconds: Vec<f64> = gaps.iter().map(Duration::as_secs_f64).collect();
+        seconds.sort_by(f64::total_cmp);
+        Self { p50: percentile(&seconds, 0.50), p99: percentile(&seconds, 0.99), max: percentile(&seconds, 1.0) }
+    }
+}
+
+/// The nearest rank; 0 of nothing.
+pub fn percentile(sorted: &[f64], share: f64) -> f64 {
+    let rank = (share * sorted.len() as f64).ceil() as usize;
+    sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
+}
+
+/// From the fault to the first token behind it, of a stream that was open then.
+fn next_token(record: &StreamRecord, fault: Instant) -> Option<Duration> {
+    if record.began > fault {
+        return None;
+    }
+    record.token_times.iter().find(|time| **time > fault).map(|time| *time - fault)
+}
+
+/// The longest silence between tokens that ends behind the fault. A stream without a token at the fault was silent from
+/// there on at the latest. None for a stream that was over already.
+fn longest_gap(record: &StreamRecord, fault: Option<Instant>) -> Option<Duration> {
+    let times = &record.token_times;
+    let between = times.windows(2).map(|pair| (pair[0], pair[1]));
+    let before_first = fault.filter(|fault| record.began <= *fault).zip(times.first().copied());
+    let before_first = before_first.filter(|(fault, first)| first > fault);
+    let is_late = |(_, end): &(Instant, Instant)| fault.is_none_or(|fault| *end > fault);
+    between.chain(before_first).filter(is_late).map(|(start, end)| end - start).max()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::drill::client::StreamEnd;
+
+    fn record(start: Instant, began: u64, tokens: &[u64]) -> StreamRecord {
+        let at = |millis: &u64| start + Duration::from_millis(*millis);
+        StreamRecord { began: at(&began), token_times: tokens.iter().map(at).collect(), ..StreamRecord::new() }
+    }
+
+    #[test]
+    fn gaps_are_those_that_end_behind_the_fault() {
+        let start = Instant::now();
+        let millis = Duration::from_millis;
+        let fault = Some(start + millis(100));
+        assert_eq!(longest_gap(&record(start, 0, &[10, 90, 95, 120, 130]), fault), Some(millis(25)));
+        assert_eq!(longest_gap(&record(start, 0, &[10, 90]), fault), None, "it was over");
+        assert_eq!(longest_gap(&record(start, 0, &[150, 160]), fault), Some(millis(50)), "it waited in the queue");
+        assert_eq!(longest_gap(&record(start, 140, &[150, 170]), fault), Some(millis(20)), "it began later");
+        assert_eq!(longest_gap(&record(start, 0, &[10, 90, 95]), None), Some(millis(80)));
+        let mut outcome = Outcome::default();
+        outcome.time(&[record(start, 0, &[90, 130, 500]), record(start, 0, &[101, 102])], fault);
+        assert_eq!(outcome.route_around_seconds, Some(0.03));
+        assert_eq!(outcome.gap_seconds, Gaps { p50: 0.001, p99: 0.37, max: 0.37 });
+    }
+
+    #[test]
+    fn percentiles_are_nearest_ranks() {
+        let hundred: Vec<f64> = (1..=100).map(f64::from).collect();
+        assert_eq!(
+            (percentile(&hundred, 0.5), percentile(&hundred, 0.99), percentile(&hundred, 1.0)),
+            (50.0, 99.0, 100.0)
+        );
+        assert_eq!((percentile(&[7.0], 0.5), percentile(&[], 0.99)), (7.0, 0.0));
+    }
+
+    #[test]
+    fn failed_streams_and_wrong_tokens_are_counted_and_told() {
+        let mut reference = Transcript::default();
+        reference.take(&json!({"choices": [{"index": 0, "text": "", "token_ids": [1, 2]}]})).expect("a chunk");
+        let mut other = Transcript::default();
+        other.take(&json!({"choices": [{"index": 0, "text": "", "token_ids": [1, 3]}]})).expect("a chunk");
+        let ended = |transcript: &Transcript, end| StreamRecord {
+            transcript: transcript.clone(),
+            end: Some(end),
+            ..StreamRecord::new()
+        };
+        let mut outcome = Outcome::default();
+        outcome.count("a", &ended(&reference, StreamEnd::Done), &reference);
+        assert!(outcome.is_good());
+        outcome.count("b", &ended(&other, StreamEnd::Done), &reference);
+        outcome.count("c", &ended(&reference, StreamEnd::Failed("cut".into())), &reference);
+        assert_eq!((outcome.streams, outcome.failed_requests, outcome.wrong_tokens), (3, 1, 1));
+        assert_eq!(outcome.problems, ["b: choice 0: token 1 is 3 instead of 2", "c: cut"]);
+        assert!(!outcome.is_good());
+    }
+}

@@ -1,0 +1,190 @@
+//! The streams that a drill keeps in flight: of every kind that could be continued wrongly. Pure: the same numbers give the
+//! same requests.
+
+use serde_json::{Value, json};
+
+use super::transcript::Transcript;
+
+pub const CHAT: &str = "/v1/chat/completions";
+pub const COMPLETIONS: &str = "/v1/completions";
+
+/// A request that asks for a stream with token ids.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PlannedStream {
+    pub kind: Kind,
+    pub path: &'static str,
+    pub body: Value,
+}
+
+/// What is special about a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Greedy,
+    Sampled,
+    Penalised,
+    StopString,
+    ManyChoices,
+    Logprobs,
+}
+
+impl Kind {
+    pub const ALL: [Kind; 6] =
+        [Kind::Greedy, Kind::Sampled, Kind::Penalised, Kind::StopString, Kind::ManyChoices, Kind::Logprobs];
+
+    fn sampling(self, seed: u64) -> Value {
+        match self {
+            Kind::Greedy => json!({"temperature": 0}),
+            Kind::Sampled => json!({"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": seed}),
+            Kind::Penalised => json!({
+                "temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.3,
+                "seed": seed
+            }),
+            Kind::StopString => json!({"temperature": 0.7, "min_p": 0.02, "seed": seed}),
+            Kind::ManyChoices => json!({"temperature": 1.0, "n": 3, "seed": seed}),
+            Kind::Logprobs => json!({"temperature": 0.6, "seed": seed}),
+        }
+    }
+}
+
+/// What the requests are made for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// A name that the cluster serves.
+    pub model: String,
+    /// Whether it has a chat template.
+    pub has_chat: bool,
+    pub streams: usize,
+    /// Of each choice.
+    pub tokens: u32,
+    /// About that many words before the question.
+    pub prompt_words: usize,
+    /// Other numbers give other prompts.
+    pub salt: u64,
+}
+
+/// One request for each stream, the kinds in turn, chat and completions in turn.
+pub fn plan(shape: &Shape) -> Vec<PlannedStream> {
+    (0..shape.streams).map(|number| planned(shape, number)).collect()
+}
+
+fn planned(shape: &Shape, number: usize) -> PlannedStream {
+    let kind = Kind::ALL[number % Kind::ALL.len()];
+    let is_chat = shape.has_chat && (number / Kind::ALL.len()).is_multiple_of(2);
+    let prompt = prompt(shape, number as u64);
+    let mut body = match is_chat {
+        true => json!({"messages": [{"role": "user", "content": prompt}]}),
+        false => json!({"prompt": prompt}),
+    };
+    let common = json!({
+        "model": shape.model, "max_tokens": shape.tokens, "ignore_eos": true, "stream": true, "return_token_ids": true
+    });
+    merge(&mut body, common);
+    merge(&mut body, kind.sampling(shape.salt * 1000 + number as u64));
+    if kind == Kind::Logprobs {
+        merge(&mut body, if is_chat { json!({"logprobs": true, "top_logprobs": 3}) } else { json!({"logprobs": 3}) });
+    }
+    PlannedStream { kind, path: if is_chat { CHAT } else { COMPLETIONS }, body }
+}
+
+fn merge(body: &mut Value, more: Value) {
+    if let (Value::Object(body), Value::Object(more)) = (body, more) {
+        body.extend(more);
+    }
+}
+
+/// Begins differently for every stream, so that none finds another's beginning in a prefix cache.
+fn prompt(shape: &Shape, number: u64) -> String {
+    const WORDS: [&str; 16] = [
+        "sea", "wind", "boat", "wave", "island", "rope", "sail", "star", "storm", "harbour", "fish", "crew", "tide",
+        "reef", "canoe", "shore",
+    ];
+    const QUESTIONS: [&str; 4] = [
+        "Tell a long story about it.",
+        "Explain in detail what happens next.",
+        "Write a letter home about this voyage.",
+        "List what the crew should do, step by step.",
+    ];
+    let mut state = shape.salt.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number);
+    let mut word = || {
+        // Knuth's linear congruence (MMIX) is random enough for prose.
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        WORDS[(state >> 60) as usize]
+    };
+    let words: Vec<&str> = (0..shape.prompt_words).map(|_| word()).collect();
+    format!("{} {number}: {}. {}", shape.salt, words.join(" "), QUESTIONS[(number % 4) as usize])
+}
+
+/// Part of the text after which a stop string is looked for, so that the stream has run for a while when it stops.
+const STOP_AFTER: f64 = 0.7;
+/// Long enough to come in several tokens.
+const STOP_CHARS: usize = 6;
+
+/// Gives a stream of kind `StopString` a stop string that will match late: a piece of what it said without one.
+pub fn with_stop_string(stream: &PlannedStream, unstopped: &Transcript) -> PlannedStream {
+    let mut stream = stream.clone();
+    if let Some(stop) = unstopped.choices.first().and_then(|choice| late_piece(&choice.text)) {
+        stream.body["stop"] = json!([stop, "\u{1}never said\u{1}"]);
+    }
+    stream
+}
+
+/// A piece that stands late in the text and nowhere before.
+fn late_piece(text: &str) -> Option<String> {
+    let chars: Vec<(usize, char)> = text.char_indices().collect();
+    let first = (chars.len() as f64 * STOP_AFTER) as usize;
+    (first..chars.len().saturating_sub(STOP_CHARS)).find_map(|start| {
+        let (from, to) = (chars[start].0, chars[start + STOP_CHARS].0);
+        let piece = &text[from..to];
+        // A replacement character stands for bytes that were no text: the API could not match it.
+        (!piece.contains('\u{fffd}') && text.find(piece) == Some(from)).then(|| piece.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    fn shape() -> Shape {
+        Shape { model: "m".into(), has_chat: true, streams: 32, tokens: 100, prompt_words: 20, salt: 7 }
+    }
+
+    #[test]
+    fn every_kind_is_there_in_chat_and_in_completions() {
+        let streams = plan(&shape());
+        assert_eq!(streams.len(), 32);
+        for kind in Kind::ALL {
+            for path in [CHAT, COMPLETIONS] {
+                assert!(streams.iter().any(|stream| stream.kind == kind && stream.path == path), "{kind:?} {path}");
+            }
+        }
+        assert!(streams.iter().all(|stream| stream.body["stream"] == true && stream.body["return_token_ids"] == true));
+        // Greedy ones need none.
+        assert!(streams.iter().all(|stream| stream.body["seed"].is_u64() || stream.body["temperature"] == 0));
+        let without_template = plan(&Shape { has_chat: false, ..shape() });
+        assert!(without_template.iter().all(|stream| stream.path == COMPLETIONS));
+    }
+
+    #[test]
+    fn prompts_begin_differently_and_are_the_same_again() {
+        let prompts: BTreeSet<String> =
+            (0..32).map(|number| prompt(&shape(), number).chars().take(8).collect()).collect();
+        assert_eq!(prompts.len(), 32);
+        assert_eq!(plan(&shape()), plan(&shape()));
+        assert_ne!(plan(&shape())[0], plan(&Shape { salt: 8, ..shape() })[0]);
+    }
+
+    #[test]
+    fn a_stop_string_matches_late_and_only_there() {
+        let mut transcript = Transcript::default();
+        let text = "abcdefghij".repeat(5) + "klmnopqrstuvwxyz";
+        let chunk = json!({"choices": [{"index": 0, "text": text}]});
+        transcript.take(&chunk).expect("a chunk");
+        let stream = with_stop_string(&plan(&shape())[3], &transcript);
+        let stop = stream.body["stop"][0].as_str().expect("a stop string");
+        assert!(text.find(stop).expect("it is in the text") >= text.len() / 2, "{stop}");
+        assert_eq!(late_piece("ab\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}\u{fffd}"), None);
+        assert_eq!(late_piece(""), None);
+    }
+}
