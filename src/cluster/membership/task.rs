@@ -25,10 +25,11 @@ const PREFIXES_KEY: &str = "h";
 const GOODBYE_KEY: &str = "x";
 
 /// A node dies at this multiple of the usual time between its heartbeats.
-const PHI_THRESHOLD: f64 = 8.0;
+const PHI_THRESHOLD: f64 = 7.0;
 /// Phi's mean is taken over so few heartbeats that chitchat's prior, of weight 5, is half of it. Heartbeats come through
 /// every peer and so ever faster in a larger cluster; the prior keeps the limit from shrinking with them. With a prior of
-/// two rounds a silent node dies after 8 to 12 rounds: 2 to 3 s by default, and later where heartbeats are slow to come.
+/// two rounds a node dies after a silence of 7 to 10 rounds, about 2 s by default, and later where heartbeats are slow to
+/// come. In large clusters its last heartbeats go on spreading for some rounds.
 const PHI_WINDOW: usize = 5;
 const PRIOR_ROUNDS: u32 = 2;
 /// Longer pauses say nothing about a node's rhythm.

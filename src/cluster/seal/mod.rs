@@ -16,6 +16,8 @@
 //!
 //! *Strangers* cost one key derivation and one failed tag for each datagram, and no memory.
 //!
+//! Messages are compressed before. That tells a listener how well they compress, which is no secret here.
+//!
 //! `Endpoint` is sans-IO: bytes in, bytes out, time passed in. `transport` moves the bytes.
 
 mod fragments;
@@ -23,6 +25,7 @@ mod frame;
 mod keys;
 mod replay;
 mod sessions;
+mod squeeze;
 #[cfg(test)]
 mod tests;
 pub mod transport;

@@ -14,6 +14,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
+use super::squeeze::Squeezer;
 use super::{DropReason, Endpoint, MAX_DATAGRAM_BYTES};
 use crate::cluster::ClusterKey;
 use crate::observability::Metrics;
@@ -85,6 +86,7 @@ impl Transport for SealedTransport {
             datagrams: Arc::clone(&self.datagrams),
             endpoint: Arc::clone(&self.endpoint),
             metrics: Arc::clone(&self.metrics),
+            squeezer: Squeezer::new()?,
             // One byte more than fits tells what was cut.
             buffer: Box::new([0; MAX_DATAGRAM_BYTES + 1]),
         }))
@@ -95,13 +97,15 @@ struct SealedSocket {
     datagrams: Arc<dyn Datagrams>,
     endpoint: Arc<Mutex<Endpoint>>,
     metrics: Arc<Metrics>,
+    squeezer: Squeezer,
     buffer: Box<[u8; MAX_DATAGRAM_BYTES + 1]>,
 }
 
 #[async_trait]
 impl Socket for SealedSocket {
     async fn send(&mut self, to: SocketAddr, message: ChitchatMessage) -> anyhow::Result<()> {
-        let sealed = self.endpoint.lock().seal(to, &message.serialize_to_vec());
+        let squeezed = self.squeezer.squeeze(&message.serialize_to_vec());
+        let sealed = self.endpoint.lock().seal(to, &squeezed);
         let Some(datagrams) = sealed else {
             self.count_drop(DropReason::Oversized);
             return Ok(());
@@ -136,9 +140,10 @@ impl Socket for SealedSocket {
                 self.count_drop(reason);
             }
             if let Some(message) = received.message {
-                match ChitchatMessage::deserialize(&mut message.as_slice()) {
-                    Ok(message) => return Ok((from, message)),
-                    Err(_) => self.count_drop(DropReason::Malformed),
+                let expanded = self.squeezer.expand(&message);
+                match expanded.and_then(|mut message| ChitchatMessage::deserialize(&mut message).ok()) {
+                    Some(message) => return Ok((from, message)),
+                    None => self.count_drop(DropReason::Malformed),
                 }
             }
             if let Some(reply) = received.reply {
