@@ -15,20 +15,23 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use axum::Router;
+use bytes::Bytes;
 use outrigger::admission::{self, AdmissionController};
 use outrigger::api::{self, ApiState, ServedModel};
+use outrigger::cluster::ModelReport;
 use outrigger::engine::null::NullEngine;
 use outrigger::health::{self, Health};
 use outrigger::observability::Metrics;
+use outrigger::router::{self, LocalReplica, Router};
 use outrigger::tokenizer::Tokenizer;
+use outrigger::types::Backend;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio_util::sync::CancellationToken;
 
 const FIXTURE: &str = "models/fixtures/llama-gqa-tied-bf16";
-const MAX_MODEL_LEN: usize = 512;
+const MAX_MODEL_LEN: u32 = 512;
 
 struct Workload {
     name: &'static str,
@@ -88,7 +91,7 @@ impl Server {
                 let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
                 let address = listener.local_addr().expect("an address");
                 sender.send(Self { address, runtime: Handle::current() }).expect("somebody waits");
-                api::serve(listener, node(), Router::new(), CancellationToken::new()).await;
+                api::serve(listener, node(), axum::Router::new(), CancellationToken::new()).await;
             });
         });
         receiver.recv().expect("the server starts")
@@ -112,9 +115,19 @@ fn node() -> ApiState {
     let metrics = Arc::new(Metrics::new("null"));
     let admission = AdmissionController::new(admission::Config::default(), 64, metrics.clone());
     let health = Health::new(health::Config::default(), metrics.clone());
-    let state = ApiState::new(api::Config::default(), metrics, admission, health.clone()).expect("valid");
+    let router = Router::alone(router::Config::default(), admission.clone(), health.clone(), metrics.clone());
+    let state =
+        ApiState::new(api::Config::default(), metrics, admission, health.clone(), router.clone()).expect("valid");
     let backend = Arc::new(NullEngine::new(tokenizer.vocab_size() as u32));
-    state.set_model(ServedModel::new(vec!["null".into()], backend, tokenizer, template, vec![], MAX_MODEL_LEN));
+    let model = ModelReport {
+        names: vec!["null".into()],
+        fingerprint: backend.fingerprint(),
+        tokenizer: "tokenizer".into(),
+        max_model_len: MAX_MODEL_LEN,
+        created: 1,
+    };
+    state.set_model(ServedModel::new(&model, tokenizer, template, vec![]));
+    router.attach(LocalReplica { engine: backend, model, seats: 64, tokenizer: Bytes::new() });
     health.lifecycle().warming("loaded").expect("a step of the diagram");
     health.lifecycle().ready("tried").expect("a step of the diagram");
     state

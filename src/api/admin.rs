@@ -57,7 +57,7 @@ mod tests {
     use crate::cluster::LoadReport;
     use crate::health::{self, Health};
     use crate::observability::Metrics;
-    use crate::router::{NodeOverview, StreamCounts};
+    use crate::router::{self, NodeOverview, StreamCounts};
     use crate::types::NodeId;
 
     fn overview() -> ClusterOverview {
@@ -83,7 +83,9 @@ mod tests {
         let health = Health::new(health::Config::default(), metrics.clone());
         let admission = AdmissionController::new(admission::Config::default(), 1, metrics.clone());
         let config = Config { api_keys: api_keys.iter().map(ToString::to_string).collect(), ..Config::default() };
-        let state = ApiState::new(config, metrics, admission, health).expect("a valid configuration");
+        let router =
+            router::Router::alone(router::Config::default(), admission.clone(), health.clone(), metrics.clone());
+        let state = ApiState::new(config, metrics, admission, health, router).expect("a valid configuration");
         admin_router(state, Arc::new(overview))
     }
 

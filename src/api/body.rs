@@ -17,7 +17,8 @@ pub async fn read_json<T: DeserializeOwned>(config: &Config, headers: &HeaderMap
     Ok(json::parse(&read(config, headers, body).await?)?)
 }
 
-async fn read(config: &Config, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+/// The body, whole.
+pub async fn read(config: &Config, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
     let limit = config.max_body_bytes;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limit) {

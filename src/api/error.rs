@@ -80,6 +80,11 @@ impl ApiError {
 
     fn of(failure: &Failure) -> Self {
         let (status, _) = status_and_type(failure.kind);
+        let status = match failure.code {
+            Some("idempotency_key_reused") => StatusCode::UNPROCESSABLE_ENTITY,
+            Some("stream_not_found") => StatusCode::NOT_FOUND,
+            _ => status,
+        };
         Self { status, kind: failure.kind, body: ErrorBody::of(failure), retry_after: failure.retry_after }
     }
 

@@ -25,7 +25,7 @@ pub async fn livez(State(state): State<ApiState>) -> Response {
 
 /// Send me traffic?
 pub async fn readyz(State(state): State<ApiState>) -> Response {
-    let readiness = state.health.readiness(state.queue());
+    let readiness = state.health.readiness(state.router.queue());
     verdict(readiness.ready, readiness)
 }
 
@@ -46,8 +46,8 @@ pub async fn health(State(state): State<ApiState>) -> StatusCode {
 }
 
 pub async fn metrics(State(state): State<ApiState>, headers: HeaderMap) -> Response {
-    if let Some(model) = state.model() {
-        state.metrics.observe_engine(&model.backend.status());
+    if let Some(local) = state.router.local() {
+        state.metrics.observe_engine(&local.engine.status());
     }
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let (content_type, text) = if accept.contains("application/openmetrics-text") {

@@ -13,6 +13,7 @@ pub mod model;
 mod observe;
 pub mod openai;
 pub mod peer;
+mod remote_models;
 mod routes;
 pub mod server;
 mod state;
@@ -22,7 +23,7 @@ mod write_timeout;
 mod tests;
 
 pub use config::Config;
-pub use model::ServedModel;
+pub use model::{ServedModel, unix_seconds};
 pub use routes::router;
 pub use server::serve;
 pub use state::ApiState;

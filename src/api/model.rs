@@ -1,21 +1,21 @@
 //! The served model as the API sees it: what turns text into ids and back, and what generates.
 
-use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::error::ApiError;
+use crate::cluster::ModelReport;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
-use crate::types::{Backend, TokenId};
+use crate::types::TokenId;
 
-/// In a request, always names the served model.
+/// In a request, always names the node's own model.
 pub const DEFAULT_ALIAS: &str = "default";
 
-/// Set once, when the model is loaded.
+/// This node's model, or one that peers serve.
 pub struct ServedModel {
     /// Under which it is listed; the first one names it in responses. Never empty.
     names: Vec<String>,
-    pub backend: Arc<dyn Backend>,
     pub tokenizer: Tokenizer,
+    /// Digest of what turns text into ids: what replicas that serve the same requests have in common.
+    pub tokenizer_digest: String,
     pub chat_template: ChatTemplate,
     /// Tokens that end a generation, of the model and of its tokenizer.
     pub eos_token_ids: Vec<TokenId>,
@@ -28,24 +28,21 @@ pub struct ServedModel {
 
 impl ServedModel {
     pub fn new(
-        names: Vec<String>,
-        backend: Arc<dyn Backend>,
+        report: &ModelReport,
         tokenizer: Tokenizer,
         chat_template: ChatTemplate,
         eos_token_ids: Vec<TokenId>,
-        max_model_len: usize,
     ) -> Self {
-        assert!(!names.is_empty(), "a served model has a name");
-        let fingerprint = backend.fingerprint().as_str().to_string();
+        assert!(!report.names.is_empty(), "a served model has a name");
         Self {
-            names,
-            backend,
+            names: report.names.clone(),
             tokenizer,
+            tokenizer_digest: report.tokenizer.clone(),
             chat_template,
             eos_token_ids,
-            max_model_len,
-            created: unix_seconds(),
-            fingerprint,
+            max_model_len: report.max_model_len as usize,
+            created: report.created,
+            fingerprint: report.fingerprint.as_str().to_owned(),
         }
     }
 
@@ -58,13 +55,9 @@ impl ServedModel {
         &self.names
     }
 
-    /// Refuses a request for another model. No name, or `default`, means this one.
-    pub fn check_name(&self, name: Option<&str>) -> Result<(), ApiError> {
-        match name {
-            None | Some(DEFAULT_ALIAS) => Ok(()),
-            Some(name) if self.names.iter().any(|known| known == name) => Ok(()),
-            Some(name) => Err(ApiError::model_not_found(name)),
-        }
+    /// Whether a request that gives this name means it.
+    pub fn has_name(&self, name: &str) -> bool {
+        self.names.iter().any(|known| known == name)
     }
 }
 

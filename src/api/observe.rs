@@ -4,7 +4,7 @@ use std::any::Any;
 use std::time::Instant;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::{debug, error};
@@ -23,6 +23,7 @@ pub async fn observe(State(state): State<ApiState>, request: Request, next: Next
     let start = Instant::now();
     let route = route_label(request.uri().path());
     let id = request_id(request.headers());
+    let is_http1 = request.version() <= Version::HTTP_11;
     let mut response = next.run(request).await;
     state.metrics.http_request_duration.with([route]).observe(start.elapsed().as_secs_f64());
     state.metrics.http_requests.with([route, status_label(response.status())]).inc();
@@ -31,6 +32,10 @@ pub async fn observe(State(state): State<ApiState>, request: Request, next: Next
     }
     debug!(route, status = response.status().as_u16(), elapsed = ?start.elapsed(), request_id = ?id, "answered");
     response.headers_mut().insert(REQUEST_ID, id);
+    if is_http1 && state.is_ending() {
+        // The client's next request should not meet a connection that closes.
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
     response
 }
 
@@ -76,6 +81,7 @@ fn status_label(status: StatusCode) -> &'static str {
         405 => "405",
         408 => "408",
         413 => "413",
+        422 => "422",
         429 => "429",
         499 => "499",
         500 => "500",

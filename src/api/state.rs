@@ -9,10 +9,12 @@ use tokio::sync::Semaphore;
 use super::auth::{ApiKeyError, ApiKeys};
 use super::config::Config;
 use super::error::ApiError;
-use super::model::ServedModel;
+use super::model::{DEFAULT_ALIAS, ServedModel};
+use super::remote_models::RemoteModels;
 use crate::admission::AdmissionController;
-use crate::health::{Health, QueueView};
+use crate::health::Health;
 use crate::observability::Metrics;
+use crate::router::Router;
 use crate::types::{Failure, FailureKind, NodeState};
 
 /// Long texts that are tokenised at once, beside the engine.
@@ -30,7 +32,11 @@ pub struct Shared {
     pub metrics: Arc<Metrics>,
     pub admission: AdmissionController,
     pub health: Health,
+    pub router: Router,
+    remote: RemoteModels,
     model: OnceLock<Arc<ServedModel>>,
+    /// Of the model that this node will serve.
+    expected_name: OnceLock<String>,
     tokenize_workers: Arc<Semaphore>,
 }
 
@@ -49,11 +55,22 @@ impl ApiState {
         metrics: Arc<Metrics>,
         admission: AdmissionController,
         health: Health,
+        router: Router,
     ) -> Result<Self, ApiKeyError> {
         let keys = ApiKeys::new(&config.api_keys)?;
         let tokenize_workers = Arc::new(Semaphore::new(TOKENIZE_WORKERS));
         let model = OnceLock::new();
-        Ok(Self(Arc::new(Shared { config, keys, metrics, admission, health, model, tokenize_workers })))
+        let remote = RemoteModels::default();
+        let expected_name = OnceLock::new();
+        let shared =
+            Shared { config, keys, metrics, admission, health, router, remote, model, expected_name, tokenize_workers };
+        Ok(Self(Arc::new(shared)))
+    }
+
+    /// Says which model will be served, so that requests for it find peers while it loads here.
+    pub fn expect_model(&self, name: String) {
+        // The first one counts.
+        let _ = self.expected_name.set(name);
     }
 
     /// From now on this model is served. Only the first call counts; a node serves one model for its life.
@@ -67,30 +84,59 @@ impl ApiState {
         self.model.get()
     }
 
-    /// The model, if the node may serve a request with it now.
-    pub fn serving_model(&self) -> Result<Arc<ServedModel>, ApiError> {
-        let loading = || {
-            ApiError::unavailable(
-                "The model is still loading. See /startupz.",
-                "model_loading",
-                Some(LOADING_RETRY_AFTER),
-            )
-        };
-        match self.health.lifecycle().state() {
-            NodeState::Ready | NodeState::Degraded => self.model().cloned().ok_or_else(loading),
-            NodeState::Starting | NodeState::Warming => Err(loading()),
-            NodeState::Draining | NodeState::Stopped => {
-                Err(ApiError::unavailable("The server is shutting down.", "shutting_down", None))
+    /// The model that a request names, if this node or another may serve it now.
+    pub async fn serving_model(&self, name: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
+        let is_own = |model: &&Arc<ServedModel>| name.is_none_or(|name| name == DEFAULT_ALIAS || model.has_name(name));
+        let own = self.model().filter(is_own);
+        if let Some(own) = own
+            && (self.may_generate() || self.router.serves_elsewhere(own.name(), &own.tokenizer_digest))
+        {
+            return Ok(own.clone());
+        }
+        let name = name.filter(|name| *name != DEFAULT_ALIAS);
+        if let Some(name) = name.or_else(|| self.expected_name.get().map(String::as_str))
+            && let Some(remote) = self.remote.find(&self.router, name).await?
+        {
+            return Ok(remote);
+        }
+        match name {
+            Some(name) if self.model().is_some_and(|model| !model.has_name(name)) => {
+                Err(ApiError::model_not_found(name))
             }
-            NodeState::Failed => {
-                Err(ApiError::unavailable("The engine has failed. See /livez.", "engine_failed", None))
-            }
+            _ => Err(self.unavailable()),
         }
     }
 
-    /// The queue as the readiness verdict looks at it. A single node has no peer that could take its traffic.
-    pub fn queue(&self) -> QueueView {
-        QueueView { saturation: self.admission.status().saturation, other_ready_peer_below_mark: false }
+    fn may_generate(&self) -> bool {
+        matches!(self.health.lifecycle().state(), NodeState::Ready | NodeState::Degraded)
+    }
+
+    /// The node will not be here for long.
+    pub fn is_ending(&self) -> bool {
+        match self.health.lifecycle().state() {
+            NodeState::Starting | NodeState::Warming | NodeState::Ready | NodeState::Degraded => false,
+            NodeState::Draining | NodeState::Stopped | NodeState::Failed => true,
+        }
+    }
+
+    /// Refuses at once, before a body is read, when nobody here could serve it.
+    pub fn check_serving(&self) -> Result<(), ApiError> {
+        let is_served = self.may_generate() && self.model().is_some();
+        if is_served || self.router.has_ready_peer() { Ok(()) } else { Err(self.unavailable()) }
+    }
+
+    fn unavailable(&self) -> ApiError {
+        match self.health.lifecycle().state() {
+            NodeState::Starting | NodeState::Warming | NodeState::Ready | NodeState::Degraded => ApiError::unavailable(
+                "The model is still loading. See /startupz.",
+                "model_loading",
+                Some(LOADING_RETRY_AFTER),
+            ),
+            NodeState::Draining | NodeState::Stopped => {
+                ApiError::unavailable("The server is shutting down.", "shutting_down", None)
+            }
+            NodeState::Failed => ApiError::unavailable("The engine has failed. See /livez.", "engine_failed", None),
+        }
     }
 
     /// Runs work here, or on a blocking thread when it is long; then only a few at once.

@@ -36,7 +36,7 @@ pub async fn while_loading(front: Front, caught: Caught) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Unready at once; what runs may finish, or is ended at the deadline: 0. A hung engine can do neither: 1.
+/// Unready at once. What runs goes on at peers, or here, and is ended at the deadline: 0. A hung engine can do neither: 1.
 async fn after_signal(
     caught: Caught,
     config: &Config,
@@ -45,15 +45,27 @@ async fn after_signal(
     signals: &mut Signals,
 ) -> ExitCode {
     drain_lifecycle(&front, caught);
+    front.router.leave();
     front.admission.close();
     let limit = config.process.shutdown_timeout;
     let deadline = Instant::now() + limit;
-    let admission = front.admission.clone();
+    let lingers = front.router.has_ready_peer();
     let finished = async {
-        model.engine.drain(deadline).await;
+        // Whoever does not know yet that this node leaves is still served, by its peers.
+        let lingered = async {
+            if lingers {
+                sleep(config.process.drain_linger.min(limit)).await;
+            }
+        };
+        let relayed = async {
+            if timeout(limit, front.router.drained()).await.is_err() {
+                front.router.cut();
+            }
+        };
+        tokio::join!(model.engine.drain(deadline), relayed, lingered);
         // A client that does not read keeps its permit. That is no fault of the engine's, and no reason to fail.
         let left = deadline.saturating_duration_since(Instant::now()) + ENGINE_GRACE / 2;
-        let _ = timeout(left, admission.drained()).await;
+        let _ = timeout(left, front.admission.drained()).await;
     };
     let code = tokio::select! {
         finished = timeout(limit + ENGINE_GRACE, finished) => match finished {
@@ -70,6 +82,7 @@ async fn after_signal(
         reason = front.failed() => return after_failure(&reason, config, front, signals).await,
     };
     model.watchers.cancel();
+    front.cluster.leave().await;
     let lifecycle = front.health.lifecycle().clone();
     if timeout(CONNECTION_GRACE, front.close()).await.is_err() {
         tracing::warn!("connections were still open and are cut");
@@ -79,18 +92,24 @@ async fn after_signal(
     code
 }
 
-/// The engine is gone. Its streams end with an error; the front stays for a while, so that probes and scrapers see why.
+/// The engine is gone. Its streams go on at peers, through this node, or end with an error; the front stays for a while, so
+/// that probes and scrapers see why.
 async fn after_failure(reason: &str, config: &Config, front: Front, signals: &mut Signals) -> ExitCode {
     tracing::error!(reason, "the node has failed and will end, to be restarted");
     front.admission.close();
-    let streams_ended = timeout(config.process.shutdown_timeout, front.admission.drained());
+    let streams_ended = async {
+        if timeout(config.process.shutdown_timeout, front.router.drained()).await.is_err() {
+            front.router.cut();
+        }
+    };
     let lingered = async {
-        let _ = tokio::join!(streams_ended, sleep(config.process.failure_linger));
+        tokio::join!(streams_ended, sleep(config.process.failure_linger));
     };
     tokio::select! {
         () = lingered => {}
         caught = signals.next() => tracing::info!(signal = caught.name, "ending at once"),
     }
+    front.cluster.leave().await;
     let _ = timeout(CONNECTION_GRACE, front.close()).await;
     ExitCode::FAILURE
 }

@@ -8,6 +8,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use super::announce;
+use super::cluster::Cluster;
 use super::fault_injection::{FaultTarget, fault_routes};
 use crate::admission::AdmissionController;
 use crate::api::{self, ApiState};
@@ -15,6 +16,7 @@ use crate::config::Config;
 use crate::health::Health;
 use crate::hub::{Catalog, ModelReference};
 use crate::observability::Metrics;
+use crate::router::Router;
 use crate::types::NodeState;
 
 pub struct Front {
@@ -22,6 +24,8 @@ pub struct Front {
     pub metrics: Arc<Metrics>,
     pub admission: AdmissionController,
     pub health: Health,
+    pub router: Router,
+    pub cluster: Cluster,
     /// Where fault injection finds the engine, if it is configured.
     pub fault_target: Option<FaultTarget>,
     /// As a client on this machine reaches it.
@@ -29,6 +33,7 @@ pub struct Front {
     /// Reached from this machine only.
     pub is_local: bool,
     server: JoinHandle<()>,
+    admin: Option<JoinHandle<()>>,
     server_shutdown: CancellationToken,
 }
 
@@ -47,20 +52,39 @@ impl Front {
         let max_num_seqs = u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX);
         let admission = AdmissionController::new(config.admission, max_num_seqs, metrics.clone());
         let health = Health::new(config.health.clone(), metrics.clone());
-        let api = ApiState::new(config.api.clone(), metrics.clone(), admission.clone(), health.clone())?;
+        let mut cluster = Cluster::join(config, &metrics).await?;
+        let router = cluster.router(config, admission.clone(), health.clone(), metrics.clone());
+        cluster.run(&router, &health, &metrics);
+        let api_config = config.api.clone();
+        let api = ApiState::new(api_config, metrics.clone(), admission.clone(), health.clone(), router.clone())?;
+        api.expect_model(config.process.served_names(&model).swap_remove(0));
         let fault_target = config.process.fault_injection.then(FaultTarget::default);
         let extra = fault_target.as_ref().map(|target| fault_routes(target.clone(), api.clone())).unwrap_or_default();
         let server_shutdown = CancellationToken::new();
         let server = tokio::spawn(api::serve(listener, api.clone(), extra, server_shutdown.clone()));
+        let admin = match config.api.admin_addr {
+            Some(address) => {
+                let listener = TcpListener::bind(address)
+                    .await
+                    .with_context(|| format!("admin_addr: cannot listen on {address}"))?;
+                let overview = router.clone();
+                let overview = Arc::new(move || overview.overview());
+                Some(tokio::spawn(api::admin::serve(listener, api.clone(), overview, server_shutdown.clone())))
+            }
+            None => None,
+        };
         Ok(Self {
             api,
             metrics,
             admission,
             health,
+            router,
+            cluster,
             fault_target,
             base_url: announce::base_url(address),
             is_local: address.ip().is_loopback(),
             server,
+            admin,
             server_shutdown,
         })
     }
@@ -79,8 +103,10 @@ impl Front {
     /// bounds that time.
     pub async fn close(self) {
         self.server_shutdown.cancel();
-        if let Err(error) = self.server.await {
-            tracing::error!(%error, "the server ended abnormally");
+        for server in [Some(self.server), self.admin].into_iter().flatten() {
+            if let Err(error) = server.await {
+                tracing::error!(%error, "the server ended abnormally");
+            }
         }
     }
 }

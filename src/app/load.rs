@@ -9,14 +9,16 @@ use anyhow::Context;
 use tokio_util::sync::CancellationToken;
 
 use super::front::Front;
-use crate::api::ServedModel;
+use crate::api::{ServedModel, unix_seconds};
+use crate::cluster::ModelReport;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{CpuModelRunner, RunnerConfig};
 use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, ModelRunner};
 use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
-use crate::tokenizer::{ChatTemplate, Tokenizer};
+use crate::router::LocalReplica;
+use crate::tokenizer::{self, ChatTemplate, Tokenizer, TokenizerBundle};
 use crate::types::{Backend, Fingerprint, TokenId};
 
 /// What the synthetic inference continues, where the tokenizer can spell it.
@@ -53,17 +55,22 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
     };
     let model_eos = files.eos_token_ids.clone();
     let tokenizer = {
-        let source = files.tokenizer.clone();
-        off_runtime(move || open_tokenizer(&source))
+        let (source, model_eos) = (files.tokenizer.clone(), model_eos.clone());
+        off_runtime(move || {
+            let tokenizer = open_tokenizer(&source)?;
+            let eos_token_ids = union(&model_eos, tokenizer.eos_token_ids());
+            let bundle = bundle(&source, eos_token_ids)?;
+            Ok((tokenizer, bundle))
+        })
     };
     let runner = {
         let (health, progress) = (health.clone(), Progress::detect());
         let runner_config = config.compute.runner(config.engine.max_model_len);
         off_runtime(move || load_runner(files, &runner_config, &health, &progress))
     };
-    let (tokenizer, runner) = tokio::try_join!(tokenizer, runner)?;
+    let ((tokenizer, bundle), runner) = tokio::try_join!(tokenizer, runner)?;
     let fingerprint = runner.fingerprint();
-    let eos_token_ids = union(&model_eos, tokenizer.eos_token_ids());
+    let eos_token_ids = bundle.eos_token_ids.clone();
     let room = runner.max_model_len().saturating_sub(config.health.probe_max_tokens as usize);
     let prompt = probe_prompt(&tokenizer, room);
 
@@ -97,18 +104,26 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
     let has_chat_template = chat_template.exists();
     let name = names[0].clone();
     record(front, config, &name, &fingerprint, limits);
-    front.api.set_model(ServedModel::new(
+    let bundle = bundle.encode();
+    let model = ModelReport {
         names,
-        backend,
-        tokenizer,
-        chat_template,
-        eos_token_ids,
-        limits.max_model_len,
-    ));
+        fingerprint: fingerprint.clone(),
+        tokenizer: tokenizer::bundle::digest(&bundle),
+        max_model_len: u32::try_from(limits.max_model_len).unwrap_or(u32::MAX),
+        created: unix_seconds(),
+    };
+    front.api.set_model(ServedModel::new(&model, tokenizer, chat_template, eos_token_ids));
+    front.router.attach(LocalReplica {
+        engine: backend,
+        model: model.clone(),
+        seats: u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX),
+        tokenizer: bundle.into(),
+    });
     tokio::spawn(probe.run(watchers.clone()));
     // The pool's pages are the kernel's to count once they are touched; free blocks are not subtracted a second time.
     tokio::spawn(watch_memory(health.clone(), Box::new(HostMemory::detect()), 0, watchers.clone()));
     health.lifecycle().ready("the model is loaded and gives the same numbers twice")?;
+    front.cluster.describe(vec![model]);
     Ok(LoadedModel { name, engine, fingerprint, limits, has_chat_template, watchers })
 }
 
@@ -125,6 +140,16 @@ fn open_tokenizer(source: &TokenizerSource) -> anyhow::Result<Tokenizer> {
         TokenizerSource::Directory(directory) => Tokenizer::from_dir(directory),
     };
     tokenizer.context("the model's tokenizer cannot be used")
+}
+
+/// What other nodes need to take requests for this model.
+fn bundle(source: &TokenizerSource, eos_token_ids: Vec<TokenId>) -> anyhow::Result<TokenizerBundle> {
+    match source {
+        TokenizerSource::Gguf(file) => Ok(TokenizerBundle::from_gguf(file.metadata(), eos_token_ids)),
+        TokenizerSource::Directory(directory) => {
+            TokenizerBundle::from_dir(directory, eos_token_ids).context("the model's tokenizer cannot be copied")
+        }
+    }
 }
 
 /// Packs the weights, telling probes and the person at the terminal how far it has come.

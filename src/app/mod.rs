@@ -5,6 +5,7 @@
 //! signal, after which running work may finish; or a failed engine, after which the process ends so that it is restarted.
 
 mod announce;
+mod cluster;
 mod ending;
 mod fault_injection;
 mod front;

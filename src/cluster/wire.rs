@@ -33,10 +33,15 @@ const LENGTH_BYTES: usize = 4;
 /// up here. Unknown ones are dropped.
 const CODES: &[&str] = &[
     "context_length_exceeded",
+    "engine_failed",
     "idempotency_key_reused",
+    "model_loading",
     "model_not_found",
+    "no_replica",
     "out_of_range",
+    "shutting_down",
     "stream_interrupted",
+    "stream_not_found",
     "unsupported_parameter",
 ];
 

@@ -295,6 +295,8 @@ keys! {
     "Shutdown and faults" {
         shutdown_timeout: Time => process.shutdown_timeout,
             "After SIGTERM or SIGINT, how long running requests may go on.";
+        drain_linger: Time => process.drain_linger,
+            "After SIGTERM, how long a node with peers still takes requests, for them; longer than a load balancer needs.";
         failure_linger: Time => process.failure_linger,
             "After the engine has failed, how long the front still answers probes before the process ends.";
         fault_injection: Switch => process.fault_injection,

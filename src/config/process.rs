@@ -18,6 +18,8 @@ pub struct Process {
     /// Default: 30 s. An orchestrator's own grace period must be longer.
     pub shutdown_timeout: Duration,
     /// Default: 5 s.
+    pub drain_linger: Duration,
+    /// Default: 5 s.
     pub failure_linger: Duration,
     /// Default: off.
     pub fault_injection: bool,
@@ -31,6 +33,7 @@ impl Default for Process {
             load_format: LoadFormat::Auto,
             home: None,
             shutdown_timeout: Duration::from_secs(30),
+            drain_linger: Duration::from_secs(5),
             failure_linger: Duration::from_secs(5),
             fault_injection: false,
         }
@@ -57,7 +60,11 @@ impl Process {
         if self.model.is_empty() {
             problems.push("model must not be empty".into());
         }
-        for (key, time) in [("shutdown_timeout", self.shutdown_timeout), ("failure_linger", self.failure_linger)] {
+        for (key, time) in [
+            ("shutdown_timeout", self.shutdown_timeout),
+            ("drain_linger", self.drain_linger),
+            ("failure_linger", self.failure_linger),
+        ] {
             if time > MAX_TIME {
                 problems.push(format!("{key} must be at most 24h"));
             }

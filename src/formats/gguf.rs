@@ -6,6 +6,8 @@ use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use serde::{Deserialize, Serialize};
+
 use super::gguf_reader::Reader;
 use super::{MappedFile, TensorType};
 
@@ -63,7 +65,7 @@ pub enum GgufError {
 }
 
 /// A metadata value. Integers and floats are widened to the largest type of their kind.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Value {
     U64(u64),
     I64(i64),

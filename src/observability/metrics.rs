@@ -439,6 +439,9 @@ mod tests {
         metrics.rejections.with(["queue_full"]).inc();
         metrics.probe_results.with(["ok"]).inc();
         metrics.memory_pressure.with(["gpu"]).set(0.5);
+        metrics.failovers.with(["peer_stalled"]).inc();
+        metrics.streams_resumed.with(["journal"]).inc();
+        metrics.peer_connections_refused.with(["full"]).inc();
         metrics.gossip_bytes.with(["sent"]).inc();
         metrics.gossip_drops.with(["replayed"]).inc();
         metrics.cluster_nodes.with(["alive"]).set(2.0);

@@ -45,6 +45,8 @@ pub struct StreamName {
     pub body: [u8; 16],
     /// The key is the client's own: the stream may exist already.
     pub may_exist: bool,
+    /// It cannot be made anew, for its seed was drawn.
+    pub must_exist: bool,
     /// Tokens of each choice that the client has, if it said so.
     pub have: Option<Vec<u32>>,
 }
@@ -165,11 +167,14 @@ impl Router {
         if let Some(name) = dispatch.name.as_ref().filter(|name| name.may_exist) {
             match self.recall(&name.key).await {
                 Recalled::Running(log) => {
-                    if let Some(joined) = self.join(&log, &dispatch)? {
-                        return Ok(joined);
-                    }
+                    return match self.join(&log, &dispatch)? {
+                        Some(joined) => Ok(joined),
+                        // It has ended in this moment.
+                        None => self.resume(log.record(&self.shared.own), &dispatch).await,
+                    };
                 }
                 Recalled::Record(record) => return self.resume(record, &dispatch).await,
+                Recalled::Nothing if name.must_exist => return Err(forgotten()),
                 Recalled::Nothing => {}
             }
         }
@@ -210,6 +215,8 @@ impl Router {
         check_body(&record.head, dispatch)?;
         let mut want = Want::new(dispatch, shared);
         want.id = record.head.id.clone();
+        // A name that a node gave says nothing of the seed: the journal does.
+        want.sampling = record.head.sampling.clone();
         want.fingerprint = Some(record.head.fingerprint.clone());
         // The tokens are in the journal, their logprobs are not: these are computed again.
         let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
@@ -227,7 +234,8 @@ impl Router {
         {
             return Ok(joined);
         }
-        let gate = (source.is_none() && shared.has_peers()).then(|| shared.clone().replicate(log.clone()));
+        let is_owed = source.is_none() && !log.is_complete() && shared.has_peers();
+        let gate = is_owed.then(|| shared.clone().replicate(log.clone()));
         let beginning = source.map_or(Beginning::Anywhere, Beginning::Follow);
         Ok(self.launch(log, want, gate, beginning))
     }
@@ -256,6 +264,7 @@ impl Router {
             let known = truncated(&record.choices, have);
             let mut want = Want::new(dispatch, &self.shared);
             want.fingerprint = Some(log.head.fingerprint.clone());
+            want.sampling = log.head.sampling.clone();
             let twin = Arc::new(StreamLog::new(log.head.clone(), log.epoch(), known, false, false));
             return Ok(Some(self.launch(twin, want, None, Beginning::Anywhere)));
         }
@@ -349,6 +358,11 @@ impl Dispatch {
     fn key(&self) -> JournalKey {
         self.name.as_ref().map_or_else(|| JournalKey::new("", self.id.as_str(), 0), |name| name.key)
     }
+}
+
+fn forgotten() -> Failure {
+    let message = "No node knows the stream that `idempotency-key` names (any more). See journal_ttl.";
+    Failure::invalid("idempotency-key", message).with_code("stream_not_found")
 }
 
 /// The choices as a client has them; what it lacks is generated again.

@@ -22,7 +22,8 @@ use super::ledger::InFlight;
 use super::source::{Replica, Sign, Source};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
-use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeId};
+use crate::health::NodePhase;
+use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeId, NodeState};
 
 /// A replica that failed a stream is not asked again by it for this long.
 const EXCLUSION: Duration = Duration::from_secs(1);
@@ -56,6 +57,9 @@ pub(super) struct FailoverStream {
     is_leaving: watch::Receiver<bool>,
     is_cut: watch::Receiver<bool>,
     view: watch::Receiver<Arc<ClusterView>>,
+    phases: watch::Receiver<NodePhase>,
+    /// The node's failure has been heard of.
+    has_failed: bool,
 }
 
 struct Opening {
@@ -85,6 +89,7 @@ enum Step {
     Opened(Result<PeerStream, Failure>),
     Alarm,
     Changed,
+    NodeFailed,
 }
 
 /// How a stream begins.
@@ -109,6 +114,8 @@ impl FailoverStream {
             is_leaving: shared.is_leaving.subscribe(),
             is_cut: shared.is_cut.subscribe(),
             view: shared.view.clone(),
+            phases: shared.health.lifecycle().subscribe(),
+            has_failed: false,
             shared,
             log,
             want,
@@ -131,6 +138,8 @@ impl FailoverStream {
     /// Runs until every choice has ended, the stream has failed, or nobody listens.
     pub(super) async fn run(mut self, beginning: Beginning) {
         match beginning {
+            // A journal may hold the whole stream.
+            _ if self.log.is_complete() => {}
             Beginning::Source(source) => self.primary = Some(source),
             Beginning::Follow(source) => {
                 self.follows = true;
@@ -153,6 +162,7 @@ impl FailoverStream {
                     Step::Successor(sign) => self.hear_successor(sign),
                     Step::Opened(result) => self.opened(result),
                     Step::Alarm => self.look_around(),
+                    Step::NodeFailed => self.node_failed(),
                     Step::Changed => {
                         self.not_before = None;
                         self.look_around();
@@ -180,6 +190,7 @@ impl FailoverStream {
             sign = next(&mut self.successor) => Step::Successor(sign),
             result = opened(&mut self.opening) => Step::Opened(result),
             () = self.alarm.as_mut() => Step::Alarm,
+            () = failure(&mut self.phases), if !self.has_failed => Step::NodeFailed,
             Ok(()) = self.is_leaving.changed() => Step::Changed,
             Ok(()) = self.view.changed(), if wants_news => Step::Changed,
         }
@@ -466,6 +477,14 @@ impl FailoverStream {
         self.alarm.as_mut().reset(alarm.into());
     }
 
+    /// This node's engine may hang for ever: nobody waits for it.
+    fn node_failed(&mut self) {
+        self.has_failed = true;
+        if self.primary.as_ref().is_some_and(|primary| primary.replica == Replica::Here) {
+            self.lose_primary(Failure::new(FailureKind::EngineFailed, "The engine has failed."));
+        }
+    }
+
     /// The node ends and can wait no longer: the client is told how to go on elsewhere.
     fn cut(&mut self) {
         self.primary = None;
@@ -533,6 +552,12 @@ async fn optional(future: &mut Option<BoxFuture<'static, ()>>) {
     match future {
         Some(future) => future.await,
         None => pending().await,
+    }
+}
+
+async fn failure(phases: &mut watch::Receiver<NodePhase>) {
+    if phases.wait_for(|phase| phase.state == NodeState::Failed).await.is_err() {
+        pending().await
     }
 }
 

@@ -27,8 +27,8 @@ use super::source::{Replica, Source};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::admission::AdmissionController;
 use crate::cluster::{
-    ClusterView, GenerateCall, JournalKey, JournalRecord, JournalStore, LoadReport, ModelReport, Peer, PeerStream,
-    PeerTransport, rendezvous,
+    ClusterView, FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal, JournalStore,
+    LoadReport, ModelReport, Peer, PeerStream, PeerTransport, rendezvous,
 };
 use crate::health::{Health, QueueView};
 use crate::observability::Metrics;
@@ -159,6 +159,24 @@ impl Router {
         &self.shared.own
     }
 
+    /// A node that never has a peer.
+    pub fn alone(config: Config, admission: AdmissionController, health: Health, metrics: Arc<Metrics>) -> Self {
+        let identity = NodeIdentity { cluster_id: String::new(), incarnation: 0, zone: String::new(), peer_addr: None };
+        let (_, view) = watch::channel(Arc::default());
+        Self::new(RouterParts {
+            config,
+            own: NodeId::new("alone"),
+            identity,
+            is_clustered: false,
+            admission,
+            health,
+            metrics,
+            transport: Arc::new(NoPeers),
+            view,
+            seed: 0,
+        })
+    }
+
     /// From now on this node can generate. Only the first call counts.
     pub fn attach(&self, local: LocalReplica) {
         let first = self.shared.local.set(local).is_ok();
@@ -235,6 +253,18 @@ impl Router {
     /// Ends all streams; their clients are told how to go on elsewhere.
     pub fn cut(&self) {
         self.shared.is_cut.send_replace(true);
+    }
+
+    /// Whether there may be other nodes at all.
+    pub fn is_clustered(&self) -> bool {
+        self.shared.is_clustered
+    }
+
+    /// Whether a peer could take a request for this model now.
+    pub fn serves_elsewhere(&self, name: &str, tokenizer: &str) -> bool {
+        let is_it = |model: &ModelReport| model.tokenizer == tokenizer && model.names.iter().any(|known| known == name);
+        let peers = &self.shared.view.borrow().peers;
+        peers.values().any(|peer| peer.report.ready && peer.description.models.iter().any(is_it))
     }
 
     /// Whether another node could take a request now.
@@ -573,4 +603,36 @@ impl Shared {
 fn average(mean: &mut f32, time: Duration) {
     let seconds = time.as_secs_f32();
     *mean = if *mean == 0.0 { seconds } else { *mean + NEWEST * (seconds - *mean) };
+}
+
+/// The way to the peers of a node that has none.
+struct NoPeers;
+
+impl NoPeers {
+    fn refuse<T: Send + 'static>() -> BoxFuture<'static, Result<T, Failure>> {
+        let failure = Failure::new(FailureKind::PeerUnreachable, "This node has no peers.");
+        Box::pin(std::future::ready(Err(failure)))
+    }
+}
+
+impl PeerTransport for NoPeers {
+    fn generate(&self, _: &Peer, _: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        Self::refuse()
+    }
+
+    fn follow(&self, _: &Peer, _: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        Self::refuse()
+    }
+
+    fn journal(&self, _: &Peer, _: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {
+        Self::refuse()
+    }
+
+    fn lookup(&self, _: &Peer, _: JournalKey) -> BoxFuture<'static, Result<Option<JournalRecord>, Failure>> {
+        Self::refuse()
+    }
+
+    fn tokenizer(&self, _: &Peer, _: String) -> BoxFuture<'static, Result<Bytes, Failure>> {
+        Self::refuse()
+    }
 }

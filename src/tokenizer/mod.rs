@@ -5,6 +5,7 @@
 
 mod added_tokens;
 mod bpe;
+pub mod bundle;
 mod byte_level;
 mod char_class;
 mod chat_template;
@@ -27,6 +28,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+pub use bundle::{BundleError, TokenizerBundle};
 pub use chat_template::{ChatTemplate, ChatTemplateError};
 pub use detokenizer::Detokenizer;
 pub use error::TokenizerError;

@@ -18,22 +18,24 @@ use super::prepare::{Prepared, Prompt, prepare};
 use super::sampling::Endpoint;
 use super::stream::{ChunkFormat, EventBuffer, respond};
 use super::usage::{TokenCounts, Usage};
-use crate::api::body::read_json;
+use crate::api::body::read;
 use crate::api::error::ApiError;
-use crate::api::model::{ServedModel, unix_seconds};
+use crate::api::json;
+use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
 use crate::types::{Failure, RequestId, TokenId, TokenLogprobs};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let model = state.serving_model()?;
-    let mut body: RequestBody = read_json(&state.config, &headers, body).await?;
-    model.check_name(body.model.as_deref())?;
+    state.check_serving()?;
+    let bytes = read(&state.config, &headers, body).await?;
+    let mut body: RequestBody = json::parse(&bytes)?;
+    let model = state.serving_model(body.model.as_deref()).await?;
     if body.echo == Some(true) {
         return Err(Failure::invalid("echo", "`echo` is not supported in chat.")
             .with_code("unsupported_parameter")
             .into());
     }
-    let prepared = prepare(&state, model, &headers, &mut body, Endpoint::Chat).await?;
+    let prepared = prepare(&state, model, &headers, &bytes, &mut body, Endpoint::Chat).await?;
     if body.is_stream() {
         stream(prepared, &body, state.config.stream_keep_alive).await
     } else {
@@ -80,7 +82,7 @@ struct Message {
 }
 
 async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiError> {
-    let Prepared { id, model, prompts, n, generation } = prepared;
+    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
     let (choices, counts) = collect(generation, n as usize).await?;
     let wants_ids = body.return_token_ids.unwrap_or(false);
     let wants_logprobs = matches!(body.logprobs, Some(super::body::LogprobsInput::Wanted(true)));
@@ -96,7 +98,7 @@ async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiEr
         head: Head {
             id: id.as_str(),
             object: "chat.completion",
-            created: unix_seconds(),
+            created,
             model: model.name(),
             system_fingerprint: &model.fingerprint,
         },
@@ -104,7 +106,7 @@ async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiEr
         usage: counts.into(),
         prompt_token_ids: wants_ids.then_some(&prompts[0].tokens),
     };
-    Ok(Json(response).into_response())
+    Ok(resumption.mark(Json(response).into_response()))
 }
 
 fn chat_logprobs(model: &ServedModel, choice: &Collected) -> ChatLogprobs {
@@ -116,17 +118,17 @@ fn chat_logprobs(model: &ServedModel, choice: &Collected) -> ChatLogprobs {
 }
 
 async fn stream(prepared: Prepared, body: &RequestBody, keep_alive: Duration) -> Result<Response, ApiError> {
-    let Prepared { id, model, prompts, n, generation } = prepared;
+    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
     let format = ChatChunks {
         id,
         model,
         prompt: prompts.into_iter().next(),
         n,
-        created: unix_seconds(),
+        created,
         wants_ids: body.return_token_ids.unwrap_or(false),
         options: body.stream_options.unwrap_or_default(),
     };
-    respond(generation, format, keep_alive).await
+    respond(generation, format, resumption, keep_alive).await
 }
 
 struct ChatChunks {

@@ -18,22 +18,24 @@ use super::prepare::{Prepared, Prompt, prepare};
 use super::sampling::Endpoint;
 use super::stream::{ChunkFormat, EventBuffer, respond};
 use super::usage::{TokenCounts, Usage};
-use crate::api::body::read_json;
+use crate::api::body::read;
 use crate::api::error::ApiError;
-use crate::api::model::{ServedModel, unix_seconds};
+use crate::api::json;
+use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
 use crate::types::{Failure, RequestId, TokenId};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    let model = state.serving_model()?;
-    let mut body: RequestBody = read_json(&state.config, &headers, body).await?;
-    model.check_name(body.model.as_deref())?;
+    state.check_serving()?;
+    let bytes = read(&state.config, &headers, body).await?;
+    let mut body: RequestBody = json::parse(&bytes)?;
+    let model = state.serving_model(body.model.as_deref()).await?;
     let echoes = body.echo.unwrap_or(false);
     if echoes && matches!(body.logprobs, Some(LogprobsInput::Top(_))) {
         let message = "`echo` with `logprobs` is not supported: the prompt's tokens have no log-probabilities here.";
         return Err(Failure::invalid("echo", message).with_code("unsupported_parameter").into());
     }
-    let prepared = prepare(&state, model, &headers, &mut body, Endpoint::Completions).await?;
+    let prepared = prepare(&state, model, &headers, &bytes, &mut body, Endpoint::Completions).await?;
     let shape = Shape {
         echoes,
         wants_ids: body.return_token_ids.unwrap_or(false),
@@ -104,7 +106,7 @@ fn prompt_text(model: &ServedModel, prompt: &Prompt) -> String {
 }
 
 async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
-    let Prepared { id, model, prompts, n, generation } = prepared;
+    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
     let (collected, counts) = collect(generation, prompts.len() * n as usize).await?;
     let choice = |(index, choice): (usize, Collected)| {
         let prompt = &prompts[index / n as usize];
@@ -121,7 +123,8 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
         }
     };
     let choices: Vec<Choice> = collected.into_iter().enumerate().map(choice).collect();
-    Ok(Json(completion(&id, &model, unix_seconds(), &choices, Some(counts.into()))).into_response())
+    let response = Json(completion(&id, &model, created, &choices, Some(counts.into())));
+    Ok(resumption.mark(response.into_response()))
 }
 
 fn completion_logprobs(model: &ServedModel, choice: &Collected) -> CompletionLogprobs {
@@ -139,20 +142,20 @@ async fn stream(
     shape: Shape,
     keep_alive: Duration,
 ) -> Result<Response, ApiError> {
-    let Prepared { id, model, prompts, n, generation } = prepared;
+    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
     let choices = prompts.len() * n as usize;
     let format = CompletionChunks {
         id,
         model,
         prompts,
         n,
-        created: unix_seconds(),
+        created,
         shape,
         options: body.stream_options.unwrap_or_default(),
         begun: vec![false; choices],
         offsets: vec![0; choices],
     };
-    respond(generation, format, keep_alive).await
+    respond(generation, format, resumption, keep_alive).await
 }
 
 struct CompletionChunks {

@@ -7,17 +7,14 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::sync::watch;
-
 use super::choice::ChoiceText;
+use super::resumption::ChoiceMark;
 use super::usage::TokenCounts;
-use crate::admission::Permit;
 use crate::api::model::ServedModel;
-use crate::health::NodePhase;
 use crate::observability::Metrics;
 use crate::types::{
-    Failure, FailureKind, FinishReason, GenerationEvent, GenerationStream, NodeState, SamplingParams, StopCause,
-    TokenId, TokenLogprobs,
+    Failure, FailureKind, FinishReason, GenerationEvent, GenerationStream, SamplingParams, StopCause, TokenId,
+    TokenLogprobs,
 };
 
 /// The backend ends a request at its deadline; only a backend that hangs lets this pass as well.
@@ -44,8 +41,6 @@ pub struct Generation {
     /// Where the search for the next event begins, so that no prompt starves another.
     turn: usize,
     deadline: Option<Instant>,
-    /// A failed node's engine may never answer: the front does not wait for it.
-    phases: watch::Receiver<NodePhase>,
     ended: bool,
     metrics: Arc<Metrics>,
 }
@@ -55,7 +50,6 @@ pub struct Part {
     stream: GenerationStream,
     model: Arc<ServedModel>,
     sampling: Arc<SamplingParams>,
-    permit: Option<Permit>,
     /// Index of the first choice in the response.
     first_choice: u32,
     choices: Vec<Choice>,
@@ -68,6 +62,8 @@ pub struct Part {
 struct Choice {
     text: ChoiceText,
     tokens: u32,
+    /// What the client has already, and is not told again.
+    has: ChoiceMark,
     last_token: Option<Instant>,
     finished: bool,
 }
@@ -84,7 +80,6 @@ impl Part {
         stream: GenerationStream,
         model: Arc<ServedModel>,
         sampling: Arc<SamplingParams>,
-        permit: Permit,
         first_choice: u32,
         prompt_tokens: usize,
         arrived: Instant,
@@ -92,6 +87,7 @@ impl Part {
         let choice = || Choice {
             text: ChoiceText::new(&model.tokenizer, &sampling),
             tokens: 0,
+            has: ChoiceMark::default(),
             last_token: None,
             finished: false,
         };
@@ -101,7 +97,6 @@ impl Part {
             stream,
             model,
             sampling,
-            permit: Some(permit),
             first_choice,
             prompt_tokens: prompt_tokens as u64,
             cached_tokens: 0,
@@ -136,9 +131,16 @@ impl Part {
                 let state = &mut self.choices[choice as usize];
                 state.tokens += 1;
                 let text = state.text.push(token, stops);
+                if state.tokens <= state.has.tokens {
+                    return None;
+                }
                 Some(Step::Update(Update::Token { choice: self.first_choice + choice, token, text, logprobs }))
             }
-            GenerationEvent::Finished { choice, reason } => Some(Step::Update(self.finish(choice, reason, metrics))),
+            GenerationEvent::Finished { choice, reason } => {
+                let is_known = self.choices[choice as usize].has.finished;
+                let update = self.finish(choice, reason, metrics);
+                (!is_known).then_some(Step::Update(update))
+            }
             GenerationEvent::Failed(failure) => Some(Step::Failed(failure)),
         }
     }
@@ -148,9 +150,6 @@ impl Part {
         self.cached_tokens = cached_tokens.into();
         metrics.prefix_cache_queries.inc_by(self.prompt_tokens);
         metrics.prefix_cache_hits.inc_by(self.cached_tokens);
-        if let Some(permit) = &mut self.permit {
-            permit.scheduled();
-        }
     }
 
     /// The backend publishes the token that stops a choice, and it has no text. Below `min_tokens` it never samples one.
@@ -171,7 +170,6 @@ impl Part {
         let text = state.text.finish(cause);
         metrics.request_success.with([finish_label(&reason)]).inc();
         if self.is_finished() {
-            self.permit = None;
             self.observe_end(metrics);
         }
         Update::Finished { choice: self.first_choice + choice, text, reason }
@@ -222,14 +220,9 @@ impl Part {
 }
 
 impl Generation {
-    pub fn new(
-        parts: Vec<Part>,
-        deadline: Option<Instant>,
-        phases: watch::Receiver<NodePhase>,
-        metrics: Arc<Metrics>,
-    ) -> Self {
+    pub fn new(parts: Vec<Part>, deadline: Option<Instant>, metrics: Arc<Metrics>) -> Self {
         assert!(!parts.is_empty(), "a request has a prompt");
-        Self { parts, turn: 0, deadline, phases, ended: false, metrics }
+        Self { parts, turn: 0, deadline, ended: false, metrics }
     }
 
     /// Waits for the next step. Cancel-safe.
@@ -238,12 +231,11 @@ impl Generation {
             if let Some(step) = self.try_next() {
                 return step;
             }
-            let Self { parts, phases, deadline, .. } = self;
+            let Self { parts, deadline, .. } = self;
             let (part, event) = tokio::select! {
                 biased;
                 event = poll_fn(|context| poll_event(parts, context)) => event,
                 () = overdue(*deadline) => return self.expire(),
-                () = has_failed(phases) => return self.fail(FailureKind::EngineFailed, "The engine has failed."),
             };
             if let Some(step) = self.apply(part, event) {
                 return step;
@@ -299,6 +291,18 @@ impl Generation {
         self.fail(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
     }
 
+    /// The client has this much of each choice already: it is not told again.
+    pub fn skip(&mut self, marks: &[ChoiceMark]) {
+        let choices = self.parts.iter_mut().flat_map(|part| &mut part.choices);
+        choices.zip(marks).for_each(|(choice, mark)| choice.has = *mark);
+    }
+
+    /// How far each choice is.
+    pub fn marks(&self) -> impl Iterator<Item = ChoiceMark> {
+        let choices = self.parts.iter().flat_map(|part| &part.choices);
+        choices.map(|choice| ChoiceMark { tokens: choice.tokens, finished: choice.finished })
+    }
+
     pub fn metrics(&self) -> Arc<Metrics> {
         self.metrics.clone()
     }
@@ -327,13 +331,6 @@ async fn overdue(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => tokio::time::sleep_until((deadline + DEADLINE_GRACE).into()).await,
         None => std::future::pending().await,
-    }
-}
-
-async fn has_failed(phases: &mut watch::Receiver<NodePhase>) {
-    if phases.wait_for(|phase| phase.state == NodeState::Failed).await.is_err() {
-        // The node's health is gone, so nothing will be told any more.
-        std::future::pending().await
     }
 }
 

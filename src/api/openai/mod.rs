@@ -10,6 +10,7 @@ mod logprobs;
 mod messages;
 pub mod models;
 mod prepare;
+mod resumption;
 mod sampling;
 mod stream;
 pub mod tokenize;

@@ -5,8 +5,9 @@ use axum::extract::{Path, State};
 use serde::Serialize;
 
 use crate::api::error::ApiError;
-use crate::api::model::ServedModel;
+use crate::api::model::DEFAULT_ALIAS;
 use crate::api::state::ApiState;
+use crate::cluster::ModelReport;
 
 #[derive(Serialize)]
 pub struct ModelList {
@@ -25,27 +26,42 @@ pub struct ModelCard {
     max_model_len: usize,
 }
 
-fn card(model: &ServedModel, id: &str) -> ModelCard {
+fn card(model: &ModelReport, id: &str) -> ModelCard {
     ModelCard {
         id: id.to_string(),
         object: "model",
         created: model.created,
         owned_by: "outrigger",
-        root: model.name().to_string(),
+        root: model.names[0].clone(),
         parent: None,
-        max_model_len: model.max_model_len,
+        max_model_len: model.max_model_len as usize,
     }
 }
 
-/// Lists nothing while the model loads.
+/// This node's model and those of its peers, each name once.
+fn cards(state: &ApiState) -> Vec<ModelCard> {
+    let own = state.router.local().map(|local| local.model.clone());
+    let of_peers = state.router.peer_models().into_iter().map(|(_, model)| model);
+    let mut cards: Vec<ModelCard> = Vec::new();
+    for model in own.into_iter().chain(of_peers) {
+        for name in &model.names {
+            if !cards.iter().any(|known| known.id == *name) {
+                cards.push(card(&model, name));
+            }
+        }
+    }
+    cards
+}
+
+/// What some node serves; nothing while the only one loads.
 pub async fn list(State(state): State<ApiState>) -> Json<ModelList> {
-    let cards = |model: &ServedModel| model.names().iter().map(|name| card(model, name)).collect();
-    Json(ModelList { object: "list", data: state.model().map(|model| cards(model)).unwrap_or_default() })
+    Json(ModelList { object: "list", data: cards(&state) })
 }
 
 /// The id may hold slashes, as hub ids do.
 pub async fn get(State(state): State<ApiState>, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
-    let model = state.model().ok_or_else(|| ApiError::model_not_found(&id))?;
-    model.check_name(Some(&id))?;
-    Ok(Json(card(model, model.names().iter().find(|name| **name == id).map_or(model.name(), |name| name))))
+    let own =
+        state.router.local().filter(|_| id == DEFAULT_ALIAS).map(|local| card(&local.model, &local.model.names[0]));
+    let known = own.or_else(|| cards(&state).into_iter().find(|card| card.id == id));
+    known.map(Json).ok_or_else(|| ApiError::model_not_found(&id))
 }

@@ -5,21 +5,25 @@ use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
 use serde_json::{Map, Value};
-use uuid::Uuid;
 
 use super::body::{PromptInput, RequestBody};
 use super::generation::{Generation, Part};
 use super::messages;
+use super::resumption::Resumption;
 use super::sampling::{self, Endpoint};
-use crate::admission::Demand;
 use crate::api::config::Config;
 use crate::api::error::ApiError;
-use crate::api::model::ServedModel;
+use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::ApiState;
-use crate::types::{ChoiceStart, Failure, GenerateRequest, RequestId, SamplingParams, TokenId};
+use crate::router::{Dispatch, Strategy, StreamName};
+use crate::types::{Failure, RequestId, SamplingParams, TokenId};
 
 /// Relative, in milliseconds; what cannot finish in it is refused or cut short.
 pub const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
+/// How a replica is chosen for this request.
+pub const PLACEMENT_HEADER: &str = "x-outrigger-placement";
+/// `true`: rather a replica of other numbers than none, when a stream loses its own.
+pub const OTHER_FINGERPRINT_HEADER: &str = "x-outrigger-allow-other-fingerprint";
 /// A day. Longer is no deadline at all.
 const MAX_TIMEOUT_MS: u64 = 86_400_000;
 /// Prompts of one completion request.
@@ -38,11 +42,14 @@ pub struct Prompt {
 /// What a handler needs to answer.
 pub struct Prepared {
     pub id: RequestId,
+    /// Seconds since the epoch.
+    pub created: u64,
     pub model: Arc<ServedModel>,
     pub prompts: Vec<Prompt>,
     /// Choices per prompt.
     pub n: u32,
     pub generation: Generation,
+    pub resumption: Resumption,
 }
 
 /// The deadline that the client set, if any.
@@ -63,77 +70,118 @@ pub async fn prepare(
     state: &ApiState,
     model: Arc<ServedModel>,
     headers: &HeaderMap,
+    bytes: &[u8],
     body: &mut RequestBody,
     endpoint: Endpoint,
 ) -> Result<Prepared, ApiError> {
     let arrived = Instant::now();
     body.refuse_unsupported()?;
     let deadline = deadline(headers, arrived)?;
-    let (id, random_seed) = new_id(endpoint);
-    let sampling = sampling::params(body, endpoint, model.tokenizer.vocab_size(), random_seed)?;
+    let mut resumption = Resumption::read(state, headers, bytes, endpoint)?;
+    let sampling = sampling::params(body, endpoint, model.tokenizer.vocab_size(), resumption.seed)?;
     let prompts = match endpoint {
         Endpoint::Chat => vec![chat_prompt(state, &model, body).await?],
         Endpoint::Completions => completion_prompts(state, &model, body).await?,
     };
     let requested = sampling::requested_max_tokens(body)?;
-    let start = Start { state, model: &model, id: &id, body, deadline, arrived };
+    resumption.fit(body.is_stream(), prompts.len() * sampling.n as usize)?;
+    let is_derivable = body.seed.is_some() || sampling.temperature == 0.0;
+    let strategy = strategy(headers)?;
+    let allows_other_fingerprint = headers.get(OTHER_FINGERPRINT_HEADER).is_some_and(|value| value == "true");
+    let is_named = resumption.is_keyed() || (body.is_stream() && state.router.is_clustered());
+    let start = Start {
+        state,
+        model: &model,
+        body,
+        deadline,
+        arrived,
+        strategy,
+        allows_other_fingerprint,
+        resumption: &resumption,
+        is_named,
+        must_exist: resumption.is_given_name() && !is_derivable,
+    };
+    let (mut id, mut created) = (resumption.id.clone(), unix_seconds());
     let mut parts = Vec::with_capacity(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
         let max_tokens = max_tokens(&state.config, &model, endpoint, prompt.tokens.len(), requested)?;
         check_min_tokens(&sampling, max_tokens)?;
         let sampling = Arc::new(SamplingParams { max_tokens, ..sampling.clone() });
-        parts.push(start.part(index, prompt, sampling)?);
+        let (part, found) = start.part(index, prompt, sampling).await?;
+        parts.push(part);
+        if index == 0 {
+            // A stream that is taken up again keeps its name and its time.
+            (id, created) = found;
+        }
     }
-    let generation = Generation::new(parts, deadline, state.health.lifecycle().subscribe(), state.metrics.clone());
-    Ok(Prepared { id, n: sampling.n, prompts, generation, model })
+    let mut generation = Generation::new(parts, deadline, state.metrics.clone());
+    if let Some(marks) = &resumption.has {
+        generation.skip(marks);
+    }
+    resumption.is_offered = is_named;
+    Ok(Prepared { id, created, n: sampling.n, prompts, generation, model, resumption })
 }
 
 struct Start<'a> {
     state: &'a ApiState,
     model: &'a Arc<ServedModel>,
-    id: &'a RequestId,
     body: &'a RequestBody,
     deadline: Option<Instant>,
     arrived: Instant,
+    strategy: Option<Strategy>,
+    allows_other_fingerprint: bool,
+    resumption: &'a Resumption,
+    /// The stream can be found again.
+    is_named: bool,
+    /// And has to be: nobody could make it anew.
+    must_exist: bool,
 }
 
 impl Start<'_> {
-    /// Admits one prompt and hands it to the backend. The parts already started are cancelled if a later one is refused.
-    fn part(&self, index: usize, prompt: &Prompt, sampling: Arc<SamplingParams>) -> Result<Part, Failure> {
-        let demand = Demand {
-            prompt_tokens: prompt.tokens.len() as u64,
-            choices: sampling.n,
+    /// Sends one prompt on its way. The parts already started are cancelled if a later one is refused.
+    async fn part(
+        &self,
+        index: usize,
+        prompt: &Prompt,
+        sampling: Arc<SamplingParams>,
+    ) -> Result<(Part, (RequestId, u64)), Failure> {
+        let id = &self.resumption.id;
+        let first_choice = index as u32 * sampling.n;
+        let dispatched = self.state.router.dispatch(Dispatch {
+            id: if index == 0 { id.clone() } else { RequestId::new(format!("{id}-{index}")) },
+            created: unix_seconds(),
+            model: self.model.name().to_owned(),
+            tokenizer: self.model.tokenizer_digest.clone(),
+            prompt: prompt.tokens.clone(),
+            sampling: sampling.clone(),
             priority: self.body.priority.unwrap_or(0),
             deadline: self.deadline,
-        };
-        let backend = &self.model.backend;
-        let permit = self.state.admission.try_admit(demand, backend.status().drain_tokens_per_second);
-        let permit = permit.map_err(Failure::from)?;
-        let stream = backend.generate(GenerateRequest {
-            id: if index == 0 { self.id.clone() } else { RequestId::new(format!("{}-{index}", self.id)) },
-            prompt: prompt.tokens.clone(),
-            choices: ChoiceStart::fresh(sampling.n),
-            sampling: sampling.clone(),
-            priority: demand.priority,
-            deadline: self.deadline,
-            bypass_prefix_cache: false,
-            is_probe: false,
-        })?;
-        let first_choice = index as u32 * sampling.n;
+            strategy: self.strategy,
+            allows_other_fingerprint: self.allows_other_fingerprint,
+            name: self.is_named.then(|| StreamName {
+                key: self.resumption.journal_key(index),
+                body: self.resumption.body,
+                may_exist: self.resumption.is_keyed(),
+                must_exist: self.must_exist,
+                have: self.resumption.tokens_of(first_choice as usize, sampling.n as usize),
+            }),
+        });
+        let dispatched = dispatched.await?;
         let prompt_tokens = prompt.tokens.len();
         let model = self.model.clone();
-        Ok(Part::new(stream, model, sampling, permit, first_choice, prompt_tokens, self.arrived))
+        let part = Part::new(dispatched.stream, model, sampling, first_choice, prompt_tokens, self.arrived);
+        Ok((part, (dispatched.id, dispatched.created)))
     }
 }
 
-/// A public id, and a seed for clients that give none.
-fn new_id(endpoint: Endpoint) -> (RequestId, u64) {
-    let prefix = match endpoint {
-        Endpoint::Chat => "chatcmpl-",
-        Endpoint::Completions => "cmpl-",
-    };
-    let id = format!("{prefix}{}", Uuid::new_v4().simple());
-    (RequestId::new(id), Uuid::new_v4().as_u64_pair().1)
+fn strategy(headers: &HeaderMap) -> Result<Option<Strategy>, Failure> {
+    let Some(value) = headers.get(PLACEMENT_HEADER) else { return Ok(None) };
+    let strategy = value.to_str().ok().and_then(|name| Strategy::from_name(name.trim()));
+    strategy.map(Some).ok_or_else(|| {
+        let names = Strategy::ALL.map(Strategy::name).join(", ");
+        let message = format!("The header `{PLACEMENT_HEADER}` must be one of {names}.");
+        Failure::invalid(PLACEMENT_HEADER, message).with_code("out_of_range")
+    })
 }
 
 async fn chat_prompt(state: &ApiState, model: &Arc<ServedModel>, body: &mut RequestBody) -> Result<Prompt, Failure> {

@@ -15,6 +15,7 @@ use serde::Serialize;
 use tokio::time::timeout;
 
 use super::generation::{Generation, Step, Update};
+use super::resumption::{Resumption, write_event_id};
 use super::usage::TokenCounts;
 use crate::api::error::ApiError;
 
@@ -33,24 +34,34 @@ pub trait ChunkFormat: Send + 'static {
 
 /// Events, rendered.
 #[derive(Default)]
-pub struct EventBuffer(BytesMut);
+pub struct EventBuffer {
+    bytes: BytesMut,
+    /// Of the next event.
+    id: String,
+}
 
 impl EventBuffer {
     /// Appends one event.
     pub fn push(&mut self, chunk: &impl Serialize) {
-        self.0.put_slice(b"data: ");
-        serde_json::to_writer((&mut self.0).writer(), chunk).expect("chunks serialize into memory");
-        self.0.put_slice(b"\n\n");
+        if !self.id.is_empty() {
+            for piece in ["id: ", &self.id, "\n"] {
+                self.bytes.put_slice(piece.as_bytes());
+            }
+            self.id.clear();
+        }
+        self.bytes.put_slice(b"data: ");
+        serde_json::to_writer((&mut self.bytes).writer(), chunk).expect("chunks serialize into memory");
+        self.bytes.put_slice(b"\n\n");
     }
 
     fn push_raw(&mut self, data: &str) {
         for piece in ["data: ", data, "\n\n"] {
-            self.0.put_slice(piece.as_bytes());
+            self.bytes.put_slice(piece.as_bytes());
         }
     }
 
     fn take(&mut self) -> Bytes {
-        self.0.split().freeze()
+        self.bytes.split().freeze()
     }
 }
 
@@ -59,39 +70,58 @@ impl EventBuffer {
 pub async fn respond(
     mut generation: Generation,
     format: impl ChunkFormat,
+    resumption: Resumption,
     keep_alive: Duration,
 ) -> Result<Response, ApiError> {
     let first = timeout(keep_alive, generation.next()).await.ok();
     if let Some(Step::Failed(failure)) = first {
         return Err(failure.into());
     }
-    let mut response = Response::new(events(generation, format, first, keep_alive));
+    let mut response = Response::new(events(generation, format, first, Ids::of(&resumption), keep_alive));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     // nginx buffers responses unless told not to.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
-    Ok(response)
+    Ok(resumption.mark(response))
+}
+
+/// Which events carry an id.
+#[derive(Clone, Copy)]
+struct Ids {
+    /// The client may come back for the rest.
+    are_written: bool,
+    /// It did, and has seen the opening.
+    is_opened: bool,
+}
+
+impl Ids {
+    fn of(resumption: &Resumption) -> Self {
+        Self { are_written: resumption.is_offered, is_opened: resumption.has.is_some() }
+    }
 }
 
 fn events(
     mut generation: Generation,
     mut format: impl ChunkFormat,
     mut first: Option<Step>,
+    ids: Ids,
     keep_alive: Duration,
 ) -> Body {
     let metrics = generation.metrics();
     Body::from_stream(stream! {
         let mut out = EventBuffer::default();
-        format.opening(generation.counts(), &mut out);
+        if !ids.is_opened {
+            format.opening(generation.counts(), &mut out);
+        }
         if first.is_none() {
-            out.0.put_slice(&COMMENT);
+            out.bytes.put_slice(&COMMENT);
         }
         loop {
             let step = match first.take().or_else(|| generation.try_next()) {
                 Some(step) => step,
                 None => {
-                    if !out.0.is_empty() {
+                    if !out.bytes.is_empty() {
                         yield Ok::<_, Infallible>(out.take());
                     }
                     loop {
@@ -103,7 +133,12 @@ fn events(
                 }
             };
             match step {
-                Step::Update(update) => format.update(update, generation.counts(), &mut out),
+                Step::Update(update) => {
+                    if ids.are_written {
+                        write_event_id(generation.marks(), &mut out.id);
+                    }
+                    format.update(update, generation.counts(), &mut out);
+                }
                 Step::Failed(failure) => {
                     metrics.failures.with([failure.kind.label()]).inc();
                     out.push_raw(&ApiError::from(failure).to_json());
@@ -115,7 +150,7 @@ fn events(
                     break;
                 }
             }
-            if out.0.len() >= WRITE_BYTES {
+            if out.bytes.len() >= WRITE_BYTES {
                 yield Ok(out.take());
             }
         }

@@ -4,6 +4,7 @@ mod chat;
 mod completions;
 mod peer;
 mod refusals;
+mod resumption;
 mod sockets;
 mod streams;
 
@@ -11,19 +12,21 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Router;
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
+use bytes::Bytes;
 use http_body_util::BodyExt;
 use parking_lot::Mutex;
 use serde_json::Value;
 use tokio::sync::mpsc::UnboundedSender;
 use tower::ServiceExt;
 
-use super::{ApiState, Config, ServedModel, router};
+use super::{ApiState, Config, ServedModel};
 use crate::admission::{self, AdmissionController};
+use crate::cluster::ModelReport;
 use crate::health::{self, Health};
 use crate::observability::Metrics;
+use crate::router::{self, LocalReplica, Router};
 use crate::tokenizer::Tokenizer;
 use crate::types::{
     Backend, EngineStatus, Failure, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
@@ -147,23 +150,31 @@ impl Node {
         let metrics = Arc::new(Metrics::new("tiny"));
         let health = Health::new(health::Config::default(), metrics.clone());
         let admission = AdmissionController::new(admission, 1, metrics.clone());
-        let state = ApiState::new(config, metrics, admission, health).expect("a valid configuration");
+        let router = Router::alone(router::Config::default(), admission.clone(), health.clone(), metrics.clone());
+        let state = ApiState::new(config, metrics, admission, health, router).expect("a valid configuration");
         Self { state, requests: Arc::default() }
     }
 
     fn load(&self, backend: ScriptedBackend) {
         let tokenizer = tokenizer();
         let template = tokenizer.chat_template().expect("the fixture has a template");
-        let names = vec!["tiny".to_string(), "org/tiny".to_string()];
-        let backend = Arc::new(backend);
-        self.state.set_model(ServedModel::new(names, backend, tokenizer, template, vec![EOS], MAX_MODEL_LEN));
+        let model = ModelReport {
+            names: vec!["tiny".into(), "org/tiny".into()],
+            fingerprint: backend.fingerprint(),
+            tokenizer: "tokenizer".into(),
+            max_model_len: MAX_MODEL_LEN as u32,
+            created: 1,
+        };
+        self.state.set_model(ServedModel::new(&model, tokenizer, template, vec![EOS]));
+        let engine = Arc::new(backend);
+        self.state.router.attach(LocalReplica { engine, model, seats: 1, tokenizer: Bytes::new() });
         let lifecycle = self.state.health.lifecycle();
         lifecycle.warming("loaded").expect("a step of the diagram");
         lifecycle.ready("tried").expect("a step of the diagram");
     }
 
-    fn router(&self) -> Router {
-        router(self.state.clone())
+    fn router(&self) -> axum::Router {
+        super::router(self.state.clone())
     }
 
     async fn send(&self, request: Request<Body>) -> Answer {

@@ -27,7 +27,7 @@ async fn serve_node(node: &Node) -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("an address");
     let shutdown = CancellationToken::new();
-    let server = tokio::spawn(serve(listener, node.state.clone(), Router::new(), shutdown.clone()));
+    let server = tokio::spawn(serve(listener, node.state.clone(), axum::Router::new(), shutdown.clone()));
     Served { address, shutdown, server }
 }
 

@@ -184,7 +184,7 @@ async fn dropping_the_response_cancels_and_counts() {
     assert!(!events.is_closed());
     assert_eq!(node.state.admission.status().admitted_requests, 1);
     drop(pieces);
-    assert!(events.is_closed());
+    tokio::time::timeout(PATIENCE, events.closed()).await.expect("it is cancelled");
     assert_eq!(node.state.admission.status().admitted_requests, 0);
     assert!(node.state.metrics.prometheus_text().contains("finished_reason=\"abort\"} 1\n"));
 }

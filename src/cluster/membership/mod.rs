@@ -50,6 +50,7 @@ pub enum MembershipError {
 #[derive(Clone)]
 pub struct Membership {
     id: NodeId,
+    incarnation: u64,
     gossip_addr: Option<SocketAddr>,
     view: watch::Receiver<Arc<ClusterView>>,
     own: watch::Sender<Own>,
@@ -61,7 +62,14 @@ impl Membership {
     /// A cluster of one: the view stays empty.
     pub fn alone(config: &Config) -> Self {
         let (_, view) = watch::channel(Arc::default());
-        Self { id: node_id(config), gossip_addr: None, view, own: watch::channel(Own::default()).0, leave: None }
+        Self {
+            id: node_id(config),
+            incarnation: incarnation_now(),
+            gossip_addr: None,
+            view,
+            own: watch::channel(Own::default()).0,
+            leave: None,
+        }
     }
 
     /// Binds the gossip address and begins to gossip. Nobody hears of this node as a peer before `describe`.
@@ -80,19 +88,24 @@ impl Membership {
     ) -> Result<Self, MembershipError> {
         let bound = datagrams.local_addr().map_err(|error| MembershipError::Gossip(error.into()))?;
         let transport = SealedTransport::new(datagrams, key, &config.cluster_id, Arc::clone(&metrics))?;
-        let id = node_id(config);
+        let (id, incarnation) = (node_id(config), incarnation_now());
         let (view_sender, view) = watch::channel(Arc::default());
         let (own, own_receiver) = watch::channel(Own::default());
         let (leave, leave_receiver) = tokio::sync::mpsc::channel(1);
-        let task = Task::start(id.clone(), bound, config, transport, metrics, view_sender, own_receiver)
+        let task = Task::start(id.clone(), incarnation, bound, config, transport, metrics, view_sender, own_receiver)
             .await
             .map_err(MembershipError::Gossip)?;
         tokio::spawn(task.run(leave_receiver));
-        Ok(Self { id, gossip_addr: Some(bound), view, own, leave: Some(leave) })
+        Ok(Self { id, incarnation, gossip_addr: Some(bound), view, own, leave: Some(leave) })
     }
 
     pub fn id(&self) -> &NodeId {
         &self.id
+    }
+
+    /// With which the process began.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
     }
 
     /// Where it gossips; `None` in a cluster of one.

@@ -86,6 +86,7 @@ struct Gossip {
 impl Task {
     pub(super) async fn start(
         id: NodeId,
+        incarnation: u64,
         bound: SocketAddr,
         config: &Config,
         transport: SealedTransport,
@@ -93,7 +94,6 @@ impl Task {
         view: watch::Sender<Arc<ClusterView>>,
         own: watch::Receiver<Own>,
     ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
-        let incarnation = incarnation_now();
         let gossip = Gossip::start(&id, incarnation, bound, config, &transport).await?;
         let seeds = Seeds::start(&config.peers);
         let roster = Roster::new(id.clone(), incarnation);

@@ -5,22 +5,25 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::http::{Request, header};
 use http_body_util::BodyExt;
 use libfuzzer_sys::fuzz_target;
 use outrigger::admission::{self, AdmissionController};
 use outrigger::api::{self, ApiState, ServedModel};
+use outrigger::cluster::ModelReport;
 use outrigger::engine::null::NullEngine;
 use outrigger::health::{self, Health};
 use outrigger::observability::Metrics;
+use outrigger::router::{self, LocalReplica, Router};
 use outrigger::tokenizer::Tokenizer;
+use outrigger::types::Backend;
 use serde_json::Value;
 use tokio::runtime::{Builder, Runtime};
 use tower::ServiceExt;
 
 /// Small, so that every answer is short.
-const MAX_MODEL_LEN: usize = 64;
+const MAX_MODEL_LEN: u32 = 64;
 
 struct Node {
     runtime: Runtime,
@@ -40,9 +43,19 @@ fn state() -> ApiState {
     let metrics = Arc::new(Metrics::new("null"));
     let admission = AdmissionController::new(admission::Config::default(), 64, metrics.clone());
     let health = Health::new(health::Config::default(), metrics.clone());
-    let state = ApiState::new(api::Config::default(), metrics, admission, health.clone()).expect("valid");
+    let router = Router::alone(router::Config::default(), admission.clone(), health.clone(), metrics.clone());
+    let state =
+        ApiState::new(api::Config::default(), metrics, admission, health.clone(), router.clone()).expect("valid");
     let backend = Arc::new(NullEngine::new(tokenizer.vocab_size() as u32));
-    state.set_model(ServedModel::new(vec!["null".into()], backend, tokenizer, template, vec![2], MAX_MODEL_LEN));
+    let model = ModelReport {
+        names: vec!["null".into()],
+        fingerprint: backend.fingerprint(),
+        tokenizer: "tokenizer".into(),
+        max_model_len: MAX_MODEL_LEN,
+        created: 1,
+    };
+    state.set_model(ServedModel::new(&model, tokenizer, template, vec![2]));
+    router.attach(LocalReplica { engine: backend, model, seats: 64, tokenizer: Bytes::new() });
     health.lifecycle().warming("loaded").expect("a step of the diagram");
     health.lifecycle().ready("tried").expect("a step of the diagram");
     state

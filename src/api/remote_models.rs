@@ -1,0 +1,82 @@
+//! The models that only peers serve. A node that takes a request for one needs its tokenizer; it asks a peer for it once.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+
+use super::model::ServedModel;
+use crate::cluster::ModelReport;
+use crate::router::Router;
+use crate::tokenizer::{TokenizerBundle, bundle};
+use crate::types::{Failure, FailureKind};
+
+/// Tokenizers that are kept; with another one, all are forgotten.
+const MAX_KEPT: usize = 8;
+
+#[derive(Default)]
+pub struct RemoteModels {
+    /// By fingerprint and digest of the tokenizer.
+    kept: Mutex<BTreeMap<(String, String), Arc<ServedModel>>>,
+    /// One is fetched at a time.
+    fetching: tokio::sync::Mutex<()>,
+}
+
+impl RemoteModels {
+    /// The model of this name that a peer serves, if one does. Ready peers first.
+    pub async fn find(&self, router: &Router, name: &str) -> Result<Option<Arc<ServedModel>>, Failure> {
+        let mut served = router.peer_models();
+        served.retain(|(_, model)| model.names.iter().any(|known| known == name));
+        served.sort_by_key(|(peer, _)| !peer.report.ready);
+        let Some((_, report)) = served.first() else { return Ok(None) };
+        if let Some(model) = self.kept(report) {
+            return Ok(Some(model));
+        }
+        let _turn = self.fetching.lock().await;
+        let mut last = Failure::new(FailureKind::PeerUnreachable, "No node that serves the model can be reached.");
+        for (peer, report) in &served {
+            if let Some(model) = self.kept(report) {
+                return Ok(Some(model));
+            }
+            match router.fetch_tokenizer(peer, &report.tokenizer).await {
+                Ok(bytes) if bundle::digest(&bytes) == report.tokenizer => {
+                    let model = Arc::new(open(report.clone(), bytes.into()).await?);
+                    self.keep(report, model.clone());
+                    return Ok(Some(model));
+                }
+                Ok(_) => tracing::warn!(peer = %peer.id, "a peer sent another tokenizer than the one it reports"),
+                Err(failure) => last = failure,
+            }
+        }
+        Err(last)
+    }
+
+    fn kept(&self, report: &ModelReport) -> Option<Arc<ServedModel>> {
+        self.kept.lock().get(&key(report)).filter(|model| model.names() == report.names).cloned()
+    }
+
+    fn keep(&self, report: &ModelReport, model: Arc<ServedModel>) {
+        let mut kept = self.kept.lock();
+        if kept.len() >= MAX_KEPT {
+            kept.clear();
+        }
+        kept.insert(key(report), model);
+    }
+}
+
+fn key(report: &ModelReport) -> (String, String) {
+    (report.fingerprint.as_str().to_owned(), report.tokenizer.clone())
+}
+
+async fn open(report: ModelReport, bytes: Vec<u8>) -> Result<ServedModel, Failure> {
+    let unusable = |message: &str| Failure::new(FailureKind::Internal, message);
+    let open = move || {
+        let bundle = TokenizerBundle::decode(&bytes).map_err(|error| unusable(DAMAGED).with_source(error))?;
+        let tokenizer = bundle.build().map_err(|error| unusable(DAMAGED).with_source(error))?;
+        let template = tokenizer.chat_template().map_err(|error| unusable(DAMAGED).with_source(error))?;
+        Ok(ServedModel::new(&report, tokenizer, template, bundle.eos_token_ids))
+    };
+    tokio::task::spawn_blocking(open).await.map_err(|_| unusable("Opening a peer's tokenizer failed."))?
+}
+
+const DAMAGED: &str = "The tokenizer of the model cannot be used here.";

@@ -1,0 +1,142 @@
+//! This node among the others: gossip, the port on which peers call, and what is told of this node.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::net::TcpListener;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::admission::AdmissionController;
+use crate::api;
+use crate::cluster::membership::Membership;
+use crate::cluster::peer_client::HttpPeerTransport;
+use crate::cluster::tls::PeerTls;
+use crate::cluster::{ClusterKey, ModelReport, NodeDescription, PROTOCOL_VERSION};
+use crate::config::Config;
+use crate::health::Health;
+use crate::observability::Metrics;
+use crate::router::{NodeIdentity, Router, RouterParts};
+
+/// From one look at this node to the next.
+const ASSESSMENT_INTERVAL: Duration = Duration::from_millis(100);
+
+pub struct Cluster {
+    membership: Arc<Membership>,
+    /// None in a cluster of one.
+    network: Option<Network>,
+    zone: String,
+    shutdown: CancellationToken,
+}
+
+struct Network {
+    /// Until it is served.
+    listener: Option<TcpListener>,
+    tls: PeerTls,
+    /// As others reach it.
+    peer_addr: SocketAddr,
+}
+
+impl Cluster {
+    /// Binds the ports between nodes and begins to gossip. Nobody calls before the node has said what it is.
+    pub async fn join(config: &Config, metrics: &Arc<Metrics>) -> anyhow::Result<Self> {
+        let (config, shutdown) = (&config.cluster, CancellationToken::new());
+        let zone = config.zone.clone();
+        let Some(key_file) = config.cluster_key_file.as_deref().filter(|_| config.is_clustered()) else {
+            return Ok(Self { membership: Arc::new(Membership::alone(config)), network: None, zone, shutdown });
+        };
+        let key = ClusterKey::from_file(key_file)?;
+        let tls = PeerTls::new(config, &key)?;
+        let membership = Membership::start(config, &key, metrics.clone()).await?;
+        let address = config.peer_listen_addr().context("there is no address for peers")?;
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("peer_addr: cannot listen on {address} for other nodes"))?;
+        let bound = listener.local_addr().context("the listener for peers has no address")?;
+        let peer_addr = config.peer_advertised(bound);
+        let network = Network { listener: Some(listener), tls, peer_addr };
+        Ok(Self { membership: Arc::new(membership), network: Some(network), zone, shutdown })
+    }
+
+    /// The router of this node, with the ways to its peers.
+    pub fn router(
+        &self,
+        config: &Config,
+        admission: AdmissionController,
+        health: Health,
+        metrics: Arc<Metrics>,
+    ) -> Router {
+        let Some(network) = &self.network else {
+            return Router::alone(config.router.clone(), admission, health, metrics);
+        };
+        let (tls, view) = (network.tls.clone(), self.membership.view());
+        let transport = HttpPeerTransport::new(tls, config.cluster.peer_connect_timeout, view);
+        Router::new(RouterParts {
+            config: config.router.clone(),
+            own: self.membership.id().clone(),
+            identity: NodeIdentity {
+                cluster_id: config.cluster.cluster_id.clone(),
+                incarnation: self.membership.incarnation(),
+                zone: self.zone.clone(),
+                peer_addr: Some(network.peer_addr),
+            },
+            is_clustered: true,
+            admission,
+            health,
+            metrics,
+            transport: Arc::new(transport),
+            view: self.membership.view(),
+            seed: Uuid::new_v4().as_u64_pair().0,
+        })
+    }
+
+    /// Answers peers, keeps journals with them, and tells them how this node does, until [`Cluster::leave`].
+    pub fn run(&mut self, router: &Router, health: &Health, metrics: &Arc<Metrics>) {
+        self.describe(Vec::new());
+        tokio::spawn(assess(router.clone(), self.membership.clone(), health.clone(), self.shutdown.clone()));
+        let (replicating, shutdown) = (router.clone(), self.shutdown.clone());
+        tokio::spawn(async move { replicating.run(shutdown).await });
+        let Some(network) = &mut self.network else { return };
+        let (listener, tls, service) = (network.listener.take(), network.tls.clone(), Arc::new(router.clone()));
+        let (metrics, shutdown) = (metrics.clone(), self.shutdown.clone());
+        if let Some(listener) = listener {
+            tokio::spawn(async move { api::peer::serve(listener, &tls, service, metrics, shutdown).await });
+        }
+    }
+
+    /// Tells the others what this node serves.
+    pub fn describe(&self, models: Vec<ModelReport>) {
+        let Some(network) = &self.network else { return };
+        self.membership.describe(NodeDescription {
+            protocol: PROTOCOL_VERSION,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            peer_addr: network.peer_addr,
+            zone: self.zone.clone(),
+            models,
+        });
+    }
+
+    /// Says goodbye, so that nobody has to find out.
+    pub async fn leave(&self) {
+        self.membership.leave().await;
+        self.shutdown.cancel();
+    }
+}
+
+/// Looks at this node again and again, at once when its state changes, and tells the others.
+async fn assess(router: Router, membership: Arc<Membership>, health: Health, shutdown: CancellationToken) {
+    let mut ticks = interval(ASSESSMENT_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut phases = health.lifecycle().subscribe();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = ticks.tick() => {}
+            Ok(()) = phases.changed() => {}
+        }
+        membership.publish(router.refresh());
+    }
+}
