@@ -27,7 +27,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use crate::cluster::tls::PeerTls;
+use crate::cluster::tls::{CalledStream, PeerTls};
 use crate::cluster::wire::{self, WireError};
 use crate::cluster::{PeerFrame, PeerService, PeerStream};
 use crate::observability::Metrics;
@@ -35,7 +35,7 @@ use crate::types::{Failure, FailureKind, GenerationEvent};
 
 /// Connections of peers: one of each, and those of their former lives that have not ended yet.
 const MAX_CONNECTIONS: usize = 1024;
-/// Connections that have not shown who they are. Strangers cannot take the places of peers.
+/// Connections that have not shown yet whose they are: strangers wait here, not in the places of peers.
 const MAX_HANDSHAKES: usize = 128;
 /// For TLS.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -159,7 +159,7 @@ impl Server {
         }
     }
 
-    async fn handshake(&self, stream: TcpStream) -> io::Result<crate::cluster::tls::CalledStream> {
+    async fn handshake(&self, stream: TcpStream) -> io::Result<CalledStream> {
         // Tokens are small writes that must not wait for one another.
         stream.set_nodelay(true)?;
         self.tls.accept(stream).await

@@ -121,8 +121,20 @@ async fn another_protocol_inside_is_refused() {
     let provider = Arc::new(ring::default_provider());
     let mut silent = client_config(provider, Arc::new(roots), vec![certificate], private_key, "test").expect("usable");
     silent.alpn_protocols.clear();
-    let silent = PeerTls { connector: TlsConnector::from(Arc::new(silent)), ..node(1) };
-    assert_refused(&node(1), &silent).await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("an address");
+    let server = node(1);
+    let serve = async {
+        let (stream, _) = listener.accept().await.expect("a connection");
+        server.accept(stream).await.map(|_| ()).map_err(|error| error.kind())
+    };
+    let call = async {
+        let stream = TcpStream::connect(address).await.expect("a connection");
+        let name = ServerName::try_from(DERIVED_NAME).expect("a name");
+        TlsConnector::from(Arc::new(silent)).connect(name, stream).await.expect("TLS itself is well")
+    };
+    let (served, _open) = timeout(PATIENCE, async { tokio::join!(serve, call) }).await.expect("no side hangs");
+    assert_eq!(served, Err(io::ErrorKind::InvalidData));
 }
 
 /// An authority as an operator would make it.

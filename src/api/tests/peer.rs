@@ -302,7 +302,8 @@ async fn a_dropped_stream_is_cancelled_at_the_peer() {
     in_time("the cancellation", kept.closed()).await;
 }
 
-/// More than the limits that the library sets against strangers who cancel.
+/// More than the library allows strangers: calls that are cancelled before the peer has taken notice of them, and answers to
+/// calls that were cancelled meanwhile.
 #[tokio::test]
 async fn a_storm_of_cancellations_leaves_the_neighbours_alone() {
     let (service, mut opened) = FakeService::manual();
@@ -310,15 +311,18 @@ async fn a_storm_of_cancellations_leaves_the_neighbours_alone() {
     let (caller, peer) = (Caller::new(1, &[&callee.peer(1)]), callee.peer(1));
     let mut neighbour = caller.accepted(&peer, call(1)).await;
     let frames = in_time("the call", opened.recv()).await.expect("a call");
-    for round in 0..6 {
-        let calls: Vec<_> = (0..300).map(|_| tokio::spawn(caller.transport.generate(&peer, call(1)))).collect();
-        // Some are dropped before they were sent, some on their way, some when they are answered.
-        for (index, call) in calls.into_iter().enumerate() {
-            if index % 3 == round % 3 {
-                drop(in_time("an answer", call).await);
-            } else {
-                call.abort();
-            }
+    for round in 0..24 {
+        let mut calls: Vec<_> = (0..300).map(|_| caller.transport.generate(&peer, call(1))).collect();
+        for call in &mut calls {
+            let _ = futures::poll!(call);
+        }
+        // Each round lets them come a little further.
+        for _ in 0..round {
+            tokio::task::yield_now().await;
+        }
+        drop(calls);
+        for _ in 0..round {
+            tokio::task::yield_now().await;
         }
     }
     assert_eq!(next(&mut neighbour).await, PeerFrame::Heartbeat);
@@ -346,6 +350,47 @@ async fn when_a_peer_is_killed_its_streams_break_at_once() {
     }
     assert_eq!(caller.refused(&peer).await.kind, FailureKind::PeerUnreachable);
     assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
+}
+
+/// Its host has lost power, say: no packet comes any more, and none is refused. Neither side has anything to send.
+#[tokio::test]
+async fn a_host_that_vanishes_is_noticed_by_both_sides() {
+    let (service, mut opened) = FakeService::manual();
+    let callee = Callee::start(1, service).await;
+    let (addr, cable) = lay_cable(callee.addr).await;
+    let caller = Caller::new(1, &[&peer(addr, 1)]);
+    let mut stream = caller.accepted(&peer(addr, 1), call(1)).await;
+    let frames = in_time("the call", opened.recv()).await.expect("a call");
+    assert_eq!(next(&mut stream).await, PeerFrame::Heartbeat);
+    cable.cancel();
+    sleep(Duration::from_millis(20)).await;
+    // From here on the clock jumps whenever nothing is to be done.
+    tokio::time::pause();
+    let start = tokio::time::Instant::now();
+    assert_eq!(failure_of(&mut stream).await, FailureKind::PeerDisconnected);
+    in_time("the peer to give the call up", frames.closed()).await;
+    let elapsed = start.elapsed();
+    assert!(elapsed > Duration::from_secs(4) && elapsed < Duration::from_secs(12), "{elapsed:?}");
+}
+
+/// A way to `addr` that carries one connection, until it is cut and swallows what is sent.
+async fn lay_cable(addr: SocketAddr) -> (SocketAddr, CancellationToken) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let (entry, cut) = (listener.local_addr().expect("an address"), CancellationToken::new());
+    tokio::spawn({
+        let cut = cut.clone();
+        async move {
+            let (mut near, _) = listener.accept().await.expect("a connection");
+            let mut far = TcpStream::connect(addr).await.expect("a connection");
+            tokio::select! {
+                biased;
+                () = cut.cancelled() => {}
+                _ = tokio::io::copy_bidirectional(&mut near, &mut far) => {}
+            }
+            std::future::pending::<()>().await;
+        }
+    });
+    (entry, cut)
 }
 
 #[tokio::test]
