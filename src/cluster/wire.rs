@@ -42,6 +42,7 @@ const CODES: &[&str] = &[
     "shutting_down",
     "stream_interrupted",
     "stream_not_found",
+    "stream_not_found",
     "unsupported_parameter",
 ];
 
