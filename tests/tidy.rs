@@ -450,13 +450,27 @@ fn the_manifest_fits_the_server() {
     let file = folder.path().join("outrigger.toml");
     fs::write(&file, manifest_configuration(&manifest)).expect("written");
     let arguments = ["serve".to_owned(), format!("--config={}", file.display())];
-    let variables = [("OUTRIGGER_HOME".to_owned(), "/var/cache/outrigger".to_owned())];
+    // Kubernetes puts the pod's address and name in.
+    let manifest_sets = |name: &str| assert!(manifest.contains(name), "the manifest sets no {name}");
+    let variables = [
+        ("OUTRIGGER_HOME", "/var/cache/outrigger"),
+        ("OUTRIGGER_GOSSIP_ADVERTISE_ADDR", "10.0.0.7:7946"),
+        ("OUTRIGGER_NODE_ID", "outrigger-0"),
+    ];
+    let variables = variables.map(|(name, value)| {
+        manifest_sets(name);
+        (name.to_owned(), value.to_owned())
+    });
     let config = Invocation::read(arguments, variables).expect("a valid configuration").config;
     assert_eq!(config.api.host, "0.0.0.0", "probes reach the pod from outside");
-    assert_eq!(u64::from(config.api.port), number_after(&manifest, "containerPort:"));
+    assert_eq!(u64::from(config.api.port), number_after(&manifest, "name: http, containerPort:"));
+    let port = |addr: Option<std::net::SocketAddr>| addr.map(|addr| u64::from(addr.port()));
+    assert_eq!(port(config.cluster.gossip_addr), Some(number_after(&manifest, "name: gossip, containerPort:")));
+    assert_eq!(port(config.cluster.peer_listen_addr()), Some(number_after(&manifest, "name: peer, containerPort:")));
+    assert_eq!(port(config.api.admin_addr), Some(number_after(&manifest, "name: admin, containerPort:")));
     let grace = number_after(&manifest, "terminationGracePeriodSeconds:");
-    let pause = number_after(&manifest, "sleep: { seconds:");
-    let needed = pause + config.process.shutdown_timeout.as_secs();
+    assert!(config.process.drain_linger < config.process.shutdown_timeout);
+    let needed = config.process.shutdown_timeout.as_secs();
     assert!(grace > needed, "a grace of {grace} s cuts streams that may take {needed} s");
 }
 

@@ -359,7 +359,7 @@ impl Shared {
     fn suits(&self, want: &Want, model: &ModelReport) -> bool {
         let is_same = want.fingerprint.as_ref().is_none_or(|fingerprint| *fingerprint == model.fingerprint);
         model.tokenizer == want.tokenizer
-            && model.names.iter().any(|name| *name == want.model)
+            && model.names.contains(&want.model)
             && want.length() <= u64::from(model.max_model_len)
             && (is_same || want.allows_other_fingerprint)
     }

@@ -119,7 +119,7 @@ impl StreamLog {
         if !state.is_gated {
             state.tell(&sender, have);
         }
-        if state.failure.is_none() && !(state.is_complete() && !state.is_gated) {
+        if state.failure.is_none() && (state.is_gated || !state.is_complete()) {
             state.listeners.push(sender);
         }
         Some(stream.guarded_by(Listener(self.clone())))

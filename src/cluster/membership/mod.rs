@@ -92,7 +92,7 @@ impl Membership {
         let (view_sender, view) = watch::channel(Arc::default());
         let (own, own_receiver) = watch::channel(Own::default());
         let (leave, leave_receiver) = tokio::sync::mpsc::channel(1);
-        let task = Task::start(id.clone(), incarnation, bound, config, transport, metrics, view_sender, own_receiver)
+        let task = Task::start((id.clone(), incarnation), bound, config, transport, metrics, view_sender, own_receiver)
             .await
             .map_err(MembershipError::Gossip)?;
         tokio::spawn(task.run(leave_receiver));

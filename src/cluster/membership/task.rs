@@ -85,8 +85,7 @@ struct Gossip {
 
 impl Task {
     pub(super) async fn start(
-        id: NodeId,
-        incarnation: u64,
+        (id, incarnation): (NodeId, u64),
         bound: SocketAddr,
         config: &Config,
         transport: SealedTransport,
