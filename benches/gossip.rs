@@ -148,7 +148,7 @@ async fn until_all(what: &str, nodes: &[Node], is_so: impl Fn(&NodeId, &ClusterV
         let mut view = node.membership.view();
         let id = node.membership.id();
         let seen = view.wait_for(|view| is_so(id, view));
-        timeout(DEADLINE, seen).await.unwrap_or_else(|_| panic!("not in time: {what}")).expect("running");
+        drop(timeout(DEADLINE, seen).await.unwrap_or_else(|_| panic!("not in time: {what}")).expect("running"));
     }
     start.elapsed()
 }

@@ -23,12 +23,12 @@ use outrigger::cluster::{
     LoadReport, NodeDescription, PROTOCOL_VERSION, Peer, PeerFrame, PeerService, PeerStream, PeerTransport,
 };
 use outrigger::observability::Metrics;
+use outrigger::types::watch;
 use outrigger::types::{
     ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, RequestId, SamplingParams,
 };
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// A prompt of usual length.

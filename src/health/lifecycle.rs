@@ -10,12 +10,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
 use thiserror::Error;
-use tokio::sync::watch;
 use tracing::{error, info, warn};
 
 use crate::observability::Metrics;
 use crate::observability::metrics::state_label;
-use crate::types::NodeState;
+use crate::types::{NodeState, watch};
 
 /// Why a node works less well than it should.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
-use tokio::sync::watch;
 use tokio::time::{Sleep, sleep_until};
 use tracing::{info, warn};
 
@@ -23,7 +22,7 @@ use super::source::{Replica, Sign, Source};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
-use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeId, NodeState};
+use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeId, NodeState, watch};
 
 /// A replica that failed a stream is not asked again by it for this long.
 const EXCLUSION: Duration = Duration::from_secs(1);

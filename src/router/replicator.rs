@@ -10,7 +10,6 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
-use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -19,7 +18,7 @@ use crate::cluster::{
     ClusterView, JournalBatch, JournalEntry, JournalKey, JournalRefusal, Peer, PeerTransport, rendezvous,
 };
 use crate::observability::Metrics;
-use crate::types::{Failure, NodeId, NodeState};
+use crate::types::{Failure, NodeId, NodeState, watch};
 
 /// Copies of a journal, beside the entry node's own.
 const HOLDERS: usize = 2;

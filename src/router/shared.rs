@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
-use tokio::sync::{Notify, watch};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -32,7 +32,9 @@ use crate::cluster::{
 };
 use crate::health::{Health, QueueView};
 use crate::observability::Metrics;
-use crate::types::{Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerationEvent, NodeId, NodeState};
+use crate::types::{
+    Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerationEvent, NodeId, NodeState, watch,
+};
 
 /// Peers that are asked for a journal, in the order of the key's rendezvous.
 const LOOKUPS: usize = 8;

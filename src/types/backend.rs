@@ -35,10 +35,10 @@ impl GenerationStream {
         (sender, Self { events, _guard: None })
     }
 
-    /// Drops `guard` together with the stream: a backend learns through it that nobody listens any more, without asking
-    /// every sender.
+    /// Drops `guard` together with the stream, after the guards that it has already: a backend learns through it that nobody
+    /// listens any more, without asking every sender.
     pub fn guarded_by(self, guard: impl Any + Send + Sync) -> Self {
-        Self { _guard: Some(Box::new(guard)), ..self }
+        Self { _guard: Some(Box::new((self._guard, guard))), ..self }
     }
 
     /// The next event; `None` when the backend is gone without a terminal event (treat as `EngineFailed`).

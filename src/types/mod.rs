@@ -5,6 +5,7 @@ pub mod failure;
 pub mod ids;
 pub mod request;
 pub mod status;
+pub mod watch;
 
 pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};
 pub use failure::{Failure, FailureKind};

@@ -14,7 +14,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::UnboundedSender;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
@@ -30,6 +29,7 @@ use crate::cluster::{
 use crate::observability::Metrics;
 use crate::types::{
     ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, RequestId, SamplingParams,
+    watch,
 };
 
 /// Far more than a loopback needs, far less than any timeout of ours.

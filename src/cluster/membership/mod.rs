@@ -18,14 +18,14 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::net::UdpSocket;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use self::task::{Own, Task};
 use super::seal::transport::{Datagrams, NoRandomness, SealedTransport};
 use super::{ClusterKey, ClusterView, Config, LoadReport, NodeDescription};
 use crate::observability::Metrics;
-use crate::types::NodeId;
+use crate::types::{NodeId, watch};
 
 /// How long a goodbye may take.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);

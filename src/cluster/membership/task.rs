@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use chitchat::{Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDetectorConfig, spawn_chitchat};
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::incarnation_now;
@@ -16,7 +16,7 @@ use crate::cluster::gossip::encode_description;
 use crate::cluster::seal::transport::SealedTransport;
 use crate::cluster::{ClusterView, Config, LoadReport, NodeDescription};
 use crate::observability::Metrics;
-use crate::types::NodeId;
+use crate::types::{NodeId, watch};
 
 /// Chitchat's keys are part of the protocol, so they are short.
 const DESCRIPTION_KEY: &str = "d";

@@ -19,13 +19,13 @@ use hyper::{Method, Request, Response, Uri};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::debug;
 
 use crate::cluster::tls::{CallingStream, PeerTls};
 use crate::cluster::view::{ClusterView, Peer};
-use crate::types::NodeId;
+use crate::types::{NodeId, watch};
 
 /// Peers that connections stand to at one time.
 const MAX_CONNECTIONS: usize = 1024;

@@ -18,7 +18,6 @@ use hyper::body::Incoming;
 use hyper::{Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::sync::watch;
 use tokio::time::timeout;
 
 use self::connections::{ConnectError, Connections, PeerAddress, SendError};
@@ -28,7 +27,7 @@ use super::tls::PeerTls;
 use super::transport::{FollowCall, GenerateCall, JournalBatch, PeerStream, PeerTransport};
 use super::view::{ClusterView, Peer};
 use super::wire::{self, WireError};
-use crate::types::{Failure, FailureKind};
+use crate::types::{Failure, FailureKind, watch};
 
 /// Within this a peer begins to answer, and goes on with an answer that is no stream. It answers at once when it is well,
 /// even on a busy machine.
