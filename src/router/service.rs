@@ -67,24 +67,30 @@ impl PeerService for Router {
     fn follow(&self, call: FollowCall) -> Result<PeerStream, Failure> {
         let gone = || Failure::new(FailureKind::PeerDisconnected, "The stream does not run here.");
         let log = self.shared.streams.lock().get(&call.key).cloned().ok_or_else(gone)?;
-        let unfinished = log.continuation().0.len();
-        let mut stream = log.listen(&call.have).ok_or_else(gone)?;
+        // A stream that was taken up from a journal does not know the logprobs of what came before.
+        if log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(&call.have) {
+            return Err(Failure::new(FailureKind::PeerDisconnected, "The stream is not known from there on."));
+        }
+        let mut left = log.head.sampling.n;
+        // The caller may be further on than this stream is: what it has is passed over as it comes.
+        let mut known = call.have;
+        let mut stream = log.listen(&[]).ok_or_else(gone)?;
         let (frames, answer) = PeerStream::channel();
         let every = self.shared.heartbeat_interval();
         tokio::spawn(async move {
             let mut ticks = interval(every);
-            let mut left = unfinished;
             while left > 0 {
                 let frame = tokio::select! {
                     biased;
                     () = frames.closed() => return,
                     event = stream.next() => match event {
+                        Some(event) if is_known(&event, &mut known) => continue,
                         Some(event) => PeerFrame::Event(event),
                         None => return,
                     },
                     _ = ticks.tick() => PeerFrame::Heartbeat,
                 };
-                left -= usize::from(matches!(frame, PeerFrame::Event(GenerationEvent::Finished { .. })));
+                left -= u32::from(matches!(frame, PeerFrame::Event(GenerationEvent::Finished { .. })));
                 let is_over = matches!(frame, PeerFrame::Event(GenerationEvent::Failed(_)));
                 if frames.send(frame).is_err() || is_over {
                     return;
@@ -119,6 +125,18 @@ impl PeerService for Router {
 impl Shared {
     fn heartbeat_interval(&self) -> Duration {
         self.config.peer_stall_timeout / HEARTBEATS_PER_TIMEOUT
+    }
+}
+
+/// Whether the event is one of the first tokens of its choice, of which so many are known; counts it.
+fn is_known(event: &GenerationEvent, known: &mut [u32]) -> bool {
+    let GenerationEvent::Token { choice, .. } = event else { return false };
+    match known.get_mut(*choice as usize) {
+        Some(left) if *left > 0 => {
+            *left -= 1;
+            true
+        }
+        Some(_) | None => false,
     }
 }
 
