@@ -29,7 +29,7 @@ const LATENCY: Duration = Duration::from_micros(500);
 /// A socket's buffer, in datagrams.
 const QUEUE: usize = 256;
 /// Of the steady state.
-const MEASURED: Duration = Duration::from_secs(30);
+const MEASURED: Duration = Duration::from_secs(10);
 /// Changes whose way to all nodes is timed.
 const CHANGES: u32 = 20;
 /// Nothing here takes so long, unless it is broken.

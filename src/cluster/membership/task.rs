@@ -52,6 +52,10 @@ const GOODBYE_PAUSE: Duration = Duration::from_millis(80);
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// Then it knows nobody, and so the view stays as it was for a while.
 const RELEARNING: Duration = Duration::from_secs(5);
+/// A round that is later than this many intervals finds heartbeats old because this process was stopped or starved. The
+/// view then stays as it was until the others have been heard again.
+const LATE_ROUNDS: u32 = 4;
+const CATCHING_UP_ROUNDS: u32 = 8;
 
 /// What this node has to say.
 #[derive(Clone, Debug, Default)]
@@ -73,8 +77,9 @@ pub(super) struct Task {
     publisher: Publisher,
     roster: Roster,
     rounds: u64,
-    /// When it began anew after a failure.
-    restarted_at: Option<Instant>,
+    last_round: Instant,
+    /// Until then the silence of others says nothing.
+    trusts_silence_from: Instant,
 }
 
 /// Chitchat, and word of what it learns.
@@ -110,7 +115,8 @@ impl Task {
             publisher,
             roster,
             rounds: 0,
-            restarted_at: None,
+            last_round: Instant::now(),
+            trusts_silence_from: Instant::now(),
         })
     }
 
@@ -130,23 +136,34 @@ impl Task {
                     return;
                 }
                 _ = self.gossip.handle.termination_watcher() => self.restart().await,
+                _ = rounds.tick() => self.round().await,
                 changed = self.own.changed() => {
                     if changed.is_err() {
                         return;
                     }
                     self.tell(false).await;
                 }
-                _ = rounds.tick() => self.round().await,
                 () = self.gossip.news.notified() => self.look().await,
             }
         }
     }
 
     async fn round(&mut self) {
+        self.note_lateness(Instant::now());
         self.tell(true).await;
         self.look().await;
         self.meet_seeds().await;
         self.rounds += 1;
+    }
+
+    fn note_lateness(&mut self, now: Instant) {
+        let interval = self.config.gossip_interval;
+        let since = now.saturating_duration_since(self.last_round);
+        if since > interval * LATE_ROUNDS {
+            tracing::warn!(seconds = since.as_secs_f64(), "this node's gossip has stood still");
+            self.trusts_silence_from = self.trusts_silence_from.max(now + interval * CATCHING_UP_ROUNDS);
+        }
+        self.last_round = now;
     }
 
     /// Hands chitchat what is worth telling.
@@ -176,7 +193,7 @@ impl Task {
     /// Makes a view of what chitchat knows.
     async fn look(&mut self) {
         let now = Instant::now();
-        if self.restarted_at.is_some_and(|at| now.saturating_duration_since(at) < RELEARNING) {
+        if now < self.trusts_silence_from {
             return;
         }
         let roster = &mut self.roster;
@@ -259,7 +276,7 @@ impl Task {
         }
         self.publisher = Publisher::default();
         self.roster.restarted(incarnation);
-        self.restarted_at = Some(Instant::now());
+        self.trusts_silence_from = Instant::now() + RELEARNING;
     }
 }
 

@@ -193,6 +193,29 @@ async fn a_later_process_of_a_name_replaces_the_earlier_one() {
     assert!(incarnation(&view) > before && view.dead.is_empty());
 }
 
+/// All nodes here share a thread, so all stand still together.
+#[tokio::test]
+async fn who_stood_still_does_not_hold_the_others_for_dead() {
+    let a = start("a", &[]).await;
+    let b = start("b", &[&a]).await;
+    a.sees_peers(&["b"]).await;
+    b.sees_peers(&["a"]).await;
+    for _ in 0..3 {
+        std::thread::sleep(INTERVAL * 20);
+        // A report that comes after the pause says that the view is kept again.
+        let now = tokio::time::Instant::now().into_std();
+        for (node, peer) in [(&a, "b"), (&b, "a")] {
+            node.sees("a fresh report", |view| {
+                view.peers.get(&NodeId::new(peer)).is_some_and(|peer| peer.reported_at > now)
+            })
+            .await;
+        }
+    }
+    for node in [&a, &b] {
+        assert_eq!(node.metrics.cluster_changes.with(["died"]).get(), 0);
+    }
+}
+
 #[tokio::test]
 async fn two_halves_that_have_lost_one_another_meet_again() {
     let a = start("a", &[]).await;
