@@ -221,7 +221,7 @@ impl ChunkFormat for ChatChunks {
 
     fn update(&mut self, update: Update, counts: TokenCounts, out: &mut EventBuffer) {
         let choice = match update {
-            Update::Token { choice, token, text, logprobs } => self.token(choice, token, text, logprobs),
+            Update::Token { choice, token, text, logprobs, .. } => self.token(choice, token, text, logprobs),
             Update::Finished { choice, text, reason } => ChunkChoice {
                 index: choice,
                 delta: Delta { role: None, content: Some(text).filter(|text| !text.is_empty()) },

@@ -11,6 +11,8 @@ pub struct Collected {
     pub tokens: Vec<TokenId>,
     /// One for each token, where the client asked for them.
     pub logprobs: Vec<TokenLogprobs>,
+    /// Where the text of each of these begins, in characters.
+    pub offsets: Vec<usize>,
     pub reason: Option<FinishReason>,
 }
 
@@ -19,10 +21,11 @@ pub async fn collect(mut generation: Generation, choices: usize) -> Result<(Vec<
     let mut collected: Vec<Collected> = (0..choices).map(|_| Collected::default()).collect();
     loop {
         match generation.next().await {
-            Step::Update(Update::Token { choice, token, text, logprobs }) => {
+            Step::Update(Update::Token { choice, token, text, logprobs, offset }) => {
                 let choice = &mut collected[choice as usize];
                 choice.text += &text;
                 choice.tokens.push(token);
+                choice.offsets.extend(logprobs.is_some().then_some(offset));
                 choice.logprobs.extend(logprobs.map(|logprobs| *logprobs));
             }
             Step::Update(Update::Finished { choice, text, reason }) => {

@@ -129,9 +129,8 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
 
 fn completion_logprobs(model: &ServedModel, choice: &Collected) -> CompletionLogprobs {
     let mut logprobs = CompletionLogprobs::default();
-    let mut offset = 0;
-    for (&token, of_token) in choice.tokens.iter().zip(&choice.logprobs) {
-        logprobs.push(&model.tokenizer, token, of_token, &mut offset);
+    for ((&token, of_token), &offset) in choice.tokens.iter().zip(&choice.logprobs).zip(&choice.offsets) {
+        logprobs.push(&model.tokenizer, token, of_token, offset);
     }
     logprobs
 }
@@ -152,8 +151,7 @@ async fn stream(
         created,
         shape,
         options: body.stream_options.unwrap_or_default(),
-        begun: vec![false; choices],
-        offsets: vec![0; choices],
+        begun: resumption.begun(choices),
     };
     respond(generation, format, resumption, keep_alive).await
 }
@@ -168,8 +166,6 @@ struct CompletionChunks {
     options: StreamOptions,
     /// By choice: whether its first chunk, which carries the prompt where that was asked for, has been written.
     begun: Vec<bool>,
-    /// By choice: characters of text so far.
-    offsets: Vec<usize>,
 }
 
 impl ChunkFormat for CompletionChunks {
@@ -195,11 +191,11 @@ impl ChunkFormat for CompletionChunks {
             prompt_token_ids: (is_first && self.shape.wants_ids).then_some(&*prompt.tokens),
         };
         match update {
-            Update::Token { token, logprobs, .. } => {
+            Update::Token { token, logprobs, offset, .. } => {
                 chunk.token_ids = self.shape.wants_ids.then(|| vec![token]);
                 chunk.logprobs = logprobs.map(|of_token| {
                     let mut logprobs = CompletionLogprobs::default();
-                    logprobs.push(&self.model.tokenizer, token, &of_token, &mut self.offsets[slot]);
+                    logprobs.push(&self.model.tokenizer, token, &of_token, offset);
                     logprobs
                 });
             }

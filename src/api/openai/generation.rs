@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use super::choice::ChoiceText;
+use super::logprobs::text_of;
 use super::resumption::ChoiceMark;
 use super::usage::TokenCounts;
 use crate::api::model::ServedModel;
@@ -32,8 +33,19 @@ pub enum Step {
 
 #[derive(Debug)]
 pub enum Update {
-    Token { choice: u32, token: TokenId, text: String, logprobs: Option<Box<TokenLogprobs>> },
-    Finished { choice: u32, text: String, reason: FinishReason },
+    /// `offset` is where the token's own text begins, in characters; it is counted where log-probabilities are asked for.
+    Token {
+        choice: u32,
+        token: TokenId,
+        text: String,
+        logprobs: Option<Box<TokenLogprobs>>,
+        offset: usize,
+    },
+    Finished {
+        choice: u32,
+        text: String,
+        reason: FinishReason,
+    },
 }
 
 pub struct Generation {
@@ -62,6 +74,8 @@ pub struct Part {
 struct Choice {
     text: ChoiceText,
     tokens: u32,
+    /// Characters of the tokens so far, each by itself.
+    offset: usize,
     /// What the client has already, and is not told again.
     has: ChoiceMark,
     last_token: Option<Instant>,
@@ -87,6 +101,7 @@ impl Part {
         let choice = || Choice {
             text: ChoiceText::new(&model.tokenizer, &sampling),
             tokens: 0,
+            offset: 0,
             has: ChoiceMark::default(),
             last_token: None,
             finished: false,
@@ -131,10 +146,14 @@ impl Part {
                 let state = &mut self.choices[choice as usize];
                 state.tokens += 1;
                 let text = state.text.push(token, stops);
+                let offset = state.offset;
+                if self.sampling.logprobs.is_some() {
+                    state.offset += text_of(&self.model.tokenizer.token_bytes(token)).chars().count();
+                }
                 if state.tokens <= state.has.tokens {
                     return None;
                 }
-                Some(Step::Update(Update::Token { choice: self.first_choice + choice, token, text, logprobs }))
+                Some(Step::Update(Update::Token { choice: self.first_choice + choice, token, text, logprobs, offset }))
             }
             GenerationEvent::Finished { choice, reason } => {
                 let is_known = self.choices[choice as usize].has.finished;

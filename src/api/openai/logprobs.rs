@@ -53,21 +53,20 @@ pub struct CompletionLogprobs {
 }
 
 impl CompletionLogprobs {
-    /// `offset` is where the next token's text begins, in characters; it is moved on.
-    pub fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs, offset: &mut usize) {
+    /// `offset` is where the token's text begins, in characters.
+    pub fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs, offset: usize) {
         let describe = |token| text_of(&tokenizer.token_bytes(token));
-        let text = describe(token);
         // As vLLM has it, the sampled token is always among the alternatives.
         let top = logprobs.top.iter().copied().chain([(token, logprobs.logprob)]);
         self.top_logprobs
             .push(top.map(|(token, logprob)| (describe(token), logprob.max(LEAST_LOGPROB).into())).collect());
         self.token_logprobs.push(logprobs.logprob.max(LEAST_LOGPROB));
-        self.text_offset.push(*offset);
-        *offset += text.chars().count();
-        self.tokens.push(text);
+        self.text_offset.push(offset);
+        self.tokens.push(describe(token));
     }
 }
 
-fn text_of(bytes: &[u8]) -> String {
+/// A token by itself; it may be a part of a character.
+pub fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

@@ -109,6 +109,12 @@ impl Resumption {
         Some(has.iter().skip(first).take(count).map(|mark| mark.tokens).collect())
     }
 
+    /// Of which choices the client has seen the beginning.
+    pub fn begun(&self, choices: usize) -> Vec<bool> {
+        let has_some = |mark: &ChoiceMark| mark.tokens > 0 || mark.finished;
+        self.has.as_ref().map_or_else(|| vec![false; choices], |has| has.iter().map(has_some).collect())
+    }
+
     /// Tells the client which node answers and, where the stream can be found again, under which name.
     pub fn mark(&self, mut response: Response) -> Response {
         let headers = response.headers_mut();
