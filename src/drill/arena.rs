@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures::future::join_all;
 use tokio::process::Command;
 use tokio::time::Instant;
 
@@ -12,6 +13,7 @@ use super::client::DrillClient;
 use super::process::{NodeProcess, Signal, send_signal};
 use crate::config::DrillTarget;
 use crate::router::ClusterOverview;
+use crate::types::NodeId;
 
 /// For a node to load its model, and for all to see one another.
 pub const START_PATIENCE: Duration = Duration::from_secs(60);
@@ -184,6 +186,11 @@ impl Arena {
         Ok(arena)
     }
 
+    /// Whether it is the operator's.
+    pub fn is_foreign(&self) -> bool {
+        self.nodes.iter().any(|node| matches!(node.control, Control::Foreign { .. }))
+    }
+
     pub fn urls(&self) -> Vec<String> {
         self.nodes.iter().map(|node| node.url.clone()).collect()
     }
@@ -199,7 +206,7 @@ impl Arena {
         self.client.overview(self.nodes[node].admin.as_ref()?).await
     }
 
-    /// Waits until every node is ready and sees every other ready, with a model and a closed circuit.
+    /// Waits until every node is ready and sees every other ready, with a model and a circuit that lets calls through.
     pub async fn wait_until_whole(&mut self) -> Result<(), ArenaError> {
         let deadline = Instant::now() + START_PATIENCE;
         let mut missing = String::new();
@@ -237,6 +244,12 @@ impl Arena {
         None
     }
 
+    /// The names by which the nodes know one another, where they tell.
+    pub async fn ids(&self) -> Vec<Option<NodeId>> {
+        let names = (0..self.nodes.len()).map(|node| self.overview(node));
+        join_all(names).await.into_iter().map(|overview| overview.map(|overview| overview.node.id)).collect()
+    }
+
     /// Whether the process of the node still runs, as far as the drill can see.
     pub async fn is_up(&mut self, node: usize) -> bool {
         match self.nodes[node].process() {
@@ -249,7 +262,7 @@ impl Arena {
 fn lacks_peers(overview: &ClusterOverview, wanted: usize) -> Option<String> {
     use crate::router::overview::BreakerPosition;
     let is_well = |peer: &&crate::router::PeerOverview| {
-        peer.node.report.ready && !peer.node.models.is_empty() && peer.breaker == BreakerPosition::Closed
+        peer.node.report.ready && !peer.node.models.is_empty() && peer.breaker != BreakerPosition::Open
     };
     let well = overview.peers.iter().filter(is_well).count();
     (well < wanted).then(|| format!("it sees {well} of {wanted} others that are well"))

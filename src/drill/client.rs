@@ -16,11 +16,13 @@ use super::transcript::Transcript;
 use super::workload::PlannedStream;
 use crate::router::ClusterOverview;
 
+/// An entry with free seats would keep every stream to itself, and no other node would have anything to lose.
+const PLACEMENT: (&str, &str) = ("x-outrigger-placement", "least-request");
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// For the short questions of a drill.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// A stream on which nothing comes, not even a comment, is dead.
-const SILENCE: Duration = Duration::from_secs(30);
+/// A stream on which nothing comes, not even a comment, is dead. More than twice the default `stream_keep_alive`.
+const SILENCE: Duration = Duration::from_secs(12);
 /// For a stream from its request to its end.
 const STREAM_PATIENCE: Duration = Duration::from_secs(180);
 /// After every node was tried once.
@@ -152,13 +154,13 @@ impl DrillClient {
     ) -> Result<(), Broken> {
         let broken = |error: reqwest::Error| Broken::Connection(format!("{url}: {}", chain(&error)));
         let mut request = self.http.post(format!("{url}{}", stream.path)).json(&stream.body);
-        request = self.authorized(request).header("idempotency-key", key);
+        request = self.authorized(request).header("idempotency-key", key).header(PLACEMENT.0, PLACEMENT.1);
         match last_id {
             Some(id) => request = request.header("last-event-id", id.as_str()),
             // Without an id the whole stream comes again.
             None => record.lock().transcript = Transcript::default(),
         }
-        let response = timeout(STREAM_PATIENCE, request.send()).await.map_err(|_| silent(url))?.map_err(broken)?;
+        let response = timeout(SILENCE, request.send()).await.map_err(|_| silent(url))?.map_err(broken)?;
         let status = response.status();
         if !status.is_success() {
             let text = response.text().await.unwrap_or_default();

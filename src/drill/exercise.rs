@@ -15,6 +15,7 @@ pub enum Exercise {
     NanLogits,
     RollingRestart,
     KillEntry,
+    EntryEnginePanic,
     AllButOne,
 }
 
@@ -27,6 +28,7 @@ pub enum Injury {
     /// Its engine breaks; see `app::fault_injection`.
     GeneratorFault(&'static str),
     Entry(Action),
+    EntryFault(&'static str),
     /// To all but the entry, at one time.
     AllButEntry(Action),
     /// Every node in turn is told to end, and started again.
@@ -54,7 +56,7 @@ pub enum Clients {
 }
 
 impl Exercise {
-    pub const ALL: [Exercise; 10] = [
+    pub const ALL: [Exercise; 11] = [
         Exercise::Calm,
         Exercise::KillInDecode,
         Exercise::KillInPrefill,
@@ -64,6 +66,7 @@ impl Exercise {
         Exercise::NanLogits,
         Exercise::RollingRestart,
         Exercise::KillEntry,
+        Exercise::EntryEnginePanic,
         Exercise::AllButOne,
     ];
 
@@ -78,6 +81,7 @@ impl Exercise {
             Exercise::NanLogits => "nan-logits",
             Exercise::RollingRestart => "rolling-restart",
             Exercise::KillEntry => "kill-entry",
+            Exercise::EntryEnginePanic => "entry-engine-panic",
             Exercise::AllButOne => "all-but-one",
         }
     }
@@ -96,6 +100,7 @@ impl Exercise {
             Exercise::NanLogits => Injury::GeneratorFault("nan_logits"),
             Exercise::RollingRestart => Injury::Rolling,
             Exercise::KillEntry => Injury::Entry(Action::Kill),
+            Exercise::EntryEnginePanic => Injury::EntryFault("panic"),
             Exercise::AllButOne => Injury::AllButEntry(Action::Kill),
         }
     }
@@ -118,7 +123,7 @@ impl Exercise {
     /// The action that has to be allowed on the nodes that it may hit; None when it needs no permission of ours.
     pub fn needs(self) -> Option<Action> {
         match self.injury() {
-            Injury::None | Injury::GeneratorFault(_) => None,
+            Injury::None | Injury::GeneratorFault(_) | Injury::EntryFault(_) => None,
             Injury::Generator(action) | Injury::Entry(action) | Injury::AllButEntry(action) => Some(action),
             // Who may restart may also end.
             Injury::Rolling => Some(Action::Restart),

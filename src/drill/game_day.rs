@@ -1,10 +1,12 @@
 //! Runs exercises: references first, then streams in flight, the injury at its moment, the comparison, and the repair.
 
-use std::ops::{Add, Sub};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures::future::join_all;
+use serde_json::json;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
@@ -12,10 +14,11 @@ use super::DrillError;
 use super::arena::{Action, Arena, ArenaError, EXIT_PATIENCE};
 use super::client::{DrillClient, SharedRecord, StreamRecord};
 use super::exercise::{Clients, Exercise, Injury, Moment};
-use super::measure::Outcome;
+use super::measure::{Gaps, Outcome, seen_by_moved};
 use super::transcript::Transcript;
-use super::workload::{Kind, PlannedStream, Shape, plan, with_stop_string};
+use super::workload::{CHAT, COMPLETIONS, Kind, PlannedStream, Shape, plan, with_stop_string};
 use crate::router::ClusterOverview;
+use crate::types::NodeId;
 
 /// Through which clients come that do not spread.
 const ENTRY: usize = 0;
@@ -28,6 +31,8 @@ const PAUSE: Duration = Duration::from_secs(3);
 /// In a rolling restart, for load to be there before the next node goes.
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(500);
 const DECODE_PROMPT_WORDS: usize = 24;
+/// Tokens by which one prompt may be longer than another of as many words, and what a chat template adds.
+const CONTEXT_MARGIN: u64 = 64;
 
 /// How much load.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,6 +48,8 @@ pub struct GameDay {
     pub arena: Arena,
     decode: Vec<Rehearsed>,
     prefill: Vec<Rehearsed>,
+    /// A node is gone that nobody started again.
+    is_broken: bool,
 }
 
 struct Rehearsed {
@@ -52,9 +59,10 @@ struct Rehearsed {
 }
 
 /// How often streams changed their node.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Moves {
-    failovers: u64,
+    /// By the kind of the loss.
+    failovers: BTreeMap<String, u64>,
     hand_overs: u64,
     resumed: u64,
 }
@@ -62,35 +70,32 @@ struct Moves {
 impl Moves {
     fn of(overview: &ClusterOverview) -> Self {
         let streams = &overview.streams;
-        Self { failovers: streams.failovers_total(), hand_overs: streams.hand_overs, resumed: streams.resumed }
+        Self { failovers: streams.failovers.clone(), hand_overs: streams.hand_overs, resumed: streams.resumed }
     }
 
-    fn total(self) -> u64 {
-        self.failovers + self.hand_overs + self.resumed
+    fn total(&self) -> u64 {
+        self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed
     }
-}
 
-impl Add for Moves {
-    type Output = Self;
-
-    fn add(self, other: Self) -> Self {
-        Self {
-            failovers: self.failovers + other.failovers,
-            hand_overs: self.hand_overs + other.hand_overs,
-            resumed: self.resumed + other.resumed,
+    fn add(&mut self, other: &Self) {
+        for (kind, count) in &other.failovers {
+            *self.failovers.entry(kind.clone()).or_default() += count;
         }
+        self.hand_overs += other.hand_overs;
+        self.resumed += other.resumed;
     }
-}
 
-impl Sub for Moves {
-    type Output = Self;
-
-    /// Counters that went backwards are of a new process: nothing is taken away then.
-    fn sub(self, other: Self) -> Self {
+    /// What has come since `before`. Counters that went backwards are of a new process: nothing is taken away then.
+    fn since(&self, before: &Self) -> Self {
+        let since = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
+        let of_kind = |(kind, count): (&String, &u64)| {
+            let count = since(*count, before.failovers.get(kind).copied().unwrap_or_default());
+            (count > 0).then(|| (kind.clone(), count))
+        };
         Self {
-            failovers: self.failovers.checked_sub(other.failovers).unwrap_or(self.failovers),
-            hand_overs: self.hand_overs.checked_sub(other.hand_overs).unwrap_or(self.hand_overs),
-            resumed: self.resumed.checked_sub(other.resumed).unwrap_or(self.resumed),
+            failovers: self.failovers.iter().filter_map(of_kind).collect(),
+            hand_overs: since(self.hand_overs, before.hand_overs),
+            resumed: since(self.resumed, before.resumed),
         }
     }
 }
@@ -106,28 +111,31 @@ struct Flight {
 impl GameDay {
     /// Plays every stream undisturbed. The arena is whole.
     pub async fn rehearse(arena: Arena, load: &Load) -> Result<Self, DrillError> {
-        let (model, has_chat) = look_at_model(&arena).await?;
+        let model = ServedModel::look(&arena).await?;
         let shape = |prompt_words, salt| Shape {
-            model: model.clone(),
-            has_chat,
+            model: model.name.clone(),
+            has_chat: model.has_chat,
             streams: load.streams,
             tokens: load.tokens,
             prompt_words,
             salt,
         };
-        let mut day = Self { arena, decode: Vec::new(), prefill: Vec::new() };
-        day.decode = day.references(plan(&shape(DECODE_PROMPT_WORDS, 1))).await?;
-        day.prefill = day.references(plan(&shape(load.prefill_words, 2))).await?;
+        let short = model.fit(&arena, shape(DECODE_PROMPT_WORDS, 1)).await?;
+        let long = model.fit(&arena, shape(load.prefill_words, 2)).await?;
+        let mut day = Self { arena, decode: Vec::new(), prefill: Vec::new(), is_broken: false };
+        day.decode = day.references(plan(&short)).await?;
+        day.prefill = day.references(plan(&long)).await?;
         Ok(day)
     }
 
-    async fn references(&self, streams: Vec<PlannedStream>) -> Result<Vec<Rehearsed>, DrillError> {
-        let first = self.play_calmly(&streams).await?;
-        let with_stop = |(stream, transcript): (&PlannedStream, &Transcript)| match stream.kind {
-            Kind::StopString => with_stop_string(stream, transcript),
-            _ => stream.clone(),
-        };
-        let streams: Vec<PlannedStream> = streams.iter().zip(&first).map(with_stop).collect();
+    async fn references(&self, mut streams: Vec<PlannedStream>) -> Result<Vec<Rehearsed>, DrillError> {
+        let is_stopped = |stream: &&mut PlannedStream| stream.kind == Kind::StopString;
+        let unstopped: Vec<PlannedStream> =
+            streams.iter_mut().filter(is_stopped).map(|stream| stream.clone()).collect();
+        let transcripts = self.play_calmly(&unstopped).await?;
+        for (stream, transcript) in streams.iter_mut().filter(is_stopped).zip(&transcripts) {
+            *stream = with_stop_string(stream, transcript);
+        }
         let references = self.play_calmly(&streams).await?;
         let rehearsed = |(number, (stream, reference)): (usize, (PlannedStream, Transcript))| {
             let name = format!("stream {number} ({:?}, {})", stream.kind, stream.path);
@@ -181,7 +189,16 @@ impl GameDay {
         if let Some(why) = self.obstacle(exercise) {
             return Ok(Outcome::skipped(exercise.name(), why));
         }
-        self.arena.wait_until_whole().await?;
+        match self.arena.wait_until_whole().await {
+            Ok(()) => {}
+            Err(error) if self.arena.is_foreign() => {
+                self.is_broken = true;
+                return Ok(Outcome::skipped(exercise.name(), error.to_string()));
+            }
+            Err(error) => return Err(error.into()),
+        }
+        let before = self.moves_of_each().await;
+        let ids = self.arena.ids().await;
         let began = Instant::now();
         let rehearsed = if exercise.moment() == Moment::Prefill { &self.prefill } else { &self.decode };
         let streams: Vec<PlannedStream> = rehearsed.iter().map(|one| one.stream.clone()).collect();
@@ -189,7 +206,7 @@ impl GameDay {
         let is_rolling = exercise.injury() == Injury::Rolling;
         let mut flight = self.take_off(&streams, clients, clients != Clients::OneEntry, is_rolling);
         let mut outcome = Outcome { exercise: exercise.name(), ..Outcome::default() };
-        let injury = self.injure(exercise, &flight, &mut outcome).await;
+        let injury = self.injure(exercise, &flight, Before { moves: before, ids }, &mut outcome).await;
         flight.goes_on.store(false, Ordering::Relaxed);
         let records = flight.land().await;
         outcome.seconds = began.elapsed().as_secs_f64();
@@ -200,19 +217,52 @@ impl GameDay {
             outcome.count(&rehearsed[*index].name, record, &rehearsed[*index].reference);
         }
         let records: Vec<StreamRecord> = records.into_iter().map(|(_, record)| record).collect();
-        outcome.time(&records, fault);
-        let moves = self.moves(&victims).await + harvested - watch.before;
+        let mut moves = total_of_others(&self.moves_of_each().await, &watch.silent);
+        moves.add(&harvested);
+        let moves = moves.since(&watch.before);
         (outcome.failovers, outcome.hand_overs, outcome.resumed) = (moves.failovers, moves.hand_overs, moves.resumed);
+        outcome.time(&records, fault);
         outcome.detect_seconds = watch.finish().await.map(|time| time.as_secs_f64());
-        if fault.is_some() && self.has_admin() && moves.total() == 0 {
+        if fault.is_some() && self.has_admin() && outcome.moved() == 0 {
             outcome.problem("no stream changed its node: nothing was shown");
+        }
+        if let Some(fault) = fault.filter(|_| !is_rolling) {
+            let seen = seen_by_moved(&records, fault, outcome.moved() as usize);
+            outcome.replay_seconds = self.replay(seen, &victims).await;
         }
         self.repair(exercise, &victims, &mut outcome).await?;
         Ok(outcome)
     }
 
+    /// Has the nodes that are left compute these tokens, all at one time; how long each took.
+    async fn replay(&self, seen: Vec<Vec<u32>>, victims: &[usize]) -> Option<Gaps> {
+        let left: Vec<&str> = self
+            .arena
+            .nodes
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| !victims.contains(index))
+            .map(|(_, node)| node.url.as_str())
+            .collect();
+        let model = self.decode.first().map(|rehearsed| rehearsed.stream.body["model"].clone())?;
+        let ask = |(number, tokens): (usize, Vec<u32>)| {
+            let (client, url) = (self.arena.client.clone(), left.get(number % left.len().max(1)).copied());
+            let body = json!({"model": model, "prompt": tokens, "max_tokens": 1, "temperature": 0});
+            async move {
+                let start = Instant::now();
+                client.post(url?, COMPLETIONS, &body).await.ok()?;
+                Some(start.elapsed())
+            }
+        };
+        let times: Option<Vec<Duration>> = join_all(seen.into_iter().enumerate().map(ask)).await.into_iter().collect();
+        times.filter(|times| !times.is_empty()).map(|times| Gaps::of(&times))
+    }
+
     /// Why an exercise cannot be run here.
     fn obstacle(&self, exercise: Exercise) -> Option<String> {
+        if self.is_broken {
+            return Some("the cluster was not made whole after an earlier exercise".into());
+        }
         if exercise != Exercise::Calm && self.arena.nodes.len() < 2 {
             return Some("it takes two nodes or more".into());
         }
@@ -235,6 +285,7 @@ impl GameDay {
         &mut self,
         exercise: Exercise,
         flight: &Flight,
+        before: Before,
         outcome: &mut Outcome,
     ) -> Result<Injured, DrillError> {
         let injury = exercise.injury();
@@ -242,18 +293,20 @@ impl GameDay {
             return Ok(Injured {
                 fault: None,
                 victims: Vec::new(),
-                watch: self.watch(&[]).await,
+                watch: self.watch(&[], &before),
                 harvested: Moves::default(),
             });
         }
-        let victims = self.wait_for_moment(exercise, flight, outcome).await;
-        let mut watch = self.watch(&victims).await;
+        let victims = self.wait_for_moment(exercise, flight, &before.ids, outcome).await;
+        // A node whose engine dies still counts what it does about it.
+        let silent: &[usize] = if matches!(injury, Injury::EntryFault(_)) { &[] } else { &victims };
+        let mut watch = self.watch(silent, &before);
         let fault = Instant::now();
         watch.start(fault);
         let mut harvested = Moves::default();
         match injury {
             Injury::None => {}
-            Injury::GeneratorFault(name) => {
+            Injury::GeneratorFault(name) | Injury::EntryFault(name) => {
                 let url = self.arena.nodes[victims[0]].url.clone();
                 self.arena.client.inject(&url, name).await.map_err(DrillError::Fault)?;
             }
@@ -272,7 +325,13 @@ impl GameDay {
     }
 
     /// Waits until the streams are as far as the exercise wants them, and tells whom to hit.
-    async fn wait_for_moment(&self, exercise: Exercise, flight: &Flight, outcome: &mut Outcome) -> Vec<usize> {
+    async fn wait_for_moment(
+        &self,
+        exercise: Exercise,
+        flight: &Flight,
+        ids: &[Option<NodeId>],
+        outcome: &mut Outcome,
+    ) -> Vec<usize> {
         let deadline = Instant::now() + MOMENT_PATIENCE;
         let mut victims = Vec::new();
         let came = DrillClient::until(deadline, WATCH_POLL, async || {
@@ -283,7 +342,7 @@ impl GameDay {
             if !is_time {
                 return false;
             }
-            victims = self.choose_victims(exercise.injury()).await;
+            victims = self.choose_victims(exercise.injury(), ids).await;
             !victims.is_empty() || flight.is_over()
         })
         .await;
@@ -295,33 +354,27 @@ impl GameDay {
     }
 
     /// Empty while the node to hit does nothing that would be missed.
-    async fn choose_victims(&self, injury: Injury) -> Vec<usize> {
+    async fn choose_victims(&self, injury: Injury, ids: &[Option<NodeId>]) -> Vec<usize> {
         let others = || (0..self.arena.nodes.len()).filter(|index| *index != ENTRY);
         match injury {
-            Injury::Entry(_) => vec![ENTRY],
+            Injury::Entry(_) | Injury::EntryFault(_) => vec![ENTRY],
             Injury::None | Injury::Rolling => Vec::from_iter(others().take(1)),
-            Injury::AllButEntry(_) => match self.busiest_generator().await {
+            Injury::AllButEntry(_) => match self.busiest_generator(ids).await {
                 Some(_) => others().collect(),
                 None => Vec::new(),
             },
-            Injury::Generator(_) | Injury::GeneratorFault(_) => self.busiest_generator().await.into_iter().collect(),
+            Injury::Generator(_) | Injury::GeneratorFault(_) => self.busiest_generator(ids).await.into_iter().collect(),
         }
     }
 
     /// The node, other than the entry, that computes most of its streams.
-    async fn busiest_generator(&self) -> Option<usize> {
+    async fn busiest_generator(&self, ids: &[Option<NodeId>]) -> Option<usize> {
         let Some(overview) = self.arena.overview(ENTRY).await else {
             // Without an admin address the next one is as good as any.
             return Some((ENTRY + 1) % self.arena.nodes.len());
         };
         let busiest = overview.peers.iter().filter(|peer| peer.streams > 0).max_by_key(|peer| peer.streams)?;
-        for index in 0..self.arena.nodes.len() {
-            let seen = self.arena.overview(index).await;
-            if index != ENTRY && seen.is_some_and(|seen| seen.node.id == busiest.node.id) {
-                return Some(index);
-            }
-        }
-        None
+        (0..ids.len()).find(|&index| index != ENTRY && ids[index].as_ref() == Some(&busiest.node.id))
     }
 
     /// Ends and starts every node in turn; gives the counts of those that ended.
@@ -330,7 +383,7 @@ impl GameDay {
         for index in 0..self.arena.nodes.len() {
             sleep(BETWEEN_RESTARTS).await;
             let seen = self.arena.overview(index).await;
-            harvested = harvested + seen.map(|overview| Moves::of(&overview)).unwrap_or_default();
+            harvested.add(&seen.map(|overview| Moves::of(&overview)).unwrap_or_default());
             let node = &mut self.arena.nodes[index];
             node.act(Action::Terminate).await?;
             if let Some(process) = node.process() {
@@ -356,7 +409,7 @@ impl GameDay {
         }
         for &victim in victims {
             let node = &mut self.arena.nodes[victim];
-            if exercise == Exercise::EnginePanic
+            if matches!(exercise, Exercise::EnginePanic | Exercise::EntryEnginePanic)
                 && let Some(process) = node.process()
             {
                 match process.exit(EXIT_PATIENCE).await {
@@ -366,7 +419,8 @@ impl GameDay {
                 }
             }
             if !node.allows(Action::Restart) {
-                continue;
+                // Somebody else may; the next exercise waits for it.
+                return Ok(());
             }
             if node.process().is_some_and(|process| process.is_running()) {
                 node.act(Action::Kill).await?;
@@ -377,21 +431,35 @@ impl GameDay {
         Ok(())
     }
 
-    /// Counts of all nodes but the victims.
-    async fn moves(&self, victims: &[usize]) -> Moves {
-        let mut sum = Moves::default();
-        for index in (0..self.arena.nodes.len()).filter(|index| !victims.contains(index)) {
-            let seen = self.arena.overview(index).await;
-            sum = sum + seen.map(|overview| Moves::of(&overview)).unwrap_or_default();
-        }
-        sum
+    /// Counts of every node; zeros of one that does not answer.
+    async fn moves_of_each(&self) -> Vec<Moves> {
+        let overviews = join_all((0..self.arena.nodes.len()).map(|node| self.arena.overview(node))).await;
+        overviews
+            .into_iter()
+            .map(|overview| overview.map(|overview| Moves::of(&overview)).unwrap_or_default())
+            .collect()
     }
 
-    async fn watch(&self, victims: &[usize]) -> Watch {
-        let nodes = self.arena.nodes.iter().enumerate().filter(|(index, _)| !victims.contains(index));
+    fn watch(&self, silent: &[usize], before: &Before) -> Watch {
+        let nodes = self.arena.nodes.iter().enumerate().filter(|(index, _)| !silent.contains(index));
         let admins = nodes.filter_map(|(_, node)| node.admin.clone()).collect();
-        Watch { client: self.arena.client.clone(), admins, before: self.moves(victims).await, task: None }
+        let before = total_of_others(&before.moves, silent);
+        Watch { client: self.arena.client.clone(), admins, silent: silent.to_vec(), before, task: None }
     }
+}
+
+/// The sum but for the silent ones.
+fn total_of_others(moves: &[Moves], silent: &[usize]) -> Moves {
+    let mut sum = Moves::default();
+    let heard = moves.iter().enumerate().filter(|(index, _)| !silent.contains(index));
+    heard.for_each(|(_, moves)| sum.add(moves));
+    sum
+}
+
+/// How the cluster was before the exercise.
+struct Before {
+    moves: Vec<Moves>,
+    ids: Vec<Option<NodeId>>,
 }
 
 /// What `injure` did.
@@ -407,6 +475,8 @@ struct Injured {
 struct Watch {
     client: DrillClient,
     admins: Vec<String>,
+    /// Nodes that are not asked.
+    silent: Vec<usize>,
     before: Moves,
     task: Option<tokio::task::JoinHandle<Duration>>,
 }
@@ -462,15 +532,46 @@ impl Flight {
     }
 }
 
-/// The name of the model, and whether it takes chats.
-async fn look_at_model(arena: &Arena) -> Result<(String, bool), DrillError> {
-    use super::workload::CHAT;
-    let url = &arena.nodes[ENTRY].url;
-    let models = arena.client.get(url, "/v1/models").await.map_err(DrillError::Rehearsal)?;
-    let name = models["data"][0]["id"].as_str().ok_or_else(|| DrillError::Rehearsal("no model is served".into()))?;
-    let question = serde_json::json!({"model": name, "messages": [{"role": "user", "content": "?"}], "max_tokens": 1});
-    let has_chat = arena.client.post(url, CHAT, &question).await.is_ok();
-    Ok((name.to_owned(), has_chat))
+/// What the drill has to know of the model.
+struct ServedModel {
+    name: String,
+    has_chat: bool,
+    /// Prompt and output together.
+    context: u64,
+}
+
+impl ServedModel {
+    /// Asks the entry for its first model.
+    async fn look(arena: &Arena) -> Result<Self, DrillError> {
+        let url = &arena.nodes[ENTRY].url;
+        let models = arena.client.get(url, "/v1/models").await.map_err(DrillError::Rehearsal)?;
+        let card = &models["data"][0];
+        let (Some(name), Some(context)) = (card["id"].as_str(), card["max_model_len"].as_u64()) else {
+            return Err(DrillError::Rehearsal("no model is served".into()));
+        };
+        let question = json!({"model": name, "messages": [{"role": "user", "content": "?"}], "max_tokens": 1});
+        let has_chat = arena.client.post(url, CHAT, &question).await.is_ok();
+        Ok(Self { name: name.to_owned(), has_chat, context })
+    }
+
+    /// Shortens the prompts until they and their answers fit into the context.
+    async fn fit(&self, arena: &Arena, mut shape: Shape) -> Result<Shape, DrillError> {
+        loop {
+            // The last number is the longest.
+            let last = plan(&shape).pop().map(|stream| stream.body).unwrap_or_default();
+            let body = json!({"model": self.name, "prompt": last["prompt"], "messages": last["messages"]});
+            let answer = arena.client.post(&arena.nodes[ENTRY].url, "/tokenize", &body).await;
+            let count = answer.map_err(DrillError::Rehearsal)?["count"].as_u64().unwrap_or(u64::MAX);
+            if count.saturating_add(shape.tokens.into()).saturating_add(CONTEXT_MARGIN) <= self.context {
+                return Ok(shape);
+            }
+            if shape.prompt_words == 0 {
+                let why = format!("streams of {} tokens do not fit into a context of {}", shape.tokens, self.context);
+                return Err(DrillError::Rehearsal(why));
+            }
+            shape.prompt_words = shape.prompt_words * 3 / 4;
+        }
+    }
 }
 
 impl From<ArenaError> for DrillError {

@@ -1,5 +1,6 @@
 //! What is read off the streams of an exercise. Pure.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde::Serialize;
@@ -30,8 +31,12 @@ pub struct Outcome {
     pub route_around_seconds: Option<f64>,
     /// The longest silence of each stream, from the fault on.
     pub gap_seconds: Gaps,
-    /// Streams that lost their replica and went on elsewhere, and those that were handed over or taken over.
-    pub failovers: u64,
+    /// What the moved streams would have waited at least: the time in which the nodes that are left, otherwise idle, compute
+    /// all that these streams had seen, each to its next token.
+    pub replay_seconds: Option<Gaps>,
+    /// Streams that lost their replica and went on elsewhere, by the kind of the loss; and those that were handed over or
+    /// taken over.
+    pub failovers: BTreeMap<String, u64>,
     pub hand_overs: u64,
     pub resumed: u64,
     /// Connections that clients made anew.
@@ -78,13 +83,18 @@ impl Outcome {
         }
     }
 
-    /// Reads the times off all streams; `fault` is when it was done.
+    /// Streams that changed their node.
+    pub fn moved(&self) -> u64 {
+        self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed
+    }
+
+    /// Reads the times off all streams; `fault` is when it was done. How many streams moved is known already.
     pub fn time(&mut self, records: &[StreamRecord], fault: Option<Instant>) {
-        let gaps: Vec<Duration> = records.iter().filter_map(|record| longest_gap(record, fault)).collect();
-        self.gap_seconds = Gaps::of(&gaps);
-        let Some(fault) = fault else { return };
-        let recovered = records.iter().filter_map(|record| next_token(record, fault));
-        self.route_around_seconds = recovered.max().map(|time| time.as_secs_f64());
+        let gaps = by_length(records, fault);
+        self.gap_seconds = Gaps::of(&gaps.iter().map(|gap| gap.end - gap.start).collect::<Vec<_>>());
+        let moved = gaps.iter().take(self.moved() as usize);
+        let routed = fault.and_then(|fault| moved.map(|gap| gap.end - fault).max());
+        self.route_around_seconds = routed.map(|time| time.as_secs_f64());
     }
 }
 
@@ -102,23 +112,46 @@ pub fn percentile(sorted: &[f64], share: f64) -> f64 {
     sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
 }
 
-/// From the fault to the first token behind it, of a stream that was open then.
-fn next_token(record: &StreamRecord, fault: Instant) -> Option<Duration> {
-    if record.began > fault {
-        return None;
-    }
-    record.token_times.iter().find(|time| **time > fault).map(|time| *time - fault)
+/// A silence of one stream.
+#[derive(Clone, Copy, Debug)]
+struct Gap<'a> {
+    record: &'a StreamRecord,
+    start: Instant,
+    end: Instant,
+}
+
+/// The longest gap of each stream that has one, the longest of all first: these are taken for those of moved streams.
+fn by_length(records: &[StreamRecord], fault: Option<Instant>) -> Vec<Gap<'_>> {
+    let mut gaps: Vec<Gap> = records.iter().filter_map(|record| longest_gap(record, fault)).collect();
+    gaps.sort_by_key(|gap| std::cmp::Reverse(gap.end - gap.start));
+    gaps
+}
+
+/// What the streams with the longest gaps had seen when the fault came, prompt and output, one for each choice.
+pub fn seen_by_moved(records: &[StreamRecord], fault: Instant, moved: usize) -> Vec<Vec<u32>> {
+    let of_stream = |Gap { record, .. }: Gap<'_>| {
+        let choices = &record.transcript.choices;
+        let events = record.token_times.iter().filter(|time| **time <= fault).count();
+        // Choices advance together, an event each.
+        let tokens = events / choices.len().max(1);
+        let of_choice = |choice: &super::transcript::ChoiceTranscript| {
+            record.transcript.prompt.iter().chain(choice.tokens.iter().take(tokens)).copied().collect()
+        };
+        choices.iter().map(of_choice).collect::<Vec<Vec<u32>>>()
+    };
+    by_length(records, Some(fault)).into_iter().take(moved).flat_map(of_stream).collect()
 }
 
 /// The longest silence between tokens that ends behind the fault. A stream without a token at the fault was silent from
 /// there on at the latest. None for a stream that was over already.
-fn longest_gap(record: &StreamRecord, fault: Option<Instant>) -> Option<Duration> {
+fn longest_gap(record: &StreamRecord, fault: Option<Instant>) -> Option<Gap<'_>> {
     let times = &record.token_times;
     let between = times.windows(2).map(|pair| (pair[0], pair[1]));
     let before_first = fault.filter(|fault| record.began <= *fault).zip(times.first().copied());
     let before_first = before_first.filter(|(fault, first)| first > fault);
     let is_late = |(_, end): &(Instant, Instant)| fault.is_none_or(|fault| *end > fault);
-    between.chain(before_first).filter(is_late).map(|(start, end)| end - start).max()
+    let late = between.chain(before_first).filter(is_late).map(|(start, end)| Gap { record, start, end });
+    late.max_by_key(|gap| gap.end - gap.start)
 }
 
 #[cfg(test)]
@@ -138,15 +171,37 @@ mod tests {
         let start = Instant::now();
         let millis = Duration::from_millis;
         let fault = Some(start + millis(100));
-        assert_eq!(longest_gap(&record(start, 0, &[10, 90, 95, 120, 130]), fault), Some(millis(25)));
-        assert_eq!(longest_gap(&record(start, 0, &[10, 90]), fault), None, "it was over");
-        assert_eq!(longest_gap(&record(start, 0, &[150, 160]), fault), Some(millis(50)), "it waited in the queue");
-        assert_eq!(longest_gap(&record(start, 140, &[150, 170]), fault), Some(millis(20)), "it began later");
-        assert_eq!(longest_gap(&record(start, 0, &[10, 90, 95]), None), Some(millis(80)));
-        let mut outcome = Outcome::default();
-        outcome.time(&[record(start, 0, &[90, 130, 500]), record(start, 0, &[101, 102])], fault);
-        assert_eq!(outcome.route_around_seconds, Some(0.03));
-        assert_eq!(outcome.gap_seconds, Gaps { p50: 0.001, p99: 0.37, max: 0.37 });
+        let longest = |began, tokens: &[u64], fault| {
+            let record = record(start, began, tokens);
+            longest_gap(&record, fault).map(|gap| gap.end - gap.start)
+        };
+        assert_eq!(longest(0, &[10, 90, 95, 120, 130], fault), Some(millis(25)));
+        assert_eq!(longest(0, &[10, 90], fault), None, "it was over");
+        assert_eq!(longest(0, &[150, 160], fault), Some(millis(50)), "it waited in the queue");
+        assert_eq!(longest(140, &[150, 170], fault), Some(millis(20)), "it began later");
+        assert_eq!(longest(0, &[10, 90, 95], None), Some(millis(80)));
+        let moved = record(start, 0, &[90, 101, 400, 410]);
+        let slow_later = record(start, 0, &[99, 102, 800, 1000]);
+        let mut outcome = Outcome { resumed: 1, ..Outcome::default() };
+        outcome.time(&[moved.clone(), record(start, 0, &[101, 102, 300])], fault);
+        assert_eq!(outcome.route_around_seconds, Some(0.3), "from the fault to the end of the longest gap");
+        assert_eq!(outcome.gap_seconds, Gaps { p50: 0.198, p99: 0.299, max: 0.299 });
+        let mut calm = Outcome::default();
+        calm.time(&[moved, slow_later], None);
+        assert_eq!(calm.route_around_seconds, None);
+    }
+
+    #[test]
+    fn what_moved_streams_had_seen_is_what_has_to_be_computed_again() {
+        let start = Instant::now();
+        let mut moved = record(start, 0, &[10, 20, 500, 510]);
+        let chunk = json!({"choices": [
+            {"index": 0, "token_ids": [1, 2], "prompt_token_ids": [7, 8]}, {"index": 1, "token_ids": [3, 4]}
+        ]});
+        moved.transcript.take(&chunk).expect("a chunk");
+        let stayed = record(start, 0, &[10, 20, 120]);
+        let seen = seen_by_moved(&[stayed, moved], start + Duration::from_millis(100), 1);
+        assert_eq!(seen, [[7, 8, 1], [7, 8, 3]]);
     }
 
     #[test]

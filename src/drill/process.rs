@@ -140,6 +140,11 @@ impl NodeProcess {
         line
     }
 
+    /// Of the running process.
+    pub fn id(&mut self) -> Option<u32> {
+        self.is_running().then(|| self.child.as_ref().map(Child::id)).flatten()
+    }
+
     pub fn is_running(&mut self) -> bool {
         self.ended().is_none() && self.child.is_some()
     }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::measure::Outcome;
+use super::measure::{Gaps, Outcome};
 use crate::observability::text_table::TextTable;
 
 #[derive(Serialize)]
@@ -32,13 +32,17 @@ pub fn table(outcomes: &[Outcome]) -> String {
         "GAP P50",
         "P99",
         "MAX",
+        "REPLAY P50",
+        "P99",
         "MOVED",
-        "RECONNECTS",
+        "RECONN",
         "FAILED",
         "WRONG",
     ]);
     for outcome in outcomes.iter().filter(|outcome| outcome.skipped.is_none()) {
         let gaps = outcome.gap_seconds;
+        let replay =
+            |of: fn(&Gaps) -> f64| outcome.replay_seconds.as_ref().map_or("–".into(), |gaps| millis(of(gaps)));
         table.push([
             outcome.exercise.into(),
             outcome.streams.to_string(),
@@ -47,7 +51,9 @@ pub fn table(outcomes: &[Outcome]) -> String {
             millis(gaps.p50),
             millis(gaps.p99),
             millis(gaps.max),
-            (outcome.failovers + outcome.hand_overs + outcome.resumed).to_string(),
+            replay(|gaps| gaps.p50),
+            replay(|gaps| gaps.p99),
+            outcome.moved().to_string(),
             outcome.reconnects.to_string(),
             outcome.failed_requests.to_string(),
             outcome.wrong_tokens.to_string(),
@@ -71,7 +77,6 @@ fn millis(seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::drill::measure::Gaps;
 
     fn outcome(exercise: &'static str, wrong_tokens: u64) -> Outcome {
         Outcome {
@@ -79,7 +84,7 @@ mod tests {
             streams: 32,
             detect_seconds: Some(0.0123),
             gap_seconds: Gaps { p50: 0.02, p99: 0.25, max: 1.5 },
-            failovers: 9,
+            failovers: [("peer_disconnected".into(), 9)].into(),
             wrong_tokens,
             ..Outcome::default()
         }

@@ -1,6 +1,11 @@
 //! Integration tests, in one binary: what spans modules, against real files, real models and real sockets.
 
 mod chat_templates;
+mod cluster;
+mod cluster_drills;
+mod cluster_members;
+mod cluster_network;
+mod cluster_resumption;
 mod edges;
 mod fixtures;
 mod invariance;

@@ -1,0 +1,211 @@
+//! A cluster of real processes for a test, by the drill's own harness. It has the machine for itself.
+
+use std::ops::{Deref, DerefMut};
+use std::path::{Path, PathBuf};
+
+use outrigger::drill::arena::{Arena, ArenaNode};
+use outrigger::drill::client::DrillClient;
+use outrigger::drill::process::{ClusterPlan, NodeAddresses, plan_nodes};
+use outrigger::drill::sse::{SseEvent, SseParser};
+use outrigger::drill::transcript::Transcript;
+use reqwest::header::HeaderMap;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::sync::SemaphorePermit;
+
+use crate::real_server::{every_place, within};
+use crate::server::fixture;
+
+/// So fast that its streams are over before anything can be done to them; with a chat template.
+pub const FIXTURE: &str = "llama-gqa-tied-bf16";
+
+/// Of each node, shown when a test fails.
+const LOG_LINES: usize = 30;
+
+pub struct Cluster {
+    pub arena: Arena,
+    // What follows outlives the nodes.
+    folder: Folder,
+    _places: SemaphorePermit<'static>,
+}
+
+/// Small nodes, whatever the developer's environment and the machine's memory.
+pub fn plan(folder: PathBuf, flags: &[&str]) -> ClusterPlan {
+    let ours = [
+        "--threads=1",
+        "--memory-warn-mark=1",
+        "--memory-shrink-mark=1",
+        "--memory-removal-mark=1",
+        "--fault-injection",
+    ];
+    let variables = std::env::vars().map(|(name, _)| name);
+    ClusterPlan {
+        program: env!("CARGO_BIN_EXE_outrigger").into(),
+        folder,
+        flags: ours.iter().chain(flags).map(ToString::to_string).collect(),
+        hidden_variables: variables.filter(|name| name.starts_with("OUTRIGGER_")).collect(),
+        wrapper: Vec::new(),
+    }
+}
+
+/// Flags for a model with the fixture's tokenizer and random weights, slow enough that a node can be killed in the middle of
+/// a stream. It lies in the folder.
+pub fn slow_model(folder: &Path) -> Vec<String> {
+    let (model, fixture) = (folder.join("slow"), fixture(FIXTURE));
+    std::fs::create_dir_all(&model).expect("a folder");
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(fixture.join(file), model.join(file)).expect("copied");
+    }
+    let config = std::fs::read(fixture.join("config.json")).expect("its configuration");
+    let mut config: Value = serde_json::from_slice(&config).expect("JSON");
+    for (key, value) in
+        [("hidden_size", 384), ("intermediate_size", 1024), ("num_hidden_layers", 8), ("max_position_embeddings", 2048)]
+    {
+        config[key] = value.into();
+    }
+    std::fs::write(model.join("config.json"), config.to_string()).expect("written");
+    vec![format!("--model={}", model.display()), "--load-format=dummy".into(), "--served-model-name=slow".into()]
+}
+
+/// `--model` for a fixture.
+pub fn model_flag(name: &str) -> String {
+    format!("--model={}", fixture(name).display())
+}
+
+/// Holds the logs, and shows their ends when the test fails.
+pub struct Folder(TempDir);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            return;
+        }
+        for entry in std::fs::read_dir(self.0.path()).into_iter().flatten().flatten() {
+            if entry.path().extension().is_some_and(|extension| extension == "log") {
+                let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().collect();
+                let tail = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
+                eprintln!("--- {}\n{tail}", entry.path().display());
+            }
+        }
+    }
+}
+
+impl Cluster {
+    /// Three nodes with the slow model, whole.
+    pub async fn slow() -> Self {
+        let folder = tempfile::tempdir().expect("a folder");
+        let flags = slow_model(folder.path());
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        Self::start_in(folder, 3, &flags).await
+    }
+
+    /// Nodes with these flags, whole.
+    pub async fn start(nodes: usize, flags: &[&str]) -> Self {
+        Self::start_in(tempfile::tempdir().expect("a folder"), nodes, flags).await
+    }
+
+    async fn start_in(folder: TempDir, nodes: usize, flags: &[&str]) -> Self {
+        let places = every_place().await;
+        let addresses: Vec<_> = (0..nodes).map(|_| NodeAddresses::free().expect("free ports")).collect();
+        let nodes = plan_nodes(&plan(folder.path().to_owned(), flags), &addresses).expect("a plan");
+        let nodes = nodes.into_iter().map(ArenaNode::own);
+        let client = DrillClient::new(None).expect("a client");
+        let arena = Arena::start(nodes.collect(), client).await.unwrap_or_else(|error| panic!("{error}"));
+        Self { arena, folder: Folder(folder), _places: places }
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.0.path()
+    }
+
+    pub fn url(&self, node: usize) -> &str {
+        &self.nodes[node].url
+    }
+
+    pub fn admin(&self, node: usize) -> &str {
+        self.nodes[node].admin.as_deref().expect("an admin address")
+    }
+
+    /// Hands the arena to a drill; the rest has to be kept for as long as that runs.
+    pub fn into_parts(self) -> (Arena, (Folder, SemaphorePermit<'static>)) {
+        (self.arena, (self.folder, self._places))
+    }
+}
+
+impl Deref for Cluster {
+    type Target = Arena;
+
+    fn deref(&self) -> &Arena {
+        &self.arena
+    }
+}
+
+impl DerefMut for Cluster {
+    fn deref_mut(&mut self) -> &mut Arena {
+        &mut self.arena
+    }
+}
+
+/// A stream as it comes.
+pub struct Reader {
+    pub headers: HeaderMap,
+    response: reqwest::Response,
+    parser: SseParser,
+    events: std::collections::VecDeque<SseEvent>,
+}
+
+impl Reader {
+    /// Posts with these headers; the answer is a stream.
+    pub async fn open(url: &str, path: &str, body: &Value, headers: &[(&str, &str)]) -> Self {
+        let response = post(url, path, body, headers).await;
+        assert!(response.status().is_success(), "{}: {}", response.status(), response.text().await.unwrap_or_default());
+        let headers = response.headers().clone();
+        Self { headers, response, parser: SseParser::default(), events: Default::default() }
+    }
+
+    pub fn header(&self, name: &str) -> &str {
+        self.headers.get(name).unwrap_or_else(|| panic!("no {name}")).to_str().expect("text")
+    }
+
+    /// The next event; None at the end.
+    pub async fn next(&mut self) -> Option<SseEvent> {
+        while self.events.is_empty() {
+            let piece = within("a piece", self.response.chunk()).await.expect("the stream is not cut")?;
+            self.events.extend(self.parser.push(&piece).expect("short lines"));
+        }
+        self.events.pop_front()
+    }
+
+    /// Takes events into the transcript, until `count` have come or the stream is done; gives the last id.
+    pub async fn read(&mut self, transcript: &mut Transcript, count: usize) -> Option<String> {
+        let mut last_id = None;
+        for _ in 0..count {
+            let event = self.next().await.expect("the stream ends with [DONE]");
+            if event.data == "[DONE]" {
+                assert_eq!(self.next().await, None, "nothing follows the end");
+                break;
+            }
+            transcript
+                .take(&serde_json::from_str(&event.data).expect("JSON"))
+                .unwrap_or_else(|error| panic!("{error}"));
+            last_id = event.id;
+        }
+        last_id
+    }
+}
+
+pub async fn post(url: &str, path: &str, body: &Value, headers: &[(&str, &str)]) -> reqwest::Response {
+    let client = reqwest::Client::builder().no_proxy().build().expect("a client");
+    let request = client.post(format!("{url}{path}")).json(body);
+    let request = headers.iter().fold(request, |request, (name, value)| request.header(*name, *value));
+    within("answered", request.send()).await.expect("an answer")
+}
+
+/// What a stream says when nobody disturbs it.
+pub async fn whole(url: &str, path: &str, body: &Value) -> Transcript {
+    let mut transcript = Transcript::default();
+    Reader::open(url, path, body, &[]).await.read(&mut transcript, usize::MAX).await;
+    assert!(transcript.is_finished());
+    transcript
+}

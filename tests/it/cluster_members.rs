@@ -1,0 +1,144 @@
+//! Who belongs to a cluster: nodes with other models do, nodes with another key do not; and what operators see of it.
+
+use std::time::Duration;
+
+use outrigger::drill::arena::{Action, ArenaNode};
+use outrigger::drill::client::DrillClient;
+use outrigger::drill::process::{NodeAddresses, NodeProcess};
+use outrigger::drill::transcript::Transcript;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::cluster::{Cluster, FIXTURE, Reader, model_flag, plan, post, whole};
+use crate::real_server::{CHAT, COMPLETIONS};
+use crate::server::{PATIENCE, outrigger};
+
+const OTHER_FIXTURE: &str = "mistral-window-f16";
+const POLL: Duration = Duration::from_millis(20);
+
+/// A node that comes later, with the folder's key and these flags.
+fn newcomer(cluster: &mut Cluster, name: &str, flags: &[String]) -> ArenaNode {
+    let peer = cluster.nodes[0].process().expect("its own").addresses.peer;
+    let plan = plan(cluster.folder().to_owned(), &[]);
+    let addresses = NodeAddresses::free().expect("free ports");
+    ArenaNode::own(NodeProcess::new(plan, name.to_owned(), addresses, vec![peer]).with_flags(flags.iter().cloned()))
+}
+
+async fn model_names(cluster: &Cluster, node: usize) -> Vec<String> {
+    let models = cluster.client.get(cluster.url(node), "/v1/models").await.expect("the models");
+    let cards = models["data"].as_array().expect("a list");
+    cards.iter().map(|card| card["id"].as_str().expect("an id").to_owned()).collect()
+}
+
+#[tokio::test]
+async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() {
+    let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE), "--served-model-name=alpha"]).await;
+    let unknown = json!({"model": "beta", "prompt": "x", "max_tokens": 1});
+    assert_eq!(post(cluster.url(0), COMPLETIONS, &unknown, &[]).await.status(), 404);
+
+    let mut node = newcomer(&mut cluster, "n2", &[model_flag(OTHER_FIXTURE), "--served-model-name=beta".into()]);
+    node.act(Action::Restart).await.expect("it starts");
+    cluster.nodes.push(node);
+    cluster.wait_until_whole().await.expect("it joins");
+
+    let messages = json!([{"role": "user", "content": "What is an outrigger?"}]);
+    let requests = [
+        (COMPLETIONS, json!({"prompt": "The sea is", "stop": ["\u{1}"], "logprobs": 2})),
+        (CHAT, json!({"messages": messages, "temperature": 1.0, "seed": 3, "n": 2})),
+    ];
+    for model in ["alpha", "beta"] {
+        for (path, body) in &requests {
+            let mut body = body.clone();
+            for (key, value) in [
+                ("model", json!(model)),
+                ("max_tokens", json!(40)),
+                ("stream", json!(true)),
+                ("return_token_ids", json!(true)),
+            ] {
+                body[key] = value;
+            }
+            let home = if model == "beta" { 2 } else { 0 };
+            let reference = whole(cluster.url(home), path, &body).await;
+            for node in 0..3 {
+                let mut stream = Reader::open(cluster.url(node), path, &body, &[]).await;
+                assert_eq!(stream.header("x-outrigger-node"), format!("n{node}"));
+                let mut transcript = Transcript::default();
+                stream.read(&mut transcript, usize::MAX).await;
+                assert_eq!(transcript.difference(&reference), None, "{model} {path} through n{node}");
+            }
+        }
+    }
+    for node in 0..3 {
+        let mut names = model_names(&cluster, node).await;
+        names.sort();
+        assert_eq!(names, ["alpha", "beta"], "n{node}");
+    }
+
+    // With its only node, the model goes.
+    cluster.nodes[2].act(Action::Kill).await.expect("killed");
+    let deadline = Instant::now() + PATIENCE;
+    let forgotten = DrillClient::until(deadline, POLL, async || model_names(&cluster, 0).await == ["alpha"]).await;
+    assert!(forgotten, "{:?}", model_names(&cluster, 0).await);
+}
+
+#[tokio::test]
+async fn a_node_with_a_wrong_key_is_not_heard_and_sees_nothing() {
+    /// Many times what a node with the right key takes.
+    const LONG_ENOUGH: Duration = Duration::from_secs(4);
+    let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE)]).await;
+    let wrong = cluster.folder().join("wrong.key");
+    std::fs::write(&wrong, [7; 32]).expect("written");
+    let flags = [model_flag(FIXTURE), format!("--cluster-key-file={}", wrong.display())];
+    let mut stranger = newcomer(&mut cluster, "stranger", &flags);
+    stranger.act(Action::Restart).await.expect("it starts");
+    let (url, admin) = (stranger.url.clone(), stranger.admin.clone().expect("its own"));
+    let client = cluster.client.clone();
+    let is_ready = DrillClient::until(Instant::now() + PATIENCE, POLL, async || client.is_ready(&url).await).await;
+    assert!(is_ready, "it is a cluster of one");
+
+    let end = Instant::now() + LONG_ENOUGH;
+    while Instant::now() < end {
+        let seen = client.overview(&admin).await.expect("it answers");
+        assert!(seen.peers.is_empty() && seen.dead.is_empty(), "it sees {:?} {:?}", seen.peers, seen.dead);
+        for node in 0..2 {
+            let seen = cluster.overview(node).await.expect("it answers");
+            let names: Vec<&str> = seen.nodes().map(|node| node.id.as_str()).collect();
+            assert!(names.len() == 2 && !names.contains(&"stranger"), "n{node} sees {names:?}");
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    let body = json!({"model": "default", "prompt": "The sea is", "max_tokens": 8});
+    for url in [&url, cluster.url(0)] {
+        assert_eq!(post(url, COMPLETIONS, &body, &[]).await.status(), 200);
+    }
+}
+
+#[tokio::test]
+async fn operators_see_the_cluster_as_a_table_and_as_json() {
+    let cluster = Cluster::start(3, &[&model_flag(FIXTURE)]).await;
+    let status = async |arguments: &[&str]| {
+        let mut command = outrigger();
+        command.arg("status").args(arguments);
+        tokio::task::spawn_blocking(move || command.output().expect("it runs")).await.expect("no panic")
+    };
+    let output = status(&["--admin-addr", cluster.admin(1)]).await;
+    let table = String::from_utf8(output.stdout).expect("text");
+    assert!(output.status.success(), "{table}");
+    assert!(table.lines().all(|line| line.chars().count() <= 120), "{table}");
+    for node in ["n0", "n1", "n2"] {
+        let line = table.lines().find(|line| line.starts_with(node)).unwrap_or_else(|| panic!("no {node}\n{table}"));
+        assert!(line.contains(" ready "), "{table}");
+    }
+    assert!(table.contains("seen from n1") && table.contains("n1, n0, n2"), "{table}");
+
+    let output = status(&["--admin-addr", cluster.admin(1), "--json"]).await;
+    let seen: Value = serde_json::from_slice(&output.stdout).expect("JSON alone");
+    assert_eq!(seen["node"]["id"], "n1");
+    assert_eq!(seen["peers"].as_array().map(Vec::len), Some(2), "{seen}");
+    assert_eq!(seen["peers"][0]["models"][0]["fingerprint"], seen["node"]["models"][0]["fingerprint"]);
+
+    let nobody = NodeAddresses::free().expect("a free port").admin.to_string();
+    let output = status(&["--admin-addr", &nobody]).await;
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains(&nobody));
+}
