@@ -24,7 +24,8 @@ VOLUME /var/cache/outrigger
 ENV OUTRIGGER_HOME=/var/cache/outrigger \
     OUTRIGGER_HOST=0.0.0.0 \
     OUTRIGGER_LOG_FORMAT=json
-EXPOSE 8000
+# 8000: the API. 7946: gossip (UDP) and calls between nodes (TCP), where gossip_addr is set.
+EXPOSE 8000 7946/tcp 7946/udp
 STOPSIGNAL SIGTERM
 # It reads the same configuration: change the port by OUTRIGGER_PORT or a file, not by a flag of `serve` alone.
 # Liveness, not readiness: an orchestrator that replaces unhealthy containers must not replace one that is loading or busy.
