@@ -222,6 +222,10 @@ impl GameDay {
         let moves = moves.since(&watch.before);
         (outcome.failovers, outcome.hand_overs, outcome.resumed) = (moves.failovers, moves.hand_overs, moves.resumed);
         outcome.time(&records, fault);
+        if is_rolling {
+            // There were as many faults as nodes; a time since the first says nothing.
+            outcome.route_around_seconds = None;
+        }
         outcome.detect_seconds = watch.finish().await.map(|time| time.as_secs_f64());
         if fault.is_some() && self.has_admin() && outcome.moved() == 0 {
             outcome.problem("no stream changed its node: nothing was shown");

@@ -180,13 +180,15 @@ impl FailoverStream {
     async fn step(&mut self) -> Step {
         let is_searching = self.primary.is_none() && self.opening.is_none() && self.successor.is_none();
         let wants_news = is_searching || self.relief.is_some();
+        // All that a source says after the last token is that it ends, which is no failure.
+        let is_complete = self.log.is_complete();
         tokio::select! {
             biased;
             () = self.log.abandoned() => Step::Abandoned,
             () = cut(&mut self.is_cut) => Step::Cut,
             () = optional(&mut self.gate) => Step::GateOpened,
-            sign = next(&mut self.primary) => Step::Primary(sign),
-            sign = next(&mut self.successor) => Step::Successor(sign),
+            sign = next(&mut self.primary), if !is_complete => Step::Primary(sign),
+            sign = next(&mut self.successor), if !is_complete => Step::Successor(sign),
             result = opened(&mut self.opening) => Step::Opened(result),
             () = self.alarm.as_mut() => Step::Alarm,
             () = failure(&mut self.phases), if !self.has_failed => Step::NodeFailed,

@@ -75,6 +75,16 @@ pub fn model_flag(name: &str) -> String {
 /// Holds the logs, and shows their ends when the test fails.
 pub struct Folder(TempDir);
 
+impl Folder {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().expect("a folder"))
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
 impl Drop for Folder {
     fn drop(&mut self) {
         if !std::thread::panicking() {
@@ -83,7 +93,7 @@ impl Drop for Folder {
         for entry in std::fs::read_dir(self.0.path()).into_iter().flatten().flatten() {
             if entry.path().extension().is_some_and(|extension| extension == "log") {
                 let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
-                let lines: Vec<&str> = log.lines().collect();
+                let lines: Vec<&str> = log.lines().filter(|line| !line.contains("effective=")).collect();
                 let tail = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
                 eprintln!("--- {}\n{tail}", entry.path().display());
             }
@@ -94,7 +104,7 @@ impl Drop for Folder {
 impl Cluster {
     /// Three nodes with the slow model, whole.
     pub async fn slow() -> Self {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = Folder::new();
         let flags = slow_model(folder.path());
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         Self::start_in(folder, 3, &flags).await
@@ -102,21 +112,21 @@ impl Cluster {
 
     /// Nodes with these flags, whole.
     pub async fn start(nodes: usize, flags: &[&str]) -> Self {
-        Self::start_in(tempfile::tempdir().expect("a folder"), nodes, flags).await
+        Self::start_in(Folder::new(), nodes, flags).await
     }
 
-    async fn start_in(folder: TempDir, nodes: usize, flags: &[&str]) -> Self {
+    async fn start_in(folder: Folder, nodes: usize, flags: &[&str]) -> Self {
         let places = every_place().await;
         let addresses: Vec<_> = (0..nodes).map(|_| NodeAddresses::free().expect("free ports")).collect();
         let nodes = plan_nodes(&plan(folder.path().to_owned(), flags), &addresses).expect("a plan");
         let nodes = nodes.into_iter().map(ArenaNode::own);
         let client = DrillClient::new(None).expect("a client");
         let arena = Arena::start(nodes.collect(), client).await.unwrap_or_else(|error| panic!("{error}"));
-        Self { arena, folder: Folder(folder), _places: places }
+        Self { arena, folder, _places: places }
     }
 
     pub fn folder(&self) -> &Path {
-        self.folder.0.path()
+        self.folder.path()
     }
 
     pub fn url(&self, node: usize) -> &str {

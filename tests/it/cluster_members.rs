@@ -43,7 +43,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
 
     let messages = json!([{"role": "user", "content": "What is an outrigger?"}]);
     let requests = [
-        (COMPLETIONS, json!({"prompt": "The sea is", "stop": ["\u{1}"], "logprobs": 2})),
+        (COMPLETIONS, json!({"prompt": "The sea is", "stop": ["\u{1}"], "logprobs": 2, "temperature": 0})),
         (CHAT, json!({"messages": messages, "temperature": 1.0, "seed": 3, "n": 2})),
     ];
     for model in ["alpha", "beta"] {

@@ -15,7 +15,7 @@ use outrigger::drill::exercise::Exercise;
 use outrigger::drill::game_day::{GameDay, Load};
 use outrigger::drill::process::{NodeAddresses, plan_nodes};
 
-use crate::cluster::{plan, slow_model};
+use crate::cluster::{Folder, plan, slow_model};
 use crate::real_server::every_place;
 
 const NODES: u8 = 3;
@@ -110,7 +110,7 @@ async fn cut(script: impl Fn(&Network) -> String) {
         println!("skipped: network namespaces cannot be made here (that takes root and `ip`)");
         return;
     };
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = Folder::new();
     let flags = slow_model(folder.path());
     let mut plan = plan(folder.path().to_owned(), &flags.iter().map(String::as_str).collect::<Vec<_>>());
     plan.wrapper = ["ip", "netns", "exec"].map(str::to_owned).to_vec();

@@ -68,6 +68,10 @@ async fn without_an_event_id_the_same_stream_comes_again_whole() {
             assert_eq!(transcript.difference(&transcripts[0]), None, "{number} {path}");
         }
     }
+    for node in 0..3 {
+        let streams = cluster.overview(node).await.expect("it answers").streams;
+        assert_eq!(streams.failovers_total(), 0, "nothing was lost: {streams:?}");
+    }
 }
 
 #[tokio::test]
@@ -105,7 +109,7 @@ async fn a_whole_answer_is_given_again_by_any_node() {
     for (path, body) in bodies {
         let mut answers: Vec<Value> = Vec::new();
         for node in 0..3 {
-            let answer = post(cluster.url(node), path, &body, &[("idempotency-key", "whole")]).await;
+            let answer = post(cluster.url(node), path, &body, &[("idempotency-key", path)]).await;
             assert_eq!(answer.status(), 200);
             answers.push(answer.json().await.expect("JSON"));
         }
