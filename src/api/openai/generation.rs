@@ -316,10 +316,14 @@ impl Generation {
         choices.zip(marks).for_each(|(choice, mark)| choice.has = *mark);
     }
 
-    /// How far each choice is.
+    /// How far the client is with each choice. What is generated again may still be behind that in one choice while another
+    /// brings news.
     pub fn marks(&self) -> impl Iterator<Item = ChoiceMark> {
         let choices = self.parts.iter().flat_map(|part| &part.choices);
-        choices.map(|choice| ChoiceMark { tokens: choice.tokens, finished: choice.finished })
+        choices.map(|choice| ChoiceMark {
+            tokens: choice.tokens.max(choice.has.tokens),
+            finished: choice.finished || choice.has.finished,
+        })
     }
 
     pub fn metrics(&self) -> Arc<Metrics> {

@@ -58,6 +58,18 @@ async fn a_client_gets_exactly_the_rest_wherever_it_stopped() {
     assert_eq!(node.requests.lock().len(), 1, "the engine was asked once");
 }
 
+/// A node that knows nothing of the stream generates it again, all choices alike; the client may be further in one of them.
+#[tokio::test]
+async fn an_event_id_never_falls_behind_what_the_client_has() {
+    let node = Node::saying("the hull holds, the wave goes by");
+    let answer = send(&node, &[("idempotency-key", "k"), ("last-event-id", "0,3")], &body()).await;
+    let rest = identified(&answer);
+    assert_eq!(rest[0].0, "1,3");
+    assert!(rest.iter().all(|(id, _)| !id.ends_with(",0") && !id.ends_with(",1") && !id.ends_with(",2")), "{rest:?}");
+    let again = send(&node, &[("idempotency-key", "k"), ("last-event-id", &rest[0].0)], &body()).await;
+    assert_eq!(identified(&again), rest[1..], "it gets exactly the rest of that");
+}
+
 #[tokio::test]
 async fn the_same_key_gives_the_same_answer_without_a_stream_too() {
     let node = Node::saying("the hull holds");
