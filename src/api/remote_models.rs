@@ -1,23 +1,27 @@
 //! The models that only peers serve. A node that takes a request for one needs its tokenizer; it asks a peer for it once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
 
 use super::model::ServedModel;
-use crate::cluster::ModelReport;
+use crate::cluster::{ModelReport, Peer};
 use crate::router::Router;
 use crate::tokenizer::{TokenizerBundle, bundle};
 use crate::types::{Failure, FailureKind};
 
 /// Tokenizers that are kept; with another one, all are forgotten.
 const MAX_KEPT: usize = 8;
+/// Names that are remembered.
+const MAX_SEEN: usize = 1024;
 
 #[derive(Default)]
 pub struct RemoteModels {
     /// By fingerprint and digest of the tokenizer.
     kept: Mutex<BTreeMap<(String, String), Arc<ServedModel>>>,
+    /// Names that a peer has had: without one now, they are away, not unknown.
+    seen: Mutex<BTreeSet<String>>,
     /// One is fetched at a time.
     fetching: tokio::sync::Mutex<()>,
 }
@@ -26,6 +30,7 @@ impl RemoteModels {
     /// The model of this name that a peer serves, if one does. Ready peers first.
     pub async fn find(&self, router: &Router, name: &str) -> Result<Option<Arc<ServedModel>>, Failure> {
         let mut served = router.peer_models();
+        self.remember(&served);
         served.retain(|(_, model)| model.names.iter().any(|known| known == name));
         served.sort_by_key(|(peer, _)| !peer.report.ready);
         let Some((_, report)) = served.first() else { return Ok(None) };
@@ -49,6 +54,20 @@ impl RemoteModels {
             }
         }
         Err(last)
+    }
+
+    /// Whether some peer has served a model of this name.
+    pub fn knew(&self, name: &str) -> bool {
+        self.seen.lock().contains(name)
+    }
+
+    fn remember(&self, served: &[(Arc<Peer>, ModelReport)]) {
+        let mut seen = self.seen.lock();
+        for name in served.iter().flat_map(|(_, model)| &model.names) {
+            if seen.len() < MAX_SEEN && !seen.contains(name) {
+                seen.insert(name.clone());
+            }
+        }
     }
 
     fn kept(&self, report: &ModelReport) -> Option<Arc<ServedModel>> {

@@ -100,6 +100,11 @@ impl ApiState {
             return Ok(remote);
         }
         match name {
+            Some(name) if self.remote.knew(name) => Err(ApiError::unavailable(
+                "No node that serves the model can be reached now.",
+                "no_replica",
+                Some(LOADING_RETRY_AFTER),
+            )),
             Some(name) if self.model().is_some_and(|model| !model.has_name(name)) => {
                 Err(ApiError::model_not_found(name))
             }

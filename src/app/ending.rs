@@ -1,5 +1,6 @@
 //! How the process ends. The order is: no new work, running work up to a bound, the connections, the process.
 
+use std::pin::pin;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -29,11 +30,20 @@ pub async fn end(ending: Ending, config: &Config, front: Front, model: LoadedMod
     }
 }
 
-/// A signal came before there was a model: there is no work to finish.
-pub async fn while_loading(front: Front, caught: Caught) -> ExitCode {
+/// A signal came before there was a model. All there is to finish is what was relayed to peers.
+pub async fn while_loading(config: &Config, front: Front, caught: Caught) -> ExitCode {
     drain_lifecycle(&front, caught);
-    let _ = timeout(CONNECTION_GRACE, front.close()).await;
+    let deadline = Instant::now() + config.process.shutdown_timeout;
+    relay(&front, config.process.drain_linger, deadline).await;
+    part(front, deadline).await;
     ExitCode::SUCCESS
+}
+
+/// The model cannot be loaded; what was relayed to peers meanwhile is finished first.
+pub async fn without_model(config: &Config, front: Front) {
+    let deadline = Instant::now() + config.process.shutdown_timeout;
+    relay(&front, Duration::ZERO, deadline).await;
+    part(front, deadline).await;
 }
 
 /// Unready at once. What runs goes on at peers, or here, and is ended at the deadline: 0. A hung engine can do neither: 1.
@@ -49,20 +59,8 @@ async fn after_signal(
     front.admission.close();
     let limit = config.process.shutdown_timeout;
     let deadline = Instant::now() + limit;
-    let lingers = front.router.has_ready_peer();
     let finished = async {
-        // Whoever does not know yet that this node leaves is still served, by its peers.
-        let lingered = async {
-            if lingers {
-                sleep(config.process.drain_linger.min(limit)).await;
-            }
-        };
-        let relayed = async {
-            if timeout(limit, front.router.drained()).await.is_err() {
-                front.router.cut();
-            }
-        };
-        tokio::join!(model.engine.drain(deadline), relayed, lingered);
+        tokio::join!(model.engine.drain(deadline), relay(&front, config.process.drain_linger, deadline));
         // A client that does not read keeps its permit. That is no fault of the engine's, and no reason to fail.
         let left = deadline.saturating_duration_since(Instant::now()) + ENGINE_GRACE / 2;
         let _ = timeout(left, front.admission.drained()).await;
@@ -82,11 +80,8 @@ async fn after_signal(
         reason = front.failed() => return after_failure(&reason, config, front, signals).await,
     };
     model.watchers.cancel();
-    front.cluster.leave().await;
     let lifecycle = front.health.lifecycle().clone();
-    if timeout(CONNECTION_GRACE, front.close()).await.is_err() {
-        tracing::warn!("connections were still open and are cut");
-    }
+    part(front, deadline).await;
     // Refused only if the node failed meanwhile, which is logged already.
     let _ = lifecycle.stop("everything has ended");
     code
@@ -97,21 +92,44 @@ async fn after_signal(
 async fn after_failure(reason: &str, config: &Config, front: Front, signals: &mut Signals) -> ExitCode {
     tracing::error!(reason, "the node has failed and will end, to be restarted");
     front.admission.close();
-    let streams_ended = async {
-        if timeout(config.process.shutdown_timeout, front.router.drained()).await.is_err() {
-            front.router.cut();
-        }
-    };
-    let lingered = async {
-        tokio::join!(streams_ended, sleep(config.process.failure_linger));
+    let deadline = Instant::now() + config.process.shutdown_timeout;
+    let relayed = async {
+        tokio::join!(relay(&front, config.process.failure_linger, deadline), sleep(config.process.failure_linger));
     };
     tokio::select! {
-        () = lingered => {}
+        () = relayed => {}
         caught = signals.next() => tracing::info!(signal = caught.name, "ending at once"),
     }
-    front.cluster.leave().await;
-    let _ = timeout(CONNECTION_GRACE, front.close()).await;
+    part(front, deadline).await;
     ExitCode::FAILURE
+}
+
+/// Streams go on through this node. Whoever does not know yet that it leaves is still served, by its peers, for as long as
+/// `linger`; at the deadline, clients are told how to go on elsewhere.
+async fn relay(front: &Front, linger: Duration, deadline: Instant) {
+    let left = || deadline.saturating_duration_since(Instant::now());
+    if front.router.has_ready_peer() {
+        sleep(linger.min(left())).await;
+    }
+    front.router.close();
+    if timeout(left(), front.router.drained()).await.is_err() {
+        front.router.cut();
+    }
+}
+
+/// Says goodbye to the others, and to the clients: each connection ends after the response that it is in.
+async fn part(front: Front, deadline: Instant) {
+    let router = front.router.clone();
+    front.cluster.leave().await;
+    let mut closing = pin!(front.close());
+    while timeout(CONNECTION_GRACE, &mut closing).await.is_err() {
+        // A stream that began in the last moment still has its time.
+        if router.open_streams() == 0 || deadline <= Instant::now() {
+            router.cut();
+            tracing::warn!("connections were still open and are cut");
+            return;
+        }
+    }
 }
 
 fn drain_lifecycle(front: &Front, caught: Caught) {

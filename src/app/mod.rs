@@ -63,10 +63,16 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
         tracing::warn!("no api_keys are set: everybody who reaches the address of `host` may use the model");
     }
     let model = tokio::select! {
-        loaded = load::load(&config, &front) => loaded?,
+        loaded = load::load(&config, &front) => match loaded {
+            Ok(model) => model,
+            Err(error) => {
+                ending::without_model(&config, front).await;
+                return Err(error);
+            }
+        },
         caught = signals.next() => {
             tracing::info!(signal = caught.name, "ending while the model loads");
-            return Ok(ending::while_loading(front, caught).await);
+            return Ok(ending::while_loading(&config, front, caught).await);
         }
     };
     welcome(&config, &front, &model, started.elapsed());

@@ -58,6 +58,14 @@ pub struct ChoiceProgress {
     pub finished: Option<FinishReason>,
 }
 
+impl ChoiceProgress {
+    /// Without an end that belongs to one attempt only: another one may have more time.
+    pub fn lasting(&self) -> Self {
+        let finished = self.finished.clone().filter(FinishReason::is_of_the_generation);
+        Self { tokens: self.tokens.clone(), finished }
+    }
+}
+
 /// A stream as a holder knows it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JournalRecord {

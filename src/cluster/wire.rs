@@ -42,7 +42,6 @@ const CODES: &[&str] = &[
     "shutting_down",
     "stream_interrupted",
     "stream_not_found",
-    "stream_not_found",
     "unsupported_parameter",
 ];
 

@@ -164,6 +164,7 @@ impl Want {
 impl Router {
     /// Finds or starts the stream. What fails here has cost nothing.
     pub async fn dispatch(&self, dispatch: Dispatch) -> Result<Dispatched, Failure> {
+        self.shared.check_open()?;
         if let Some(name) = dispatch.name.as_ref().filter(|name| name.may_exist) {
             match self.recall(&name.key).await {
                 Recalled::Running(log) => {

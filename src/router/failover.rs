@@ -44,6 +44,9 @@ pub(super) struct FailoverStream {
     excluded: BTreeMap<Replica, Instant>,
     /// The primary is another entry node's stream, which keeps the journal.
     follows: bool,
+    /// Some replica has accepted the stream before this node ran it.
+    was_accepted: bool,
+    has_ended: bool,
     /// Of the sources that were lost.
     failovers: u32,
     attempts: u32,
@@ -124,6 +127,8 @@ impl FailoverStream {
             relief: None,
             excluded: BTreeMap::new(),
             follows: false,
+            was_accepted: false,
+            has_ended: false,
             failovers: 0,
             attempts: 0,
             last_failure: None,
@@ -142,12 +147,18 @@ impl FailoverStream {
             Beginning::Source(source) => self.primary = Some(source),
             Beginning::Follow(source) => {
                 self.follows = true;
+                self.was_accepted = true;
+                self.log.follow(match &source.replica {
+                    Replica::At(node) => Some(node.clone()),
+                    Replica::Here => None,
+                });
                 self.primary = Some(source);
             }
             Beginning::Place(choice) => self.open_chosen(choice),
             Beginning::Anywhere => self.open(),
         }
-        self.set_alarm();
+        // The node may have begun to leave in this moment, and nobody says it twice.
+        self.look_around();
         loop {
             while !(self.log.is_complete() && self.gate.is_none()) {
                 match self.step().await {
@@ -174,6 +185,7 @@ impl FailoverStream {
                 break;
             }
         }
+        self.has_ended = true;
         self.shared.stream_ended(&self.log);
     }
 
@@ -208,6 +220,13 @@ impl FailoverStream {
                 self.opening = None;
             }
             match sign {
+                Sign::Event(GenerationEvent::Finished { reason, .. })
+                    if self.follows && !reason.is_of_the_generation() =>
+                {
+                    // That was the time of another client.
+                    return self
+                        .lose_primary(Failure::new(FailureKind::PeerDisconnected, "The stream has ended there."));
+                }
                 Sign::Event(event) => match self.shared.judge(&self.log, &mut primary.cursor, event) {
                     Ok(_) => self.shared.accepted(primary),
                     Err(failure) => return self.lose_primary(failure),
@@ -250,6 +269,7 @@ impl FailoverStream {
     fn take_over(&mut self) -> bool {
         let followed = std::mem::take(&mut self.follows);
         if followed {
+            self.log.follow(None);
             self.log.set_epoch(self.log.epoch() + 1);
             self.gate = self.shared.has_peers().then(|| self.shared.clone().replicate(self.log.clone()));
         }
@@ -279,6 +299,8 @@ impl FailoverStream {
         let lost = self.primary.take().expect("it was lost");
         self.relief = None;
         if self.take_over() {
+            self.excluded.insert(lost.replica, now() + EXCLUSION);
+            self.last_failure = Some(failure);
             self.open();
             return self.set_alarm();
         }
@@ -324,7 +346,7 @@ impl FailoverStream {
 
     /// Whatever was accepted once is carried through; only a fresh request may be refused.
     fn is_continuation(&self) -> bool {
-        self.failovers > 0 || self.primary.is_some() || self.log.has_begun()
+        self.failovers > 0 || self.was_accepted || self.primary.is_some() || self.log.has_begun()
     }
 
     fn open_chosen(&mut self, choice: Choice) {
@@ -506,6 +528,18 @@ impl FailoverStream {
 
     fn place_name(&self) -> String {
         self.primary.as_ref().map_or_else(|| "nowhere".into(), |primary| primary.replica.to_string())
+    }
+}
+
+impl Drop for FailoverStream {
+    /// Whatever ends the task, the stream is not left without an end.
+    fn drop(&mut self) {
+        if !self.has_ended {
+            self.log
+                .fail(Failure::new(FailureKind::Internal, "The server made a mistake while it handled this stream."));
+            self.log.close(false);
+            self.shared.stream_ended(&self.log);
+        }
     }
 }
 

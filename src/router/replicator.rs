@@ -26,8 +26,10 @@ const HOLDERS: usize = 2;
 const FLUSH_INTERVAL: Duration = Duration::from_millis(50);
 /// A holder that has not taken a batch in this time is replaced.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(1);
-/// Entries of one batch.
-const MAX_BATCH_ENTRIES: usize = 4096;
+/// A node that failed as a holder of a stream is not asked again for this long.
+const LOST_FOR: Duration = Duration::from_secs(2);
+/// Bytes of one batch, about; the next one takes what is left.
+const MAX_BATCH_BYTES: usize = 8 << 20;
 
 pub struct Replicator {
     own: NodeId,
@@ -41,8 +43,8 @@ pub struct Replicator {
 struct Replicated {
     log: Arc<StreamLog>,
     holders: Vec<Holder>,
-    /// Nodes that failed as holders of this stream, or refused.
-    lost: BTreeSet<NodeId>,
+    /// Nodes that failed as holders of this stream, or refused, and when.
+    lost: BTreeMap<NodeId, Instant>,
     /// No token comes any more; gone once the holders have everything.
     has_ended: bool,
 }
@@ -76,10 +78,10 @@ impl Replicator {
     /// Finds holders for the stream, and returns when they have it, or do not answer in time. From then on they are kept up
     /// to date until [`Replicator::end`].
     pub async fn place(&self, log: Arc<StreamLog>) {
-        let candidates = self.candidates(&log.key(), &BTreeSet::new());
+        let candidates = self.candidates(&log.key(), |_| false);
         let wanted = candidates.len().min(HOLDERS);
         let mut holders = Vec::with_capacity(wanted);
-        let mut lost = BTreeSet::new();
+        let mut lost = BTreeMap::new();
         let mut waiting = candidates.into_iter();
         let mut puts = FuturesUnordered::new();
         puts.extend(waiting.by_ref().take(HOLDERS).map(|peer| self.put(peer, &log)));
@@ -89,7 +91,7 @@ impl Replicator {
             if taken {
                 holders.push(Holder::new(node, &log));
             } else {
-                lost.insert(node);
+                lost.insert(node, Instant::now());
                 puts.extend(waiting.next().map(|peer| self.put(peer, &log)));
             }
         }
@@ -103,8 +105,8 @@ impl Replicator {
     }
 
     /// The stream gets no token any more.
-    pub fn end(&self, key: &JournalKey) {
-        if let Some(stream) = self.streams.lock().get_mut(key) {
+    pub fn end(&self, log: &Arc<StreamLog>) {
+        if let Some(stream) = self.streams.lock().get_mut(&log.key()).filter(|stream| Arc::ptr_eq(&stream.log, log)) {
             stream.has_ended = true;
         }
     }
@@ -134,14 +136,14 @@ impl Replicator {
     }
 
     /// Peers that could hold the journal, best first.
-    fn candidates(&self, key: &JournalKey, without: &BTreeSet<NodeId>) -> Vec<Arc<Peer>> {
+    fn candidates(&self, key: &JournalKey, is_out: impl Fn(&NodeId) -> bool) -> Vec<Arc<Peer>> {
         let view = self.view.borrow().clone();
         let stays = |peer: &&Arc<Peer>| match peer.report.state {
             NodeState::Starting | NodeState::Warming | NodeState::Ready | NodeState::Degraded => true,
             NodeState::Draining | NodeState::Stopped | NodeState::Failed => false,
         };
         let nodes = view.peers.values().filter(stays).map(|peer| &peer.id);
-        let nodes = nodes.filter(|node| **node != self.own && !without.contains(node));
+        let nodes = nodes.filter(|node| **node != self.own && !is_out(node));
         rendezvous::rank(key, nodes).into_iter().map(|node| view.peers[node].clone()).collect()
     }
 
@@ -150,7 +152,8 @@ impl Replicator {
         let batch = JournalBatch { from: self.own.clone(), entries };
         let taken = match timeout(self.ack_timeout, self.transport.journal(&peer, batch)).await {
             Ok(Ok(refusals)) => {
-                if refusals.iter().any(|refusal| matches!(refusal, JournalRefusal::Fenced { .. })) {
+                let is_later = |refusal: &JournalRefusal| is_fenced(refusal, log);
+                if refusals.iter().any(is_later) {
                     self.fenced(log);
                 }
                 refusals.is_empty()
@@ -178,7 +181,9 @@ impl Replicator {
             self.replace_lost(key, stream, &view);
             for holder in stream.holders.iter_mut().filter(|holder| !busy.contains(&holder.node)) {
                 let (keys, entries) = batches.entry(holder.node.clone()).or_default();
-                if entries.len() < MAX_BATCH_ENTRIES && holder.gather(&stream.log, &self.own, entries) {
+                if entries.iter().map(weight).sum::<usize>() < MAX_BATCH_BYTES
+                    && holder.gather(&stream.log, &self.own, entries)
+                {
                     keys.push(*key);
                 }
             }
@@ -198,10 +203,11 @@ impl Replicator {
         if stream.holders.len() >= HOLDERS || stream.has_ended || stream.holders.len() >= view.peers.len() {
             return;
         }
-        let mut without = stream.lost.clone();
-        without.extend(stream.holders.iter().map(|holder| holder.node.clone()));
+        stream.lost.retain(|_, since| since.elapsed() < LOST_FOR);
+        let is_out =
+            |node: &NodeId| stream.lost.contains_key(node) || stream.holders.iter().any(|holder| holder.node == *node);
         let missing = HOLDERS - stream.holders.len();
-        for peer in self.candidates(key, &without).into_iter().take(missing) {
+        for peer in self.candidates(key, is_out).into_iter().take(missing) {
             stream.holders.push(Holder { needs_put: true, ..Holder::new(peer.id.clone(), &stream.log) });
         }
     }
@@ -222,11 +228,15 @@ impl Replicator {
         };
         for refusal in refusals {
             match refusal {
-                JournalRefusal::Fenced { key, .. } => {
-                    if let Some(stream) = streams.remove(&key) {
+                JournalRefusal::Fenced { key, .. } => match streams.get_mut(&key) {
+                    Some(stream) if is_fenced(&refusal, &stream.log) => {
                         self.fenced(&stream.log);
+                        streams.remove(&key);
                     }
-                }
+                    // A twin's journal lies there, which is the same generation.
+                    Some(stream) => stream.lose(node),
+                    None => {}
+                },
                 JournalRefusal::Unknown { key } => {
                     let holders = streams.get_mut(&key).into_iter().flat_map(|stream| &mut stream.holders);
                     holders.filter(|holder| holder.node == *node).for_each(|holder| holder.needs_put = true);
@@ -249,10 +259,26 @@ impl Replicator {
     }
 }
 
+/// Whether a later epoch of the stream exists, rather than a twin of the same.
+fn is_fenced(refusal: &JournalRefusal, log: &StreamLog) -> bool {
+    matches!(refusal, JournalRefusal::Fenced { epoch, .. } if *epoch > log.epoch())
+}
+
+/// What an entry takes of a batch, about.
+fn weight(entry: &JournalEntry) -> usize {
+    match entry {
+        JournalEntry::Put(record) => {
+            let tokens: usize = record.choices.iter().map(|choice| choice.tokens.len()).sum();
+            1024 + 4 * (record.head.prompt.len() + tokens)
+        }
+        JournalEntry::Append { tokens, .. } => 64 + 4 * tokens.len(),
+    }
+}
+
 impl Replicated {
     fn lose(&mut self, node: &NodeId) {
         self.holders.retain(|holder| holder.node != *node);
-        self.lost.insert(node.clone());
+        self.lost.insert(node.clone(), Instant::now());
     }
 }
 

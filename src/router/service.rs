@@ -18,7 +18,7 @@ use crate::cluster::{
     FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal, PeerFrame, PeerService,
     PeerStream,
 };
-use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent};
+use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, watch};
 
 /// Of the stall timeout, for signs of life: several may be lost before anybody is alarmed.
 const HEARTBEATS_PER_TIMEOUT: u32 = 4;
@@ -60,7 +60,12 @@ impl PeerService for Router {
         })?;
         let source = Source::engine(stream, local.engine.clone(), permit, cursor, now());
         let (frames, answer) = PeerStream::channel();
-        tokio::spawn(serve(shared.clone(), source, frames, unfinished));
+        let is_leaving = shared.is_leaving.subscribe();
+        if shared.leaves() {
+            // It began in this moment.
+            let _ = frames.send(PeerFrame::HandOver);
+        }
+        tokio::spawn(serve(shared.clone(), source, frames, unfinished, is_leaving));
         Ok(answer)
     }
 
@@ -141,11 +146,16 @@ fn is_known(event: &GenerationEvent, known: &mut [u32]) -> bool {
 }
 
 /// Passes on what the engine says. While it says nothing, its step loop vouches for it; an engine that hangs goes silent.
-async fn serve(shared: Arc<Shared>, mut source: Source, frames: UnboundedSender<PeerFrame>, mut unfinished: usize) {
+async fn serve(
+    shared: Arc<Shared>,
+    mut source: Source,
+    frames: UnboundedSender<PeerFrame>,
+    mut unfinished: usize,
+    mut is_leaving: watch::Receiver<bool>,
+) {
     shared.metrics.streams_served.inc();
     let mut ticks = interval(shared.heartbeat_interval());
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut is_leaving = shared.is_leaving.subscribe();
     let mut last_beat = now();
     while unfinished > 0 {
         let frame = tokio::select! {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -106,6 +106,7 @@ pub struct Shared {
     open_streams: AtomicU32,
     /// The last stream has ended.
     pub(super) idle: Notify,
+    is_closed: AtomicBool,
     pub(super) is_leaving: watch::Sender<bool>,
     pub(super) is_cut: watch::Sender<bool>,
 }
@@ -151,6 +152,7 @@ impl Router {
             draws: seed.into(),
             open_streams: 0.into(),
             idle: Notify::new(),
+            is_closed: false.into(),
             is_leaving: watch::Sender::new(false),
             is_cut: watch::Sender::new(false),
         };
@@ -252,6 +254,11 @@ impl Router {
         }
     }
 
+    /// From now on no stream is begun, neither here nor at a peer.
+    pub fn close(&self) {
+        self.shared.is_closed.store(true, Ordering::Relaxed);
+    }
+
     /// Ends all streams; their clients are told how to go on elsewhere.
     pub fn cut(&self) {
         self.shared.is_cut.send_replace(true);
@@ -287,6 +294,11 @@ impl Shared {
 
     pub(super) fn has_peers(&self) -> bool {
         self.is_clustered && !self.view.borrow().peers.is_empty()
+    }
+
+    /// Refuses when no stream may be begun any more.
+    pub(super) fn check_open(&self) -> Result<(), Failure> {
+        if self.is_closed.load(Ordering::Relaxed) { Err(self.unavailable()) } else { Ok(()) }
     }
 
     pub(super) fn leaves(&self) -> bool {
@@ -359,11 +371,11 @@ impl Shared {
     }
 
     fn suits(&self, want: &Want, model: &ModelReport) -> bool {
-        let is_same = want.fingerprint.as_ref().is_none_or(|fingerprint| *fingerprint == model.fingerprint);
+        let has_same_numbers = want.fingerprint.as_ref() == Some(&model.fingerprint);
+        let may_differ = want.fingerprint.is_none() || want.allows_other_fingerprint;
         model.tokenizer == want.tokenizer
-            && model.names.contains(&want.model)
             && want.length() <= u64::from(model.max_model_len)
-            && (is_same || want.allows_other_fingerprint)
+            && (has_same_numbers || (may_differ && model.names.contains(&want.model)))
     }
 
     pub(super) fn may_serve_here(&self) -> bool {
@@ -483,7 +495,7 @@ impl Shared {
             return None;
         }
         let mut streams = self.streams.lock();
-        if let Some(running) = streams.get(&log.key()) {
+        if let Some(running) = streams.get(&log.key()).filter(|running| !running.is_closed()) {
             return Some(running.clone());
         }
         streams.insert(log.key(), log.clone());
@@ -508,8 +520,9 @@ impl Shared {
             let mut streams = self.streams.lock();
             if streams.get(&log.key()).is_some_and(|running| Arc::ptr_eq(running, log)) {
                 streams.remove(&log.key());
-                self.replicator.end(&log.key());
             }
+            drop(streams);
+            self.replicator.end(log);
         }
         self.metrics.streams_open.dec();
         if self.open_streams.fetch_sub(1, Ordering::Relaxed) == 1 {

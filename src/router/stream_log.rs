@@ -45,6 +45,8 @@ pub struct StreamLog {
     /// The client named the stream, or was told its name: a holder keeps its journal.
     pub is_named: bool,
     epoch: AtomicU64,
+    /// The node that answers for the stream, if that is another one.
+    followed: Mutex<Option<NodeId>>,
     /// A later epoch exists elsewhere.
     is_fenced: AtomicBool,
     state: Mutex<State>,
@@ -83,6 +85,7 @@ impl StreamLog {
             head,
             is_named,
             epoch: epoch.into(),
+            followed: Mutex::default(),
             is_fenced: false.into(),
             state: Mutex::new(state),
             departures: Notify::new(),
@@ -99,6 +102,15 @@ impl StreamLog {
 
     pub fn set_epoch(&self, epoch: u64) {
         self.epoch.store(epoch, Ordering::Relaxed);
+    }
+
+    /// Says whose stream this is, if it is not this node's.
+    pub fn follow(&self, entry: Option<NodeId>) {
+        *self.followed.lock() = entry;
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.state.lock().is_closed
     }
 
     pub fn is_fenced(&self) -> bool {
@@ -231,13 +243,13 @@ impl StreamLog {
     }
 
     /// As another node would have to know it.
-    pub fn record(&self, entry: &NodeId) -> JournalRecord {
+    pub fn record(&self, own: &NodeId) -> JournalRecord {
         let state = self.state.lock();
         JournalRecord {
             head: self.head.clone(),
             epoch: self.epoch(),
-            entry: entry.clone(),
-            choices: state.choices.iter().map(|choice| choice.progress.clone()).collect(),
+            entry: self.followed.lock().clone().unwrap_or_else(|| own.clone()),
+            choices: state.choices.iter().map(|choice| choice.progress.lasting()).collect(),
         }
     }
 
@@ -245,7 +257,7 @@ impl StreamLog {
     pub fn since(&self, choice: usize, sent: (usize, bool)) -> Option<(Vec<TokenId>, Option<FinishReason>)> {
         let state = self.state.lock();
         let progress = &state.choices[choice].progress;
-        let finished = progress.finished.clone().filter(|_| !sent.1);
+        let finished = progress.finished.clone().filter(|reason| !sent.1 && reason.is_of_the_generation());
         let tokens = progress.tokens.get(sent.0..).unwrap_or_default();
         (!tokens.is_empty() || finished.is_some()).then(|| (tokens.to_vec(), finished))
     }

@@ -99,6 +99,16 @@ pub enum FinishReason {
     Shutdown,
 }
 
+impl FinishReason {
+    /// Whether every undisturbed run of the request ends so, at this token.
+    pub fn is_of_the_generation(&self) -> bool {
+        match self {
+            FinishReason::Stop(_) | FinishReason::Length => true,
+            FinishReason::Deadline | FinishReason::Shutdown => false,
+        }
+    }
+}
+
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum StopCause {
     /// The model's end-of-sequence token (it is published as the last `Token`, without text).

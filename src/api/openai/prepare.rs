@@ -150,7 +150,13 @@ impl Start<'_> {
         let dispatched = self.state.router.dispatch(Dispatch {
             id: if index == 0 { id.clone() } else { RequestId::new(format!("{id}-{index}")) },
             created: unix_seconds(),
-            model: self.model.name().to_owned(),
+            model: self
+                .body
+                .model
+                .as_deref()
+                .filter(|name| self.model.has_name(name))
+                .unwrap_or(self.model.name())
+                .to_owned(),
             tokenizer: self.model.tokenizer_digest.clone(),
             prompt: prompt.tokens.clone(),
             sampling: sampling.clone(),

@@ -63,7 +63,7 @@ impl Resumption {
             None => Uuid::new_v4().into_bytes(),
         };
         let id = match &key {
-            Some(key) if key.starts_with(prefix) => RequestId::new(key.as_str()),
+            Some(key) if is_given(key, prefix) => RequestId::new(key.as_str()),
             _ => RequestId::new(format!("{prefix}{}", Uuid::from_bytes(name).simple())),
         };
         let seed: [u8; 16] = match &key {
@@ -127,6 +127,12 @@ impl Resumption {
         }
         response
     }
+}
+
+/// Whether a node gave this name to a stream that had none.
+fn is_given(key: &str, prefix: &str) -> bool {
+    let digits = key.strip_prefix(prefix);
+    digits.is_some_and(|digits| digits.len() == 32 && digits.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
 fn key(headers: &HeaderMap) -> Result<Option<String>, Failure> {
