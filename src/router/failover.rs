@@ -157,8 +157,10 @@ impl FailoverStream {
             Beginning::Place(choice) => self.open_chosen(choice),
             Beginning::Anywhere => self.open(),
         }
-        // The node may have begun to leave in this moment, and nobody says it twice.
-        self.look_around();
+        if !self.log.is_complete() {
+            // The node may have begun to leave in this moment, and nobody says it twice.
+            self.look_around();
+        }
         loop {
             while !(self.log.is_complete() && self.gate.is_none()) {
                 match self.step().await {
