@@ -10,7 +10,7 @@ use crate::types::FailureKind;
 
 /// Waits of an open breaker: the first, and the cap of their doubling.
 const UNREACHABLE: Backoff = Backoff { first: Duration::from_millis(250), most: Duration::from_secs(10) };
-const BROKEN: Backoff = Backoff { first: Duration::from_secs(1), most: Duration::from_secs(30) };
+const BROKEN: Backoff = Backoff { first: Duration::from_secs(1), most: Duration::from_secs(10) };
 /// Wrong numbers are worse than none, and rarely heal by themselves.
 const WRONG_NUMBERS: Backoff = Backoff { first: Duration::from_secs(60), most: Duration::from_secs(600) };
 /// A full queue moves on within a moment.
@@ -77,6 +77,8 @@ pub struct Breaker {
     /// Openings since it was last steady.
     trips: u32,
     internal_in_a_row: u32,
+    /// It was opened for wrong numbers, and nothing good was heard of the peer since.
+    has_lied: bool,
     /// No new request before this, though the breaker is closed.
     busy_until: Option<Instant>,
     /// What memory takes from the weight, 0 to 1 - `LEAST_WEIGHT`, and when it did.
@@ -92,6 +94,7 @@ impl Breaker {
             state: State::Closed { since: now },
             trips: 0,
             internal_in_a_row: 0,
+            has_lied: false,
             busy_until: None,
             lack: 0.0,
             lack_at: now,
@@ -122,6 +125,11 @@ impl Breaker {
         1.0 - self.lack_now(now)
     }
 
+    /// Whether it may be called for want of anybody else, though the breaker is open.
+    pub fn is_trusted(&self) -> bool {
+        !self.has_lied
+    }
+
     pub fn state(&self, now: Instant) -> BreakerState {
         match self.state {
             State::Closed { .. } => BreakerState::Closed,
@@ -150,6 +158,7 @@ impl Breaker {
         match self.state {
             State::HalfOpen { probe: Some(probe) } if probe.number == attempt.number => {
                 self.state = State::Closed { since: now };
+                self.has_lied = false;
             }
             // What an earlier call still delivers says nothing about the failure that came after it began.
             State::Open { .. } | State::HalfOpen { .. } => return,
@@ -182,7 +191,10 @@ impl Breaker {
                 self.lack_at = now;
                 self.answered(attempt, now);
             }
-            FailureKind::NumericsInvalid => self.open(attempt, WRONG_NUMBERS, now, random),
+            FailureKind::NumericsInvalid => {
+                self.has_lied = true;
+                self.open(attempt, WRONG_NUMBERS, now, random);
+            }
             FailureKind::PeerStalled | FailureKind::PeerDisconnected | FailureKind::EngineFailed => {
                 self.open(attempt, BROKEN, now, random);
             }
@@ -193,6 +205,13 @@ impl Breaker {
                     self.open(attempt, BROKEN, now, random);
                 }
             }
+        }
+    }
+
+    /// The call is over, and nothing more is heard of it: if it was a probe, the next call is another.
+    pub fn abandoned(&mut self, attempt: Attempt) {
+        if attempt.incarnation == self.incarnation {
+            self.end_probe(attempt);
         }
     }
 
@@ -281,6 +300,7 @@ mod tests {
                 }
             };
             assert_eq!((breaker.state(now), closed_for(&breaker, now)), (state, wait), "{kind:?}");
+            assert_eq!(breaker.is_trusted(), kind != FailureKind::NumericsInvalid, "{kind:?}");
             assert_eq!(breaker.weight(now), if kind == FailureKind::OutOfMemory { 0.5 } else { 1.0 }, "{kind:?}");
         }
     }
@@ -309,6 +329,8 @@ mod tests {
         let probe = breaker.begin(later).expect("the probe");
         breaker.failed(probe, FailureKind::Cancelled, later, LATEST);
         assert_eq!(breaker.state(later), BreakerState::HalfOpen);
+        let probe = breaker.begin(later).expect("another probe");
+        breaker.abandoned(probe);
         breaker.begin(later).expect("another probe, which gets lost");
         assert!(!breaker.allows(later + PROBE_PATIENCE - seconds(0.001)));
         assert!(breaker.allows(later + PROBE_PATIENCE));

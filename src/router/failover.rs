@@ -367,6 +367,8 @@ impl FailoverStream {
                 self.opening =
                     Some(Opening { node: peer.id.clone(), cursor, attempt, since: now(), stream, in_flight });
             }
+            // That all are full is for the client to know, whatever else went wrong on the way.
+            Choice::Shed(failure) if !is_continuation => self.log.fail(failure),
             Choice::Shed(failure) | Choice::Nowhere(failure) => {
                 if !is_continuation {
                     return self.log.fail(self.last_failure.take().unwrap_or(failure));

@@ -39,6 +39,8 @@ struct Sent {
 #[derive(Clone, Copy, Debug)]
 pub struct Standing {
     pub allows: bool,
+    /// It may be called all the same, if there is nobody else.
+    pub is_trusted: bool,
     pub weight: f64,
     pub breaker: BreakerState,
     pub sent_choices: u32,
@@ -53,12 +55,16 @@ pub struct Standing {
 pub struct InFlight {
     ledger: Ledger,
     node: NodeId,
+    attempt: Option<Attempt>,
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
         if let Some(account) = self.ledger.0.lock().get_mut(&self.node) {
             account.open = account.open.saturating_sub(1);
+            if let Some(attempt) = self.attempt {
+                account.breaker.abandoned(attempt);
+            }
         }
     }
 }
@@ -77,6 +83,7 @@ impl Ledger {
             let breaker = Breaker::new(peer.incarnation, now);
             return Standing {
                 allows: true,
+                is_trusted: true,
                 weight: breaker.weight(now),
                 breaker: breaker.state(now),
                 sent_choices: 0,
@@ -92,6 +99,7 @@ impl Ledger {
         }
         Standing {
             allows: account.breaker.allows(now),
+            is_trusted: account.breaker.is_trusted(),
             weight: account.breaker.weight(now),
             breaker: account.breaker.state(now),
             sent_choices: account.sent.iter().map(|sent| sent.choices).sum(),
@@ -120,7 +128,7 @@ impl Ledger {
             let oldest = idle.min_by_key(|(_, account)| account.last_call).map(|(node, _)| node.clone());
             oldest.and_then(|node| accounts.remove(&node));
         }
-        (attempt, InFlight { ledger: self.clone(), node: peer.id.clone() })
+        (attempt, InFlight { ledger: self.clone(), node: peer.id.clone(), attempt })
     }
 
     /// The peer took a call after this time.

@@ -356,7 +356,17 @@ impl Shared {
             remaining: want.deadline.map(|deadline| deadline.saturating_duration_since(now)),
             is_continuation,
         };
-        match place(want.strategy, &request, &candidates, self.draw()) {
+        let mut placement = place(want.strategy, &request, &candidates, self.draw());
+        if placement == Placement::Nowhere && !is_continuation {
+            // A fresh request would fail at once: better a peer that has lately failed than nobody. A stream that has begun
+            // can wait for the breaker.
+            for (candidate, (peer, _)) in candidates[num_here..].iter_mut().zip(&peers) {
+                let is_trusted = self.ledger.standing(peer, now).is_trusted;
+                candidate.may_serve = is_trusted && is_free(&Replica::At(peer.id.clone()));
+            }
+            placement = place(want.strategy, &request, &candidates, self.draw());
+        }
+        match placement {
             Placement::Serve(index) if index < num_here => Choice::Here,
             Placement::Serve(index) => {
                 let (peer, model) = peers[index - num_here];
