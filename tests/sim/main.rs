@@ -1,0 +1,129 @@
+//! The real router, engine core and protocols over a simulated network and clock, from a seed.
+//!
+//! Every seed stands for a cluster of two to five nodes, clients of all kinds, and faults: processes and machines die, stand
+//! still, drain; links are cut one way or both, connections break; engines slow down, hang, crash, run out of memory or
+//! return numbers that are none; reports come late and out of order. Every stream must equal the undisturbed run of its
+//! request, whatever happens; no client may see an error while a replica could have helped; and when all is over nothing
+//! may be left behind.
+//!
+//! `SIM_SEED=7` runs one seed and tells what happens; `SIM_SEEDS=1000000` runs so many; `SIM_FIRST` is the first of them.
+//!
+//! What is simulated and what is not: a process that stands still sends and receives nothing, and its engine does not step,
+//! but its timers run on. Membership is a model of gossip, not chitchat; HTTP/2 and TLS do not take part.
+
+mod client;
+mod engine;
+mod gossip;
+mod net;
+mod node;
+mod oracle;
+mod plan;
+mod random;
+mod run;
+mod trace;
+mod world;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use run::Outcome;
+
+/// Seeds of an ordinary test run.
+const SEEDS: u64 = 5_000;
+/// A seed that takes longer than this runs in a circle.
+const SEED_LIMIT: Duration = Duration::from_secs(300);
+
+fn setting(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|_| panic!("{name} must be a number, not {text}")))
+}
+
+fn replay_line(seed: u64) -> String {
+    format!("SIM_SEED={seed} cargo test --test sim every_stream -- --nocapture")
+}
+
+#[derive(Default)]
+struct Progress {
+    /// What each thread is at, and since when.
+    running: Mutex<BTreeMap<usize, (u64, Instant)>>,
+    failed: Mutex<BTreeMap<u64, String>>,
+    done: AtomicU64,
+    sum: Mutex<Outcome>,
+}
+
+#[test]
+fn every_stream_equals_its_undisturbed_run() {
+    if let Some(seed) = setting("SIM_SEED") {
+        match run::run(seed, true) {
+            Ok(_) => return,
+            Err(violation) => panic!("{}\n    {}", violation.0, replay_line(seed)),
+        }
+    }
+    let first = setting("SIM_FIRST").unwrap_or(0);
+    let end = first + setting("SIM_SEEDS").unwrap_or(SEEDS);
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    let (progress, next) = (Arc::<Progress>::default(), Arc::new(AtomicU64::new(first)));
+    let workers: Vec<_> = (0..threads)
+        .map(|thread| {
+            let (progress, next) = (progress.clone(), next.clone());
+            std::thread::spawn(move || work(thread, end, &next, &progress))
+        })
+        .collect();
+    while workers.iter().any(|worker| !worker.is_finished()) {
+        std::thread::sleep(Duration::from_millis(50));
+        let running = progress.running.lock();
+        if let Some((seed, _)) = running.values().find(|(_, since)| since.elapsed() > SEED_LIMIT) {
+            panic!("seed {seed} does not come to an end\n    {}", replay_line(*seed));
+        }
+    }
+    let failed = progress.failed.lock();
+    if let Some((seed, violation)) = failed.first_key_value() {
+        let done = progress.done.load(Ordering::Relaxed);
+        panic!("{violation}\n    found after {done} seeds\n    {}", replay_line(*seed));
+    }
+    let Outcome { failovers, hand_overs, resumed, fenced, .. } = *progress.sum.lock();
+    println!(
+        "{} seeds: {failovers} failovers, {hand_overs} hand-overs, {resumed} resumed, {fenced} fenced",
+        end - first
+    );
+    if end - first >= SEEDS {
+        for count in [failovers, hand_overs, resumed, fenced] {
+            assert!(count > (end - first) / 50, "too little happens for this to prove anything");
+        }
+    }
+}
+
+/// Takes seed after seed, until there is no more or one has failed.
+fn work(thread: usize, end: u64, next: &AtomicU64, progress: &Progress) {
+    loop {
+        let seed = next.fetch_add(1, Ordering::Relaxed);
+        if seed >= end || !progress.failed.lock().is_empty() {
+            break;
+        }
+        progress.running.lock().insert(thread, (seed, Instant::now()));
+        match run::run(seed, false) {
+            Ok(outcome) => progress.sum.lock().add(outcome),
+            Err(violation) => {
+                progress.failed.lock().insert(seed, violation.0);
+            }
+        }
+        progress.done.fetch_add(1, Ordering::Relaxed);
+    }
+    progress.running.lock().remove(&thread);
+}
+
+#[test]
+fn a_seed_happens_the_same_way_every_time() {
+    let digest = |seed| run::run(seed, false).map_err(|violation| violation.0);
+    let digests: Vec<_> = (0..40).map(digest).collect();
+    for (seed, first) in digests.iter().enumerate() {
+        assert_eq!(digest(seed as u64), *first, "{}", replay_line(seed as u64));
+    }
+    let mut different: Vec<_> = digests.iter().collect();
+    different.dedup();
+    assert_eq!(different.len(), digests.len(), "different seeds are different stories");
+}

@@ -1,0 +1,404 @@
+//! The network between the nodes: every call takes time, waits while a link is cut or a process stands still, and breaks
+//! when it waits for too long or when one of its ends dies. What was sent may arrive after the caller has given up.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use outrigger::cluster::{
+    FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalKey, JournalRecord, JournalRefusal, Peer, PeerFrame,
+    PeerService, PeerStream, PeerTransport,
+};
+use outrigger::router::Router;
+use outrigger::types::{Failure, FailureKind, GenerationEvent, NodeId, watch};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use crate::random::Random;
+use crate::trace::Trace;
+
+/// A connection that carries nothing for so long breaks.
+const CONNECTION_PATIENCE: Duration = Duration::from_secs(15);
+/// A new one is given up after this.
+const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A process of a node.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Process {
+    pub node: usize,
+    pub incarnation: u64,
+}
+
+#[derive(Clone)]
+struct Endpoint {
+    incarnation: u64,
+    router: Router,
+    death: CancellationToken,
+}
+
+pub struct Net {
+    state: Mutex<State>,
+    /// The latest epoch of each stream that each process has taken an entry of.
+    epochs: Mutex<BTreeMap<(Process, JournalKey), u64>>,
+    /// Counts changes of what may pass.
+    changes: watch::Sender<u64>,
+    /// Nothing is forgotten for lack of memory.
+    keeps_all_journals: bool,
+    trace: Arc<Trace>,
+}
+
+struct State {
+    endpoints: BTreeMap<usize, Endpoint>,
+    /// Processes whose machine vanished with them: nobody is told.
+    vanished: BTreeSet<Process>,
+    paused: BTreeSet<usize>,
+    /// From whom to whom nothing passes.
+    cuts: BTreeSet<(usize, usize)>,
+    resets: BTreeMap<(usize, usize), CancellationToken>,
+    random: Random,
+}
+
+pub fn node_id(node: usize) -> NodeId {
+    NodeId::new(format!("n{node}"))
+}
+
+fn index_of(node: &NodeId) -> usize {
+    node.as_str()[1..].parse().expect("a simulated node")
+}
+
+fn unordered(a: usize, b: usize) -> (usize, usize) {
+    (a.min(b), a.max(b))
+}
+
+fn unreachable() -> Failure {
+    Failure::new(FailureKind::PeerUnreachable, "simulated: no connection")
+}
+
+fn disconnected() -> Failure {
+    Failure::new(FailureKind::PeerDisconnected, "simulated: the connection broke")
+}
+
+impl Net {
+    pub fn new(keeps_all_journals: bool, random: Random, trace: Arc<Trace>) -> Arc<Self> {
+        let state = State {
+            endpoints: BTreeMap::new(),
+            vanished: BTreeSet::new(),
+            paused: BTreeSet::new(),
+            cuts: BTreeSet::new(),
+            resets: BTreeMap::new(),
+            random,
+        };
+        Arc::new(Self {
+            state: Mutex::new(state),
+            epochs: Mutex::default(),
+            changes: watch::Sender::new(0),
+            keeps_all_journals,
+            trace,
+        })
+    }
+
+    pub fn join(&self, process: &Process, router: Router, death: CancellationToken) {
+        let endpoint = Endpoint { incarnation: process.incarnation, router, death };
+        self.change(|state| state.endpoints.insert(process.node, endpoint));
+    }
+
+    /// The process is gone. With its machine, connections to it hang instead of breaking.
+    pub fn leave(&self, process: &Process, with_machine: bool) {
+        self.change(|state| {
+            if with_machine {
+                state.vanished.insert(process.clone());
+            }
+            state.endpoints.remove(&process.node)
+        });
+    }
+
+    pub fn pause(&self, node: usize, is_paused: bool) {
+        self.change(|state| if is_paused { state.paused.insert(node) } else { state.paused.remove(&node) });
+    }
+
+    pub fn cut(&self, from: usize, to: usize, is_cut: bool) {
+        self.change(|state| if is_cut { state.cuts.insert((from, to)) } else { state.cuts.remove(&(from, to)) });
+    }
+
+    /// Breaks every connection between the two.
+    pub fn reset(&self, a: usize, b: usize) {
+        let token = self.state.lock().resets.insert(unordered(a, b), CancellationToken::new());
+        token.into_iter().for_each(|token| token.cancel());
+    }
+
+    pub fn heal(&self) {
+        self.change(|state| {
+            state.cuts.clear();
+            state.paused.clear();
+        });
+    }
+
+    pub fn is_paused(&self, node: usize) -> bool {
+        self.state.lock().paused.contains(&node)
+    }
+
+    pub fn is_cut(&self, from: usize, to: usize) -> bool {
+        self.state.lock().cuts.contains(&(from, to))
+    }
+
+    /// Returns once the node's process moves.
+    pub async fn resumed(&self, node: usize) {
+        let mut changes = self.changes.subscribe();
+        while self.is_paused(node) {
+            // The sender lives in `self`.
+            let _ = changes.changed().await;
+        }
+    }
+
+    /// What a process may still say to others, for gossip: to whom does word of `from` get, over however many hops?
+    pub fn reached_from(&self, from: usize) -> BTreeSet<usize> {
+        let state = self.state.lock();
+        let moves = |node: &usize| state.endpoints.contains_key(node) && !state.paused.contains(node);
+        let mut reached = BTreeSet::new();
+        let mut frontier: Vec<usize> = Some(from).into_iter().filter(|node| moves(node)).collect();
+        while let Some(node) = frontier.pop() {
+            if reached.insert(node) {
+                frontier.extend(state.endpoints.keys().filter(|to| moves(to) && !state.cuts.contains(&(node, **to))));
+            }
+        }
+        reached
+    }
+
+    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) {
+        change(&mut self.state.lock());
+        self.changes.send_modify(|changes| *changes += 1);
+    }
+
+    fn endpoint(&self, process: &Process) -> Option<Endpoint> {
+        let state = self.state.lock();
+        state.endpoints.get(&process.node).filter(|endpoint| endpoint.incarnation == process.incarnation).cloned()
+    }
+
+    fn reset_token(&self, a: usize, b: usize) -> CancellationToken {
+        self.state.lock().resets.entry(unordered(a, b)).or_default().clone()
+    }
+
+    fn delay(&self) -> Duration {
+        let random = &mut self.state.lock().random;
+        match random.next() % 100 {
+            0 => random.millis(20, 400),
+            1..10 => random.millis(2, 20),
+            _ => random.micros(100, 2000),
+        }
+    }
+
+    /// The way of one message. `patience`: how long it may be held up.
+    async fn transit(&self, from: &Process, to: &Process, patience: Duration) -> Result<(), Failure> {
+        sleep(self.delay()).await;
+        let deadline = Instant::now() + patience;
+        let mut changes = self.changes.subscribe();
+        loop {
+            let is_held = {
+                let state = self.state.lock();
+                let is_alive = |process: &Process| {
+                    state.endpoints.get(&process.node).is_some_and(|there| there.incarnation == process.incarnation)
+                };
+                let has_vanished = state.vanished.contains(to) || state.vanished.contains(from);
+                if !(has_vanished || is_alive(to) && is_alive(from)) {
+                    return Err(unreachable());
+                }
+                let stands = state.paused.contains(&from.node) || state.paused.contains(&to.node);
+                has_vanished || stands || state.cuts.contains(&(from.node, to.node))
+            };
+            if !is_held {
+                return Ok(());
+            }
+            if timeout_at(deadline, changes.changed()).await.is_err() {
+                return Err(unreachable());
+            }
+        }
+    }
+}
+
+/// The calls of one process.
+pub struct SimTransport {
+    pub net: Arc<Net>,
+    pub own: Process,
+}
+
+impl SimTransport {
+    fn process(peer: &Peer) -> Process {
+        Process { node: index_of(&peer.id), incarnation: peer.incarnation }
+    }
+
+    /// A call with one answer. It goes on when nobody waits for the answer any more.
+    fn call<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        peer: &Peer,
+        answer: impl FnOnce(&Router) -> T + Send + 'static,
+    ) -> BoxFuture<'static, Result<T, Failure>> {
+        let (net, own, peer) = (self.net.clone(), self.own.clone(), Self::process(peer));
+        let (sender, receiver) = oneshot::channel();
+        tokio::spawn(async move {
+            let result = net.exchange(what, &own, &peer, answer).await;
+            // The caller may have given up.
+            let _ = sender.send(result);
+        });
+        Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(disconnected())) })
+    }
+
+    fn open(
+        &self,
+        what: &'static str,
+        peer: &Peer,
+        open: impl FnOnce(&Router) -> Result<PeerStream, Failure> + Send + 'static,
+    ) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        let (net, own, peer) = (self.net.clone(), self.own.clone(), Self::process(peer));
+        let (sender, receiver) = oneshot::channel();
+        tokio::spawn(async move {
+            let result = match net.exchange(what, &own, &peer, open).await {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(failure)) | Err(failure) => {
+                    let _ = sender.send(Err(failure));
+                    return;
+                }
+            };
+            let (frames, relayed) = PeerStream::channel();
+            if sender.send(Ok(relayed)).is_ok() {
+                net.relay(&own, &peer, result, frames).await;
+            }
+        });
+        Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(disconnected())) })
+    }
+}
+
+impl Net {
+    /// A holder that has heard of a later epoch must not take the word of an earlier one.
+    fn check_fence(&self, holder: &Process, entries: &[(JournalKey, u64)], refusals: &[JournalRefusal]) {
+        let is_refused = |key: &JournalKey| {
+            refusals.iter().any(|refusal| match refusal {
+                JournalRefusal::Fenced { key: refused, .. }
+                | JournalRefusal::Unknown { key: refused }
+                | JournalRefusal::Full { key: refused } => refused == key,
+            })
+        };
+        let mut epochs = self.epochs.lock();
+        for (key, epoch) in entries.iter().filter(|(key, _)| !is_refused(key)) {
+            let latest = epochs.entry((holder.clone(), *key)).or_default();
+            assert!(*latest <= *epoch, "n{} takes an entry of epoch {epoch} after one of {latest}", holder.node);
+            *latest = *epoch;
+        }
+    }
+
+    async fn exchange<T>(
+        &self,
+        what: &str,
+        from: &Process,
+        to: &Process,
+        answer: impl FnOnce(&Router) -> T,
+    ) -> Result<T, Failure> {
+        self.transit(from, to, CONNECT_PATIENCE).await?;
+        let there = self.endpoint(to).ok_or_else(unreachable)?;
+        self.trace.note(format_args!("n{} gets {what} of n{}", to.node, from.node));
+        let answer = answer(&there.router);
+        self.transit(to, from, CONNECTION_PATIENCE).await.map_err(|_| disconnected())?;
+        Ok(answer)
+    }
+
+    /// Carries the frames of a stream that `to` sends and `from` has asked for.
+    async fn relay(
+        &self,
+        from: &Process,
+        to: &Process,
+        mut stream: PeerStream,
+        frames: mpsc::UnboundedSender<PeerFrame>,
+    ) {
+        let reset = self.reset_token(from.node, to.node);
+        let (Some(here), Some(there)) = (self.endpoint(from), self.endpoint(to)) else { return };
+        loop {
+            let mut frame = tokio::select! {
+                biased;
+                () = reset.cancelled() => return,
+                () = there.death.cancelled() => return self.outlive(to, frames.closed()).await,
+                () = here.death.cancelled() => return self.outlive(from, until_end(&mut stream)).await,
+                () = frames.closed() => {
+                    // The cancellation travels like everything else, and the stream goes on until it has arrived.
+                    let _ = self.transit(from, to, CONNECTION_PATIENCE).await;
+                    return;
+                }
+                frame = stream.next() => frame,
+            };
+            let passage = tokio::select! {
+                biased;
+                () = reset.cancelled() => return,
+                passage = self.transit(to, from, CONNECTION_PATIENCE) => passage,
+            };
+            if passage.is_err() {
+                return;
+            }
+            loop {
+                let is_over = matches!(frame, PeerFrame::Event(GenerationEvent::Failed(_)));
+                let is_heard = frames.send(frame).is_ok();
+                if is_over {
+                    return;
+                }
+                if !is_heard {
+                    break;
+                }
+                match stream.try_next() {
+                    Some(next) => frame = next,
+                    None => break,
+                }
+            }
+        }
+    }
+
+    /// A process has died. Its connections break a moment later, or hang when its machine died as well.
+    async fn outlive(&self, dead: &Process, hang: impl Future<Output = ()>) {
+        let has_vanished = self.state.lock().vanished.contains(dead);
+        if has_vanished {
+            hang.await;
+        } else {
+            sleep(self.delay()).await;
+        }
+    }
+}
+
+async fn until_end(stream: &mut PeerStream) {
+    while !matches!(stream.next().await, PeerFrame::Event(GenerationEvent::Failed(_))) {}
+}
+
+impl PeerTransport for SimTransport {
+    fn generate(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        self.open("generate", peer, move |router| PeerService::generate(router, call))
+    }
+
+    fn follow(&self, peer: &Peer, call: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        self.open("follow", peer, move |router| PeerService::follow(router, call))
+    }
+
+    fn journal(&self, peer: &Peer, batch: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {
+        let (net, holder) = (self.net.clone(), Self::process(peer));
+        let of = |entry: &JournalEntry| match entry {
+            JournalEntry::Put(record) => (record.head.key, record.epoch),
+            JournalEntry::Append { key, epoch, .. } => (*key, *epoch),
+        };
+        let entries: Vec<_> = batch.entries.iter().map(of).collect();
+        self.call("journal", peer, move |router| {
+            let refusals = PeerService::journal(router, batch);
+            if net.keeps_all_journals {
+                net.check_fence(&holder, &entries, &refusals);
+            }
+            refusals
+        })
+    }
+
+    fn lookup(&self, peer: &Peer, key: JournalKey) -> BoxFuture<'static, Result<Option<JournalRecord>, Failure>> {
+        self.call("lookup", peer, move |router| PeerService::lookup(router, key))
+    }
+
+    fn tokenizer(&self, peer: &Peer, digest: String) -> BoxFuture<'static, Result<Bytes, Failure>> {
+        let answer = self.call("tokenizer", peer, move |router| PeerService::tokenizer(router, &digest));
+        Box::pin(async move { answer.await?.ok_or_else(|| Failure::new(FailureKind::Internal, "simulated: not here")) })
+    }
+}

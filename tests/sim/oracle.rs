@@ -1,0 +1,65 @@
+//! What every stream must be: the undisturbed run of the same request on an engine of its own.
+
+use outrigger::cluster::JournalRecord;
+use outrigger::types::{
+    ChoiceStart, FinishReason, GenerateRequest, GenerationEvent, RequestId, TokenId, TokenLogprobs,
+};
+
+use crate::engine::compute_alone;
+use crate::plan::ClientPlan;
+
+/// Something that must never happen, in words.
+#[derive(Clone, Debug)]
+pub struct Violation(pub String);
+
+pub struct Reference {
+    pub choices: Vec<ReferenceChoice>,
+}
+
+pub struct ReferenceChoice {
+    pub tokens: Vec<(TokenId, Option<Box<TokenLogprobs>>)>,
+    pub end: FinishReason,
+}
+
+impl Reference {
+    pub fn of(plan: &ClientPlan) -> Self {
+        let request = GenerateRequest {
+            id: RequestId::new("reference"),
+            prompt: plan.prompt.clone(),
+            choices: ChoiceStart::fresh(plan.sampling.n),
+            sampling: plan.sampling.clone(),
+            priority: 0,
+            deadline: None,
+            bypass_prefix_cache: true,
+            is_probe: false,
+        };
+        let mut stream = compute_alone(request);
+        let mut tokens = vec![Vec::new(); plan.sampling.n as usize];
+        let mut ends = vec![None; plan.sampling.n as usize];
+        while let Some(event) = stream.try_next() {
+            match event {
+                GenerationEvent::Scheduled { .. } => {}
+                GenerationEvent::Token { choice, token, logprobs } => tokens[choice as usize].push((token, logprobs)),
+                GenerationEvent::Finished { choice, reason } => ends[choice as usize] = Some(reason),
+                GenerationEvent::Failed(failure) => panic!("the reference run failed: {failure}"),
+            }
+        }
+        let choices = tokens.into_iter().zip(ends);
+        let choices = choices.map(|(tokens, end)| ReferenceChoice { tokens, end: end.expect("every choice ends") });
+        Self { choices: choices.collect() }
+    }
+
+    /// What a journal says that is not so; it may know less than all.
+    pub fn contradiction(&self, record: &JournalRecord) -> Option<String> {
+        let mut choices = record.choices.iter().zip(&self.choices).enumerate();
+        choices.find_map(|(index, (known, truth))| {
+            let is_beginning = known.tokens.len() <= truth.tokens.len()
+                && known.tokens.iter().zip(&truth.tokens).all(|(known, (token, _))| known == token);
+            let is_end = match &known.finished {
+                None | Some(FinishReason::Deadline | FinishReason::Shutdown) => true,
+                Some(end) => known.tokens.len() == truth.tokens.len() && *end == truth.end,
+            };
+            (!is_beginning || !is_end).then(|| format!("choice {index} has {known:?}"))
+        })
+    }
+}

@@ -1,0 +1,382 @@
+//! The simulated world: the nodes that live, what is wrong with them at present, and since when nothing is.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use outrigger::cluster::{JournalKey, PeerService};
+use outrigger::types::NodeState;
+use parking_lot::Mutex;
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+
+use crate::gossip::Gossip;
+use crate::net::{Net, Process};
+use crate::node::{Node, NodeConfig};
+use crate::oracle::{Reference, Violation};
+use crate::plan::Fault;
+use crate::random::Random;
+use crate::run::Outcome;
+use crate::trace::Trace;
+
+const GOSSIP_INTERVAL: Duration = Duration::from_millis(250);
+/// From one look into the journals to the next.
+const ROUNDS_PER_CHECK: u32 = 3;
+/// A replica that has been well and within reach for so long must be of help: whoever is refused now is wronged.
+const SETTLED: Duration = Duration::from_secs(6);
+/// How long a process with a dead engine looks after its streams.
+const RELAY_LIMIT: Duration = Duration::from_secs(8);
+
+pub struct World {
+    pub trace: Arc<Trace>,
+    pub net: Arc<Net>,
+    config: NodeConfig,
+    nodes: Mutex<Vec<Option<Node>>>,
+    weather: Mutex<Weather>,
+    random: Mutex<Random>,
+    /// What the nodes that have died had counted.
+    tally: Mutex<Outcome>,
+    /// What every stream must be, by its name.
+    references: Mutex<BTreeMap<JournalKey, Arc<Reference>>>,
+}
+
+/// When what was last not as it should be.
+struct Weather {
+    incarnations: u64,
+    /// Faults that a node suffers from at present.
+    troubles: Vec<u32>,
+    /// When it could last not compute for others.
+    unfit: Vec<Instant>,
+    /// When its process last did not move, or did not exist.
+    absent: Vec<Instant>,
+    broken_links: BTreeMap<(usize, usize), Instant>,
+}
+
+impl World {
+    pub fn new(nodes: usize, config: NodeConfig, mut random: Random, trace: Arc<Trace>) -> Arc<Self> {
+        let now = Instant::now();
+        let weather = Weather {
+            incarnations: 0,
+            troubles: vec![0; nodes],
+            unfit: vec![now; nodes],
+            absent: vec![now; nodes],
+            broken_links: BTreeMap::new(),
+        };
+        let world = Arc::new(Self {
+            net: Net::new(config.keeps_all_journals(), random.fork(), trace.clone()),
+            trace,
+            config,
+            nodes: Mutex::new(vec![None; nodes]),
+            weather: Mutex::new(weather),
+            random: Mutex::new(random),
+            tally: Mutex::default(),
+            references: Mutex::default(),
+        });
+        (0..nodes).for_each(|node| world.start(node));
+        world
+    }
+
+    pub fn nodes(&self) -> Vec<Option<Node>> {
+        self.nodes.lock().clone()
+    }
+
+    fn node(&self, node: usize) -> Option<Node> {
+        self.nodes.lock()[node].clone()
+    }
+
+    /// A node for a client to ask, any but the one to be avoided if there is another.
+    pub fn some_node(&self, avoided: Option<usize>, random: &mut Random) -> Option<Node> {
+        let nodes: Vec<Node> = self.nodes().into_iter().flatten().collect();
+        let others: Vec<&Node> = nodes.iter().filter(|node| Some(node.process.node) != avoided).collect();
+        if others.is_empty() { nodes.first().cloned() } else { Some((*random.pick(&others)).clone()) }
+    }
+
+    /// Whether a request at this node ought to be served: the node has been up, and a replica that is well has been within
+    /// its reach, for long enough.
+    pub fn could_serve(&self, entry: &Node) -> bool {
+        let (weather, own) = (self.weather.lock(), entry.process.node);
+        let is_settled = |since: &Instant| since.elapsed() >= SETTLED;
+        let reaches = |to| {
+            to == own || [(own, to), (to, own)].iter().all(|link| weather.broken_links.get(link).is_none_or(is_settled))
+        };
+        let mut replicas = weather.unfit.iter().enumerate();
+        is_settled(&weather.absent[own]) && replicas.any(|(node, since)| is_settled(since) && reaches(node))
+    }
+
+    /// Whether anything went wrong after, or shortly before.
+    pub fn had_trouble_since(&self, since: Instant) -> bool {
+        if !self.config.keeps_all_journals() {
+            return true;
+        }
+        let weather = self.weather.lock();
+        let mut troubles = weather.unfit.iter().chain(weather.broken_links.values());
+        troubles.any(|trouble| *trouble + SETTLED >= since)
+    }
+
+    pub fn remember(&self, key: JournalKey, reference: Arc<Reference>) {
+        self.references.lock().insert(key, reference);
+    }
+
+    /// Whatever a node knows of a stream, it must be true; and it must not know too much.
+    fn check_journals(&self, nodes: &[Option<Node>]) {
+        let limit = self.config.router.journal_memory;
+        for node in nodes.iter().flatten() {
+            let bytes = node.router.overview().streams.journal_bytes;
+            assert!(bytes <= limit, "n{} keeps {bytes} bytes of journals, of at most {limit}", node.process.node);
+            let contradictions = node.metrics.stream_contradictions.get();
+            assert_eq!(contradictions, 0, "n{} has seen replicas contradict one another", node.process.node);
+        }
+        for (key, reference) in self.references.lock().iter() {
+            for node in nodes.iter().flatten() {
+                let record = node.router.lookup(*key);
+                if let Some(lie) = record.and_then(|record| reference.contradiction(&record)) {
+                    panic!("n{} keeps a false journal of {key:?}: {lie}", node.process.node);
+                }
+            }
+        }
+    }
+
+    pub fn has_tight_queues(&self) -> bool {
+        self.config.admission.max_num_queued_requests < 100
+    }
+
+    /// The node may tell its clients to go elsewhere.
+    pub fn is_ending(&self, node: &Node) -> bool {
+        matches!(node.state(), NodeState::Draining | NodeState::Failed)
+    }
+
+    /// Lets nodes gossip for ever, and watches over them.
+    pub async fn gossip(self: Arc<Self>, mut gossip: Gossip) {
+        let mut ticks = interval(GOSSIP_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut rounds = 0;
+        loop {
+            ticks.tick().await;
+            let nodes = self.nodes();
+            gossip.round(&nodes, &self.net);
+            rounds += 1;
+            if rounds % ROUNDS_PER_CHECK == 0 {
+                self.check_journals(&nodes);
+            }
+            let mut weather = self.weather.lock();
+            for (index, node) in nodes.iter().enumerate() {
+                let is_absent = node.is_none() || self.net.is_paused(index);
+                let is_ready = node.as_ref().is_some_and(|node| node.router.report().ready);
+                if is_absent {
+                    weather.absent[index] = Instant::now();
+                }
+                if is_absent || !is_ready || weather.troubles[index] > 0 {
+                    weather.unfit[index] = Instant::now();
+                }
+                for to in (0..nodes.len()).filter(|to| self.net.is_cut(index, *to)) {
+                    weather.broken_links.insert((index, to), Instant::now());
+                }
+            }
+        }
+    }
+
+    /// Starts the node's next process, unless one lives already.
+    fn start(self: &Arc<Self>, node: usize) {
+        if self.node(node).is_some() {
+            return;
+        }
+        let incarnation = {
+            let mut weather = self.weather.lock();
+            weather.incarnations += 1;
+            weather.absent[node] = Instant::now();
+            weather.unfit[node] = Instant::now();
+            weather.incarnations
+        };
+        let (seed, loading) = {
+            let mut random = self.random.lock();
+            (random.next(), random.millis(50, 800))
+        };
+        self.trace.note(format_args!("n{node} starts as {incarnation}"));
+        let process = Process { node, incarnation };
+        let started = Node::start(process, &self.config, &self.net, seed, loading);
+        self.nodes.lock()[node] = Some(started);
+    }
+
+    /// Ends the process, if it still lives.
+    fn kill(&self, node: &Node, with_machine: bool) {
+        let index = node.process.node;
+        let mut nodes = self.nodes.lock();
+        if nodes[index].as_ref().is_some_and(|current| current.process == node.process) {
+            self.trace.note(format_args!("n{index} dies{}", if with_machine { " with its machine" } else { "" }));
+            nodes[index] = None;
+            drop(nodes);
+            self.tally.lock().add(Outcome::of(node));
+            self.net.leave(&node.process, with_machine);
+            self.net.pause(index, false);
+            node.death.cancel();
+        }
+    }
+
+    fn begin_trouble(&self, node: usize) {
+        let mut weather = self.weather.lock();
+        weather.troubles[node] += 1;
+        weather.unfit[node] = Instant::now();
+    }
+
+    fn end_trouble(&self, node: usize) {
+        let mut weather = self.weather.lock();
+        weather.troubles[node] -= 1;
+        weather.unfit[node] = Instant::now();
+    }
+
+    fn cut(&self, from: usize, to: usize, is_cut: bool) {
+        self.net.cut(from, to, is_cut);
+        self.weather.lock().broken_links.insert((from, to), Instant::now());
+    }
+
+    /// Does what is to go wrong, and undoes it when its time is over.
+    pub async fn suffer(self: Arc<Self>, fault: Fault) {
+        self.trace.note(format_args!("{fault:?}"));
+        match fault {
+            Fault::Kill { node, with_machine, back_after } => {
+                if let Some(process) = self.node(node) {
+                    self.begin_trouble(node);
+                    self.kill(&process, with_machine);
+                    sleep(back_after).await;
+                    self.start(node);
+                    self.end_trouble(node);
+                }
+            }
+            Fault::Pause { node, lasts } => self.pause(node, lasts).await,
+            Fault::Cut { from, to, both_ways, lasts } => {
+                let links = if both_ways { vec![(from, to), (to, from)] } else { vec![(from, to)] };
+                self.cut_links(links, lasts).await;
+            }
+            Fault::Partition { members, lasts } => {
+                let others = (0..self.nodes.lock().len()).filter(|node| !members.contains(node));
+                let links = others.flat_map(|other| members.iter().flat_map(move |&one| [(one, other), (other, one)]));
+                self.cut_links(links.collect(), lasts).await;
+            }
+            Fault::Reset { a, b } => {
+                self.net.reset(a, b);
+                self.weather.lock().broken_links.extend([((a, b), Instant::now()), ((b, a), Instant::now())]);
+            }
+            Fault::Slow { node, times, lasts } => {
+                self.harm(node, lasts, |node, harmed| node.engine.set_slowness(if harmed { times } else { 1 })).await;
+            }
+            Fault::Hang { node, lasts } => self.harm(node, lasts, |node, harmed| node.engine.stand_still(harmed)).await,
+            Fault::Nan { node, lasts } => self.lie(node, lasts).await,
+            Fault::OutOfMemory { node, lasts } => {
+                self.harm(node, lasts, |node, harmed| node.engine.lack_memory(harmed)).await;
+            }
+            Fault::Crash { node } => self.crash(node).await,
+            Fault::Restart { node, limit, linger } => self.restart(node, limit, linger).await,
+            Fault::RollingRestart { limit, linger } => {
+                let nodes = self.nodes.lock().len();
+                for node in 0..nodes {
+                    self.restart(node, limit, linger).await;
+                    sleep(Duration::from_millis(1500)).await;
+                }
+            }
+        }
+    }
+
+    async fn harm(&self, node: usize, lasts: Duration, harm: impl Fn(&Node, bool)) {
+        if let Some(process) = self.node(node) {
+            self.begin_trouble(node);
+            harm(&process, true);
+            sleep(lasts).await;
+            harm(&process, false);
+            self.trace.note(format_args!("n{node} is relieved"));
+            self.end_trouble(node);
+        }
+    }
+
+    /// Wrong numbers do not heal: in the end somebody starts another process.
+    async fn lie(self: &Arc<Self>, node: usize, lasts: Duration) {
+        let Some(process) = self.node(node) else { return };
+        self.begin_trouble(node);
+        process.engine.return_nan();
+        sleep(lasts).await;
+        self.replace(&process).await;
+        self.end_trouble(node);
+    }
+
+    async fn pause(&self, node: usize, lasts: Duration) {
+        let Some(process) = self.node(node) else { return };
+        self.begin_trouble(node);
+        self.net.pause(node, true);
+        process.engine.stand_still(true);
+        sleep(lasts).await;
+        process.engine.stand_still(false);
+        let is_current = self.node(node).is_some_and(|current| current.process == process.process);
+        if is_current {
+            self.net.pause(node, false);
+        }
+        self.weather.lock().absent[node] = Instant::now();
+        self.trace.note(format_args!("n{node} resumes"));
+        self.end_trouble(node);
+    }
+
+    async fn cut_links(&self, links: Vec<(usize, usize)>, lasts: Duration) {
+        links.iter().for_each(|&(from, to)| self.cut(from, to, true));
+        sleep(lasts).await;
+        links.iter().for_each(|&(from, to)| self.cut(from, to, false));
+        self.trace.note(format_args!("links {links:?} are whole again"));
+    }
+
+    async fn crash(self: &Arc<Self>, node: usize) {
+        let Some(process) = self.node(node) else { return };
+        self.begin_trouble(node);
+        process.engine.crash();
+        // Until its health notices, and then until nobody needs it any more.
+        sleep(Duration::from_millis(500)).await;
+        let _ = timeout(RELAY_LIMIT, process.router.drained()).await;
+        self.replace(&process).await;
+        self.end_trouble(node);
+    }
+
+    async fn restart(self: &Arc<Self>, node: usize, limit: Duration, linger: Duration) {
+        let Some(process) = self.node(node) else { return };
+        self.begin_trouble(node);
+        self.trace.note(format_args!("n{node} drains"));
+        tokio::select! {
+            biased;
+            () = process.death.cancelled() => {}
+            () = process.drain(limit, linger) => {}
+        }
+        self.replace(&process).await;
+        self.end_trouble(node);
+    }
+
+    async fn replace(self: &Arc<Self>, process: &Node) {
+        let node = process.process.node;
+        self.kill(process, false);
+        let time = self.random.lock().millis(100, 1000);
+        sleep(time).await;
+        self.start(node);
+    }
+
+    /// Everything works again.
+    pub fn make_peace(self: &Arc<Self>) {
+        self.trace.note(format_args!("peace"));
+        self.net.heal();
+        (0..self.nodes().len()).for_each(|node| self.start(node));
+    }
+
+    /// What all nodes together have counted.
+    pub fn tally(&self) -> Outcome {
+        let mut tally = *self.tally.lock();
+        self.nodes().iter().flatten().for_each(|node| tally.add(Outcome::of(node)));
+        tally
+    }
+
+    /// Whether anything is held that nobody wants any more, a while after the last client has gone.
+    pub async fn come_to_rest(&self, limit: Duration) -> Result<(), Violation> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let leftovers: Vec<String> = self.nodes().iter().flatten().filter_map(Node::leftovers).collect();
+            if leftovers.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Violation(format!("after all clients have gone, {}", leftovers.join("; "))));
+            }
+            sleep(Duration::from_millis(500)).await;
+        }
+    }
+}
