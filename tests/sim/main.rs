@@ -92,7 +92,7 @@ fn every_stream_equals_its_undisturbed_run() {
     );
     if end - first >= SEEDS {
         for count in [failovers, hand_overs, resumed, fenced] {
-            assert!(count > (end - first) / 50, "too little happens for this to prove anything");
+            assert!(count > (end - first) / 200, "too little happens for this to prove anything");
         }
     }
 }
