@@ -9,6 +9,7 @@
 
 pub mod attention;
 mod buffer;
+pub mod gpu;
 pub mod matrix;
 mod pool;
 pub mod rows;
