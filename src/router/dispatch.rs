@@ -7,7 +7,7 @@ use super::Shared;
 use super::failover::{Beginning, FailoverStream, now};
 use super::hot_prefixes::{self, PrefixHashes};
 use super::source::{Replica, Source};
-use super::stream_log::StreamLog;
+use super::stream_log::{Cursor, StreamLog};
 use super::{Router, Strategy};
 use crate::admission::Demand;
 use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalHead, JournalKey, JournalRecord, Peer};
@@ -251,7 +251,7 @@ impl Router {
         let have = known.iter().map(|choice| choice.tokens.len() as u32).collect();
         let call = FollowCall { key: record.head.key, have };
         let stream = shared.bounded(shared.transport.follow(&peer, call)).await.ok()?;
-        let cursor = StreamLog::new(record.head.clone(), record.epoch, known.to_vec(), true, false).cursor();
+        let cursor = Cursor::behind(known.iter());
         Some(Source::peer(peer.id.clone(), stream, None, (), cursor, now()))
     }
 
@@ -298,11 +298,7 @@ impl Router {
         if let Some(log) = running {
             return Recalled::Running(log);
         }
-        let own = {
-            let mut journals = shared.journals.lock();
-            journals.expire(now());
-            journals.get(key).cloned()
-        };
+        let own = shared.kept(key);
         if let Some(record) = own.clone().filter(JournalRecord::is_finished) {
             return Recalled::Record(record);
         }
@@ -322,7 +318,7 @@ impl Shared {
         match self.choose(want, &everywhere, false) {
             Choice::Here => {
                 let starts = ChoiceStart::fresh(want.sampling.n);
-                let cursor = super::stream_log::Cursor::fresh(want.sampling.n);
+                let cursor = Cursor::fresh(want.sampling.n);
                 let refusal = match self.open_here(want, starts, cursor, false) {
                     Ok(source) => {
                         self.metrics.placements.with(["local"]).inc();

@@ -77,9 +77,7 @@ impl PeerService for Router {
             return Err(Failure::new(FailureKind::PeerDisconnected, "The stream is not known from there on."));
         }
         let mut left = log.head.sampling.n;
-        // The caller may be further on than this stream is: what it has is passed over as it comes.
-        let mut known = call.have;
-        let mut stream = log.listen(&[]).ok_or_else(gone)?;
+        let mut stream = log.listen(&call.have).ok_or_else(gone)?;
         let (frames, answer) = PeerStream::channel();
         let every = self.shared.heartbeat_interval();
         tokio::spawn(async move {
@@ -89,7 +87,6 @@ impl PeerService for Router {
                     biased;
                     () = frames.closed() => return,
                     event = stream.next() => match event {
-                        Some(event) if is_known(&event, &mut known) => continue,
                         Some(event) => PeerFrame::Event(event),
                         None => return,
                     },
@@ -116,9 +113,7 @@ impl PeerService for Router {
         if let Some(log) = running {
             return Some(log.record(&self.shared.own));
         }
-        let mut journals = self.shared.journals.lock();
-        journals.expire(now());
-        journals.get(&key).cloned()
+        self.shared.kept(&key)
     }
 
     fn tokenizer(&self, digest: &str) -> Option<Bytes> {
@@ -130,18 +125,6 @@ impl PeerService for Router {
 impl Shared {
     fn heartbeat_interval(&self) -> Duration {
         self.config.peer_stall_timeout / HEARTBEATS_PER_TIMEOUT
-    }
-}
-
-/// Whether the event is one of the first tokens of its choice, of which so many are known; counts it.
-fn is_known(event: &GenerationEvent, known: &mut [u32]) -> bool {
-    let GenerationEvent::Token { choice, .. } = event else { return false };
-    match known.get_mut(*choice as usize) {
-        Some(left) if *left > 0 => {
-            *left -= 1;
-            true
-        }
-        Some(_) | None => false,
     }
 }
 

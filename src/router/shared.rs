@@ -517,6 +517,13 @@ impl Shared {
         Box::pin(async move { replicator.place(log).await })
     }
 
+    /// The journal that this node keeps of a stream.
+    pub(super) fn kept(&self, key: &JournalKey) -> Option<JournalRecord> {
+        let mut journals = self.journals.lock();
+        journals.expire(now());
+        journals.get(key).cloned()
+    }
+
     pub(super) fn stream_began(&self) {
         self.open_streams.fetch_add(1, Ordering::Relaxed);
         self.metrics.streams_open.inc();

@@ -23,6 +23,11 @@ impl Cursor {
     pub fn fresh(choices: u32) -> Self {
         Self { positions: vec![0; choices as usize] }
     }
+
+    /// Behind what has been emitted.
+    pub fn behind<'a>(choices: impl Iterator<Item = &'a ChoiceProgress>) -> Self {
+        Self { positions: choices.map(|choice| choice.tokens.len()).collect() }
+    }
 }
 
 /// What an event of a source is to the stream.
@@ -58,7 +63,7 @@ struct State {
     choices: Vec<Choice>,
     scheduled: Option<GenerationEvent>,
     failure: Option<Failure>,
-    listeners: Vec<mpsc::UnboundedSender<GenerationEvent>>,
+    listeners: Vec<Listener>,
     /// Nothing leaves before the journal has its holders.
     is_gated: bool,
     /// No listener may come any more.
@@ -121,28 +126,30 @@ impl StreamLog {
         self.is_fenced.store(true, Ordering::Relaxed);
     }
 
-    /// Everything so far and everything to come, from token `have` of each choice on; nothing once the stream is closed.
+    /// Everything so far and everything to come, from token `have` of each choice on, which may be further than the stream
+    /// is; nothing once the stream is closed.
     pub fn listen(self: &Arc<Self>, have: &[u32]) -> Option<GenerationStream> {
         let mut state = self.state.lock();
         if state.is_closed {
             return None;
         }
-        let (sender, stream) = GenerationStream::channel();
+        let (events, stream) = GenerationStream::channel();
+        let mut listener = Listener { events, has: have.to_vec() };
         if !state.is_gated {
-            state.tell(&sender, have);
+            state.tell(&mut listener);
         }
         if state.failure.is_none() && (state.is_gated || !state.is_complete()) {
-            state.listeners.push(sender);
+            state.listeners.push(listener);
         }
-        Some(stream.guarded_by(Listener(self.clone())))
+        Some(stream.guarded_by(Departure(self.clone())))
     }
 
     /// Lets out what was held back.
     pub fn open_gate(&self) {
         let state = &mut *self.state.lock();
         if std::mem::replace(&mut state.is_gated, false) {
-            let listeners = std::mem::take(&mut state.listeners);
-            listeners.iter().for_each(|listener| state.tell(listener, &[]));
+            let mut listeners = std::mem::take(&mut state.listeners);
+            listeners.iter_mut().for_each(|listener| state.tell(listener));
             if !state.is_complete() && state.failure.is_none() {
                 state.listeners = listeners;
             }
@@ -159,12 +166,6 @@ impl StreamLog {
         })
     }
 
-    /// For a source that begins with what has been emitted so far.
-    pub fn cursor(&self) -> Cursor {
-        let state = self.state.lock();
-        Cursor { positions: state.choices.iter().map(|choice| choice.progress.tokens.len()).collect() }
-    }
-
     /// Unfinished choices with their tokens, and where a source that continues them stands.
     pub fn continuation(&self) -> (Vec<ChoiceStart>, Cursor) {
         let state = self.state.lock();
@@ -172,8 +173,7 @@ impl StreamLog {
         let starts = unfinished
             .map(|(index, choice)| ChoiceStart { index: index as u32, emitted: choice.progress.tokens.clone() })
             .collect();
-        let positions = state.choices.iter().map(|choice| choice.progress.tokens.len()).collect();
-        (starts, Cursor { positions })
+        (starts, Cursor::behind(state.choices.iter().map(|choice| &choice.progress)))
     }
 
     /// Takes an event of a source.
@@ -275,10 +275,10 @@ impl State {
         match choice.progress.tokens.get(at) {
             Some(known) if *known == token => News::Known,
             Some(_) => News::Contradiction { choice: index, position: at },
-            None if choice.progress.finished.is_some() => match choice.progress.finished {
-                // The deadline ends a stream at a time, not at a token.
-                Some(FinishReason::Deadline | FinishReason::Shutdown) => News::Known,
-                _ => News::Contradiction { choice: index, position: at },
+            None if let Some(reason) = &choice.progress.finished => match reason.is_of_the_generation() {
+                true => News::Contradiction { choice: index, position: at },
+                // A deadline ends a stream at a time, not at a token.
+                false => News::Known,
             },
             None => {
                 assert_eq!(at, choice.progress.tokens.len(), "a source begins where the stream is, or before");
@@ -299,8 +299,7 @@ impl State {
         if choice.progress.finished.is_some() {
             return News::Known;
         }
-        let is_timed = matches!(reason, FinishReason::Deadline | FinishReason::Shutdown);
-        if position < choice.progress.tokens.len() && !is_timed {
+        if position < choice.progress.tokens.len() && reason.is_of_the_generation() {
             return News::Contradiction { choice: index, position };
         }
         choice.progress.finished = Some(reason.clone());
@@ -314,28 +313,25 @@ impl State {
 
     /// Whoever listened has gone, and what has been said was said to nobody.
     fn is_abandoned(&self) -> bool {
-        self.listeners.iter().all(mpsc::UnboundedSender::is_closed)
+        self.listeners.iter().all(|listener| listener.events.is_closed())
     }
 
-    fn publish(&self, event: GenerationEvent) {
+    fn publish(&mut self, event: GenerationEvent) {
         if self.is_gated {
             return;
         }
-        // Who has gone is noticed elsewhere.
-        if let [only] = self.listeners.as_slice() {
-            let _ = only.send(event);
-            return;
+        if let [only] = self.listeners.as_mut_slice() {
+            return only.hear(event);
         }
-        for listener in &self.listeners {
-            let _ = listener.send(event.clone());
+        for listener in &mut self.listeners {
+            listener.hear(event.clone());
         }
     }
 
-    fn tell(&self, listener: &mpsc::UnboundedSender<GenerationEvent>, have: &[u32]) {
+    fn tell(&self, listener: &mut Listener) {
         let events = self.scheduled.iter().cloned();
         let of_choices = self.choices.iter().enumerate().flat_map(|(index, choice)| {
-            let skipped = have.get(index).map_or(0, |&have| have as usize);
-            let tokens = choice.progress.tokens.iter().zip(&choice.logprobs).skip(skipped);
+            let tokens = choice.progress.tokens.iter().zip(&choice.logprobs);
             let tokens = tokens.map(move |(&token, logprobs)| GenerationEvent::Token {
                 choice: index as u32,
                 token,
@@ -345,15 +341,35 @@ impl State {
             tokens.chain(end.map(|reason| GenerationEvent::Finished { choice: index as u32, reason }))
         });
         for event in events.chain(of_choices).chain(self.failure.clone().map(GenerationEvent::Failed)) {
-            let _ = listener.send(event);
+            listener.hear(event);
         }
     }
 }
 
-/// Lives in a listener's stream, and tells when it goes.
-struct Listener(Arc<StreamLog>);
+/// Who is told what happens.
+struct Listener {
+    events: mpsc::UnboundedSender<GenerationEvent>,
+    /// Tokens of each choice that it has already, and that are still to pass by.
+    has: Vec<u32>,
+}
 
-impl Drop for Listener {
+impl Listener {
+    fn hear(&mut self, event: GenerationEvent) {
+        if let GenerationEvent::Token { choice, .. } = &event
+            && let Some(left @ 1..) = self.has.get_mut(*choice as usize)
+        {
+            *left -= 1;
+            return;
+        }
+        // Who has gone is noticed elsewhere.
+        let _ = self.events.send(event);
+    }
+}
+
+/// Lives in a listener's stream, and tells when it goes.
+struct Departure(Arc<StreamLog>);
+
+impl Drop for Departure {
     fn drop(&mut self) {
         self.0.departures.notify_waiters();
     }
@@ -394,7 +410,7 @@ mod tests {
     fn two_sources_make_one_stream() {
         let log = log(2, false);
         let mut listener = log.listen(&[]).expect("open");
-        let mut first = log.cursor();
+        let mut first = log.continuation().1;
         for event in [token(0, 5), token(1, 6), token(0, 7)] {
             assert_eq!(log.take(&mut first, event), News::Taken);
         }
@@ -416,7 +432,7 @@ mod tests {
     #[test]
     fn a_source_that_says_otherwise_is_found_out() {
         let log = log(1, false);
-        let (mut first, mut second) = (log.cursor(), log.cursor());
+        let (mut first, mut second) = (log.continuation().1, log.continuation().1);
         assert_eq!(log.take(&mut first, token(0, 5)), News::Taken);
         assert_eq!(log.take(&mut second, token(0, 6)), News::Contradiction { choice: 0, position: 0 });
         let mut late = Cursor::fresh(1);
@@ -430,7 +446,7 @@ mod tests {
     #[test]
     fn late_listeners_hear_everything_or_what_they_lack() {
         let log = log(1, false);
-        let mut cursor = log.cursor();
+        let mut cursor = log.continuation().1;
         log.take(&mut cursor, GenerationEvent::Scheduled { cached_tokens: 3 });
         for id in [5, 6, 7] {
             log.take(&mut cursor, token(0, id));
@@ -448,7 +464,7 @@ mod tests {
     fn nothing_leaves_before_the_gate_opens() {
         let log = log(1, true);
         let mut listener = log.listen(&[]).expect("open");
-        let mut cursor = log.cursor();
+        let mut cursor = log.continuation().1;
         log.take(&mut cursor, token(0, 5));
         log.take(&mut cursor, end(0));
         assert_eq!(heard(&mut listener), []);
@@ -476,7 +492,7 @@ mod tests {
     #[test]
     fn a_deadline_ends_a_stream_wherever_it_is() {
         let log = log(1, false);
-        let (mut first, mut second) = (log.cursor(), log.cursor());
+        let (mut first, mut second) = (log.continuation().1, log.continuation().1);
         log.take(&mut first, token(0, 5));
         let deadline = GenerationEvent::Finished { choice: 0, reason: FinishReason::Deadline };
         assert_eq!(log.take(&mut second, deadline), News::Taken);
