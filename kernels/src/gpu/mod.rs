@@ -13,6 +13,7 @@ mod buffer;
 mod cuda;
 mod driver;
 mod emulator;
+mod operand;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,6 +23,7 @@ pub use driver::{
     Address, DeviceError, DeviceMemory, Driver, EventId, Function, GraphId, Launch, Properties, TensorMap,
     TensorMapShape,
 };
+pub use operand::{Activations, Element, Output, Write};
 
 /// Changes whenever the result of a device kernel may change for some input.
 pub const GPU_NUMERICS_VERSION: u32 = 1;
