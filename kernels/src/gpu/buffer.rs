@@ -151,6 +151,19 @@ impl<T: DeviceType> View<T> {
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
+
+    /// `len` elements from `first` on.
+    pub fn slice(&self, first: usize, len: usize) -> Self {
+        assert!(first + len <= self.len, "elements {first}..{} of a view of {}", first + len, self.len);
+        Self { address: self.address + first * size_of::<T>(), len, elements: PhantomData }
+    }
+
+    /// The same memory as elements of another type. Device memory is aligned for all of them.
+    pub fn cast<U: DeviceType>(&self) -> View<U> {
+        let bytes = self.len * size_of::<T>();
+        assert!(bytes.is_multiple_of(size_of::<U>()), "{bytes} bytes are no whole number of elements");
+        View { address: self.address, len: bytes / size_of::<U>(), elements: PhantomData }
+    }
 }
 
 /// Page-locked host memory.
