@@ -32,9 +32,14 @@ struct alignas(2) f16 {
 struct alignas(1) fp8 {
     uint8_t bits;
 };
+// A matrix in device memory as the bulk copy engine reads it, encoded by the driver.
+struct alignas(64) TensorMap {
+    unsigned char encoded[128];
+};
 
 #ifdef __CUDACC__
 #include "device.cuh"
+#include "hopper.cuh"
 #else
 #include "emulation/host.h"
 #endif
