@@ -14,6 +14,7 @@ mod cuda;
 mod driver;
 mod emulator;
 mod operand;
+pub mod rows;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
