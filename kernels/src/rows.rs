@@ -196,21 +196,81 @@ impl Kernel for RmsNorm<'_> {
     #[inline(always)]
     fn run<S: Simd>(self) {
         let Self { x, weight, epsilon, out } = self;
-        let (head, tail) = x.as_chunks::<LANES>();
-        let mut last = [0.0; LANES];
-        last[..tail.len()].copy_from_slice(tail);
-        // SAFETY: every chunk has sixteen elements.
-        let squares = unsafe {
-            let mut squares = S::splat(0.0);
-            for chunk in head.iter().chain([&last]) {
-                let x = S::load(chunk.as_ptr());
-                squares = S::fma(x, x, squares);
-            }
-            S::reduce_sum(squares)
-        };
-        let inverse = 1.0 / (squares / x.len() as f32 + epsilon).sqrt();
+        let inverse = inverse_rms::<S>(x, epsilon);
         for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
             *out = x * inverse * weight;
+        }
+    }
+}
+
+/// `1 / sqrt(mean(x²) + epsilon)`; the order of the sum is fixed by the length of `x`.
+#[inline(always)]
+fn inverse_rms<S: Simd>(x: &[f32], epsilon: f32) -> f32 {
+    let (head, tail) = x.as_chunks::<LANES>();
+    let mut last = [0.0; LANES];
+    last[..tail.len()].copy_from_slice(tail);
+    // SAFETY: every chunk has sixteen elements.
+    let squares = unsafe {
+        let mut squares = S::splat(0.0);
+        for chunk in head.iter().chain([&last]) {
+            let x = S::load(chunk.as_ptr());
+            squares = S::fma(x, x, squares);
+        }
+        S::reduce_sum(squares)
+    };
+    1.0 / (squares / x.len() as f32 + epsilon).sqrt()
+}
+
+/// Norms of the heads of queries and keys, the same for all heads of a kind.
+#[derive(Clone, Copy)]
+pub struct HeadNorms<'a> {
+    /// `[head_dim]`
+    pub query: &'a [f32],
+    /// `[head_dim]`
+    pub key: &'a [f32],
+    pub num_heads: usize,
+    pub num_kv_heads: usize,
+    pub epsilon: f32,
+}
+
+/// `rms_norm` of every head of queries and of keys, in place; `qkv` is `[m, (num_heads + 2 num_kv_heads) * head_dim]`, and
+/// its values stay as they are.
+///
+/// # Panics
+/// When a shape does not fit.
+pub fn rms_norm_heads(pool: &Pool, level: Level, qkv: &mut [f32], norms: HeadNorms<'_>) {
+    let HeadNorms { query, key, num_heads, num_kv_heads, .. } = norms;
+    let dim = query.len();
+    let cols = (num_heads + 2 * num_kv_heads) * dim;
+    assert!(dim == key.len() && qkv.len().is_multiple_of(cols), "rows are [m, {cols}], norms [{dim}]");
+    let rows = qkv.len() / cols;
+    let qkv = SharedOut(qkv.as_mut_ptr());
+    pool.run_ranges(rows, ROW_GRAIN, &|range| {
+        for row in range {
+            // SAFETY: each row is changed by one task.
+            let row = unsafe { std::slice::from_raw_parts_mut(qkv.get().add(row * cols), cols) };
+            dispatch(level, RmsNormHeads { row, norms });
+        }
+    });
+}
+
+struct RmsNormHeads<'a> {
+    row: &'a mut [f32],
+    norms: HeadNorms<'a>,
+}
+
+impl Kernel for RmsNormHeads<'_> {
+    type Output = ();
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let HeadNorms { query, key, num_heads, num_kv_heads, epsilon } = self.norms;
+        let heads = self.row.chunks_exact_mut(query.len()).take(num_heads + num_kv_heads);
+        for (index, head) in heads.enumerate() {
+            let weight = if index < num_heads { query } else { key };
+            let inverse = inverse_rms::<S>(head, epsilon);
+            for (x, weight) in head.iter_mut().zip(weight) {
+                *x = *x * inverse * weight;
+            }
         }
     }
 }
@@ -403,6 +463,35 @@ mod tests {
                     gated_activation(&one, Level::Portable, activation, &gate_up, cols, &mut b);
                     assert_eq!(bits(&a), bits(&b));
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn heads_are_normed_as_rows_are_and_values_are_left_alone() {
+        let (one, two) = (Pool::new(1), Pool::new(2));
+        let (num_heads, num_kv_heads, m) = (6, 2, 9);
+        for dim in [16, 24, 128] {
+            let (query, key) = (values(dim, 0.6), values(dim, 0.7));
+            let norms = HeadNorms { query: &query, key: &key, num_heads, num_kv_heads, epsilon: 1e-6 };
+            let cols = (num_heads + 2 * num_kv_heads) * dim;
+            let qkv = values(m * cols, 0.8);
+            let mut expected = qkv.clone();
+            for (index, head) in expected.chunks_exact_mut(dim).enumerate() {
+                let weight = match index % (num_heads + 2 * num_kv_heads) {
+                    0..6 => &query,
+                    6..8 => &key,
+                    _ => continue,
+                };
+                rms_norm(&one, Level::Portable, &head.to_vec(), weight, 1e-6, head);
+            }
+            for &level in Level::available() {
+                let mut together = qkv.clone();
+                rms_norm_heads(&two, level, &mut together, norms);
+                assert_eq!(bits(&together), bits(&expected));
+                let mut alone = qkv[3 * cols..4 * cols].to_vec();
+                rms_norm_heads(&one, level, &mut alone, norms);
+                assert_eq!(bits(&alone), bits(&expected[3 * cols..4 * cols]));
             }
         }
     }

@@ -28,7 +28,7 @@ fn configurations_are_read_in_every_spelling() {
     assert_eq!((config.head_dim, config.sliding_window, config.hidden_act), (24, None, Activation::GeluTanh));
     assert_eq!(open("mistral-window-f16").config.sliding_window, Some(72));
     let config = open("llama-mha-bias-linear-odd").config;
-    assert_eq!((config.attention_bias, config.mlp_bias), (true, true));
+    assert_eq!((config.qkv_bias, config.output_bias, config.qk_norm, config.mlp_bias), (true, true, false, true));
     assert_eq!(config.rope.scaling, RopeScaling::Linear { factor: 4.0 });
     assert_eq!(open("gguf-q8_0-linear-rope").config.rope.scaling, RopeScaling::Linear { factor: 2.0 });
     assert!(

@@ -43,7 +43,8 @@ fn it_opens_as_the_model_that_it_is() {
     assert_eq!((config.head_dim, config.max_position_embeddings, config.rms_norm_eps), (64, 8192, 1e-5));
     assert_eq!((config.rope.theta, &config.rope.scaling), (100_000.0, &RopeScaling::None));
     assert_eq!((config.tie_word_embeddings, config.sliding_window), (true, None));
-    assert_eq!((config.attention_bias, config.mlp_bias, config.hidden_act), (false, false, Activation::Silu));
+    assert_eq!(config.hidden_act, Activation::Silu);
+    assert_eq!((config.qkv_bias, config.output_bias, config.qk_norm, config.mlp_bias), (false, false, false, false));
 }
 
 #[test]

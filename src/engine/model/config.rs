@@ -12,7 +12,10 @@ const MAX_POSITIONS: usize = 1 << 30;
 
 #[derive(Debug, thiserror::Error, PartialEq)]
 pub enum ConfigError {
-    #[error("architecture {0:?} is not supported (LlamaForCausalLM and MistralForCausalLM are; in GGUF files, llama)")]
+    #[error(
+        "architecture {0:?} is not supported (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM \
+         are; in GGUF files, llama, qwen2 and qwen3)"
+    )]
     Architecture(String),
     #[error("{0} is missing")]
     Missing(String),
@@ -36,7 +39,8 @@ impl ConfigError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Architecture {
-    /// Pre-norm decoder with grouped-query attention, rotary positions and a gated MLP: Llama 2 and 3, SmolLM2, Mistral.
+    /// Pre-norm decoder with grouped-query attention, rotary positions and a gated MLP: Llama 2 and 3, SmolLM2, Mistral,
+    /// Qwen 2, 2.5 and 3.
     Llama,
 }
 
@@ -60,8 +64,13 @@ pub struct ModelConfig {
     pub tie_word_embeddings: bool,
     /// A token attends to this many positions, itself included.
     pub sliding_window: Option<usize>,
-    /// Biases on the query, key, value and output projections.
-    pub attention_bias: bool,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// A bias on the output projection of attention.
+    pub output_bias: bool,
+    /// Each head of queries and keys goes through an RMSNorm of its own, with weights of `[head_dim]` that the heads of a
+    /// layer share, before it is rotated.
+    pub qk_norm: bool,
     /// Biases on the gate, up and down projections.
     pub mlp_bias: bool,
     pub hidden_act: Activation,

@@ -10,7 +10,9 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use outrigger_kernels::attention::{Attention, AttentionEntry, KvCache, MAX_HEAD_DIM, QueryShape, Slot};
 use outrigger_kernels::matrix::{DenseType, Input, Matrix, MatrixSource, PackError, QuantType, Write};
-use outrigger_kernels::rows::{QuantizedRows, RopeTable, add_bias, embed, gated_activation, rms_norm};
+use outrigger_kernels::rows::{
+    HeadNorms, QuantizedRows, RopeTable, add_bias, embed, gated_activation, rms_norm, rms_norm_heads,
+};
 use outrigger_kernels::{Level, NUMERICS_VERSION, Pool};
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::xxh3_128;
@@ -74,11 +76,18 @@ struct Layer {
     input_norm: Vec<f32>,
     /// Query, key and value projections, one below the other.
     qkv: Projection,
+    /// Of each head of queries and of keys, `[head_dim]`, where the model has such norms.
+    head_norms: Option<QueryKeyNorms>,
     output: Projection,
     post_attention_norm: Vec<f32>,
     /// Gate, then up.
     gate_up: Projection,
     down: Projection,
+}
+
+struct QueryKeyNorms {
+    query: Vec<f32>,
+    key: Vec<f32>,
 }
 
 struct Projection {
@@ -239,7 +248,7 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// Norm, projections, rotation, and attention: from `hidden` to `attended`.
+    /// Norm, projections, norms of the heads, rotation, and attention: from `hidden` to `attended`.
     fn attend(self, index: usize, shape: QueryShape, rope: &RopeTable, pass: &Pass<'_>, cache: &mut KvCache) {
         let Self { config, pool, level, layer, scratch } = self;
         let rows = pass.tokens.len();
@@ -248,6 +257,11 @@ impl Step<'_> {
         resize(&mut scratch.qkv, rows * layer.qkv.weight.rows());
         let Scratch { normed, quantized, qkv, queries, attended, attention, .. } = scratch;
         layer.qkv.apply(pool, level, normed, quantized, qkv, Write::Store);
+        if let Some(QueryKeyNorms { query, key }) = &layer.head_norms {
+            let (num_heads, num_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+            let norms = HeadNorms { query, key, num_heads, num_kv_heads, epsilon: config.rms_norm_eps };
+            rms_norm_heads(pool, level, qkv, norms);
+        }
         resize(queries, rows * shape.num_heads * cache.padded_dim());
         let scale = 1.0 / (config.head_dim as f32).sqrt();
         cache.append(pool, index, rope, scale, pass.slots, qkv, queries);
@@ -335,18 +349,25 @@ struct Loader<'a> {
 impl<'a> Loader<'a> {
     fn layer(&mut self, index: usize) -> Result<Layer, DecoderError> {
         let (hidden, intermediate) = (self.config.hidden_size, self.config.intermediate_size);
-        let (attention, mlp) = (self.config.attention_bias, self.config.mlp_bias);
+        let ModelConfig { qkv_bias, output_bias, mlp_bias, .. } = *self.config;
         let name = |part: &str| format!("model.layers.{index}.{part}");
         let [q, k, v, o] = ["q", "k", "v", "o"].map(|part| name(&format!("self_attn.{part}_proj")));
         let [gate, up, down] = ["gate", "up", "down"].map(|part| name(&format!("mlp.{part}_proj")));
         let query_size = self.config.query_size();
         Ok(Layer {
             input_norm: self.vector(&name("input_layernorm.weight"))?,
-            qkv: self.projection(&[&q, &k, &v], hidden, attention)?,
-            output: self.projection(&[&o], query_size, attention)?,
+            qkv: self.projection(&[&q, &k, &v], hidden, qkv_bias)?,
+            head_norms: match self.config.qk_norm {
+                false => None,
+                true => Some(QueryKeyNorms {
+                    query: self.vector(&name("self_attn.q_norm.weight"))?,
+                    key: self.vector(&name("self_attn.k_norm.weight"))?,
+                }),
+            },
+            output: self.projection(&[&o], query_size, output_bias)?,
             post_attention_norm: self.vector(&name("post_attention_layernorm.weight"))?,
-            gate_up: self.projection(&[&gate, &up], hidden, mlp)?,
-            down: self.projection(&[&down], intermediate, mlp)?,
+            gate_up: self.projection(&[&gate, &up], hidden, mlp_bias)?,
+            down: self.projection(&[&down], intermediate, mlp_bias)?,
         })
     }
 

@@ -20,10 +20,10 @@ fn layer_tensors(config: &ModelConfig, layer: usize) -> Vec<(String, Vec<usize>)
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let (query, key_value) = (config.query_size(), config.key_value_size());
     let projections = [
-        ("self_attn.q_proj", query, hidden, config.attention_bias),
-        ("self_attn.k_proj", key_value, hidden, config.attention_bias),
-        ("self_attn.v_proj", key_value, hidden, config.attention_bias),
-        ("self_attn.o_proj", hidden, query, config.attention_bias),
+        ("self_attn.q_proj", query, hidden, config.qkv_bias),
+        ("self_attn.k_proj", key_value, hidden, config.qkv_bias),
+        ("self_attn.v_proj", key_value, hidden, config.qkv_bias),
+        ("self_attn.o_proj", hidden, query, config.output_bias),
         ("mlp.gate_proj", intermediate, hidden, config.mlp_bias),
         ("mlp.up_proj", intermediate, hidden, config.mlp_bias),
         ("mlp.down_proj", hidden, intermediate, config.mlp_bias),
@@ -33,6 +33,10 @@ fn layer_tensors(config: &ModelConfig, layer: usize) -> Vec<(String, Vec<usize>)
         (named("input_layernorm", "weight"), vec![hidden]),
         (named("post_attention_layernorm", "weight"), vec![hidden]),
     ];
+    if config.qk_norm {
+        tensors.push((named("self_attn.q_norm", "weight"), vec![config.head_dim]));
+        tensors.push((named("self_attn.k_norm", "weight"), vec![config.head_dim]));
+    }
     for (name, outputs, inputs, has_bias) in projections {
         tensors.push((named(name, "weight"), vec![outputs, inputs]));
         if has_bias {

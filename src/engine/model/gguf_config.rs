@@ -17,16 +17,50 @@ const UNSUPPORTED_KEYS: [&str; 7] = [
     "logit_scale",
 ];
 /// Control tokens that end a turn where the file's end-of-sequence id is the end of a text (Llama 3).
-const END_OF_TURN_TOKENS: [&str; 2] = ["<|eot_id|>", "<|eom_id|>"];
+const LLAMA_END_TOKENS: [&str; 2] = ["<|eot_id|>", "<|eom_id|>"];
+/// Qwen's ends of a turn and of a text: its generation configurations name both, a GGUF file one of them.
+const QWEN_END_TOKENS: [&str; 2] = ["<|im_end|>", "<|endoftext|>"];
 /// `tokenizer.ggml.token_type` of control tokens.
 const CONTROL_TOKEN: u64 = 3;
 
-pub(super) fn parse(gguf: &Gguf) -> Result<ModelConfig, ConfigError> {
-    let keys = Keys { metadata: gguf.metadata() };
-    let architecture = keys.architecture()?;
-    if architecture != "llama" {
-        return Err(ConfigError::Architecture(architecture.to_owned()));
+/// The architectures whose data flow is ours, as `general.architecture` names them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Family {
+    Llama,
+    Qwen2,
+    Qwen3,
+}
+
+impl Family {
+    pub fn of(metadata: &BTreeMap<String, Value>) -> Result<Self, ConfigError> {
+        const KEY: &str = "general.architecture";
+        let value = metadata.get(KEY).ok_or_else(|| ConfigError::Missing(KEY.to_owned()))?;
+        match value.as_str().ok_or_else(|| wrong_type(KEY, "a string", value))? {
+            "llama" => Ok(Family::Llama),
+            "qwen2" => Ok(Family::Qwen2),
+            "qwen3" => Ok(Family::Qwen3),
+            other => Err(ConfigError::Architecture(other.to_owned())),
+        }
     }
+
+    /// What stands in front of the architecture's own keys.
+    fn prefix(self) -> &'static str {
+        match self {
+            Family::Llama => "llama",
+            Family::Qwen2 => "qwen2",
+            Family::Qwen3 => "qwen3",
+        }
+    }
+
+    /// Whether converters interleave the rows of q and k for a rotation of neighbours; the others' stand as in Hugging
+    /// Face's files.
+    pub fn interleaves_heads(self) -> bool {
+        self == Family::Llama
+    }
+}
+
+pub(super) fn parse(gguf: &Gguf, family: Family) -> Result<ModelConfig, ConfigError> {
+    let keys = Keys { family, metadata: gguf.metadata() };
     refuse_unsupported(&keys)?;
     let hidden_size = keys.usize("embedding_length")?;
     let num_attention_heads = keys.usize("attention.head_count")?;
@@ -46,7 +80,9 @@ pub(super) fn parse(gguf: &Gguf) -> Result<ModelConfig, ConfigError> {
         max_position_embeddings: keys.usize("context_length")?,
         tie_word_embeddings: !tensors.contains_key("output.weight"),
         sliding_window: keys.optional_usize("attention.sliding_window")?.filter(|window| *window > 0),
-        attention_bias: has_biases(tensors, &["attn_q", "attn_k", "attn_v", "attn_output"])?,
+        qkv_bias: has_biases(tensors, &["attn_q", "attn_k", "attn_v"])?,
+        output_bias: has_biases(tensors, &["attn_output"])?,
+        qk_norm: family == Family::Qwen3,
         mlp_bias: has_biases(tensors, &["ffn_gate", "ffn_up", "ffn_down"])?,
         hidden_act: Activation::Silu,
     };
@@ -54,7 +90,7 @@ pub(super) fn parse(gguf: &Gguf) -> Result<ModelConfig, ConfigError> {
 }
 
 /// The ids that end a generation: end of sequence, of turn and of message, as far as the file names them.
-pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>) -> Result<Vec<u32>, ConfigError> {
+pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>, family: Family) -> Result<Vec<u32>, ConfigError> {
     let mut ids = Vec::new();
     for key in ["eos", "eot", "eom"] {
         let key = format!("tokenizer.ggml.{key}_token_id");
@@ -63,10 +99,14 @@ pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>) -> Result<Vec<u3
             ids.push(id.ok_or_else(|| wrong_type(&key, "a token id", value))?);
         }
     }
+    let ends = match family {
+        Family::Llama => LLAMA_END_TOKENS,
+        Family::Qwen2 | Family::Qwen3 => QWEN_END_TOKENS,
+    };
     let texts = metadata.get("tokenizer.ggml.tokens").and_then(Value::as_array).unwrap_or_default();
     let types = metadata.get("tokenizer.ggml.token_type").and_then(Value::as_array).unwrap_or_default();
     for (id, (text, ty)) in texts.iter().zip(types).enumerate() {
-        let is_end = text.as_str().is_some_and(|text| END_OF_TURN_TOKENS.contains(&text));
+        let is_end = text.as_str().is_some_and(|text| ends.contains(&text));
         if is_end && ty.as_u64() == Some(CONTROL_TOKEN) {
             ids.extend(u32::try_from(id));
         }
@@ -78,7 +118,13 @@ pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>) -> Result<Vec<u3
 
 fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), ConfigError> {
     if let Some(experts) = keys.optional_usize("expert_count")?.filter(|experts| *experts > 0) {
-        return Err(ConfigError::unsupported("llama.expert_count", experts));
+        return Err(ConfigError::unsupported(keys.key("expert_count"), experts));
+    }
+    // What reads Qwen's files knows no such key, and which layers it would mean is nowhere said.
+    if keys.family != Family::Llama
+        && let Some(window) = keys.optional_usize("attention.sliding_window")?.filter(|window| *window > 0)
+    {
+        return Err(ConfigError::unsupported(keys.key("attention.sliding_window"), window));
     }
     if let Some(count) = keys.metadata.get("split.count").and_then(Value::as_u64).filter(|count| *count > 1) {
         return Err(ConfigError::Unsupported {
@@ -159,18 +205,13 @@ fn rope_factors(gguf: &Gguf) -> Result<Option<Vec<f32>>, ConfigError> {
 
 /// Metadata under the prefix of the architecture.
 struct Keys<'a> {
+    family: Family,
     metadata: &'a BTreeMap<String, Value>,
 }
 
 impl<'a> Keys<'a> {
-    fn architecture(&self) -> Result<&'a str, ConfigError> {
-        let value = self.metadata.get("general.architecture");
-        let value = value.ok_or_else(|| ConfigError::Missing("general.architecture".to_owned()))?;
-        value.as_str().ok_or_else(|| wrong_type("general.architecture", "a string", value))
-    }
-
     fn key(&self, key: &str) -> String {
-        format!("llama.{key}")
+        format!("{}.{key}", self.family.prefix())
     }
 
     fn get(&self, key: &str) -> Option<&'a Value> {

@@ -1,10 +1,12 @@
 //! Weights of a GGUF file under Hugging Face's names.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use super::config::ModelConfig;
+use super::expected::expected_tensors;
+use super::gguf_config::Family;
 use super::load::LoadError;
 use super::weights::{RawTensor, TensorSource};
 use crate::formats::gguf::Gguf;
@@ -25,16 +27,18 @@ struct Stored {
 }
 
 impl GgufSource {
-    /// Fails when the file holds a tensor that the architecture has no use for: ignoring it would give wrong numbers.
-    pub fn new(gguf: Arc<Gguf>, config: &ModelConfig) -> Result<Self, LoadError> {
+    /// Fails when the file holds a tensor that the model has no use for: ignoring it would give wrong numbers.
+    pub fn new(gguf: Arc<Gguf>, family: Family, config: &ModelConfig) -> Result<Self, LoadError> {
+        let expected: BTreeSet<String> = expected_tensors(config).into_iter().map(|(name, _)| name).collect();
         let mut tensors = BTreeMap::new();
         let mut total_bytes = 0;
         for (name, entry) in gguf.tensors() {
             if CONFIG_TENSORS.contains(&name.as_str()) {
                 continue;
             }
-            let hf_name = hugging_face_name(name).ok_or_else(|| LoadError::UnexpectedTensor(name.clone()))?;
-            let interleaved_heads = interleaved_heads(&hf_name, config);
+            let hf_name = hugging_face_name(name).filter(|name| expected.contains(name));
+            let hf_name = hf_name.ok_or_else(|| LoadError::UnexpectedTensor(name.clone()))?;
+            let interleaved_heads = if family.interleaves_heads() { heads_of(&hf_name, config) } else { None };
             total_bytes += entry.range.len() as u64;
             tensors.insert(hf_name, Stored { name: name.clone(), interleaved_heads });
         }
@@ -64,8 +68,8 @@ impl TensorSource for GgufSource {
     }
 }
 
-/// Converters interleave the rows of q and k of `llama` files so that a rotation turns neighbouring rows.
-fn interleaved_heads(name: &str, config: &ModelConfig) -> Option<usize> {
+/// Heads that the rows of a tensor of q or k are made of.
+fn heads_of(name: &str, config: &ModelConfig) -> Option<usize> {
     let (rest, _) = name.rsplit_once('.')?;
     match rest.rsplit('.').next()? {
         "q_proj" => Some(config.num_attention_heads),
@@ -90,7 +94,7 @@ pub(super) fn halves_from_neighbours(data: &[u8], rows: usize, heads: usize) -> 
     reordered
 }
 
-/// The name of a `llama` tensor in Hugging Face's spelling; `None` for one that the architecture does not have.
+/// The name of a tensor in Hugging Face's spelling; `None` for one that has none in any of the architectures.
 fn hugging_face_name(name: &str) -> Option<String> {
     let (stem, kind) = name.rsplit_once('.')?;
     if !matches!(kind, "weight" | "bias") {
@@ -108,6 +112,8 @@ fn hugging_face_name(name: &str) -> Option<String> {
                 "attn_q" => "self_attn.q_proj",
                 "attn_k" => "self_attn.k_proj",
                 "attn_v" => "self_attn.v_proj",
+                "attn_q_norm" => "self_attn.q_norm",
+                "attn_k_norm" => "self_attn.k_norm",
                 "attn_output" => "self_attn.o_proj",
                 "ffn_norm" => "post_attention_layernorm",
                 "ffn_gate" => "mlp.gate_proj",

@@ -120,7 +120,7 @@ fn biases_of_q_and_k_are_put_back_too() {
         builder = builder.f32_tensor(&format!("blk.0.{name}.bias"), &[len], &values);
     }
     let files = open(&builder).unwrap();
-    assert!(files.config.attention_bias && !files.config.mlp_bias);
+    assert!(files.config.qkv_bias && files.config.output_bias && !files.config.mlp_bias);
     assert_eq!(row_order(&files, "model.layers.0.self_attn.k_proj.bias"), [0.0, 2.0, 1.0, 3.0]);
     assert_eq!(row_order(&files, "model.layers.0.self_attn.v_proj.bias"), [0.0, 1.0, 2.0, 3.0]);
     let only_q = with_tensors(metadata()).f32_tensor("blk.0.attn_q.bias", &[8], &[0.0; 8]);
@@ -178,8 +178,8 @@ fn what_is_not_computed_is_refused_by_name() {
     assert!(refused(metadata().u32("split.count", 2)).contains("split.count"));
     assert!(refused(metadata().u32("llama.attention.value_length", 8)).contains("value_length"));
     assert!(refused(metadata().strings("llama.attention.sliding_window", &["x"])).contains("sliding_window"));
-    let other = GgufBuilder::default().string("general.architecture", "qwen2");
-    assert_eq!(config(other), Err(ConfigError::Architecture("qwen2".to_owned())));
+    let other = GgufBuilder::default().string("general.architecture", "qwen2moe");
+    assert_eq!(config(other), Err(ConfigError::Architecture("qwen2moe".to_owned())));
     assert!(matches!(config(GgufBuilder::default()), Err(ConfigError::Missing(_))));
 }
 

@@ -9,11 +9,21 @@ use super::config::{Activation, Architecture, ConfigError, ModelConfig, RopeConf
 const MISTRAL_DEFAULT_WINDOW: usize = 4096;
 /// The heads of `MistralConfig` when the key is absent; `null` means as many as query heads.
 const MISTRAL_DEFAULT_KV_HEADS: usize = 8;
+/// The heads of `Qwen2Config` and `Qwen3Config` when the key is absent; `null` means as many as query heads.
+const QWEN_DEFAULT_KV_HEADS: usize = 32;
+/// The head size of `Qwen3Config` when the key is absent.
+const QWEN3_DEFAULT_HEAD_DIM: usize = 128;
+/// The window of `Qwen2Config` and `Qwen3Config` when the key is absent; it counts only with `use_sliding_window`.
+const QWEN_DEFAULT_WINDOW: usize = 4096;
+/// The first layer with a window, of `Qwen2Config` and `Qwen3Config`, when the key is absent.
+const QWEN_DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
 
 #[derive(Clone, Copy, PartialEq)]
 enum Family {
     Llama,
     Mistral,
+    Qwen2,
+    Qwen3,
 }
 
 /// Parses the content of a `config.json`.
@@ -25,28 +35,29 @@ pub(super) fn parse(json: &Value) -> Result<ModelConfig, ConfigError> {
     let num_attention_heads = fields.usize("num_attention_heads")?;
     let head_dim = match fields.optional_usize("head_dim")? {
         Some(head_dim) => head_dim,
+        None if family == Family::Qwen3 => QWEN3_DEFAULT_HEAD_DIM,
         None => default_head_dim(hidden_size, num_attention_heads)?,
     };
+    let num_hidden_layers = fields.usize("num_hidden_layers")?;
+    let biases = biases(&fields, family)?;
     let config = ModelConfig {
         architecture: Architecture::Llama,
         vocab_size: fields.usize("vocab_size")?,
         hidden_size,
         intermediate_size: fields.usize("intermediate_size")?,
-        num_hidden_layers: fields.usize("num_hidden_layers")?,
+        num_hidden_layers,
         num_attention_heads,
-        num_key_value_heads: match fields.optional_usize("num_key_value_heads")? {
-            Some(heads) => heads,
-            None if family == Family::Mistral && fields.is_absent("num_key_value_heads") => MISTRAL_DEFAULT_KV_HEADS,
-            None => num_attention_heads,
-        },
+        num_key_value_heads: num_key_value_heads(&fields, family)?.unwrap_or(num_attention_heads),
         head_dim,
         rms_norm_eps: fields.optional_f64("rms_norm_eps")?.unwrap_or(1e-6) as f32,
         rope: rope(&fields)?,
         max_position_embeddings: fields.usize("max_position_embeddings")?,
         tie_word_embeddings: fields.optional_bool("tie_word_embeddings")?.unwrap_or(false),
-        sliding_window: sliding_window(&fields, family)?,
-        attention_bias: fields.optional_bool("attention_bias")?.unwrap_or(false),
-        mlp_bias: fields.optional_bool("mlp_bias")?.unwrap_or(false),
+        sliding_window: sliding_window(&fields, family, num_hidden_layers)?,
+        qkv_bias: biases.qkv,
+        output_bias: biases.output,
+        qk_norm: family == Family::Qwen3,
+        mlp_bias: biases.mlp,
         hidden_act: activation(fields.optional_str("hidden_act")?.unwrap_or("silu"))?,
     };
     config.validated()
@@ -85,6 +96,8 @@ fn family(fields: &Fields<'_>) -> Result<Family, ConfigError> {
     match named.or(fields.optional_str("model_type")?) {
         Some("LlamaForCausalLM" | "llama") => Ok(Family::Llama),
         Some("MistralForCausalLM" | "mistral") => Ok(Family::Mistral),
+        Some("Qwen2ForCausalLM" | "qwen2") => Ok(Family::Qwen2),
+        Some("Qwen3ForCausalLM" | "qwen3") => Ok(Family::Qwen3),
         Some(other) => Err(ConfigError::Architecture(other.to_owned())),
         None => Err(ConfigError::Missing("architectures".to_owned())),
     }
@@ -109,11 +122,70 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ConfigError> {
     Ok(())
 }
 
-fn sliding_window(fields: &Fields<'_>, family: Family) -> Result<Option<usize>, ConfigError> {
+/// `None` means as many as query heads.
+fn num_key_value_heads(fields: &Fields<'_>, family: Family) -> Result<Option<usize>, ConfigError> {
+    const KEY: &str = "num_key_value_heads";
+    match family {
+        Family::Mistral if fields.is_absent(KEY) => Ok(Some(MISTRAL_DEFAULT_KV_HEADS)),
+        Family::Qwen2 | Family::Qwen3 if fields.is_absent(KEY) => Ok(Some(QWEN_DEFAULT_KV_HEADS)),
+        _ => fields.optional_usize(KEY),
+    }
+}
+
+/// Which projections have biases.
+struct Biases {
+    qkv: bool,
+    output: bool,
+    mlp: bool,
+}
+
+/// Qwen 2 has the biases of q, k and v and no others, whatever its configuration says; neither generation has biases in
+/// its MLP.
+fn biases(fields: &Fields<'_>, family: Family) -> Result<Biases, ConfigError> {
+    let attention = fields.optional_bool("attention_bias")?.unwrap_or(false);
+    let mlp = fields.optional_bool("mlp_bias")?.unwrap_or(false);
+    Ok(match family {
+        Family::Qwen2 => Biases { qkv: true, output: false, mlp: false },
+        Family::Qwen3 => Biases { qkv: attention, output: attention, mlp: false },
+        Family::Llama | Family::Mistral => Biases { qkv: attention, output: attention, mlp },
+    })
+}
+
+fn sliding_window(fields: &Fields<'_>, family: Family, num_layers: usize) -> Result<Option<usize>, ConfigError> {
     match family {
         Family::Llama => Ok(None),
         Family::Mistral if fields.is_absent("sliding_window") => Ok(Some(MISTRAL_DEFAULT_WINDOW)),
         Family::Mistral => fields.optional_usize("sliding_window"),
+        Family::Qwen2 | Family::Qwen3 => qwen_sliding_window(fields, num_layers),
+    }
+}
+
+/// Off unless `use_sliding_window` says so; then the layers from `max_window_layers` on have it, or those that
+/// `layer_types` names. All layers or none is what we compute.
+fn qwen_sliding_window(fields: &Fields<'_>, num_layers: usize) -> Result<Option<usize>, ConfigError> {
+    let window = match fields.is_absent("sliding_window") {
+        true => Some(QWEN_DEFAULT_WINDOW),
+        false => fields.optional_usize("sliding_window")?,
+    };
+    let in_use = fields.optional_bool("use_sliding_window")?.unwrap_or(false);
+    let Some(window) = window.filter(|_| in_use) else { return Ok(None) };
+    // `refuse_unsupported` has seen that they are all of one type.
+    if let Some(ty) = fields.get("layer_types").and_then(Value::as_array).and_then(|types| types.first()) {
+        return match ty.as_str() {
+            Some("full_attention") => Ok(None),
+            Some("sliding_attention") => Ok(Some(window)),
+            _ => Err(ConfigError::unsupported("layer_types", ty)),
+        };
+    }
+    let first = fields.optional_usize("max_window_layers")?.unwrap_or(QWEN_DEFAULT_MAX_WINDOW_LAYERS);
+    match first {
+        0 => Ok(Some(window)),
+        _ if first >= num_layers => Ok(None),
+        _ => Err(ConfigError::Unsupported {
+            key: "max_window_layers".to_owned(),
+            value: first.to_string(),
+            hint: Some("with use_sliding_window, a window in all layers or in none is"),
+        }),
     }
 }
 

@@ -53,14 +53,16 @@ fn a_llama_configuration_is_read() {
         max_position_embeddings: 8192,
         tie_word_embeddings: true,
         sliding_window: None,
-        attention_bias: false,
+        qkv_bias: false,
+        output_bias: false,
+        qk_norm: false,
         mlp_bias: false,
         hidden_act: Activation::Silu,
     };
     assert_eq!(config, expected);
     assert_eq!(
         config.canonical_json(),
-        r#"{"architecture":"llama","vocab_size":49152,"hidden_size":576,"intermediate_size":1536,"num_hidden_layers":30,"num_attention_heads":9,"num_key_value_heads":3,"head_dim":64,"rms_norm_eps":0.00001,"rope":{"theta":100000.0,"scaling":"none"},"max_position_embeddings":8192,"tie_word_embeddings":true,"sliding_window":null,"attention_bias":false,"mlp_bias":false,"hidden_act":"silu"}"#,
+        r#"{"architecture":"llama","vocab_size":49152,"hidden_size":576,"intermediate_size":1536,"num_hidden_layers":30,"num_attention_heads":9,"num_key_value_heads":3,"head_dim":64,"rms_norm_eps":0.00001,"rope":{"theta":100000.0,"scaling":"none"},"max_position_embeddings":8192,"tie_word_embeddings":true,"sliding_window":null,"qkv_bias":false,"output_bias":false,"qk_norm":false,"mlp_bias":false,"hidden_act":"silu"}"#,
         "a change of this text changes every fingerprint"
     );
 }
@@ -115,8 +117,8 @@ fn rotary_scaling_is_read_in_both_spellings() {
 #[test]
 fn what_is_not_computed_is_refused_by_name() {
     assert_eq!(
-        parse(&with(json!({"architectures": ["Qwen2ForCausalLM"]}))),
-        Err(ConfigError::Architecture("Qwen2ForCausalLM".to_owned()))
+        parse(&with(json!({"architectures": ["Qwen2MoeForCausalLM"]}))),
+        Err(ConfigError::Architecture("Qwen2MoeForCausalLM".to_owned()))
     );
     assert_eq!(unsupported_key(with(json!({"quantization_config": {"quant_method": "gptq"}}))), "quantization_config");
     assert_eq!(unsupported_key(with(json!({"hidden_act": "relu"}))), "hidden_act");

@@ -184,11 +184,12 @@ fn open_gguf(path: &Path, format: LoadFormat) -> Result<ModelFiles, LoadError> {
     let gguf = Gguf::open(path).map_err(|source| LoadError::OpenGguf { path: path.to_owned(), source })?;
     let gguf = Arc::new(gguf);
     let invalid = |source| LoadError::Config { path: path.to_owned(), source };
-    let config = gguf_config::parse(&gguf).map_err(invalid)?;
-    let eos_token_ids = gguf_config::eos_token_ids(gguf.metadata()).map_err(invalid)?;
+    let family = gguf_config::Family::of(gguf.metadata()).map_err(invalid)?;
+    let config = gguf_config::parse(&gguf, family).map_err(invalid)?;
+    let eos_token_ids = gguf_config::eos_token_ids(gguf.metadata(), family).map_err(invalid)?;
     let tensors: Box<dyn TensorSource> = match format {
         LoadFormat::Dummy => Box::new(DummySource::new(&config, TensorType::BF16)),
-        _ => Box::new(GgufSource::new(gguf.clone(), &config)?),
+        _ => Box::new(GgufSource::new(gguf.clone(), family, &config)?),
     };
     let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
     Ok(ModelFiles { config, tensors, tokenizer: TokenizerSource::Gguf(gguf), eos_token_ids, name })
