@@ -8,7 +8,7 @@ use std::time::Instant;
 use outrigger::engine::model::decoder::DType;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
-use outrigger::engine::{BatchEntry, ModelRunner};
+use outrigger::engine::{LogitsEntry, LogitsRunner};
 use outrigger::hub;
 
 fn main() {
@@ -66,7 +66,7 @@ fn prefill(runner: &mut CpuModelRunner, prompt: usize, chunk: usize) -> f64 {
     for (index, part) in tokens.chunks(chunk).enumerate() {
         let first = index * chunk;
         let wants_logits = first + part.len() == prompt;
-        let entry = BatchEntry { tokens: part, start: first, block_table: &table, wants_logits };
+        let entry = LogitsEntry { tokens: part, start: first, block_table: &table, wants_logits };
         runner.forward(&[entry], &|| {}).expect("a step");
     }
     start.elapsed().as_secs_f64()
@@ -78,16 +78,21 @@ fn decode(runner: &mut CpuModelRunner, sequences: usize, context: usize, steps: 
         (0..sequences).map(|sequence| (0..blocks).map(|block| (sequence * blocks + block) as u32).collect()).collect();
     for (sequence, table) in tables.iter().enumerate() {
         let tokens: Vec<u32> = (0..context).map(|position| token(position, sequence)).collect();
-        let entry = BatchEntry { tokens: &tokens, start: 0, block_table: table, wants_logits: false };
+        let entry = LogitsEntry { tokens: &tokens, start: 0, block_table: table, wants_logits: false };
         runner.forward(&[entry], &|| {}).expect("a step");
     }
     let start = Instant::now();
     for step in 0..steps {
         let tokens: Vec<u32> = (0..sequences).map(|sequence| token(context + step, sequence)).collect();
-        let batch: Vec<BatchEntry<'_>> = tables
+        let batch: Vec<LogitsEntry<'_>> = tables
             .iter()
             .zip(tokens.chunks(1))
-            .map(|(table, tokens)| BatchEntry { tokens, start: context + step, block_table: table, wants_logits: true })
+            .map(|(table, tokens)| LogitsEntry {
+                tokens,
+                start: context + step,
+                block_table: table,
+                wants_logits: true,
+            })
             .collect();
         runner.forward(&batch, &|| {}).expect("a step");
     }

@@ -14,7 +14,7 @@ use crate::cluster::ModelReport;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{CpuModelRunner, RunnerConfig};
-use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, ModelRunner};
+use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, PagedModel};
 use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
 use crate::router::LocalReplica;
@@ -85,7 +85,8 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
             stop_texts: tokenizer.clone().into(),
             on_step: Some(Box::new(move |time| metrics.engine_step.observe(time.as_secs_f64()))),
         };
-        off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(Box::new(runner))))?)).await?
+        off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(Box::new(HostSampling::new(runner)))))?))
+            .await?
     };
     let limits = engine.limits();
     if let Some(target) = &front.fault_target {

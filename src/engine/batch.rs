@@ -1,6 +1,10 @@
-//! The seam between the engine's bookkeeping and the numbers: one batch in, one row of logits per asking entry out.
-//! Knows no sequence and no scheduler.
+//! The seam between the engine's bookkeeping and the numbers: batches are launched, and the tokens that were sampled from
+//! them are collected. Knows no scheduler and no text.
+//!
+//! A runner on a device samples there, and computes one step while the engine plans the next; a runner on the host gives
+//! rows of logits ([`LogitsRunner`]), from which `host_sampling` samples.
 
+use super::sampler::{NumericsInvalid, Sampled, SequenceSampler};
 use crate::types::TokenId;
 
 /// A stretch of one sequence's tokens, to be computed into that sequence's blocks.
@@ -8,25 +12,35 @@ use crate::types::TokenId;
 pub struct BatchEntry<'a> {
     /// Never empty. One token when the sequence decodes, a chunk when it prefills; the numbers do not depend on which.
     pub tokens: &'a [TokenId],
-    /// Absolute position of `tokens[0]`; everything before it is in the blocks already.
+    /// Absolute position of `tokens[0]`; everything before it is in the blocks already, or will be when the steps that
+    /// were launched before have run.
     pub start: usize,
     /// Physical block of each stretch of `block_size` positions; covers at least `start + tokens.len()` positions.
     pub block_table: &'a [u32],
-    /// Asks for the logits after the last token.
-    pub wants_logits: bool,
+    /// The entry's only token is not known on the host yet: the step launched just before, which was not collected, samples
+    /// it as its row of this index. `tokens[0]` is a placeholder, which is no token of the vocabulary.
+    pub pending_row: Option<usize>,
+    /// Asks for a token sampled from the logits after the last token.
+    pub sampling: Option<SampleSpec<'a>>,
 }
 
-/// Computes batches over a fixed pool of KV blocks. Used by one thread only.
-pub trait ModelRunner: Send {
-    /// Computes every entry: writes the keys and values of its tokens, and its logits where they are wanted. Calls
-    /// `progress` from time to time, so that a long step is not taken for a hang. The blocks that two entries of one
-    /// batch write are disjoint.
-    fn forward(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError>;
+/// How the next token of a sequence is sampled.
+#[derive(Clone, Copy, Debug)]
+pub struct SampleSpec<'a> {
+    /// As after all generated tokens that the host knows: all `position` of them, or, when the entry's own token is
+    /// pending, one fewer. Then the runner adds that token's occurrence to the penalties itself.
+    pub state: &'a SequenceSampler,
+    /// Generated tokens before the sampled one, the pending one included.
+    pub position: usize,
+}
 
-    /// Logits `[vocab_size]` of the `row`-th entry that wanted them in the last `forward`. The sampler changes them.
-    fn logits_mut(&mut self, row: usize) -> &mut [f32];
+/// A row that was sampled from, or why it could not be.
+pub type RowResult = Result<Sampled, NumericsInvalid>;
 
-    /// Copies the whole content of a block (copy-on-write).
+/// What every runner has: a model over a fixed pool of KV blocks. Used by one thread only.
+pub trait PagedModel: Send {
+    /// Copies the whole content of a block (copy-on-write): after the steps launched before, and before those launched
+    /// after.
     fn copy_block(&mut self, from: u32, to: u32);
 
     /// Positions in a block.
@@ -45,6 +59,49 @@ pub trait ModelRunner: Send {
 
     /// Makes every logit NaN from now on. Reachable only through fault injection, as `corrupt` is.
     fn spoil(&mut self) {}
+}
+
+/// Computes batches and samples from them.
+///
+/// Steps run in the order of their launches, and so do copies of blocks between them: a block that one step writes may be
+/// read, freed, and written anew by a later one without anybody waiting.
+pub trait ModelRunner: PagedModel {
+    /// Starts a step, or computes it at once: writes the keys and values of every entry's tokens, and samples where that is
+    /// asked. The blocks that two entries of one batch write are disjoint. At most [`Self::depth`] steps are launched and
+    /// not collected. Fails with `OutOfMemory` only if nothing was started; the steps in flight go on.
+    ///
+    /// `progress` is called whenever the computation is seen to advance, never while it is merely waited for: so a long
+    /// step is not taken for a hang, and a hang is noticed.
+    fn launch(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError>;
+
+    /// Waits for the oldest step in flight, and replaces `rows` by what it sampled, in the order of its asking entries. A
+    /// row without a valid token stands for an arbitrary token of the vocabulary where it is pending in a later step. Any
+    /// error is final.
+    fn collect(&mut self, rows: &mut Vec<RowResult>, progress: &dyn Fn()) -> Result<(), RunnerError>;
+
+    /// Steps that may be in flight at one time: 1 when each is computed by its launch, 2 when the next can be planned
+    /// meanwhile.
+    fn depth(&self) -> usize;
+}
+
+/// As [`BatchEntry`], for a runner that gives logits; all tokens are known.
+#[derive(Clone, Copy, Debug)]
+pub struct LogitsEntry<'a> {
+    pub tokens: &'a [TokenId],
+    pub start: usize,
+    pub block_table: &'a [u32],
+    /// Asks for the logits after the last token.
+    pub wants_logits: bool,
+}
+
+/// Computes batches synchronously, one row of logits per asking entry.
+pub trait LogitsRunner: PagedModel {
+    /// Computes every entry: writes the keys and values of its tokens, and its logits where they are wanted. Calls
+    /// `progress` as `launch` does. The blocks that two entries of one batch write are disjoint.
+    fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError>;
+
+    /// Logits `[vocab_size]` of the `row`-th entry that wanted them in the last `forward`. The sampler changes them.
+    fn logits_mut(&mut self, row: usize) -> &mut [f32];
 }
 
 /// Why a batch could not be computed. The positions it was to write are undefined afterwards; those before them are not.

@@ -10,13 +10,12 @@ use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, warn};
 
-use super::batch::{BatchEntry, ModelRunner, RunnerError};
+use super::batch::{BatchEntry, ModelRunner, RowResult, RunnerError, SampleSpec};
 use super::block_manager::BlockManager;
 use super::config::Config;
 use super::counters::{add, add_time};
 use super::drain_meter::DrainMeter;
 use super::generation::{EndRules, Generation, Replayed};
-use super::sampler::Sampler;
 use super::scheduler::{Limits, Plan, Scheduled, Scheduler};
 use super::sequence::{NewSequence, Rank, SequenceId};
 use super::shared::{RequestSlot, Shared};
@@ -56,7 +55,8 @@ struct Choice {
 pub(super) struct Engine {
     scheduler: Scheduler,
     runner: Box<dyn ModelRunner>,
-    sampler: Sampler,
+    /// Memory for the rows of a step.
+    rows: Vec<RowResult>,
     rules: EndRules,
     uses_prefix_cache: bool,
     /// In order of arrival.
@@ -93,7 +93,7 @@ impl Engine {
         let blocks = BlockManager::new(runner.num_blocks(), num_reserved, block_size);
         Self {
             scheduler: Scheduler::new(limits, blocks, block_size),
-            sampler: Sampler::new(runner.vocab_size()),
+            rows: Vec::new(),
             runner,
             rules,
             uses_prefix_cache: config.enable_prefix_caching,
@@ -361,38 +361,44 @@ impl Engine {
         if plan.entries.is_empty() {
             return Ok(());
         }
-        let scheduler = &self.scheduler;
+        self.rows.clear();
+        let (scheduler, choices) = (&self.scheduler, &self.choices);
         let entry = |scheduled: &Scheduled| {
             let sequence = scheduler.sequence(scheduled.id);
             BatchEntry {
                 tokens: &sequence.tokens()[scheduled.start..scheduled.start + scheduled.len],
                 start: scheduled.start,
                 block_table: sequence.block_table(),
-                wants_logits: scheduled.wants_logits,
+                pending_row: None,
+                sampling: scheduled.wants_logits.then(|| {
+                    let choice = choices[scheduled.id.index()].as_ref().expect("a sequence has a choice");
+                    let generation = choice.generation.as_ref().expect("made when the sequence started");
+                    SampleSpec { state: generation.sampler(), position: generation.generated() }
+                }),
             }
         };
         let batch: Vec<BatchEntry<'_>> = plan.entries.iter().map(entry).collect();
         let shared = &self.shared;
-        self.runner.forward(&batch, &|| shared.beat())
+        self.runner.launch(&batch, &|| shared.beat())?;
+        self.runner.collect(&mut self.rows, &|| shared.beat())
     }
 
     /// Samples from every row, in the order of the batch, and publishes the tokens.
     fn sample(&mut self, entries: &[Scheduled]) {
-        let mut row = 0;
+        let mut rows = std::mem::take(&mut self.rows);
+        let mut sampled = rows.drain(..);
         for &entry in entries {
-            let own_row = row;
-            row += usize::from(entry.wants_logits);
+            let row = entry.wants_logits.then(|| sampled.next().expect("a row for every entry that asks"));
             let index = entry.id.index();
             // Gone when another choice of its request failed in this very step.
             let Some(choice) = &mut self.choices[index] else { continue };
-            if !entry.wants_logits {
+            let Some(row) = row else {
                 self.scheduler.complete(entry);
                 continue;
-            }
+            };
             let (serial, choice_index) = (choice.serial, choice.index);
             let generation = choice.generation.as_mut().expect("made when the sequence started");
-            let logits = self.runner.logits_mut(own_row);
-            match self.sampler.sample(logits, generation.sampler(), generation.generated()) {
+            match row {
                 Ok(sampled) => {
                     let reason = generation.accept(sampled.token);
                     self.scheduler.complete(entry);
@@ -413,6 +419,8 @@ impl Engine {
                 }
             }
         }
+        drop(sampled);
+        self.rows = rows;
     }
 
     /// One choice has ended; with the last one its request has.

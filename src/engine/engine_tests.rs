@@ -12,6 +12,7 @@ use super::engine::{Engine, Serial, Submission};
 use super::fake_runner::{FakeModel, FakeRunner, FakeRunnerLog};
 use super::generation::{EndRules, letters};
 use super::handle::EngineLimits;
+use super::host_sampling::HostSampling;
 use super::shared::Shared;
 use crate::types::{
     ChoiceStart, FailureKind, FinishReason, GenerateRequest, GenerationEvent, GenerationStream, RequestId,
@@ -41,8 +42,10 @@ struct Harness {
 impl Harness {
     fn new(config: &Config, model: FakeModel) -> Self {
         let runner = FakeRunner::new(model);
+        let log = runner.log();
+        let runner = HostSampling::new(runner);
         let limits = EngineLimits::new(config, &runner).expect("a usable pool");
-        let num_reserved = super::batch::ModelRunner::num_blocks(&runner) - limits.num_blocks;
+        let num_reserved = super::batch::PagedModel::num_blocks(&runner) - limits.num_blocks;
         let rules = EndRules {
             eos_token_ids: Arc::from([EOS]),
             stop_texts: letters(),
@@ -51,7 +54,6 @@ impl Harness {
         };
         let start = Instant::now();
         let shared = Arc::new(Shared::new(Instant::now, limits.num_blocks));
-        let log = runner.log();
         let engine = Engine::new(config, Box::new(runner), rules, num_reserved, Arc::clone(&shared), None);
         Self { engine, log, shared, streams: BTreeMap::new(), next_serial: 0, start }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::batch::{BatchEntry, ModelRunner, RunnerError};
+use super::batch::{LogitsEntry, LogitsRunner, PagedModel, RunnerError};
 
 /// Content of a position that was never written.
 const UNWRITTEN: u64 = 0xdead_dead_dead_dead;
@@ -99,7 +99,7 @@ impl FakeRunner {
             + position % self.model.block_size
     }
 
-    fn write(&mut self, entry: &BatchEntry<'_>) {
+    fn write(&mut self, entry: &LogitsEntry<'_>) {
         for (offset, &token) in entry.tokens.iter().enumerate() {
             let position = entry.start + offset;
             let before = match position {
@@ -112,7 +112,7 @@ impl FakeRunner {
     }
 
     /// Reads the whole sequence back and turns it into a row of logits.
-    fn push_logits(&mut self, entry: &BatchEntry<'_>) {
+    fn push_logits(&mut self, entry: &LogitsEntry<'_>) {
         let end = entry.start + entry.tokens.len();
         let state = (0..end)
             .fold(self.weights, |state, position| mix(state ^ self.pool[self.index(entry.block_table, position)]));
@@ -124,8 +124,8 @@ impl FakeRunner {
     }
 }
 
-impl ModelRunner for FakeRunner {
-    fn forward(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
+impl LogitsRunner for FakeRunner {
+    fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
         let tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
         let index = self.log.forwards.fetch_add(1, Ordering::Relaxed);
         if tokens > self.model.memory_tokens {
@@ -156,7 +156,9 @@ impl ModelRunner for FakeRunner {
         let start = row * self.model.vocab_size;
         &mut self.logits[start..start + self.model.vocab_size]
     }
+}
 
+impl PagedModel for FakeRunner {
     fn copy_block(&mut self, from: u32, to: u32) {
         self.log.copies.fetch_add(1, Ordering::Relaxed);
         let size = self.model.block_size;
@@ -202,7 +204,7 @@ mod tests {
     use super::*;
 
     fn logits(runner: &mut FakeRunner, tokens: &[u32], start: usize, block_table: &[u32]) -> Vec<f32> {
-        let entry = BatchEntry { tokens, start, block_table, wants_logits: true };
+        let entry = LogitsEntry { tokens, start, block_table, wants_logits: true };
         runner.forward(&[entry], &|| {}).expect("computes");
         runner.logits_mut(0).to_vec()
     }

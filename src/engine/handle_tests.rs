@@ -7,6 +7,7 @@ use super::config::Config;
 use super::fake_runner::{FakeModel, FakeRunner};
 use super::generation::letters;
 use super::handle::{EngineHandle, EngineParts, Fault, SpawnError, spawn};
+use super::host_sampling::HostSampling;
 use crate::types::{
     Backend, ChoiceStart, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
     RequestId, SamplingParams, TokenId,
@@ -26,7 +27,7 @@ fn parts(config: Config) -> EngineParts {
 }
 
 fn engine(config: Config, model: FakeModel) -> EngineHandle {
-    spawn(parts(config), Box::new(move || Ok(Box::new(FakeRunner::new(model))))).expect("starts")
+    spawn(parts(config), Box::new(move || Ok(Box::new(HostSampling::new(FakeRunner::new(model)))))).expect("starts")
 }
 
 fn request(prompt: &[TokenId], max_tokens: u32) -> GenerateRequest {
@@ -209,6 +210,7 @@ fn failures_to_start_say_why() {
     let panicking = spawn(parts(Config::default()), Box::new(|| panic!("while loading")));
     assert!(matches!(panicking.err(), Some(SpawnError::Panicked)));
     let model = FakeModel { num_blocks: 2, ..FakeModel::default() };
-    let small = spawn(parts(Config::default()), Box::new(move || Ok(Box::new(FakeRunner::new(model)))));
+    let small =
+        spawn(parts(Config::default()), Box::new(move || Ok(Box::new(HostSampling::new(FakeRunner::new(model))))));
     assert!(matches!(small.err(), Some(SpawnError::PoolTooSmall { reserved: 16, .. })));
 }

@@ -19,6 +19,7 @@ pub mod generation;
 pub mod handle;
 #[cfg(test)]
 mod handle_tests;
+pub mod host_sampling;
 pub mod model;
 pub mod model_runner;
 pub mod null;
@@ -31,10 +32,11 @@ pub mod sequence;
 mod shared;
 pub mod stepped;
 
-pub use batch::{BatchEntry, ModelRunner, RunnerError};
+pub use batch::{BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError, SampleSpec};
 pub use config::Config;
 pub use counters::{EngineCounters, EngineCountersSnapshot};
 pub use generation::{StopText, StopTexts};
 pub use handle::{EngineHandle, EngineLimits, EngineParts, Fault, SpawnError, spawn};
+pub use host_sampling::HostSampling;
 pub use shared::Clock;
 pub use stepped::SteppedEngine;

@@ -7,7 +7,7 @@ use outrigger_kernels::Pool;
 use outrigger_kernels::attention::{AttentionEntry, KvCache, KvShape, KvType, Slot};
 use sha2::{Digest, Sha256};
 
-use super::batch::{BatchEntry, ModelRunner, RunnerError};
+use super::batch::{LogitsEntry, LogitsRunner, PagedModel, RunnerError};
 use super::model::decoder::{DType, Decoder, DecoderError, Pass};
 use super::model::{ModelConfig, TensorSource};
 use crate::types::{Fingerprint, TokenId};
@@ -172,8 +172,8 @@ fn kv_shape(model: &ModelConfig, config: &RunnerConfig, kv_type: KvType) -> Resu
     Ok(shape)
 }
 
-impl ModelRunner for CpuModelRunner {
-    fn forward(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
+impl LogitsRunner for CpuModelRunner {
+    fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
         self.tokens.clear();
         self.slots.clear();
         self.output_rows.clear();
@@ -205,7 +205,9 @@ impl ModelRunner for CpuModelRunner {
         let vocab_size = self.decoder.config().vocab_size;
         &mut self.logits[row * vocab_size..][..vocab_size]
     }
+}
 
+impl PagedModel for CpuModelRunner {
     fn copy_block(&mut self, from: u32, to: u32) {
         self.cache.copy_block(from as usize, to as usize);
     }

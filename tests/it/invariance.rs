@@ -10,7 +10,7 @@ use futures::future::join_all;
 use outrigger::engine::model::decoder::DType;
 use outrigger::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
-use outrigger::engine::{self, EngineHandle, EngineParts};
+use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling};
 use outrigger::tokenizer::Tokenizer;
 use outrigger::types::{
     Backend, ChoiceStart, FinishReason, GenerateRequest, GenerationEvent, RequestId, SamplingParams, TokenId,
@@ -79,7 +79,7 @@ fn engine(path: &Path, setup: Setup) -> EngineHandle {
         stop_texts: tokenizer.into(),
         on_step: None,
     };
-    engine::spawn(parts, Box::new(move || Ok(Box::new(runner)))).unwrap()
+    engine::spawn(parts, Box::new(move || Ok(Box::new(HostSampling::new(runner))))).unwrap()
 }
 
 /// A token and the bits of all its log-probabilities.

@@ -2,7 +2,7 @@
 //! that were filled before. All must give the same bits.
 
 use outrigger::engine::fake_runner::{FakeModel, FakeRunner};
-use outrigger::engine::{BatchEntry, ModelRunner};
+use outrigger::engine::{LogitsEntry, LogitsRunner};
 
 /// Chunk sizes around vector widths, blocks (16) and attention stretches (64), and none of these.
 pub const CHUNKS: [usize; 8] = [3, 7, 16, 17, 33, 64, 100, 128];
@@ -11,12 +11,13 @@ pub const CHUNKS: [usize; 8] = [3, 7, 16, 17, 33, 64, 100, 128];
 pub type Row = (usize, Vec<f32>);
 
 /// Feeds `ids[start..]` in chunks of `chunk` tokens; the logits at the end of each chunk.
-pub fn feed(runner: &mut dyn ModelRunner, table: &[u32], ids: &[u32], start: usize, chunk: usize) -> Vec<Row> {
+pub fn feed(runner: &mut dyn LogitsRunner, table: &[u32], ids: &[u32], start: usize, chunk: usize) -> Vec<Row> {
     let mut rows = Vec::new();
     let mut position = start;
     while position < ids.len() {
         let end = ids.len().min(position + chunk);
-        let entry = BatchEntry { tokens: &ids[position..end], start: position, block_table: table, wants_logits: true };
+        let entry =
+            LogitsEntry { tokens: &ids[position..end], start: position, block_table: table, wants_logits: true };
         runner.forward(&[entry], &|| ()).unwrap();
         rows.push((end - 1, runner.logits_mut(0).to_vec()));
         position = end;
@@ -32,7 +33,7 @@ pub struct Fed<'a> {
 }
 
 /// Feeds all sequences together, one chunk of each in every batch, until each has ended; the rows of each.
-pub fn feed_together(runner: &mut dyn ModelRunner, sequences: &[Fed<'_>]) -> Vec<Vec<Row>> {
+pub fn feed_together(runner: &mut dyn LogitsRunner, sequences: &[Fed<'_>]) -> Vec<Vec<Row>> {
     let mut rows = vec![Vec::new(); sequences.len()];
     let mut fed = vec![0; sequences.len()];
     for step in 0.. {
@@ -47,7 +48,7 @@ pub fn feed_together(runner: &mut dyn ModelRunner, sequences: &[Fed<'_>]) -> Vec
             let end = sequence.ids.len().min(start + chunk);
             fed[index] = end;
             members.push((index, end - 1));
-            batch.push(BatchEntry {
+            batch.push(LogitsEntry {
                 tokens: &sequence.ids[start..end],
                 start,
                 block_table: sequence.table,
@@ -72,7 +73,7 @@ pub struct Blocks {
 }
 
 impl Blocks {
-    pub fn new(runner: &dyn ModelRunner) -> Self {
+    pub fn new(runner: &dyn LogitsRunner) -> Self {
         let count = runner.num_blocks();
         // Odd blocks first, then the even ones downwards: neighbours in a table are never neighbours in the pool.
         let odd = (0..count).filter(|block| block % 2 == 1);
@@ -102,7 +103,7 @@ pub fn assert_same_bits(what: &str, rows: &[Row], reference: &[Row]) {
 }
 
 /// Every path of this file, over one runner; the logits of all positions, as token by token gives them.
-pub fn check_every_path(what: &str, runner: &mut dyn ModelRunner, ids: &[u32]) -> Vec<Row> {
+pub fn check_every_path(what: &str, runner: &mut dyn LogitsRunner, ids: &[u32]) -> Vec<Row> {
     let mut blocks = Blocks::new(runner);
     let table = blocks.table(ids.len());
     let reference = feed(runner, &table, ids, 0, 1);
@@ -115,7 +116,7 @@ pub fn check_every_path(what: &str, runner: &mut dyn ModelRunner, ids: &[u32]) -
 
 fn check_whole_and_chunked(
     what: &str,
-    runner: &mut dyn ModelRunner,
+    runner: &mut dyn LogitsRunner,
     blocks: &mut Blocks,
     ids: &[u32],
     reference: &[Row],
@@ -133,7 +134,7 @@ fn check_whole_and_chunked(
 }
 
 /// A second sequence continues differently over the first one's blocks, and leaves them as they were.
-fn check_prefix_hit(what: &str, runner: &mut dyn ModelRunner, blocks: &mut Blocks, table: &[u32], ids: &[u32]) {
+fn check_prefix_hit(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Blocks, table: &[u32], ids: &[u32]) {
     let shared = 5 * runner.block_size();
     let other: Vec<u32> = ids[..shared].iter().chain(ids.iter().rev()).copied().take(ids.len()).collect();
     let own = blocks.table(other.len());
@@ -145,7 +146,7 @@ fn check_prefix_hit(what: &str, runner: &mut dyn ModelRunner, blocks: &mut Block
 }
 
 /// A sequence goes on in a copy of its last, half-filled block; the original goes on in its own.
-fn check_copied_block(what: &str, runner: &mut dyn ModelRunner, blocks: &mut Blocks, ids: &[u32], reference: &[Row]) {
+fn check_copied_block(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Blocks, ids: &[u32], reference: &[Row]) {
     let fork = 4 * runner.block_size() + 5;
     let original = blocks.table(ids.len());
     let _ = feed(runner, &original, &ids[..fork], 0, fork);
@@ -162,7 +163,7 @@ fn check_copied_block(what: &str, runner: &mut dyn ModelRunner, blocks: &mut Blo
 }
 
 /// Prefill and decode of several sequences mixed in one batch; each gets what it gets alone.
-fn check_among_others(what: &str, runner: &mut dyn ModelRunner, blocks: &mut Blocks, ids: &[u32], reference: &[Row]) {
+fn check_among_others(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Blocks, ids: &[u32], reference: &[Row]) {
     let backwards: Vec<u32> = ids.iter().rev().copied().collect();
     let short = &backwards[20..37];
     let tables: Vec<Vec<u32>> = (0..5).map(|_| blocks.table(ids.len())).collect();
@@ -185,7 +186,7 @@ fn check_among_others(what: &str, runner: &mut dyn ModelRunner, blocks: &mut Blo
 }
 
 /// A table that begins with the blocks of the first `shared` tokens (full blocks) and goes on with fresh ones.
-pub fn share_prefix(runner: &dyn ModelRunner, blocks: &mut Blocks, table: &[u32], shared: usize) -> Vec<u32> {
+pub fn share_prefix(runner: &dyn LogitsRunner, blocks: &mut Blocks, table: &[u32], shared: usize) -> Vec<u32> {
     assert_eq!(shared % runner.block_size(), 0);
     let full = shared / runner.block_size();
     let mut hit = table[..full].to_vec();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use outrigger::engine::ModelRunner;
+use outrigger::engine::LogitsRunner;
 use outrigger::engine::model::decoder::DType;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
@@ -32,16 +32,16 @@ impl Setup {
 }
 
 /// A runner over a fixture, with room for ten sequences or more.
-pub fn fixture_runner(name: &str, setup: Setup) -> Box<dyn ModelRunner> {
+pub fn fixture_runner(name: &str, setup: Setup) -> Box<dyn LogitsRunner> {
     load(&fixtures::path(name), setup, 16 << 20)
 }
 
 /// A runner over SmolLM2, with room for all golden cases at once.
-pub fn smollm2_runner(setup: Setup) -> Box<dyn ModelRunner> {
+pub fn smollm2_runner(setup: Setup) -> Box<dyn LogitsRunner> {
     load(real_model::path(), setup, 256 << 20)
 }
 
-fn load(path: &Path, setup: Setup, kv_cache_memory: u64) -> Box<dyn ModelRunner> {
+fn load(path: &Path, setup: Setup, kv_cache_memory: u64) -> Box<dyn LogitsRunner> {
     let files = ModelFiles::open(path, LoadFormat::Auto).unwrap();
     let config = RunnerConfig {
         dtype: match setup.numbers {

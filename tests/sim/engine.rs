@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use outrigger::engine::batch::BatchEntry;
 use outrigger::engine::fake_runner::{FakeModel, FakeRunner};
-use outrigger::engine::{Config, EngineHandle, EngineParts, ModelRunner, RunnerError, SteppedEngine, StopTexts};
+use outrigger::engine::{
+    Config, EngineHandle, EngineParts, HostSampling, LogitsEntry, LogitsRunner, PagedModel, RunnerError, SteppedEngine,
+    StopTexts,
+};
 use outrigger::types::{
     Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId, watch,
 };
@@ -31,8 +33,8 @@ struct FaultyRunner {
     faults: Arc<Faults>,
 }
 
-impl ModelRunner for FaultyRunner {
-    fn forward(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
+impl LogitsRunner for FaultyRunner {
+    fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
         if self.faults.has_no_memory.load(Ordering::Relaxed) {
             return Err(RunnerError::OutOfMemory { tokens: batch.iter().map(|entry| entry.tokens.len()).sum() });
         }
@@ -47,7 +49,9 @@ impl ModelRunner for FaultyRunner {
     fn logits_mut(&mut self, row: usize) -> &mut [f32] {
         self.inner.logits_mut(row)
     }
+}
 
+impl PagedModel for FaultyRunner {
     fn copy_block(&mut self, from: u32, to: u32) {
         self.inner.copy_block(from, to);
     }
@@ -247,7 +251,8 @@ fn make(size: &EngineSize, caches: bool) -> (EngineHandle, SteppedEngine, Arc<Fa
         stop_texts: letters(),
         on_step: None,
     };
-    let (handle, stepped) = SteppedEngine::new(parts, Box::new(runner), now).expect("the pool is large enough");
+    let (handle, stepped) =
+        SteppedEngine::new(parts, Box::new(HostSampling::new(runner)), now).expect("the pool is large enough");
     (handle, stepped, faults)
 }
 

@@ -1,0 +1,87 @@
+//! Makes a [`ModelRunner`] of a runner that gives logits: each launch computes its step and samples from it on the host, so
+//! one step is in flight at most, and nothing is ever pending.
+
+use super::batch::{BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError};
+use super::sampler::Sampler;
+
+pub struct HostSampling<R> {
+    runner: R,
+    sampler: Sampler,
+    /// Of the step that was launched and not collected.
+    sampled: Option<Vec<RowResult>>,
+    /// Memory for the rows of the next step.
+    spare: Vec<RowResult>,
+}
+
+impl<R: LogitsRunner> HostSampling<R> {
+    pub fn new(runner: R) -> Self {
+        let sampler = Sampler::new(runner.vocab_size());
+        Self { runner, sampler, sampled: None, spare: Vec::new() }
+    }
+}
+
+impl<R: LogitsRunner> ModelRunner for HostSampling<R> {
+    fn launch(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
+        assert!(self.sampled.is_none(), "a step is collected before the next is launched");
+        let entries: Vec<LogitsEntry<'_>> = batch.iter().map(without_sampling).collect();
+        self.runner.forward(&entries, progress)?;
+        let mut rows = std::mem::take(&mut self.spare);
+        for (row, spec) in batch.iter().filter_map(|entry| entry.sampling).enumerate() {
+            rows.push(self.sampler.sample(self.runner.logits_mut(row), spec.state, spec.position));
+        }
+        self.sampled = Some(rows);
+        Ok(())
+    }
+
+    fn collect(&mut self, rows: &mut Vec<RowResult>, _progress: &dyn Fn()) -> Result<(), RunnerError> {
+        let mut sampled = self.sampled.take().expect("a step was launched");
+        std::mem::swap(rows, &mut sampled);
+        sampled.clear();
+        self.spare = sampled;
+        Ok(())
+    }
+
+    fn depth(&self) -> usize {
+        1
+    }
+}
+
+fn without_sampling<'a>(entry: &BatchEntry<'a>) -> LogitsEntry<'a> {
+    assert!(entry.pending_row.is_none(), "every token is known on the host");
+    LogitsEntry {
+        tokens: entry.tokens,
+        start: entry.start,
+        block_table: entry.block_table,
+        wants_logits: entry.sampling.is_some(),
+    }
+}
+
+impl<R: PagedModel> PagedModel for HostSampling<R> {
+    fn copy_block(&mut self, from: u32, to: u32) {
+        self.runner.copy_block(from, to);
+    }
+
+    fn block_size(&self) -> usize {
+        self.runner.block_size()
+    }
+
+    fn num_blocks(&self) -> u32 {
+        self.runner.num_blocks()
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.runner.vocab_size()
+    }
+
+    fn max_model_len(&self) -> usize {
+        self.runner.max_model_len()
+    }
+
+    fn corrupt(&mut self) {
+        self.runner.corrupt();
+    }
+
+    fn spoil(&mut self) {
+        self.runner.spoil();
+    }
+}
