@@ -10,6 +10,7 @@
 //! the fingerprint.
 
 mod buffer;
+#[cfg_attr(not(feature = "cuda"), path = "cuda_absent.rs")]
 mod cuda;
 mod driver;
 mod emulator;

@@ -1,0 +1,20 @@
+//! Compiles the CUDA kernels when a build wants them: for devices (feature `cuda`), and for the host (feature `emulator`).
+//! A build with neither needs no compiler but Rust's.
+
+#[path = "build/nvcc.rs"]
+mod nvcc;
+#[path = "build/sources.rs"]
+mod sources;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
+    println!("cargo::rerun-if-changed=cuda");
+    if has_feature("CUDA") {
+        nvcc::compile_kernels();
+    }
+}
+
+fn has_feature(name: &str) -> bool {
+    std::env::var_os(format!("CARGO_FEATURE_{name}")).is_some()
+}

@@ -1,0 +1,7 @@
+//! The CUDA driver of builds without the feature `cuda`: none.
+
+use super::{DeviceError, Driver};
+
+pub(super) fn open(_index: u32) -> Result<Box<dyn Driver>, DeviceError> {
+    Err(DeviceError::Unavailable("this build has no CUDA support (feature `cuda`)".to_owned()))
+}
