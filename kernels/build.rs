@@ -1,6 +1,8 @@
 //! Compiles the CUDA kernels when a build wants them: for devices (feature `cuda`), and for the host (feature `emulator`).
 //! A build with neither needs no compiler but Rust's.
 
+#[path = "build/emulator.rs"]
+mod emulator;
 #[path = "build/nvcc.rs"]
 mod nvcc;
 #[path = "build/sources.rs"]
@@ -12,6 +14,9 @@ fn main() {
     println!("cargo::rerun-if-changed=cuda");
     if has_feature("CUDA") {
         nvcc::compile_kernels();
+    }
+    if has_feature("EMULATOR") {
+        emulator::compile_kernels();
     }
 }
 

@@ -10,6 +10,8 @@
 //! the fingerprint.
 
 mod buffer;
+pub mod checks;
+pub mod copy;
 #[cfg_attr(not(feature = "cuda"), path = "cuda_absent.rs")]
 mod cuda;
 mod driver;
@@ -25,6 +27,7 @@ pub use driver::{
     Address, DeviceError, DeviceMemory, Driver, EventId, Function, GraphId, Launch, Properties, TensorMap,
     TensorMapShape,
 };
+pub use emulator::{EmulatorOptions, Faults, LaunchFault, ThreadOrder};
 pub use operand::{Activations, Element, Output, Write};
 
 /// Changes whenever the result of a device kernel may change for some input.
@@ -50,7 +53,12 @@ impl Device {
 
     /// The emulated device, in builds with the feature `emulator`.
     pub fn emulator() -> Result<Self, DeviceError> {
-        emulator::open().map(Self::new)
+        Self::emulator_with(EmulatorOptions::default())
+    }
+
+    /// An emulated device as a test wants it.
+    pub fn emulator_with(options: EmulatorOptions) -> Result<Self, DeviceError> {
+        emulator::open(options).map(Self::new)
     }
 
     fn new(driver: Box<dyn Driver>) -> Self {

@@ -1,0 +1,394 @@
+// Scheduling of a block's threads, and the interface to Rust (kernels/src/gpu/emulator).
+#include "machine.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <new>
+#include <string>
+
+#include "fiber.h"
+
+namespace emulation {
+
+__thread Thread* current = nullptr;
+
+namespace {
+
+constexpr size_t PAGE = 4096;
+constexpr size_t SHARED_REGION = (MAX_SHARED_BYTES + PAGE - 1) / PAGE * PAGE;
+constexpr size_t SHARED_ALIGNMENT = 1024;
+
+std::vector<Kernel>& kernels() {
+    static std::vector<Kernel> all;
+    return all;
+}
+
+class Random {
+public:
+    explicit Random(uint64_t seed) : state_(seed) {}
+    uint64_t next() {
+        state_ += 0x9e3779b97f4a7c15ull;
+        uint64_t z = state_;
+        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+        return z ^ (z >> 31);
+    }
+    uint32_t below(uint32_t bound) { return uint32_t(next() % bound); }
+
+private:
+    uint64_t state_;
+};
+
+// Threads that can run. Each is in it at most once.
+class ReadyQueue {
+public:
+    void clear() { head_ = count_ = 0; }
+    bool empty() const { return count_ == 0; }
+    void push(Thread* thread) { at(count_++) = thread; }
+    Thread* pop(Order order, Random& random) {
+        if (order == Order::Shuffled) std::swap(at(0), at(random.below(count_)));
+        count_--;
+        if (order == Order::Backward) return at(count_);
+        Thread* first = threads_[head_];
+        head_ = (head_ + 1) % MAX_BLOCK_THREADS;
+        return first;
+    }
+
+private:
+    Thread*& at(uint32_t i) { return threads_[(head_ + i) % MAX_BLOCK_THREADS]; }
+
+    Thread* threads_[MAX_BLOCK_THREADS];
+    uint32_t head_ = 0, count_ = 0;
+};
+
+// What a thread of the operating system needs to run blocks.
+class Multiprocessor {
+public:
+    Multiprocessor();
+    ~Multiprocessor();
+    // Whether the block ran to its end; else `error` says what went wrong.
+    bool run(const Kernel& kernel, const Launch& launch, Index block);
+
+    void wait_for(const char* what);
+    void push(Thread* thread) { ready_.push(thread); }
+    void end_thread();
+    [[noreturn]] void fail(std::string message);
+
+    std::string error;
+    Block block;
+    unsigned char* shared_region;
+
+private:
+    void prepare(const Kernel& kernel, const Launch& launch, Index index);
+    void prepare_threads();
+    void check_end();
+    void run_next();
+    std::string describe_deadlock() const;
+
+    std::vector<Stack> stacks_;
+    std::vector<Thread> threads_;
+    std::vector<Party> warps_, warpgroups_;
+    ReadyQueue ready_;
+    Random random_{0};
+    uint32_t live_ = 0;
+    void* scheduler_ = nullptr;
+};
+
+thread_local Multiprocessor* multiprocessor = nullptr;
+
+// Frees the multiprocessor of a thread that ends.
+struct Owner {
+    ~Owner() { delete multiprocessor; }
+};
+
+Multiprocessor& own_multiprocessor() {
+    static thread_local Owner owner;
+    (void)&owner;
+    if (multiprocessor == nullptr) multiprocessor = new Multiprocessor;
+    return *multiprocessor;
+}
+
+std::string formatted(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string formatted(const char* format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return text;
+}
+
+std::string name_of(Index i) { return formatted("(%u, %u, %u)", i.x, i.y, i.z); }
+
+Multiprocessor::Multiprocessor() {
+    size_t bytes = PAGE + SHARED_REGION + PAGE;
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    shared_region = static_cast<unsigned char*>(memory) + PAGE;
+    mprotect(memory, PAGE, PROT_NONE);
+    mprotect(shared_region + SHARED_REGION, PAGE, PROT_NONE);
+}
+
+Multiprocessor::~Multiprocessor() { munmap(shared_region - PAGE, PAGE + SHARED_REGION + PAGE); }
+
+void thread_entry() {
+    current->block->kernel->body(current->block->launch->params);
+    multiprocessor->end_thread();
+}
+
+void Multiprocessor::prepare(const Kernel& kernel, const Launch& launch, Index index) {
+    block.kernel = &kernel;
+    block.launch = &launch;
+    block.index = index;
+    block.size = {launch.block[0], launch.block[1], launch.block[2]};
+    block.grid = {launch.grid[0], launch.grid[1], launch.grid[2]};
+    block.threads = launch.block[0] * launch.block[1] * launch.block[2];
+    block.waited_for_dependency = false;
+    block.shared_variables.clear();
+    block.transaction_barriers.clear();
+    for (Barrier& barrier : block.barriers) barrier.waiting.clear();
+    // The block's memory ends where a page that faults begins, but for what alignment leaves over.
+    size_t room = (launch.shared_bytes + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
+    block.dynamic_shared = shared_region + SHARED_REGION - room;
+    memset(block.dynamic_shared, POISON, room);
+    uint64_t place = index.x + uint64_t(launch.grid[0]) * (index.y + uint64_t(launch.grid[1]) * index.z);
+    random_ = Random(launch.seed ^ place * 0xd1342543de82ef95ull);
+}
+
+void Multiprocessor::prepare_threads() {
+    while (stacks_.size() < block.threads) stacks_.emplace_back();
+    if (threads_.size() < block.threads) threads_.resize(block.threads);
+    warps_.assign((block.threads + WARP_LANES - 1) / WARP_LANES, Party{});
+    warpgroups_.assign(block.threads / WARPGROUP_LANES, Party{});
+    for (Party& party : warps_) party.size = WARP_LANES;
+    for (Party& party : warpgroups_) party.size = WARPGROUP_LANES;
+    ready_.clear();
+    live_ = block.threads;
+    for (uint32_t i = 0; i < block.threads; i++) {
+        Thread& thread = threads_[i];
+        thread.stack_pointer = stacks_[i].prepare(thread_entry);
+        thread.index = {i % block.size.x, i / block.size.x % block.size.y, i / block.size.x / block.size.y};
+        thread.number = i;
+        thread.lane = i % WARP_LANES;
+        thread.block = &block;
+        thread.warp = &warps_[i / WARP_LANES];
+        thread.warpgroup = i / WARPGROUP_LANES < warpgroups_.size() ? &warpgroups_[i / WARPGROUP_LANES] : nullptr;
+        thread.waits_for = nullptr;
+        thread.done = false;
+        thread.copies.clear();
+        thread.copy_groups.clear();
+        ready_.push(&thread);
+    }
+}
+
+bool Multiprocessor::run(const Kernel& kernel, const Launch& launch, Index index) {
+    prepare(kernel, launch, index);
+    prepare_threads();
+    error.clear();
+    current = ready_.pop(launch.order, random_);
+    switch_fiber(&scheduler_, current->stack_pointer);
+    current = nullptr;
+    if (error.empty()) check_end();
+    return error.empty();
+}
+
+// What can be said only when all threads have ended.
+void Multiprocessor::check_end() {
+    const Launch& launch = *block.launch;
+    std::string where = formatted("kernel %s, block %s", block.kernel->name, name_of(block.index).c_str());
+    if (launch.overlap != 0 && !block.waited_for_dependency) {
+        error = where + ": was launched to overlap the kernel before it, and ends without grid_dependency_wait";
+    }
+    unsigned char* end = shared_region + SHARED_REGION;
+    for (unsigned char* byte = block.dynamic_shared + launch.shared_bytes; byte < end; byte++) {
+        if (*byte != POISON) {
+            error = where + formatted(": writes %zu bytes beyond its %u bytes of dynamic shared memory",
+                                      size_t(byte - block.dynamic_shared) - launch.shared_bytes, launch.shared_bytes);
+            break;
+        }
+    }
+}
+
+// Goes on with another thread, or with the scheduler when the block has ended.
+void Multiprocessor::run_next() {
+    Thread* before = current;
+    if (ready_.empty()) {
+        if (live_ > 0) error = describe_deadlock();
+        switch_fiber(&before->stack_pointer, scheduler_);
+        abort();  // a fiber that the scheduler got control from is never continued
+    }
+    current = ready_.pop(block.launch->order, random_);
+    if (current != before) switch_fiber(&before->stack_pointer, current->stack_pointer);
+}
+
+void Multiprocessor::wait_for(const char* what) {
+    current->waits_for = what;
+    run_next();
+}
+
+void Multiprocessor::end_thread() {
+    current->done = true;
+    live_--;
+    run_next();
+}
+
+void Multiprocessor::fail(std::string message) {
+    error = formatted("kernel %s, block %s, thread %s: ", block.kernel->name, name_of(block.index).c_str(),
+                      name_of(current->index).c_str()) + message;
+    switch_fiber(&current->stack_pointer, scheduler_);
+    abort();
+}
+
+std::string Multiprocessor::describe_deadlock() const {
+    std::string text = formatted("kernel %s, block %s: no thread can go on;", block.kernel->name, name_of(block.index).c_str());
+    // One line for each run of threads in the same state.
+    const uint32_t MAX_STATES = 8;
+    uint32_t states = 0;
+    for (uint32_t i = 0; i < block.threads && states < MAX_STATES; states++) {
+        const Thread& first = threads_[i];
+        uint32_t last = i;
+        while (last + 1 < block.threads && threads_[last + 1].done == first.done && threads_[last + 1].waits_for == first.waits_for) last++;
+        text += formatted(" threads %u to %u %s%s;", i, last, first.done ? "have ended" : "wait for ", first.done ? "" : first.waits_for);
+        i = last + 1;
+    }
+    return text;
+}
+
+}  // namespace
+
+Registration::Registration(const Kernel& kernel) { kernels().push_back(kernel); }
+
+void fault(const char* format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    multiprocessor->fail(text);
+}
+
+void wait_for(const char* what) { multiprocessor->wait_for(what); }
+
+void wake(Thread* thread) {
+    thread->waits_for = nullptr;
+    multiprocessor->push(thread);
+}
+
+void meet(Party* party, const char* instruction, void* operands, void (*compute)(void* const* operands)) {
+    if (party == nullptr) fault("%s needs a whole warpgroup of 128 threads", instruction);
+    uint32_t place = current->number % party->size;
+    if (party->arrived > 0 && strcmp(party->instruction, instruction) != 0) {
+        fault("executes %s while others of its warp execute %s", instruction, party->instruction);
+    }
+    party->instruction = instruction;
+    party->members[place] = current;
+    party->operands[place] = operands;
+    party->arrived++;
+    if (party->arrived < party->size) {
+        wait_for(instruction);
+        return;
+    }
+    party->arrived = 0;
+    compute(party->operands);
+    for (uint32_t i = 0; i < party->size; i++) {
+        if (party->members[i] != current) wake(party->members[i]);
+    }
+}
+
+void wait_at_barrier(uint32_t id, uint32_t expected, const char* what) {
+    Barrier& barrier = current->block->barriers[id];
+    if (!barrier.waiting.empty() && barrier.expected != expected) {
+        fault("comes to barrier %u for %u threads while others wait there for %u", id, expected, barrier.expected);
+    }
+    barrier.expected = expected;
+    barrier.waiting.push_back(current);
+    if (barrier.waiting.size() < expected) {
+        wait_for(what);
+        return;
+    }
+    // All of them stand in the queue again, the last one to come as well: it has no right to go first.
+    std::vector<Thread*> together;
+    together.swap(barrier.waiting);
+    Thread* self = current;
+    for (Thread* thread : together) wake(thread);
+    together.clear();
+    together.shrink_to_fit();
+    self->waits_for = nullptr;
+    multiprocessor->wait_for(nullptr);
+}
+
+void declare_shared(void* address, size_t bytes) {
+    Block& block = *current->block;
+    size_t total = bytes;
+    for (const SharedVariable& variable : block.shared_variables) {
+        if (variable.address == address) return;
+        total += variable.bytes;
+    }
+    if (total > 48 * 1024) fault("%zu bytes of static shared memory; a block may have 48 KiB", total);
+    if (total + block.launch->shared_bytes > MAX_SHARED_BYTES) {
+        fault("%zu bytes of static and %u of dynamic shared memory; a block may have %zu", total, block.launch->shared_bytes, MAX_SHARED_BYTES);
+    }
+    memset(address, POISON, bytes);
+    block.shared_variables.push_back({address, bytes});
+}
+
+// What the instruments of the other headers need of the block.
+
+void finish_copies(size_t pending) {
+    Thread& thread = *current;
+    if (thread.copy_groups.size() <= pending) return;
+    size_t groups = thread.copy_groups.size() - pending;
+    size_t end = thread.copy_groups[groups - 1];
+    for (size_t i = 0; i < end; i++) {
+        const AsyncCopy& copy = thread.copies[i];
+        if (copy.from == nullptr) {
+            memset(copy.to, 0, 16);
+        } else {
+            memcpy(copy.to, copy.from, 16);
+        }
+    }
+    thread.copies.erase(thread.copies.begin(), thread.copies.begin() + ptrdiff_t(end));
+    thread.copy_groups.erase(thread.copy_groups.begin(), thread.copy_groups.begin() + ptrdiff_t(groups));
+    for (size_t& group : thread.copy_groups) group -= end;
+}
+
+uint32_t shared_window_address(const void* pointer) {
+    const unsigned char* byte = static_cast<const unsigned char*>(pointer);
+    const unsigned char* base = current->block->dynamic_shared;
+    if (byte < base || byte >= base + current->block->launch->shared_bytes) {
+        fault("%p is not in the block's dynamic shared memory", pointer);
+    }
+    // Dynamic shared memory begins at 1024, as on a device, where the first bytes are the system's.
+    return uint32_t(byte - base) + 1024;
+}
+
+}  // namespace emulation
+
+using namespace emulation;
+
+extern "C" {
+
+// The number of the kernel of this name, or -1.
+int64_t outrigger_emulator_find(const char* name, size_t* params_bytes, uint32_t* max_threads) {
+    for (size_t i = 0; i < kernels().size(); i++) {
+        const Kernel& kernel = kernels()[i];
+        if (strcmp(kernel.name, name) != 0) continue;
+        *params_bytes = kernel.params_bytes;
+        *max_threads = kernel.max_threads;
+        return int64_t(i);
+    }
+    return -1;
+}
+
+// Runs one block. When it fails, `message` gets the reason, cut to `capacity` bytes with its final zero.
+bool outrigger_emulator_run(size_t kernel, const Launch* launch, const uint32_t* block, char* message, size_t capacity) {
+    Multiprocessor& own = own_multiprocessor();
+    if (own.run(kernels()[kernel], *launch, {block[0], block[1], block[2]})) return true;
+    snprintf(message, capacity, "%s", own.error.c_str());
+    return false;
+}
+}

@@ -1,0 +1,167 @@
+//! The interface to the machine that runs kernels (`cuda/emulation/machine.cpp`).
+
+use std::ffi::{CString, c_char};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::Pool;
+use crate::gpu::Launch;
+use crate::gpu::emulator::ThreadOrder;
+
+/// Bytes of the message about a fault, with its final zero.
+const MESSAGE_BYTES: usize = 2048;
+
+/// As `emulation::Launch`.
+#[repr(C)]
+struct NativeLaunch {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    order: u32,
+    seed: u64,
+    params: *const u8,
+    overlap: u32,
+}
+
+// SAFETY: the parameters are only read while a launch runs.
+unsafe impl Sync for NativeLaunch {}
+
+unsafe extern "C" {
+    fn outrigger_emulator_link();
+    fn outrigger_emulator_find(name: *const c_char, params_bytes: *mut usize, max_threads: *mut u32) -> i64;
+    fn outrigger_emulator_run(
+        kernel: usize,
+        launch: *const NativeLaunch,
+        block: *const u32,
+        message: *mut c_char,
+        capacity: usize,
+    ) -> bool;
+}
+
+/// A kernel as its source declares it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NativeKernel {
+    index: usize,
+    pub params_bytes: usize,
+    pub max_threads: u32,
+}
+
+impl NativeKernel {
+    pub fn find(name: &str) -> Option<Self> {
+        let name = CString::new(name).ok()?;
+        let (mut params_bytes, mut max_threads) = (0, 0);
+        // SAFETY: a terminated string and two places for results; the first call only makes the linker keep the kernels.
+        let index = unsafe {
+            outrigger_emulator_link();
+            outrigger_emulator_find(name.as_ptr(), &mut params_bytes, &mut max_threads)
+        };
+        Some(Self { index: usize::try_from(index).ok()?, params_bytes, max_threads })
+    }
+
+    /// Runs all blocks; the error names the kernel, the block and the thread.
+    ///
+    /// # Safety
+    /// `params` are the kernel's argument, and all addresses in it are valid.
+    pub unsafe fn run(
+        &self,
+        launch: &Launch,
+        params: &[u8],
+        order: ThreadOrder,
+        pool: Option<&Pool>,
+    ) -> Result<(), String> {
+        let params = AlignedBytes::new(params);
+        let (order_number, seed) = match order {
+            ThreadOrder::Forward => (0, 0),
+            ThreadOrder::Backward => (1, 0),
+            ThreadOrder::Shuffled(seed) => (2, seed),
+        };
+        let native = NativeLaunch {
+            grid: launch.grid,
+            block: launch.block,
+            shared_bytes: launch.shared_bytes,
+            order: order_number,
+            seed,
+            params: params.as_ptr(),
+            overlap: u32::from(launch.overlap),
+        };
+        let blocks: usize = launch.grid.iter().map(|extent| *extent as usize).product();
+        let failed = AtomicBool::new(false);
+        let fault = Mutex::new(String::new());
+        let run = |step: usize| {
+            if failed.load(Ordering::Relaxed) {
+                return;
+            }
+            let block = unravel(place(step, blocks, order), launch.grid);
+            if let Err(message) = self.run_block(&native, block)
+                && !failed.swap(true, Ordering::Relaxed)
+            {
+                *fault.lock().expect("nobody panics while setting a message") = message;
+            }
+        };
+        match pool {
+            Some(pool) if blocks > 1 => pool.run(blocks, &run),
+            _ => (0..blocks).for_each(run),
+        }
+        if failed.into_inner() { Err(fault.into_inner().expect("as above")) } else { Ok(()) }
+    }
+
+    fn run_block(&self, launch: &NativeLaunch, block: [u32; 3]) -> Result<(), String> {
+        let mut message = [0u8; MESSAGE_BYTES];
+        // SAFETY: the caller of `run` vouches for the parameters; the message has room for `MESSAGE_BYTES`.
+        let ran = unsafe {
+            outrigger_emulator_run(self.index, launch, block.as_ptr(), message.as_mut_ptr().cast(), MESSAGE_BYTES)
+        };
+        if ran {
+            return Ok(());
+        }
+        let length = message.iter().position(|byte| *byte == 0).unwrap_or(MESSAGE_BYTES);
+        Err(String::from_utf8_lossy(&message[..length]).into_owned())
+    }
+}
+
+/// The block that runs as the `step`-th.
+fn place(step: usize, blocks: usize, order: ThreadOrder) -> usize {
+    match order {
+        ThreadOrder::Forward => step,
+        ThreadOrder::Backward => blocks - 1 - step,
+        // A stride without common divisor visits every block once.
+        ThreadOrder::Shuffled(seed) => {
+            let mut stride = (seed as usize % blocks).max(1);
+            while gcd(stride, blocks) != 1 {
+                stride += 1;
+            }
+            ((step as u128 * stride as u128 + u128::from(seed >> 32)) % blocks as u128) as usize
+        }
+    }
+}
+
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}
+
+fn unravel(place: usize, grid: [u32; 3]) -> [u32; 3] {
+    let (x, y) = (grid[0] as usize, grid[1] as usize);
+    [(place % x) as u32, (place / x % y) as u32, (place / x / y) as u32]
+}
+
+/// A copy of a kernel's argument, aligned as the strictest of them (a tensor map) is.
+struct AlignedBytes(Vec<AlignedChunk>);
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct AlignedChunk([u8; 64]);
+
+impl AlignedBytes {
+    fn new(bytes: &[u8]) -> Self {
+        let chunk = |part: &[u8]| {
+            let mut chunk = AlignedChunk([0; 64]);
+            chunk.0[..part.len()].copy_from_slice(part);
+            chunk
+        };
+        Self(bytes.chunks(64).map(chunk).collect())
+    }
+
+    fn as_ptr(&self) -> *const u8 {
+        self.0.as_ptr().cast()
+    }
+}
