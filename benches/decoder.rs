@@ -40,9 +40,12 @@ fn load(path: PathBuf) -> (CpuModelRunner, String) {
     let config = RunnerConfig {
         dtype: DType::Auto,
         kv_cache_dtype: KvCacheDType::Auto,
-        kv_cache_memory: 2 << 30,
+        kv_cache_memory: Some(2 << 30),
+        gpu_memory_utilization: 0.9,
         block_size: 16,
         max_model_len: Some(4096),
+        max_num_seqs: 64,
+        max_num_batched_tokens: 512,
         threads: std::thread::available_parallelism().map_or(1, usize::from),
     };
     let start = Instant::now();

@@ -483,7 +483,8 @@ mod tests {
                     6..8 => &key,
                     _ => continue,
                 };
-                rms_norm(&one, Level::Portable, &head.to_vec(), weight, 1e-6, head);
+                let unnormed = head.to_vec();
+                rms_norm(&one, Level::Portable, &unnormed, weight, 1e-6, head);
             }
             for &level in Level::available() {
                 let mut together = qkv.clone();

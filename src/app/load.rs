@@ -13,8 +13,8 @@ use crate::api::{ServedModel, unix_seconds};
 use crate::cluster::ModelReport;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
-use crate::engine::model_runner::{CpuModelRunner, RunnerConfig};
-use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, PagedModel};
+use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, RunnerConfig};
+use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner};
 use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
 use crate::router::LocalReplica;
@@ -37,7 +37,7 @@ pub struct LoadedModel {
 }
 
 /// Loads and tries the model, gives it to the front, and makes the node ready.
-pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel> {
+pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyhow::Result<LoadedModel> {
     let health = &front.health;
     health.set_loading(LoadPhase::Downloading, 0.0);
     let needs_weights = config.process.load_format != LoadFormat::Dummy;
@@ -65,11 +65,11 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
     };
     let runner = {
         let (health, progress) = (health.clone(), Progress::detect());
-        let runner_config = config.compute.runner(config.engine.max_model_len);
-        off_runtime(move || load_runner(files, &runner_config, &health, &progress))
+        let runner_config = config.compute.runner(&config.engine);
+        off_runtime(move || load_runner(files, &device, &runner_config, &health, &progress))
     };
     let ((tokenizer, bundle), runner) = tokio::try_join!(tokenizer, runner)?;
-    let fingerprint = runner.fingerprint();
+    let (runner, fingerprint) = runner;
     let eos_token_ids = bundle.eos_token_ids.clone();
     let room = runner.max_model_len().saturating_sub(config.health.probe_max_tokens as usize);
     let prompt = probe_prompt(&tokenizer, room);
@@ -85,8 +85,7 @@ pub async fn load(config: &Config, front: &Front) -> anyhow::Result<LoadedModel>
             stop_texts: tokenizer.clone().into(),
             on_step: Some(Box::new(move |time| metrics.engine_step.observe(time.as_secs_f64()))),
         };
-        off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(Box::new(HostSampling::new(runner)))))?))
-            .await?
+        off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(runner)))?)).await?
     };
     let limits = engine.limits();
     if let Some(target) = &front.fault_target {
@@ -153,20 +152,25 @@ fn bundle(source: &TokenizerSource, eos_token_ids: Vec<TokenId>) -> anyhow::Resu
     }
 }
 
-/// Packs the weights, telling probes and the person at the terminal how far it has come.
+/// Brings the weights to the device, telling probes and the person at the terminal how far it has come.
 fn load_runner(
     files: ModelFiles,
+    device: &ComputeDevice,
     config: &RunnerConfig,
     health: &Health,
     progress: &Progress,
-) -> anyhow::Result<CpuModelRunner> {
+) -> anyhow::Result<(Box<dyn ModelRunner>, Fingerprint)> {
     let total = files.tensors.total_bytes();
     let task = RefCell::new(progress.start(format!("loading {}", files.name), total));
     let report = |fraction: f32| {
         health.set_loading(LoadPhase::LoadingWeights, f64::from(fraction));
         task.borrow_mut().set((f64::from(fraction) * total as f64) as u64);
     };
-    Ok(CpuModelRunner::load(files.config, files.tensors.as_ref(), config, &report)?)
+    let (model, tensors) = (files.config, files.tensors.as_ref());
+    anyhow::ensure!(!device.is_gpu(), "the runner on a GPU is not part of this commit");
+    let runner = CpuModelRunner::load(model, tensors, config, &report)?;
+    let fingerprint = runner.fingerprint();
+    Ok((Box::new(HostSampling::new(runner)), fingerprint))
 }
 
 /// A model whose template we cannot read is served all the same; chat requests are told why they are not.

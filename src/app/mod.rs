@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use crate::config::{Config, Invocation, KEYS};
+use crate::engine::model_runner::ComputeDevice;
 use crate::observability::trace;
 use ending::Ending;
 use front::Front;
@@ -57,13 +58,15 @@ fn log_configuration(invocation: &Invocation) {
 
 async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install().context("signals cannot be caught")?;
+    let device = open_device(&config).await?;
+    let config = config.for_device(device.is_gpu())?;
     let front = Front::open(&config).await?;
     say(&format!("Listening on {}", front.base_url));
     if config.api.api_keys.is_empty() && !front.is_local {
         tracing::warn!("no api_keys are set: everybody who reaches the address of `host` may use the model");
     }
     let model = tokio::select! {
-        loaded = load::load(&config, &front) => match loaded {
+        loaded = load::load(&config, device, &front) => match loaded {
             Ok(model) => model,
             Err(error) => {
                 ending::without_model(&config, front).await;
@@ -81,6 +84,17 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
         reason = front.failed() => Ending::Failure(reason),
     };
     Ok(ending::end(ending, &config, front, model, &mut signals).await)
+}
+
+/// Before anything listens: the limits of the queue depend on what computes.
+async fn open_device(config: &Config) -> anyhow::Result<ComputeDevice> {
+    let choice = config.compute.device;
+    let opened = tokio::task::spawn_blocking(move || ComputeDevice::open(choice))
+        .await
+        .context("opening the device panicked")?;
+    let device = opened.with_context(|| format!("device {choice} cannot be used"))?;
+    tracing::info!(%device, "computing");
+    Ok(device)
 }
 
 fn welcome(config: &Config, front: &Front, model: &LoadedModel, elapsed: Duration) {

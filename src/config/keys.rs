@@ -10,7 +10,7 @@ use super::syntax::{
 };
 use crate::engine::model::LoadFormat;
 use crate::engine::model::decoder::DType;
-use crate::engine::model_runner::KvCacheDType;
+use crate::engine::model_runner::{DeviceChoice, KvCacheDType};
 use crate::observability::trace::LogFormat;
 use crate::router::Strategy;
 
@@ -112,11 +112,12 @@ choice!(DType, "auto|float32|float16|bfloat16" {
     BFloat16: "bfloat16" | "bf16",
 });
 
-choice!(KvCacheDType, "auto|float32|float16|bfloat16" {
+choice!(KvCacheDType, "auto|float32|float16|bfloat16|fp8" {
     Auto: "auto",
     Float32: "float32" | "f32" | "float",
     Float16: "float16" | "f16" | "half",
     BFloat16: "bfloat16" | "bf16",
+    Fp8: "fp8" | "fp8_e4m3",
 });
 
 choice!(Strategy, "balanced|least-request|least-latency|least-kv-cache|throughput|prefix-cache|random|power-of-two" {
@@ -136,6 +137,23 @@ choice!(LoadFormat, "auto|safetensors|gguf|dummy" {
     Gguf: "gguf",
     Dummy: "dummy",
 });
+
+/// `cuda:1` among them, which no list of choices can name.
+struct Device;
+
+impl Notation for Device {
+    const HINT: &'static str = "auto|cpu|cuda|cuda:N";
+}
+
+impl Syntax<DeviceChoice> for Device {
+    fn read(text: &str) -> Result<DeviceChoice, String> {
+        text.trim().parse()
+    }
+
+    fn write(value: &DeviceChoice) -> toml::Value {
+        toml::Value::String(value.to_string())
+    }
+}
 
 keys! {
     "Server" {
@@ -183,22 +201,26 @@ keys! {
     "Engine" {
         max_model_len: Auto<Count> => engine.max_model_len,
             "Longest prompt and output together, in tokens; `auto` is the model's own limit.";
-        max_num_seqs: Count => engine.max_num_seqs,
-            "Sequences that are computed at one time.";
-        max_num_batched_tokens: Count => engine.max_num_batched_tokens,
-            "Tokens in one step; bounds the pause that a long prompt causes to others.";
+        max_num_seqs: Auto<Count> => compute.max_num_seqs,
+            "Sequences that are computed at one time; `auto` is 64, and 256 on a GPU.";
+        max_num_batched_tokens: Auto<Count> => compute.max_num_batched_tokens,
+            "Tokens in one step; bounds the pause that a long prompt causes to others. `auto` is 512, and 8192 on a GPU.";
         max_num_requests: Count => engine.max_num_requests,
             "Requests in the engine, running and waiting: a last bound on memory.";
         enable_prefix_caching: Switch => engine.enable_prefix_caching,
             "Keeps the KV blocks of past prompts, and reuses them for prompts that begin alike.";
     }
     "Compute" {
+        device: Device => compute.device,
+            "What computes; `auto` is the first GPU where there is one, else the processors.";
+        gpu_memory_utilization: Number => compute.gpu_memory_utilization,
+            "Fraction of the GPU's memory that this process may use: weights, activations, and the KV pool with what is left.";
         dtype: Choice<DType> => compute.dtype,
             "Number type of the weights in memory, and so of the arithmetic; `auto` is as the file has them.";
         kv_cache_dtype: Choice<KvCacheDType> => compute.kv_cache_dtype,
             "Number type of the KV cache; `auto` follows `dtype`, and is float16 where that is `auto`.";
-        kv_cache_memory | kv_cache_memory_bytes: Size => compute.kv_cache_memory,
-            "Size of the KV pool. Pages that were never used cost nothing.";
+        kv_cache_memory | kv_cache_memory_bytes: Auto<Size> => compute.kv_cache_memory,
+            "Size of the KV pool; `auto` is 1 GiB (pages never used cost nothing), on a GPU what `gpu_memory_utilization` leaves.";
         block_size: Count => compute.block_size,
             "Tokens of a KV block: 16, 32 or a multiple of 64.";
         threads: Auto<Count> => compute.threads,

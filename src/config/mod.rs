@@ -65,13 +65,42 @@ impl Config {
         self.process.validate(problems);
         self.hub.validate(problems);
         self.compute.validate(problems);
-        self.engine.validate(problems);
+        self.validate_step(problems);
         self.admission.validate(problems);
         self.health.validate(problems);
         self.api.validate(problems);
         self.cluster.validate(problems);
         self.router.validate(problems);
         self.trace.validate(problems);
+    }
+
+    /// With the limits of a step that suit the device, where none are set.
+    pub fn for_device(mut self, on_gpu: bool) -> Result<Self, ConfigError> {
+        self.set_step_limits(on_gpu);
+        let mut problems = Vec::new();
+        self.engine.validate(&mut problems);
+        match problems.is_empty() {
+            true => Ok(self),
+            false => Err(ConfigError::Problems(problems)),
+        }
+    }
+
+    fn set_step_limits(&mut self, on_gpu: bool) {
+        (self.engine.max_num_seqs, self.engine.max_num_batched_tokens) = self.compute.step_limits(on_gpu);
+    }
+
+    /// Limits that no device that may be chosen could keep.
+    fn validate_step(&self, problems: &mut Vec<String>) {
+        let on_device = |on_gpu: &bool| {
+            let (mut config, mut found) = (self.clone(), Vec::new());
+            config.set_step_limits(*on_gpu);
+            config.engine.validate(&mut found);
+            found
+        };
+        let found: Vec<_> = self.compute.possible_devices().iter().map(on_device).collect();
+        if found.iter().all(|problems| !problems.is_empty()) {
+            problems.extend(found.into_iter().next().unwrap_or_default());
+        }
     }
 }
 

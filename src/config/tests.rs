@@ -115,7 +115,7 @@ fn vllm_spellings_are_understood() {
     assert_eq!(config.api.api_keys, ["a", "b"]);
     assert_eq!(config.process.served_model_name, ["x", "y"]);
     assert_eq!(config.engine.max_model_len, Some(4096));
-    assert_eq!(config.compute.kv_cache_memory, 2 << 30);
+    assert_eq!(config.compute.kv_cache_memory, Some(2 << 30));
     assert!(!config.engine.enable_prefix_caching);
     for (spelling, dtype) in [("float32", DType::Float32), ("bf16", DType::BFloat16), ("auto", DType::Auto)] {
         assert_eq!(read(&["--dtype", spelling], &[]).unwrap().config.compute.dtype, dtype);

@@ -1,5 +1,7 @@
 //! Runs batches of the engine through the decoder, over a KV pool of fixed size on this machine's processors.
 
+mod device;
+
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -11,6 +13,8 @@ use super::batch::{LogitsEntry, LogitsRunner, PagedModel, RunnerError};
 use super::model::decoder::{DType, Decoder, DecoderError, Pass};
 use super::model::{ModelConfig, TensorSource};
 use crate::types::{Fingerprint, TokenId};
+
+pub use device::{ComputeDevice, DeviceChoice};
 
 /// Number type of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -25,14 +29,22 @@ pub enum KvCacheDType {
     Float16,
     #[serde(alias = "bf16")]
     BFloat16,
+    /// Eight bits (E4M3), on a GPU.
+    #[serde(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 impl KvCacheDType {
-    fn resolve(self, dtype: DType) -> KvType {
+    fn on_cpu(self, dtype: DType) -> Result<KvType, RunnerLoadError> {
         match (self, dtype) {
-            (KvCacheDType::Float32, _) | (KvCacheDType::Auto, DType::Float32) => KvType::F32,
-            (KvCacheDType::BFloat16, _) | (KvCacheDType::Auto, DType::BFloat16) => KvType::BF16,
-            (KvCacheDType::Float16, _) | (KvCacheDType::Auto, DType::Auto | DType::Float16) => KvType::F16,
+            (KvCacheDType::Float32, _) | (KvCacheDType::Auto, DType::Float32) => Ok(KvType::F32),
+            (KvCacheDType::BFloat16, _) | (KvCacheDType::Auto, DType::BFloat16) => Ok(KvType::BF16),
+            (KvCacheDType::Float16, _) | (KvCacheDType::Auto, DType::Auto | DType::Float16) => Ok(KvType::F16),
+            (KvCacheDType::Fp8, _) => Err(RunnerLoadError::KvCacheDType {
+                asked: "fp8",
+                device: "cpu",
+                known: "float32, float16 and bfloat16",
+            }),
         }
     }
 }
@@ -41,6 +53,9 @@ impl FromStr for KvCacheDType {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        if matches!(text, "fp8" | "fp8_e4m3") {
+            return Ok(KvCacheDType::Fp8);
+        }
         match text.parse::<DType>() {
             Ok(DType::Auto) => Ok(KvCacheDType::Auto),
             Ok(DType::Float32) => Ok(KvCacheDType::Float32),
@@ -56,20 +71,31 @@ impl FromStr for KvCacheDType {
 pub struct RunnerConfig {
     pub dtype: DType,
     pub kv_cache_dtype: KvCacheDType,
-    /// Bytes of the KV pool; rounded down to whole blocks.
-    pub kv_cache_memory: u64,
+    /// Bytes of the KV pool, rounded down to whole blocks. By default [`CPU_KV_CACHE_MEMORY`], or on a GPU what
+    /// `gpu_memory_utilization` leaves beside the weights.
+    pub kv_cache_memory: Option<u64>,
+    /// Fraction of a GPU's memory that may be in use.
+    pub gpu_memory_utilization: f64,
     /// Positions a block: 16, 32, or a multiple of 64.
     pub block_size: usize,
     /// Longest sequence, at most the model's own limit. By default that limit, or what the KV pool holds if that is less.
     pub max_model_len: Option<usize>,
+    /// Sequences and tokens of a step at most, for which a GPU's memory is set aside.
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
     /// Threads that compute, the engine's own included.
     pub threads: usize,
 }
+
+/// The KV pool on processors where nothing is said.
+const CPU_KV_CACHE_MEMORY: u64 = 1 << 30;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RunnerLoadError {
     #[error(transparent)]
     Decoder(#[from] DecoderError),
+    #[error("kv_cache_dtype {asked} is not for device {device}, which keeps {known}")]
+    KvCacheDType { asked: &'static str, device: &'static str, known: &'static str },
     #[error("block_size is {0}; 16, 32 or a multiple of 64 is needed")]
     BlockSize(usize),
     #[error("max_model_len is {asked}, more than the {limit} positions of the model")]
@@ -101,17 +127,13 @@ impl CpuModelRunner {
         config: &RunnerConfig,
         progress: &dyn Fn(f32),
     ) -> Result<Self, RunnerLoadError> {
-        let block_size = config.block_size;
-        if block_size == 0 || !(64 % block_size == 0 && block_size >= 16 || block_size.is_multiple_of(64)) {
-            return Err(RunnerLoadError::BlockSize(block_size));
-        }
-        let limit = model.max_position_embeddings;
-        if let Some(asked) = config.max_model_len.filter(|asked| *asked > limit) {
-            return Err(RunnerLoadError::MaxModelLen { asked, limit });
-        }
-        let kv_type = config.kv_cache_dtype.resolve(config.dtype);
-        let shape = kv_shape(&model, config, kv_type)?;
-        let max_model_len = config.max_model_len.unwrap_or(limit.min(shape.num_blocks * block_size));
+        config.check(&model)?;
+        let kv_type = config.kv_cache_dtype.on_cpu(config.dtype)?;
+        let block_bytes = config.kv_shape(&model, 1).block_bytes(kv_type) as u64;
+        let num_blocks = config.num_blocks(config.kv_cache_memory.unwrap_or(CPU_KV_CACHE_MEMORY), block_bytes)?;
+        let shape = config.kv_shape(&model, num_blocks);
+        let most = model.max_position_embeddings.min(num_blocks * config.block_size);
+        let max_model_len = config.max_model_len.unwrap_or(most);
         let total = tensors.total_bytes().max(1);
         let pool = Arc::new(Pool::new(config.threads));
         let report = |bytes: u64| progress((bytes as f64 / total as f64).min(1.0) as f32);
@@ -119,12 +141,11 @@ impl CpuModelRunner {
         let mut digest = Sha256::new();
         digest.update(decoder.numerics_digest(config.dtype));
         digest.update([kv_type as u8]);
-        let fingerprint = digest.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect::<String>();
         Ok(Self {
             decoder,
             cache: KvCache::new(shape, kv_type),
             max_model_len,
-            fingerprint: Fingerprint::new(fingerprint),
+            fingerprint: to_fingerprint(digest),
             logits: Vec::new(),
             tokens: Vec::new(),
             slots: Vec::new(),
@@ -147,29 +168,50 @@ impl CpuModelRunner {
     }
 }
 
-fn kv_shape(model: &ModelConfig, config: &RunnerConfig, kv_type: KvType) -> Result<KvShape, RunnerLoadError> {
-    let mut shape = KvShape {
-        num_layers: model.num_hidden_layers,
-        num_blocks: 0,
-        block_size: config.block_size,
-        num_kv_heads: model.num_key_value_heads,
-        head_dim: model.head_dim,
-    };
-    let block_bytes = shape.block_bytes(kv_type) as u64;
-    shape.num_blocks =
-        usize::try_from(config.kv_cache_memory / block_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
-    // Without a wish, room for one block is enough.
-    let max_model_len = config.max_model_len.unwrap_or(config.block_size);
-    let needed = max_model_len.div_ceil(config.block_size);
-    if shape.num_blocks < needed {
-        return Err(RunnerLoadError::KvCacheMemory {
-            memory: config.kv_cache_memory,
-            positions: shape.num_blocks * config.block_size,
-            max_model_len,
-            needed: needed as u64 * block_bytes,
-        });
+impl RunnerConfig {
+    /// What holds on every device.
+    fn check(&self, model: &ModelConfig) -> Result<(), RunnerLoadError> {
+        let size = self.block_size;
+        if size == 0 || !(64 % size == 0 && size >= 16 || size.is_multiple_of(64)) {
+            return Err(RunnerLoadError::BlockSize(size));
+        }
+        let limit = model.max_position_embeddings;
+        match self.max_model_len.filter(|asked| *asked > limit) {
+            Some(asked) => Err(RunnerLoadError::MaxModelLen { asked, limit }),
+            None => Ok(()),
+        }
     }
-    Ok(shape)
+
+    fn kv_shape(&self, model: &ModelConfig, num_blocks: usize) -> KvShape {
+        KvShape {
+            num_layers: model.num_hidden_layers,
+            num_blocks,
+            block_size: self.block_size,
+            num_kv_heads: model.num_key_value_heads,
+            head_dim: model.head_dim,
+        }
+    }
+
+    /// Blocks of so many bytes that `memory` holds: enough for the longest sequence that was asked for, or else for one block.
+    fn num_blocks(&self, memory: u64, block_bytes: u64) -> Result<usize, RunnerLoadError> {
+        let num_blocks = usize::try_from(memory / block_bytes).unwrap_or(usize::MAX).min(u32::MAX as usize);
+        let max_model_len = self.max_model_len.unwrap_or(self.block_size);
+        let needed = max_model_len.div_ceil(self.block_size);
+        if num_blocks < needed {
+            return Err(RunnerLoadError::KvCacheMemory {
+                memory,
+                positions: num_blocks * self.block_size,
+                max_model_len,
+                needed: needed as u64 * block_bytes,
+            });
+        }
+        Ok(num_blocks)
+    }
+}
+
+fn to_fingerprint(digest: Sha256) -> Fingerprint {
+    let hex = digest.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect::<String>();
+    Fingerprint::new(hex)
 }
 
 impl LogitsRunner for CpuModelRunner {

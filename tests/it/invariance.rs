@@ -59,9 +59,12 @@ fn engine(path: &Path, setup: Setup) -> EngineHandle {
     let runner_config = RunnerConfig {
         dtype: DType::Auto,
         kv_cache_dtype: KvCacheDType::Auto,
-        kv_cache_memory: setup.kv_cache_memory,
+        kv_cache_memory: Some(setup.kv_cache_memory),
+        gpu_memory_utilization: 0.9,
         block_size: setup.block_size,
         max_model_len: Some(setup.max_model_len.min(files.config.max_position_embeddings)),
+        max_num_seqs: 64,
+        max_num_batched_tokens: 512,
         threads: setup.threads,
     };
     let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &runner_config, &|_| ()).unwrap();

@@ -49,9 +49,12 @@ fn load(path: &Path, setup: Setup, kv_cache_memory: u64) -> Box<dyn LogitsRunner
             Numbers::Default => DType::Auto,
         },
         kv_cache_dtype: KvCacheDType::Auto,
-        kv_cache_memory,
+        kv_cache_memory: Some(kv_cache_memory),
+        gpu_memory_utilization: 0.9,
         block_size: setup.block_size,
         max_model_len: Some(files.config.max_position_embeddings.min(2048)),
+        max_num_seqs: 64,
+        max_num_batched_tokens: 512,
         threads: setup.threads,
     };
     let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &config, &|_| ());

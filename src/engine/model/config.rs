@@ -129,6 +129,34 @@ impl ModelConfig {
         self.num_key_value_heads * self.head_dim
     }
 
+    /// Radians a position for each pair of a head, with the configuration's scaling for long contexts.
+    pub fn inverse_frequencies(&self) -> Vec<f64> {
+        let dim = self.head_dim;
+        let plain = (0..dim / 2).map(|pair| libm::pow(self.rope.theta, -2.0 * pair as f64 / dim as f64));
+        match &self.rope.scaling {
+            RopeScaling::None => plain.collect(),
+            RopeScaling::Linear { factor } => plain.map(|frequency| frequency / factor).collect(),
+            RopeScaling::Factors(factors) => {
+                plain.zip(factors).map(|(frequency, factor)| frequency / f64::from(*factor)).collect()
+            }
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
+                let context = *original_max_position_embeddings as f64;
+                let blend = |frequency: f64| {
+                    let turns = context * frequency / std::f64::consts::TAU;
+                    if turns < *low_freq_factor {
+                        frequency / factor
+                    } else if turns > *high_freq_factor {
+                        frequency
+                    } else {
+                        let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                        (1.0 - keep) * frequency / factor + keep * frequency
+                    }
+                };
+                plain.map(blend).collect()
+            }
+        }
+    }
+
     /// Checks what the decoder relies on. Both parsers end with it.
     pub(super) fn validated(self) -> Result<Self, ConfigError> {
         let within = |key, value, min, max| {

@@ -3,7 +3,6 @@
 //! One data flow for the whole family; what differs between models is data in `ModelConfig`. It knows rows, positions and
 //! block tables, but no sequence, no scheduler and no sampling.
 
-use std::fmt::Write as _;
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -13,12 +12,12 @@ use outrigger_kernels::matrix::{DenseType, Input, Matrix, MatrixSource, PackErro
 use outrigger_kernels::rows::{
     HeadNorms, QuantizedRows, RopeTable, add_bias, embed, gated_activation, rms_norm, rms_norm_heads,
 };
-use outrigger_kernels::{Level, NUMERICS_VERSION, Pool};
+use outrigger_kernels::{Level, NUMERICS_VERSION, Pool, rows};
 use sha2::{Digest, Sha256};
-use xxhash_rust::xxh3::xxh3_128;
 
-use super::config::{Activation, ModelConfig, RopeScaling};
+use super::config::{Activation, ModelConfig};
 use super::load::LoadError;
+use super::reader::{EMBEDDINGS, FINAL_NORM, HEAD, LayerNames, TensorReader, hex};
 use super::weights::{RawTensor, TensorSource, TensorType};
 use crate::types::TokenId;
 
@@ -146,17 +145,17 @@ impl Decoder {
         if config.head_dim > MAX_HEAD_DIM {
             return Err(DecoderError::HeadDim(config.head_dim));
         }
-        let mut loader =
-            Loader { tensors, dtype, pool: &pool, progress, bytes: 0, digest: Sha256::new(), config: &config };
-        let embeddings = loader.matrix(&["model.embed_tokens.weight"], config.hidden_size)?;
+        let reader = TensorReader::new(tensors, progress);
+        let mut loader = Loader { reader, dtype, pool: &pool, config: &config };
+        let embeddings = loader.matrix(&[EMBEDDINGS], config.hidden_size)?;
         let layers = (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
-        let norm = loader.vector("model.norm.weight")?;
+        let norm = loader.reader.vector(FINAL_NORM)?;
         let head = match config.tie_word_embeddings {
             true => None,
-            false => Some(loader.matrix(&["lm_head.weight"], config.hidden_size)?),
+            false => Some(loader.matrix(&[HEAD], config.hidden_size)?),
         };
-        let weights_digest = hex(&loader.digest.finalize());
-        let rope = RopeTable::new(&inverse_frequencies(&config), positions);
+        let weights_digest = loader.reader.finish();
+        let rope = RopeTable::new(&config.inverse_frequencies(), positions);
         let level = Level::detect();
         Ok(Self {
             config,
@@ -280,13 +279,18 @@ impl Step<'_> {
         resize(gate_up, rows * 2 * config.intermediate_size);
         layer.gate_up.apply(pool, level, normed, quantized, gate_up, Write::Store);
         resize(activated, rows * config.intermediate_size);
-        let activation = match config.hidden_act {
-            Activation::Silu => outrigger_kernels::rows::Activation::Silu,
-            Activation::Gelu => outrigger_kernels::rows::Activation::Gelu,
-            Activation::GeluTanh => outrigger_kernels::rows::Activation::GeluTanh,
-        };
-        gated_activation(pool, level, activation, gate_up, config.intermediate_size, activated);
+        gated_activation(pool, level, config.hidden_act.into(), gate_up, config.intermediate_size, activated);
         layer.down.apply(pool, level, activated, quantized, hidden, Write::Add);
+    }
+}
+
+impl From<Activation> for rows::Activation {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Silu => rows::Activation::Silu,
+            Activation::Gelu => rows::Activation::Gelu,
+            Activation::GeluTanh => rows::Activation::GeluTanh,
+        }
     }
 }
 
@@ -335,77 +339,55 @@ fn keep_rows(buffer: &mut Vec<f32>, width: usize, rows: &[usize]) {
     buffer.truncate(rows.len() * width);
 }
 
-/// Reads, hashes and packs tensors in a fixed order.
+/// Reads and packs tensors in a fixed order.
 struct Loader<'a> {
-    tensors: &'a dyn TensorSource,
+    reader: TensorReader<'a>,
     dtype: DType,
     pool: &'a Pool,
-    progress: &'a dyn Fn(u64),
-    bytes: u64,
-    digest: Sha256,
     config: &'a ModelConfig,
 }
 
-impl<'a> Loader<'a> {
+impl Loader<'_> {
     fn layer(&mut self, index: usize) -> Result<Layer, DecoderError> {
         let (hidden, intermediate) = (self.config.hidden_size, self.config.intermediate_size);
         let ModelConfig { qkv_bias, output_bias, mlp_bias, .. } = *self.config;
-        let name = |part: &str| format!("model.layers.{index}.{part}");
-        let [q, k, v, o] = ["q", "k", "v", "o"].map(|part| name(&format!("self_attn.{part}_proj")));
-        let [gate, up, down] = ["gate", "up", "down"].map(|part| name(&format!("mlp.{part}_proj")));
+        let names = LayerNames::new(index);
         let query_size = self.config.query_size();
         Ok(Layer {
-            input_norm: self.vector(&name("input_layernorm.weight"))?,
-            qkv: self.projection(&[&q, &k, &v], hidden, qkv_bias)?,
+            input_norm: self.reader.vector(&names.input_norm)?,
+            qkv: self.projection(&names.qkv, hidden, qkv_bias)?,
             head_norms: match self.config.qk_norm {
                 false => None,
                 true => Some(QueryKeyNorms {
-                    query: self.vector(&name("self_attn.q_norm.weight"))?,
-                    key: self.vector(&name("self_attn.k_norm.weight"))?,
+                    query: self.reader.vector(&names.query_norm)?,
+                    key: self.reader.vector(&names.key_norm)?,
                 }),
             },
-            output: self.projection(&[&o], query_size, output_bias)?,
-            post_attention_norm: self.vector(&name("post_attention_layernorm.weight"))?,
-            gate_up: self.projection(&[&gate, &up], hidden, mlp_bias)?,
-            down: self.projection(&[&down], intermediate, mlp_bias)?,
+            output: self.projection(&names.output, query_size, output_bias)?,
+            post_attention_norm: self.reader.vector(&names.post_attention_norm)?,
+            gate_up: self.projection(&names.gate_up, hidden, mlp_bias)?,
+            down: self.projection(&names.down, intermediate, mlp_bias)?,
         })
     }
 
-    fn projection(&mut self, names: &[&str], cols: usize, bias: bool) -> Result<Projection, DecoderError> {
+    fn projection(&mut self, names: &[String], cols: usize, bias: bool) -> Result<Projection, DecoderError> {
         let weights: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
         let weights: Vec<&str> = weights.iter().map(String::as_str).collect();
         let weight = self.matrix(&weights, cols)?;
         let bias = match bias {
             false => None,
-            true => {
-                let parts = names.iter().map(|name| self.vector(&format!("{name}.bias")));
-                Some(parts.collect::<Result<Vec<_>, _>>()?.concat())
-            }
+            true => Some(self.reader.biases(names)?),
         };
         Ok(Projection { weight, bias })
     }
 
     fn matrix(&mut self, names: &[&str], cols: usize) -> Result<Matrix, DecoderError> {
-        let tensors = names.iter().map(|name| self.read(name)).collect::<Result<Vec<_>, _>>()?;
+        let tensors = names.iter().map(|name| self.reader.read(name)).collect::<Result<Vec<_>, _>>()?;
         let converted = tensors.iter().map(|tensor| convert(tensor, self.dtype)).collect::<Result<Vec<_>, _>>()?;
         let sources: Vec<_> =
             converted.iter().zip(&tensors).map(|(data, tensor)| (data.source(), tensor.shape[0])).collect();
         let packed = Matrix::pack(self.pool, cols, &sources);
         packed.map_err(|source| DecoderError::Pack { name: names.join(", "), source })
-    }
-
-    fn vector(&mut self, name: &str) -> Result<Vec<f32>, DecoderError> {
-        Ok(self.read(name)?.dequantize()?)
-    }
-
-    fn read(&mut self, name: &str) -> Result<RawTensor<'a>, DecoderError> {
-        let tensor = self.tensors.tensor(name)?;
-        self.digest.update(name);
-        self.digest.update(tensor.ty.name());
-        self.digest.update(xxh3_128(&tensor.data).to_le_bytes());
-        self.bytes += tensor.data.len() as u64;
-        (self.progress)(self.bytes);
-        Ok(tensor)
     }
 }
 
@@ -459,39 +441,4 @@ fn convert<'a>(tensor: &'a RawTensor<'_>, dtype: DType) -> Result<Converted<'a>,
             Ok(Converted::Dense(ty, bytes))
         }
     }
-}
-
-/// Radians a position for each pair of a head, with the configuration's scaling for long contexts.
-fn inverse_frequencies(config: &ModelConfig) -> Vec<f64> {
-    let dim = config.head_dim;
-    let plain = (0..dim / 2).map(|pair| libm::pow(config.rope.theta, -2.0 * pair as f64 / dim as f64));
-    match &config.rope.scaling {
-        RopeScaling::None => plain.collect(),
-        RopeScaling::Linear { factor } => plain.map(|frequency| frequency / factor).collect(),
-        RopeScaling::Factors(factors) => {
-            plain.zip(factors).map(|(frequency, factor)| frequency / f64::from(*factor)).collect()
-        }
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } => {
-            let context = *original_max_position_embeddings as f64;
-            let blend = |frequency: f64| {
-                let turns = context * frequency / std::f64::consts::TAU;
-                if turns < *low_freq_factor {
-                    frequency / factor
-                } else if turns > *high_freq_factor {
-                    frequency
-                } else {
-                    let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
-                    (1.0 - keep) * frequency / factor + keep * frequency
-                }
-            };
-            plain.map(blend).collect()
-        }
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }

@@ -50,6 +50,10 @@ impl TensorSource for DummySource {
         self.shapes.get(name).map(Vec::as_slice)
     }
 
+    fn stored_type(&self, name: &str) -> Option<TensorType> {
+        self.shapes.contains_key(name).then_some(self.ty)
+    }
+
     fn total_bytes(&self) -> u64 {
         let elements = |shape: &Vec<usize>| shape.iter().map(|n| *n as u64).product::<u64>();
         self.shapes.values().map(elements).sum::<u64>() * self.element_bytes() as u64

@@ -8,7 +8,7 @@ use super::config::ModelConfig;
 use super::expected::expected_tensors;
 use super::gguf_config::Family;
 use super::load::LoadError;
-use super::weights::{RawTensor, TensorSource};
+use super::weights::{RawTensor, TensorSource, TensorType};
 use crate::formats::gguf::Gguf;
 
 /// Tensors that are read with the configuration and are no weights.
@@ -61,6 +61,11 @@ impl TensorSource for GgufSource {
     fn shape(&self, name: &str) -> Option<&[usize]> {
         let stored = self.tensors.get(name)?;
         Some(&self.gguf.tensors()[&stored.name].shape)
+    }
+
+    fn stored_type(&self, name: &str) -> Option<TensorType> {
+        let stored = self.tensors.get(name)?;
+        Some(self.gguf.tensors()[&stored.name].ty)
     }
 
     fn total_bytes(&self) -> u64 {

@@ -12,6 +12,7 @@ mod gguf_source;
 mod gguf_tests;
 mod hf_config;
 pub mod load;
+mod reader;
 mod safetensors_source;
 pub mod weights;
 

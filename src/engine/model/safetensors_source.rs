@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use super::load::{LoadError, read_json};
-use super::weights::{RawTensor, TensorSource};
+use super::weights::{RawTensor, TensorSource, TensorType};
 use crate::formats::safetensors::Safetensors;
 
 const SINGLE_FILE: &str = "model.safetensors";
@@ -55,6 +55,11 @@ impl TensorSource for SafetensorsSource {
     fn shape(&self, name: &str) -> Option<&[usize]> {
         let file = self.tensors.get(name)?;
         self.files[*file].tensors().get(name).map(|entry| entry.shape.as_slice())
+    }
+
+    fn stored_type(&self, name: &str) -> Option<TensorType> {
+        let file = self.tensors.get(name)?;
+        self.files[*file].tensor(name).ok().map(|(ty, _, _)| ty)
     }
 
     fn total_bytes(&self) -> u64 {

@@ -26,6 +26,9 @@ pub trait TensorSource: Send + Sync {
     /// The shape of a tensor, `None` where there is no such tensor.
     fn shape(&self, name: &str) -> Option<&[usize]>;
 
+    /// The type in which the file has a tensor, `None` where there is no such tensor.
+    fn stored_type(&self, name: &str) -> Option<TensorType>;
+
     fn contains(&self, name: &str) -> bool {
         self.shape(name).is_some()
     }
