@@ -19,6 +19,8 @@
 #define DYNAMIC_SHARED(name) unsigned char* name = ::emulation::current->block->dynamic_shared
 
 #define UNROLL
+#define NO_UNROLL
+#define HAS_FP8_PRODUCTS 1
 
 #define threadIdx (::emulation::current->index)
 #define blockIdx (::emulation::current->block->index)
@@ -32,3 +34,4 @@ DEVICE uint32_t warp() { return threadIdx.x / 32; }
 #include "threads.h"
 #include "memory.h"
 #include "matrix.h"
+#include "hopper.h"

@@ -91,7 +91,8 @@ private:
 
     std::vector<Stack> stacks_;
     std::vector<Thread> threads_;
-    std::vector<Party> warps_, warpgroups_;
+    std::vector<Party> warps_;
+    std::vector<Warpgroup> warpgroups_;
     ReadyQueue ready_;
     Random random_{0};
     uint32_t live_ = 0;
@@ -163,9 +164,9 @@ void Multiprocessor::prepare_threads() {
     while (stacks_.size() < block.threads) stacks_.emplace_back();
     if (threads_.size() < block.threads) threads_.resize(block.threads);
     warps_.assign((block.threads + WARP_LANES - 1) / WARP_LANES, Party{});
-    warpgroups_.assign(block.threads / WARPGROUP_LANES, Party{});
+    warpgroups_.assign(block.threads / WARPGROUP_LANES, Warpgroup{});
     for (Party& party : warps_) party.size = WARP_LANES;
-    for (Party& party : warpgroups_) party.size = WARPGROUP_LANES;
+    for (Warpgroup& party : warpgroups_) party.size = WARPGROUP_LANES;
     ready_.clear();
     live_ = block.threads;
     for (uint32_t i = 0; i < block.threads; i++) {
@@ -202,6 +203,12 @@ void Multiprocessor::check_end() {
     std::string where = formatted("kernel %s, block %s", block.kernel->name, name_of(block.index).c_str());
     if (launch.overlap != 0 && !block.waited_for_dependency) {
         error = where + ": was launched to overlap the kernel before it, and ends without grid_dependency_wait";
+    }
+    for (const auto& [address, barrier] : block.transaction_barriers) {
+        if (!barrier.copies.empty()) error = where + ": ends while bulk copies are under way that nobody waited for";
+    }
+    for (const Warpgroup& warpgroup : warpgroups_) {
+        if (!warpgroup.products.empty()) error = where + ": ends while products of a warpgroup are under way";
     }
     unsigned char* end = shared_region + SHARED_REGION;
     for (unsigned char* byte = block.dynamic_shared + launch.shared_bytes; byte < end; byte++) {

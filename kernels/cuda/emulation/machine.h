@@ -8,7 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include <unordered_map>
+#include <map>
 #include <vector>
 
 namespace emulation {
@@ -64,9 +64,6 @@ struct AsyncCopy {
     const void* from;
 };
 
-// Asynchronous matrix products of one warpgroup that nobody has waited for.
-struct PendingProduct;
-
 struct Block;
 struct Thread;
 
@@ -79,6 +76,25 @@ struct Party {
     void* operands[WARPGROUP_LANES] = {};
 };
 
+// Asynchronous matrix products of a warpgroup, from their issue to the wait for them (hopper.cpp).
+struct PendingProduct {
+    void (*multiply)(float* const* c, uint32_t n, const unsigned char* a, const unsigned char* b);
+    uint32_t n;
+    const unsigned char* a;
+    const unsigned char* b;
+    // Of each thread.
+    float* c[WARPGROUP_LANES];
+    // The sums before the product, while the threads' own are poison; empty when an earlier pending product has them.
+    std::vector<float> sums;
+};
+
+struct Warpgroup : Party {
+    bool fenced = false;
+    std::vector<PendingProduct> products;
+    // Ends of committed groups.
+    std::vector<size_t> groups;
+};
+
 struct Thread {
     void* stack_pointer = nullptr;
     Index index = {};
@@ -87,7 +103,7 @@ struct Thread {
     Block* block = nullptr;
     Party* warp = nullptr;
     // None for threads of an incomplete warpgroup.
-    Party* warpgroup = nullptr;
+    Warpgroup* warpgroup = nullptr;
     // What a thread that does not run waits for.
     const char* waits_for = nullptr;
     bool done = false;
@@ -102,6 +118,13 @@ struct Barrier {
     std::vector<Thread*> waiting;
 };
 
+// A box of a matrix on its way to shared memory.
+struct BulkCopy {
+    unsigned char* to;
+    const void* map;
+    uint32_t row, col;
+};
+
 // A transaction barrier in shared memory, with the bulk copies that will complete on it.
 struct TransactionBarrier {
     uint32_t count = 0;
@@ -109,14 +132,7 @@ struct TransactionBarrier {
     int64_t bytes_left = 0;
     uint32_t phase = 0;
     std::vector<Thread*> waiting;
-    std::vector<struct BulkCopy> copies;
-};
-
-// A box of a matrix on its way to shared memory.
-struct BulkCopy {
-    unsigned char* to;
-    const void* map;
-    int32_t col, row;
+    std::vector<BulkCopy> copies;
 };
 
 struct SharedVariable {
@@ -135,7 +151,7 @@ struct Block {
     bool waited_for_dependency = false;
     std::vector<SharedVariable> shared_variables;
     Barrier barriers[BARRIERS];
-    std::unordered_map<const void*, TransactionBarrier> transaction_barriers;
+    std::map<const void*, TransactionBarrier> transaction_barriers;
 };
 
 // The thread that runs.
