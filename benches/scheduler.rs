@@ -44,11 +44,11 @@ fn loaded(running: usize, waiting: usize) -> Scheduler {
 
 /// One step as the engine does it, without a model: every sequence gets a token.
 fn step(scheduler: &mut Scheduler, reuse: Plan) -> Plan {
-    let plan = scheduler.schedule(reuse, false);
+    let plan = scheduler.schedule(reuse);
     for &entry in &plan.entries {
-        scheduler.launched(entry, false);
+        scheduler.complete(entry);
         if entry.wants_logits {
-            scheduler.sampled(entry, 7);
+            scheduler.push_token(entry.id, 7);
         }
     }
     plan

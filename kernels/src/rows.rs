@@ -99,6 +99,13 @@ impl QuantizedRows {
         self.rows == rows && self.cols == cols
     }
 
+    /// Quants, scales and scaled sums of a row that was quantized alone, in the order of its columns.
+    pub(crate) fn single_row(&self) -> (&[i8], &[f32], &[f32]) {
+        assert_eq!(self.rows, 1, "rows in tiles are not in order");
+        let groups = self.cols / GROUP;
+        (&self.quants[..self.cols], &self.scales[..groups], &self.scaled_sums[..groups])
+    }
+
     pub(crate) fn quants(&self) -> *const i8 {
         self.quants.as_ptr()
     }

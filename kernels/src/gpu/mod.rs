@@ -17,6 +17,7 @@ mod cuda;
 mod driver;
 mod emulator;
 mod operand;
+pub mod quantized;
 pub mod rows;
 
 use std::collections::HashMap;

@@ -62,6 +62,9 @@ pub(crate) trait Format: 'static {
     const BLOCK_BYTES: usize;
     const GROUPS_PER_BLOCK: usize;
 
+    /// The quads of one group of a block, a quant a byte, unsigned.
+    fn quads(block: &[u8], group: usize) -> [u32; GROUP / 4];
+
     /// Writes one block of one row into `lane` of its groups. `groups` starts at the block's first group.
     fn pack_block(block: &[u8], lane: usize, groups: &mut [u8]);
 }
@@ -125,9 +128,13 @@ impl Format for Q4_0 {
     const BLOCK_BYTES: usize = 18;
     const GROUPS_PER_BLOCK: usize = 1;
 
+    fn quads(block: &[u8], _group: usize) -> [u32; 8] {
+        split_halves(&block[2..])
+    }
+
     fn pack_block(block: &[u8], lane: usize, groups: &mut [u8]) {
         put_f16(groups, Self::QUANT_BYTES, lane, &block[..2]);
-        put_nibbles(groups, lane, split_halves(&block[2..]));
+        put_nibbles(groups, lane, Self::quads(block, 0));
     }
 }
 
@@ -141,10 +148,14 @@ impl Format for Q4_1 {
     const BLOCK_BYTES: usize = 20;
     const GROUPS_PER_BLOCK: usize = 1;
 
+    fn quads(block: &[u8], _group: usize) -> [u32; 8] {
+        split_halves(&block[4..])
+    }
+
     fn pack_block(block: &[u8], lane: usize, groups: &mut [u8]) {
         put_f16(groups, Self::QUANT_BYTES, lane, &block[..2]);
         put_f16(groups, Self::MIN_OFFSET, lane, &block[2..4]);
-        put_nibbles(groups, lane, split_halves(&block[4..]));
+        put_nibbles(groups, lane, Self::quads(block, 0));
     }
 }
 
@@ -158,9 +169,13 @@ impl Format for Q8_0 {
     const BLOCK_BYTES: usize = 34;
     const GROUPS_PER_BLOCK: usize = 1;
 
+    fn quads(block: &[u8], _group: usize) -> [u32; 8] {
+        std::array::from_fn(|quad| word(&block[2..], quad) ^ 0x8080_8080)
+    }
+
     fn pack_block(block: &[u8], lane: usize, groups: &mut [u8]) {
         put_f16(groups, Self::QUANT_BYTES, lane, &block[..2]);
-        put_bytes(groups, lane, std::array::from_fn(|quad| word(&block[2..], quad) ^ 0x8080_8080));
+        put_bytes(groups, lane, Self::quads(block, 0));
     }
 }
 
@@ -174,23 +189,26 @@ impl Format for Q4K {
     const BLOCK_BYTES: usize = 144;
     const GROUPS_PER_BLOCK: usize = 8;
 
+    fn quads(block: &[u8], group: usize) -> [u32; 8] {
+        let bytes = &block[16 + 32 * (group / 2)..];
+        std::array::from_fn(|quad| (word(bytes, quad) >> (4 * (group % 2))) & LOW)
+    }
+
     fn pack_block(block: &[u8], lane: usize, groups: &mut [u8]) {
         let (d, dmin) = (half_at(block, 0), half_at(block, 2));
-        let (scales, qs) = (&block[4..16], &block[16..]);
+        let scales = &block[4..16];
         for (g, group) in groups.chunks_exact_mut(Self::GROUP_BYTES).take(8).enumerate() {
             let (scale, min) = q4k_scale_min(scales, g);
             // Both products are exact: 11 by 6 bits.
             put_f32(group, Self::QUANT_BYTES, lane, d * f32::from(scale));
             put_f32(group, Self::MIN_OFFSET, lane, -(dmin * f32::from(min)));
-            let shift = 4 * (g % 2);
-            let bytes = &qs[32 * (g / 2)..];
-            put_nibbles(group, lane, std::array::from_fn(|quad| (word(bytes, quad) >> shift) & LOW));
+            put_nibbles(group, lane, Self::quads(block, g));
         }
     }
 }
 
 /// The six-bit scale and minimum of sub-block `g`, from their twelve packed bytes.
-fn q4k_scale_min(packed: &[u8], g: usize) -> (u8, u8) {
+pub(crate) fn q4k_scale_min(packed: &[u8], g: usize) -> (u8, u8) {
     if g < 4 {
         (packed[g] & 63, packed[g + 4] & 63)
     } else {
@@ -208,20 +226,23 @@ impl Format for Q6K {
     const BLOCK_BYTES: usize = 210;
     const GROUPS_PER_BLOCK: usize = 8;
 
+    fn quads(block: &[u8], group: usize) -> [u32; 8] {
+        // Within each half of 128, groups 0 and 1 are in the low nibbles of bytes 0..32 and 32..64, groups 2 and 3 in the
+        // high ones; two more bits come from `high`.
+        let (half, part) = (group / 4, group % 4);
+        let (low, high) = (&block[64 * half + 32 * (part % 2)..], &block[128 + 32 * half..]);
+        std::array::from_fn(|quad| {
+            let low = (word(low, quad) >> (4 * (part / 2))) & LOW;
+            let high = (word(high, quad) >> (2 * part)) & 0x0303_0303;
+            low | high << 4
+        })
+    }
+
     fn pack_block(block: &[u8], lane: usize, groups: &mut [u8]) {
-        let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
+        let scales = &block[192..208];
         let d = half_at(block, 208);
         for (g, group) in groups.chunks_exact_mut(Self::GROUP_BYTES).take(8).enumerate() {
-            // Within each half of 128, groups 0 and 1 are in the low nibbles of bytes 0..32 and 32..64, groups 2 and 3 in
-            // the high ones; two more bits come from `high`.
-            let (half, part) = (g / 4, g % 4);
-            let (low, high) = (&low[64 * half + 32 * (part % 2)..], &high[32 * half..]);
-            let quads = std::array::from_fn(|quad| {
-                let low = (word(low, quad) >> (4 * (part / 2))) & LOW;
-                let high = (word(high, quad) >> (2 * part)) & 0x0303_0303;
-                low | high << 4
-            });
-            put_bytes(group, lane, quads);
+            put_bytes(group, lane, Self::quads(block, g));
             for side in 0..2 {
                 let scale = d * f32::from(scales[2 * g + side] as i8);
                 put_f32(group, Self::QUANT_BYTES + side * Self::SCALE_BYTES, lane, scale);

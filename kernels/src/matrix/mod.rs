@@ -9,7 +9,7 @@
 //! Every output is computed by one lane of one thread, so neither rows, threads nor levels change it.
 
 mod dense;
-mod format;
+pub(crate) mod format;
 mod quantized;
 
 use half::{bf16, f16};

@@ -4,7 +4,10 @@
 //! tests, because the GPU suite runs where there is no compiler.
 
 mod copy;
+mod operands;
+mod quantized;
 mod random;
+mod rows;
 
 use super::{Device, DeviceError};
 
@@ -18,7 +21,7 @@ pub struct Check {
 }
 
 /// The checks of each family of kernels.
-pub const FAMILIES: &[&[Check]] = &[copy::CHECKS];
+pub const FAMILIES: &[&[Check]] = &[copy::CHECKS, rows::CHECKS, quantized::CHECKS];
 
 /// Every check, in order.
 pub fn all() -> impl Iterator<Item = Check> {

@@ -1,0 +1,317 @@
+//! Products of activation rows with GGUF-quantized weights; the kernels are in `kernels/cuda/quantized.cu`.
+//!
+//! The arithmetic of a group is that of the CPU (see [`crate::matrix`]); the order of groups differs, so that a result is
+//! the CPU's but for its last bits. [`QuantizedRows`] of f32 rows hold the CPU's very numbers.
+
+mod packing;
+
+use packing::{PAIR, TILE_FEATURES, pack_tile, tile_bytes};
+
+use super::rows::ROW_MULTIPLE;
+use super::{Activations, Address, Device, DeviceBuffer, DeviceError, Element, Launch, Output, View, Write};
+use crate::matrix::format::GROUP;
+use crate::matrix::{PackError, QuantType};
+use crate::pool::Pool;
+
+/// Lanes of a warp.
+const LANES: usize = 32;
+/// Rows of a tile of quantized activations.
+const TILE_ROWS: usize = 8;
+/// Warps of a block.
+const SPANS: usize = 8;
+const THREADS: u32 = 256;
+/// Host memory in which weights are packed before they are copied, a piece at a time.
+const PIECE_BYTES: usize = 32 << 20;
+
+#[derive(Debug, thiserror::Error)]
+pub enum QuantMatrixError {
+    #[error(transparent)]
+    Pack(#[from] PackError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// A quantized `[rows, cols]` matrix on a device; `rows` are output features.
+pub struct QuantMatrix {
+    ty: QuantType,
+    rows: usize,
+    cols: usize,
+    /// Tiles of sixteen rows, see `packing`.
+    tiles: DeviceBuffer<u8>,
+}
+
+impl QuantMatrix {
+    /// Packs `sources`, matrices of the file format with `cols` columns each (q, k and v, say), one below the other, and
+    /// copies them to the device.
+    pub fn pack(
+        device: &Device,
+        pool: &Pool,
+        ty: QuantType,
+        cols: usize,
+        sources: &[&[u8]],
+    ) -> Result<Self, QuantMatrixError> {
+        if cols == 0 || !cols.is_multiple_of(ty.block_len()) {
+            return Err(PackError::Columns { ty, cols }.into());
+        }
+        let row_bytes = cols / ty.block_len() * ty.block_bytes();
+        for source in sources {
+            let actual = source.len();
+            if !actual.is_multiple_of(row_bytes) {
+                return Err(PackError::Length { expected: actual.next_multiple_of(row_bytes), actual }.into());
+            }
+        }
+        let rows: Vec<&[u8]> = sources.iter().flat_map(|source| source.chunks_exact(row_bytes)).collect();
+        let bytes = tile_bytes(ty, cols);
+        let mut tiles = DeviceBuffer::new(device, rows.len().div_ceil(TILE_FEATURES) * bytes)?;
+        let piece_tiles = (PIECE_BYTES / bytes).max(1);
+        let mut packed = Vec::new();
+        for (piece, rows) in rows.chunks(piece_tiles * TILE_FEATURES).enumerate() {
+            packed.clear();
+            packed.resize(rows.len().div_ceil(TILE_FEATURES) * bytes, 0);
+            pack_tiles(pool, ty, rows, bytes, &mut packed);
+            tiles.upload(piece * piece_tiles * bytes, &packed)?;
+        }
+        Ok(Self { ty, rows: rows.len(), cols, tiles })
+    }
+
+    pub fn ty(&self) -> QuantType {
+        self.ty
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.tiles.bytes()
+    }
+
+    fn pairs(&self) -> u32 {
+        to_u32(self.cols.div_ceil(PAIR))
+    }
+}
+
+fn pack_tiles(pool: &Pool, ty: QuantType, rows: &[&[u8]], bytes: usize, packed: &mut [u8]) {
+    let tiles: Vec<_> =
+        packed.chunks_exact_mut(bytes).zip(rows.chunks(TILE_FEATURES)).map(std::sync::Mutex::new).collect();
+    pool.run(tiles.len(), &|index| {
+        // Each tile is one task's, so nobody waits here.
+        let mut tile = tiles[index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (tile, rows) = &mut *tile;
+        pack_tile(ty, rows, tile);
+    });
+}
+
+/// Activation rows in eight bits on a device: per group of 32, `scale = max|x| / 127`, `q = round(x / scale)`. Rounded like
+/// the CPU's [`crate::rows::QuantizedRows`].
+pub struct QuantizedRows {
+    /// Per pair of groups and tile of eight rows, the fragments of the matrix instruction.
+    quants: DeviceBuffer<u8>,
+    scales: DeviceBuffer<f32>,
+    /// `scale * Σ q`.
+    scaled_sums: DeviceBuffer<f32>,
+    rows: usize,
+    cols: usize,
+}
+
+impl QuantizedRows {
+    /// Memory for `max_rows` rows of `max_cols` columns; narrower rows fit as well.
+    pub fn new(device: &Device, max_rows: usize, max_cols: usize) -> Result<Self, DeviceError> {
+        let pairs = max_rows.div_ceil(TILE_ROWS) * max_cols.div_ceil(PAIR);
+        Ok(Self {
+            quants: DeviceBuffer::new(device, pairs * TILE_ROWS * PAIR)?,
+            scales: DeviceBuffer::new(device, pairs * TILE_ROWS * 2)?,
+            scaled_sums: DeviceBuffer::new(device, pairs * TILE_ROWS * 2)?,
+            rows: 0,
+            cols: 0,
+        })
+    }
+
+    /// Replaces the content by `x`.
+    ///
+    /// # Panics
+    /// When the columns are not a multiple of 32, or there is no room.
+    pub fn quantize(&mut self, device: &Device, x: Activations) -> Result<(), DeviceError> {
+        assert!(x.cols > 0 && x.cols.is_multiple_of(GROUP), "{} columns are not groups of {}", x.cols, GROUP);
+        let (tiles, pairs) = (x.rows.div_ceil(TILE_ROWS), x.cols.div_ceil(PAIR));
+        assert!(tiles * pairs * TILE_ROWS * PAIR <= self.quants.len(), "no room for {} rows of {}", x.rows, x.cols);
+        (self.rows, self.cols) = (x.rows, x.cols);
+        let params = QuantizeParams {
+            x: x.address,
+            quants: self.quants.address(),
+            scales: self.scales.address(),
+            sums: self.scaled_sums.address(),
+            rows: to_u32(x.rows),
+            cols: to_u32(x.cols),
+            pairs: to_u32(pairs),
+        };
+        let name = match x.element {
+            Element::F32 => "quantize_rows_f32",
+            Element::F16 => "quantize_rows_f16",
+            Element::BF16 => "quantize_rows_bf16",
+        };
+        let launch = overlapped([to_u32(pairs.div_ceil(SPANS)), to_u32(tiles), 1]);
+        // SAFETY: the three buffers hold all pairs of all tiles.
+        unsafe { device.launch(name, &launch, &params) }
+    }
+
+    /// Waits for the device, and puts the content in the order of its columns.
+    pub fn to_host(&self) -> Result<Vec<HostRow>, DeviceError> {
+        let (quants, scales, sums) = (self.quants.to_vec()?, self.scales.to_vec()?, self.scaled_sums.to_vec()?);
+        let tiles = self.rows.div_ceil(TILE_ROWS);
+        let groups = self.cols / GROUP;
+        let of_row = |row: usize| {
+            let index = |group: usize| group / 2 * tiles + row / TILE_ROWS;
+            let factor =
+                |group: usize| index(group) * 2 * TILE_ROWS + row % TILE_ROWS / 2 * 4 + group % 2 * 2 + row % 2;
+            let quant = |col: usize| {
+                let lane = row % TILE_ROWS * 4 + col % 16 / 4;
+                let at = (index(col / GROUP) * LANES + lane) * 16;
+                quants[at + col / GROUP % 2 * 8 + col % GROUP / 16 * 4 + col % 4] as i8
+            };
+            HostRow {
+                quants: (0..self.cols).map(quant).collect(),
+                scales: (0..groups).map(|group| scales[factor(group)]).collect(),
+                scaled_sums: (0..groups).map(|group| sums[factor(group)]).collect(),
+            }
+        };
+        Ok((0..self.rows).map(of_row).collect())
+    }
+
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+}
+
+/// A row of [`QuantizedRows`], column by column and group by group.
+#[derive(Clone, Debug, PartialEq)]
+pub struct HostRow {
+    pub quants: Vec<i8>,
+    pub scales: Vec<f32>,
+    pub scaled_sums: Vec<f32>,
+}
+
+/// `out[r, c] (+)= Σ_k x[r, k] · w[c, k] (+ bias[c])` for all rows of `x`.
+///
+/// # Panics
+/// When a shape does not fit.
+pub fn multiply(device: &Device, weights: &QuantMatrix, x: &QuantizedRows, out: Output) -> Result<(), DeviceError> {
+    assert_eq!(x.cols, weights.cols, "rows have the matrix's columns");
+    assert!(out.row_stride >= weights.rows, "an output row of {} for {} features", out.row_stride, weights.rows);
+    assert!(out.write == Write::Store || out.element == Element::F32, "sums are added to f32 rows");
+    let params = ProductParams {
+        weights: weights.tiles.address(),
+        quants: x.quants.address(),
+        scales: x.scales.address(),
+        sums: x.scaled_sums.address(),
+        out: out.address,
+        bias: out.bias,
+        row_stride: out.row_stride as u64,
+        rows: to_u32(x.rows),
+        features: to_u32(weights.rows),
+        pairs: weights.pairs(),
+        element: out.element as u32,
+        add: u32::from(out.write == Write::Add),
+    };
+    let kernels = multiply_kernels(weights.ty);
+    let (name, block_rows) = *kernels.iter().find(|(_, rows)| x.rows <= *rows).unwrap_or(&kernels[kernels.len() - 1]);
+    let launch = overlapped([to_u32(weights.rows.div_ceil(TILE_FEATURES)), to_u32(x.rows.div_ceil(block_rows)), 1]);
+    // SAFETY: the operands' shapes agree, and `Output` promises room for its rows of this many features.
+    unsafe { device.launch(name, &launch, &params) }
+}
+
+/// The kernels of a type with the rows of a block. All compute the same.
+fn multiply_kernels(ty: QuantType) -> [(&'static str, usize); 4] {
+    let names = match ty {
+        QuantType::Q4_0 => ["multiply_q4_0_8", "multiply_q4_0_16", "multiply_q4_0_32", "multiply_q4_0_64"],
+        QuantType::Q4_1 => ["multiply_q4_1_8", "multiply_q4_1_16", "multiply_q4_1_32", "multiply_q4_1_64"],
+        QuantType::Q8_0 => ["multiply_q8_0_8", "multiply_q8_0_16", "multiply_q8_0_32", "multiply_q8_0_64"],
+        QuantType::Q4K => ["multiply_q4k_8", "multiply_q4k_16", "multiply_q4k_32", "multiply_q4k_64"],
+        QuantType::Q6K => ["multiply_q6k_8", "multiply_q6k_16", "multiply_q6k_32", "multiply_q6k_64"],
+    };
+    [(names[0], 8), (names[1], 16), (names[2], 32), (names[3], 64)]
+}
+
+/// The rows of `table` that `tokens` name as f32, one for each row of `hidden`: the CPU's very numbers. A token beyond the
+/// table gives NaN.
+///
+/// # Panics
+/// When a shape does not fit.
+pub fn embed(device: &Device, table: &QuantMatrix, tokens: View<u32>, hidden: Activations) -> Result<(), DeviceError> {
+    assert!(hidden.element == Element::F32 && hidden.cols == table.cols, "an embedding gives f32 rows of the table's");
+    assert!(tokens.len() >= hidden.rows, "{} tokens for {} rows", tokens.len(), hidden.rows);
+    assert!(table.rows > 0 && table.cols.is_multiple_of(ROW_MULTIPLE), "a table has rows of whole vectors");
+    let params = EmbedParams {
+        weights: table.tiles.address(),
+        tokens: tokens.address(),
+        hidden: hidden.address,
+        vocab: to_u32(table.rows),
+        cols: to_u32(table.cols),
+        pairs: table.pairs(),
+    };
+    let name = match table.ty {
+        QuantType::Q4_0 => "embed_q4_0",
+        QuantType::Q4_1 => "embed_q4_1",
+        QuantType::Q8_0 => "embed_q8_0",
+        QuantType::Q4K => "embed_q4k",
+        QuantType::Q6K => "embed_q6k",
+    };
+    // SAFETY: every row of `hidden` has a token, and the kernel checks the tokens against the table.
+    unsafe { device.launch(name, &overlapped([to_u32(hidden.rows), 1, 1]), &params) }
+}
+
+fn to_u32(number: usize) -> u32 {
+    u32::try_from(number).expect("shapes are below 2^32")
+}
+
+fn overlapped(grid: [u32; 3]) -> Launch {
+    Launch { overlap: true, ..Launch::new(grid, THREADS) }
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct QuantizeParams {
+    x: Address,
+    quants: Address,
+    scales: Address,
+    sums: Address,
+    rows: u32,
+    cols: u32,
+    pairs: u32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct ProductParams {
+    weights: Address,
+    quants: Address,
+    scales: Address,
+    sums: Address,
+    out: Address,
+    bias: Address,
+    row_stride: u64,
+    rows: u32,
+    features: u32,
+    pairs: u32,
+    element: u32,
+    add: u32,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct EmbedParams {
+    weights: Address,
+    tokens: Address,
+    hidden: Address,
+    vocab: u32,
+    cols: u32,
+    pairs: u32,
+}
