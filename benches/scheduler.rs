@@ -44,11 +44,11 @@ fn loaded(running: usize, waiting: usize) -> Scheduler {
 
 /// One step as the engine does it, without a model: every sequence gets a token.
 fn step(scheduler: &mut Scheduler, reuse: Plan) -> Plan {
-    let plan = scheduler.schedule(reuse);
+    let plan = scheduler.schedule(reuse, false);
     for &entry in &plan.entries {
-        scheduler.complete(entry);
+        scheduler.launched(entry, false);
         if entry.wants_logits {
-            scheduler.push_token(entry.id, 7);
+            scheduler.sampled(entry, 7);
         }
     }
     plan

@@ -41,7 +41,7 @@ impl Scheduler {
             Sibling::Gone if self.follow_prefix(id) => Attachment::Waiting,
             Sibling::Gone => self.settle(id, watermark),
         };
-        let phase = &mut self.sequences[id.0].phase;
+        let phase = &mut self.sequences[id.slot].phase;
         match (attachment, *phase) {
             (Attachment::Complete, _) => *phase = Phase::Active,
             (Attachment::Waiting, Phase::Waiting) => *phase = Phase::Attaching { waited_steps: 0 },
@@ -53,7 +53,7 @@ impl Scheduler {
 
     /// Gives back all blocks and claims, the last ones first.
     pub(super) fn detach(&mut self, id: SequenceId) {
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         while sequence.chain.len() > sequence.published {
             let entry = sequence.chain.pop().expect("not empty");
             self.blocks.abandon(entry, sequence.claimant);
@@ -67,10 +67,10 @@ impl Scheduler {
         sequence.chain_is_open = sequence.uses_prefix_cache;
     }
 
-    /// Offers the blocks that became full to the prefix cache.
-    pub(super) fn publish(&mut self, id: SequenceId) {
-        let sequence = &mut self.sequences[id.0];
-        while sequence.chain_is_open && (sequence.published + 1) * self.block_size <= sequence.computed {
+    /// Offers the full blocks of the first `end` positions to the prefix cache, of which all tokens are known.
+    pub(super) fn publish(&mut self, id: SequenceId, end: usize) {
+        let sequence = &mut self.sequences[id.slot];
+        while sequence.chain_is_open && (sequence.published + 1) * self.block_size <= end {
             let index = sequence.published;
             let parent = index.checked_sub(1).map(|above| sequence.chain[above]);
             let tokens = sequence.block_tokens(index, self.block_size);
@@ -89,17 +89,17 @@ impl Scheduler {
     }
 
     fn sibling_of(&self, id: SequenceId) -> Sibling {
-        let sequence = &self.sequences[id.0];
-        let Some((sibling_id, claimant)) = sequence.sibling.filter(|_| sequence.blocks.is_empty()) else {
+        let sequence = &self.sequences[id.slot];
+        let Some(sibling_id) = sequence.sibling.filter(|_| sequence.blocks.is_empty()) else {
             return Sibling::Gone;
         };
-        match self.sequences.get(sibling_id.0) {
-            Some(sibling) if sibling.claimant != claimant || sibling.phase == Phase::Waiting => Sibling::Gone,
-            Some(sibling) if sibling.is_active() && sibling.computed >= sibling.prompt_len => {
+        match self.get(sibling_id) {
+            None => Sibling::Gone,
+            Some(sibling) if sibling.phase == Phase::Waiting => Sibling::Gone,
+            Some(sibling) if sibling.is_active() && sibling.has_settled_prompt(self.block_size) => {
                 Sibling::Ready(sibling_id)
             }
             Some(_) => Sibling::Computing,
-            None => Sibling::Gone,
         }
     }
 
@@ -107,7 +107,7 @@ impl Scheduler {
     /// computes the prompt's last token again, for its logits.
     fn fork(&mut self, id: SequenceId, sibling_id: SequenceId, watermark: u32) -> Attachment {
         let (sequence, sibling) =
-            self.sequences.get2_mut(id.0, sibling_id.0).expect("a sequence and its sibling are two");
+            self.sequences.get2_mut(id.slot, sibling_id.slot).expect("a sequence and its sibling are two");
         let computed = sequence.prompt_len.min(sequence.tokens.len() - 1);
         let num_shared = computed / self.block_size;
         let num_fresh = sequence.tokens.len().div_ceil(self.block_size) - num_shared;
@@ -123,7 +123,7 @@ impl Scheduler {
         let copied = (computed % self.block_size > 0).then(|| sibling.blocks[num_shared]);
         self.allocate_rest(id);
         if let Some(from) = copied {
-            self.plan.copies.push((from, self.sequences[id.0].blocks[num_shared]));
+            self.plan.copies.push((from, self.sequences[id.slot].blocks[num_shared]));
         }
         self.claim_rest(id);
         Attachment::Complete
@@ -131,7 +131,7 @@ impl Scheduler {
 
     /// Shares the blocks of the prefix that are ready. True when the next one is claimed and worth waiting for.
     fn follow_prefix(&mut self, id: SequenceId) -> bool {
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         let held = sequence.blocks.len();
         while sequence.chain_is_open && (sequence.blocks.len() + 1) * self.block_size <= sequence.tokens.len() {
             let index = sequence.blocks.len();
@@ -153,7 +153,7 @@ impl Scheduler {
     /// Fresh blocks for the tokens after the shared prefix. When the prefix is all there is, the last token is computed
     /// again for its logits, into a copy of the last block.
     fn settle(&mut self, id: SequenceId, watermark: u32) -> Attachment {
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         let num_tokens = sequence.tokens.len();
         let total = num_tokens.div_ceil(self.block_size);
         let is_whole = sequence.blocks.len() * self.block_size == num_tokens;
@@ -173,7 +173,7 @@ impl Scheduler {
         sequence.computed = if copied.is_some() { num_tokens - 1 } else { sequence.blocks.len() * self.block_size };
         self.allocate_rest(id);
         if let Some(from) = copied {
-            let to = *self.sequences[id.0].blocks.last().expect("just allocated");
+            let to = *self.sequences[id.slot].blocks.last().expect("just allocated");
             self.plan.copies.push((from, to));
             self.blocks.release(from);
         }
@@ -182,7 +182,7 @@ impl Scheduler {
     }
 
     fn allocate_rest(&mut self, id: SequenceId) {
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         while sequence.blocks.len() * self.block_size < sequence.tokens.len() {
             sequence.blocks.push(self.blocks.allocate().expect("enough blocks were free"));
         }
@@ -190,7 +190,7 @@ impl Scheduler {
 
     /// Claims the full blocks that this sequence is about to compute, so that others wait for them.
     fn claim_rest(&mut self, id: SequenceId) {
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         while sequence.chain_is_open && (sequence.chain.len() + 1) * self.block_size <= sequence.tokens.len() {
             let tokens = sequence.block_tokens(sequence.chain.len(), self.block_size);
             match self.blocks.claim(sequence.chain.last().copied(), tokens, sequence.claimant) {

@@ -1,5 +1,5 @@
-//! The engine itself: one step is expire, schedule, compute, sample, publish. Synchronous, and time is passed in; the thread
-//! that drives it is in `handle`.
+//! The engine itself: who asked for what, and what became of it. One step is expire, schedule, launch, collect, publish; the
+//! middle is in `pipeline`. Synchronous, and time is passed in; the thread that drives it is in `handle`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -8,21 +8,19 @@ use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
-use tracing::{error, warn};
+use tracing::warn;
 
-use super::batch::{BatchEntry, ModelRunner, RowResult, RunnerError, SampleSpec};
+use super::batch::ModelRunner;
 use super::block_manager::BlockManager;
 use super::config::Config;
-use super::counters::{add, add_time};
+use super::counters::add;
 use super::drain_meter::DrainMeter;
 use super::generation::{EndRules, Generation, Replayed};
-use super::scheduler::{Limits, Plan, Scheduled, Scheduler};
+use super::pipeline::Pipeline;
+use super::scheduler::{Limits, Plan, Scheduler};
 use super::sequence::{NewSequence, Rank, SequenceId};
 use super::shared::{RequestSlot, Shared};
 use crate::types::{Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent};
-
-/// Steps that must succeed before a token budget that was cut for lack of memory is doubled again.
-const STEPS_BEFORE_GROWTH: u64 = 256;
 
 /// Numbers requests in order of arrival.
 pub(super) type Serial = u64;
@@ -35,8 +33,8 @@ pub(super) struct Submission {
     pub(super) slot: RequestSlot,
 }
 
-struct Request {
-    request: GenerateRequest,
+pub(super) struct Request {
+    pub(super) request: GenerateRequest,
     events: mpsc::UnboundedSender<GenerationEvent>,
     /// Of the choices that are not finished.
     sequences: SmallVec<[SequenceId; 1]>,
@@ -45,31 +43,31 @@ struct Request {
 }
 
 /// The choice behind a sequence.
-struct Choice {
-    serial: Serial,
-    index: u32,
+pub(super) struct Choice {
+    pub(super) serial: Serial,
+    pub(super) index: u32,
     /// Made when the choice is first computed, or when it is resumed.
-    generation: Option<Generation>,
+    pub(super) generation: Option<Generation>,
+    /// The row that samples its next token, among those of the step that was launched last.
+    pub(super) row: usize,
 }
 
 pub(super) struct Engine {
-    scheduler: Scheduler,
-    runner: Box<dyn ModelRunner>,
-    /// Memory for the rows of a step.
-    rows: Vec<RowResult>,
+    pub(super) scheduler: Scheduler,
+    pub(super) runner: Box<dyn ModelRunner>,
     rules: EndRules,
     uses_prefix_cache: bool,
     /// In order of arrival.
-    requests: BTreeMap<Serial, Request>,
+    pub(super) requests: BTreeMap<Serial, Request>,
     /// By the index of the sequence.
-    choices: Vec<Option<Choice>>,
+    pub(super) choices: Vec<Option<Choice>>,
     deadlines: BTreeSet<(Instant, Serial)>,
     drain: Option<Drain>,
-    drain_meter: DrainMeter,
-    steps_since_shrink: u64,
-    plan: Plan,
-    shared: Arc<Shared>,
-    on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+    pub(super) drain_meter: DrainMeter,
+    pub(super) steps_since_shrink: u64,
+    pub(super) pipeline: Pipeline,
+    pub(super) shared: Arc<Shared>,
+    pub(super) on_step: Option<Box<dyn FnMut(Duration) + Send>>,
 }
 
 struct Drain {
@@ -93,7 +91,7 @@ impl Engine {
         let blocks = BlockManager::new(runner.num_blocks(), num_reserved, block_size);
         Self {
             scheduler: Scheduler::new(limits, blocks, block_size),
-            rows: Vec::new(),
+            pipeline: Pipeline::new(runner.depth()),
             runner,
             rules,
             uses_prefix_cache: config.enable_prefix_caching,
@@ -103,14 +101,13 @@ impl Engine {
             drain: None,
             drain_meter: DrainMeter::default(),
             steps_since_shrink: 0,
-            plan: Plan::default(),
             shared,
             on_step,
         }
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.requests.is_empty()
+        self.requests.is_empty() && self.pipeline.is_empty()
     }
 
     /// Takes a request into the queue, or ends it at once. The handle has checked it against every limit.
@@ -177,6 +174,7 @@ impl Engine {
         for request in std::mem::take(&mut self.requests).into_values() {
             let _ = request.events.send(GenerationEvent::Failed(failure.clone()));
         }
+        self.pipeline.abandon();
         self.drain = None;
     }
 
@@ -223,7 +221,7 @@ impl Engine {
                 false => self.scheduler.add(new),
             };
             sibling = sibling.or(Some(id));
-            self.add_choice(id, Choice { serial, index: start.index, generation });
+            self.add_choice(id, Choice { serial, index: start.index, generation, row: 0 });
         }
         Ok(())
     }
@@ -240,7 +238,7 @@ impl Engine {
         Generation::new(&self.rules, &request.sampling, choice, &request.prompt)
     }
 
-    fn send(&self, serial: Serial, event: GenerationEvent) {
+    pub(super) fn send(&self, serial: Serial, event: GenerationEvent) {
         // A closed channel is noticed at the next step.
         let _ = self.requests[&serial].events.send(event);
     }
@@ -280,7 +278,7 @@ impl Engine {
         }
     }
 
-    fn fail(&mut self, serial: Serial, failure: Failure) {
+    pub(super) fn fail(&mut self, serial: Serial, failure: Failure) {
         self.send(serial, GenerationEvent::Failed(failure));
         self.forget(serial);
     }
@@ -308,32 +306,8 @@ impl Engine {
         }
     }
 
-    fn compute(&mut self) -> Result<(), Failure> {
-        let begin = self.shared.now();
-        let plan = self.scheduler.schedule(std::mem::take(&mut self.plan));
-        add(&self.shared.counters.preemptions, plan.num_preempted);
-        self.announce(&plan);
-        // Also before a step that may take long: from outside, an engine that computes must not look idle.
-        self.publish_status();
-        let forward_begin = self.shared.now();
-        let result = self.forward(&plan);
-        add_time(&self.shared.counters.forward_nanoseconds, self.shared.now().saturating_duration_since(forward_begin));
-        match result {
-            Ok(()) => {
-                self.sample(&plan.entries);
-                self.account(&plan, self.shared.now().saturating_duration_since(begin));
-            }
-            Err(RunnerError::OutOfMemory { tokens }) => self.shrink(&plan, tokens),
-            Err(error @ RunnerError::Device(_)) => {
-                return Err(engine_failed().with_source(error));
-            }
-        }
-        self.plan = plan;
-        Ok(())
-    }
-
     /// Tells the requests that leave the queue, and prepares the state of choices that are computed for the first time.
-    fn announce(&mut self, plan: &Plan) {
+    pub(super) fn announce(&mut self, plan: &Plan) {
         for &(id, cached) in &plan.started {
             let choice = self.choices[id.index()].as_mut().expect("a sequence has a choice");
             let request = self.requests.get_mut(&choice.serial).expect("the request is known");
@@ -354,77 +328,8 @@ impl Engine {
         }
     }
 
-    fn forward(&mut self, plan: &Plan) -> Result<(), RunnerError> {
-        for &(from, to) in &plan.copies {
-            self.runner.copy_block(from, to);
-        }
-        if plan.entries.is_empty() {
-            return Ok(());
-        }
-        self.rows.clear();
-        let (scheduler, choices) = (&self.scheduler, &self.choices);
-        let entry = |scheduled: &Scheduled| {
-            let sequence = scheduler.sequence(scheduled.id);
-            BatchEntry {
-                tokens: &sequence.tokens()[scheduled.start..scheduled.start + scheduled.len],
-                start: scheduled.start,
-                block_table: sequence.block_table(),
-                pending_row: None,
-                sampling: scheduled.wants_logits.then(|| {
-                    let choice = choices[scheduled.id.index()].as_ref().expect("a sequence has a choice");
-                    let generation = choice.generation.as_ref().expect("made when the sequence started");
-                    SampleSpec { state: generation.sampler(), position: generation.generated() }
-                }),
-            }
-        };
-        let batch: Vec<BatchEntry<'_>> = plan.entries.iter().map(entry).collect();
-        let shared = &self.shared;
-        self.runner.launch(&batch, &|| shared.beat())?;
-        self.runner.collect(&mut self.rows, &|| shared.beat())
-    }
-
-    /// Samples from every row, in the order of the batch, and publishes the tokens.
-    fn sample(&mut self, entries: &[Scheduled]) {
-        let mut rows = std::mem::take(&mut self.rows);
-        let mut sampled = rows.drain(..);
-        for &entry in entries {
-            let row = entry.wants_logits.then(|| sampled.next().expect("a row for every entry that asks"));
-            let index = entry.id.index();
-            // Gone when another choice of its request failed in this very step.
-            let Some(choice) = &mut self.choices[index] else { continue };
-            let Some(row) = row else {
-                self.scheduler.complete(entry);
-                continue;
-            };
-            let (serial, choice_index) = (choice.serial, choice.index);
-            let generation = choice.generation.as_mut().expect("made when the sequence started");
-            match row {
-                Ok(sampled) => {
-                    let reason = generation.accept(sampled.token);
-                    self.scheduler.complete(entry);
-                    add(&self.shared.counters.generation_tokens, 1);
-                    let logprobs = sampled.logprobs.map(Box::new);
-                    let token = sampled.token;
-                    self.send(serial, GenerationEvent::Token { choice: choice_index, token, logprobs });
-                    match reason {
-                        Some(reason) => self.finish(entry.id, reason),
-                        None => self.scheduler.push_token(entry.id, token),
-                    }
-                }
-                Err(invalid) => {
-                    add(&self.shared.counters.numerics_invalid, 1);
-                    error!(request = %self.requests[&serial].request.id, %invalid, "the model returned invalid numbers");
-                    let failure = Failure::new(FailureKind::NumericsInvalid, "the model returned invalid numbers");
-                    self.fail(serial, failure.with_source(invalid));
-                }
-            }
-        }
-        drop(sampled);
-        self.rows = rows;
-    }
-
     /// One choice has ended; with the last one its request has.
-    fn finish(&mut self, id: SequenceId, reason: FinishReason) {
+    pub(super) fn finish(&mut self, id: SequenceId, reason: FinishReason) {
         let Choice { serial, index, .. } = self.choices[id.index()].take().expect("a sequence has a choice");
         self.scheduler.remove(id);
         self.send(serial, GenerationEvent::Finished { choice: index, reason });
@@ -432,36 +337,6 @@ impl Engine {
         request.sequences.retain(|other| *other != id);
         if request.sequences.is_empty() {
             self.forget(serial);
-        }
-    }
-
-    fn account(&mut self, plan: &Plan, took: Duration) {
-        let counters = &self.shared.counters;
-        add(&counters.steps, 1);
-        add_time(&counters.step_nanoseconds, took);
-        add(&counters.batch_sequences, plan.entries.len());
-        add(&counters.batch_tokens, plan.num_tokens);
-        self.drain_meter.record(plan.num_tokens, took);
-        if let Some(on_step) = &mut self.on_step {
-            on_step(took);
-        }
-        self.steps_since_shrink += 1;
-        if self.steps_since_shrink.is_multiple_of(STEPS_BEFORE_GROWTH) {
-            self.scheduler.set_token_budget(self.scheduler.token_budget().saturating_mul(2));
-        }
-    }
-
-    /// The batch did not fit into memory: halves the next ones, and gives up on a request that does not fit alone.
-    fn shrink(&mut self, plan: &Plan, tokens: usize) {
-        add(&self.shared.counters.out_of_memory, 1);
-        self.steps_since_shrink = 0;
-        let budget = (plan.num_tokens / 2).max(1);
-        warn!(tokens, budget, "the runner is out of memory; batches shrink");
-        self.scheduler.set_token_budget(budget);
-        if plan.num_tokens == 1 {
-            let choice = self.choices[plan.entries[0].id.index()].as_ref().expect("a sequence has a choice");
-            let failure = Failure::new(FailureKind::OutOfMemory, "out of memory while computing this request");
-            self.fail(choice.serial, failure);
         }
     }
 

@@ -9,10 +9,9 @@ use proptest::prelude::*;
 
 use super::config::Config;
 use super::engine::{Engine, Serial, Submission};
-use super::fake_runner::{FakeModel, FakeRunner, FakeRunnerLog};
+use super::fake_runner::{FakeModel, FakeRunnerLog};
 use super::generation::{EndRules, letters};
 use super::handle::EngineLimits;
-use super::host_sampling::HostSampling;
 use super::shared::Shared;
 use crate::types::{
     ChoiceStart, FailureKind, FinishReason, GenerateRequest, GenerationEvent, GenerationStream, RequestId,
@@ -41,11 +40,9 @@ struct Harness {
 
 impl Harness {
     fn new(config: &Config, model: FakeModel) -> Self {
-        let runner = FakeRunner::new(model);
-        let log = runner.log();
-        let runner = HostSampling::new(runner);
-        let limits = EngineLimits::new(config, &runner).expect("a usable pool");
-        let num_reserved = super::batch::PagedModel::num_blocks(&runner) - limits.num_blocks;
+        let (runner, log) = model.runner();
+        let limits = EngineLimits::new(config, runner.as_ref()).expect("a usable pool");
+        let num_reserved = runner.num_blocks() - limits.num_blocks;
         let rules = EndRules {
             eos_token_ids: Arc::from([EOS]),
             stop_texts: letters(),
@@ -54,7 +51,7 @@ impl Harness {
         };
         let start = Instant::now();
         let shared = Arc::new(Shared::new(Instant::now, limits.num_blocks));
-        let engine = Engine::new(config, Box::new(runner), rules, num_reserved, Arc::clone(&shared), None);
+        let engine = Engine::new(config, runner, rules, num_reserved, Arc::clone(&shared), None);
         Self { engine, log, shared, streams: BTreeMap::new(), next_serial: 0, start }
     }
 
@@ -140,7 +137,41 @@ fn request(prompt: &[TokenId], sampling: SamplingParams) -> GenerateRequest {
     }
 }
 
-/// The request by itself, in an engine with plenty of everything and no cache.
+fn model(depth: usize) -> FakeModel {
+    FakeModel { depth, ..FakeModel::default() }
+}
+
+/// Runs each test with one step in flight at most, and with the next planned while one runs.
+macro_rules! at_each_depth {
+    ($($name:ident)*) => {
+        mod depth_1 {
+            $(#[test] fn $name() { super::$name(1); })*
+        }
+        mod depth_2 {
+            $(#[test] fn $name() { super::$name(2); })*
+        }
+    };
+}
+
+at_each_depth! {
+    a_mixed_load_of_64_equals_the_same_requests_alone
+    equal_again_when_the_pool_is_so_small_that_everything_preempts
+    equal_again_without_enough_memory_for_a_batch
+    a_stream_cut_anywhere_and_resumed_goes_on_as_if_nothing_had_happened
+    all_choices_of_a_request_resume_together
+    tokens_that_go_on_after_an_end_are_refused
+    thirty_two_requests_that_share_a_prefix_prefill_it_once
+    a_request_that_bypasses_the_cache_neither_reads_nor_fills_it
+    a_disconnect_frees_running_and_waiting_sequences_within_a_step
+    a_deadline_ends_running_and_waiting_requests_with_their_tokens
+    invalid_numbers_fail_only_their_own_request
+    invalid_numbers_are_not_cached
+    an_end_by_length_wastes_no_step_and_a_stop_at_most_the_one_in_flight
+    a_request_that_does_not_fit_into_memory_alone_fails
+    the_probe_answers_the_same_under_full_load_as_alone
+}
+
+/// The request by itself, one step at a time, in an engine with plenty of everything and no cache.
 fn alone(request: &GenerateRequest) -> BTreeMap<u32, Output> {
     let config = Config { enable_prefix_caching: false, max_num_batched_tokens: 1024, ..config() };
     let mut harness = Harness::new(&config, FakeModel { num_blocks: 1024, ..FakeModel::default() });
@@ -195,19 +226,16 @@ fn assert_load_equals_alone(config: &Config, model: FakeModel, requests: &[Gener
     harness
 }
 
-#[test]
-fn a_mixed_load_of_64_equals_the_same_requests_alone() {
-    let harness =
-        assert_load_equals_alone(&config(), FakeModel { num_blocks: 256, ..Default::default() }, &mixed_load(64));
+fn a_mixed_load_of_64_equals_the_same_requests_alone(depth: usize) {
+    let harness = assert_load_equals_alone(&config(), FakeModel { num_blocks: 256, ..model(depth) }, &mixed_load(64));
     assert!(harness.log.copies() > 0, "choices share a half-filled block");
     assert!(harness.shared.counters.snapshot().prefix_cache_hits > 0);
     assert_eq!(harness.shared.counters.snapshot().preemptions, 0);
 }
 
-#[test]
-fn equal_again_when_the_pool_is_so_small_that_everything_preempts() {
+fn equal_again_when_the_pool_is_so_small_that_everything_preempts(depth: usize) {
     let longest = 17 + 23 + 37;
-    let model = FakeModel { num_blocks: longest / 4 + 1, ..FakeModel::default() };
+    let model = FakeModel { num_blocks: longest / 4 + 1, ..model(depth) };
     for chunk in [9, 24] {
         let config = Config { max_num_batched_tokens: chunk, ..config() };
         let harness = assert_load_equals_alone(&config, model.clone(), &mixed_load(64));
@@ -215,22 +243,20 @@ fn equal_again_when_the_pool_is_so_small_that_everything_preempts() {
     }
 }
 
-#[test]
-fn equal_again_without_enough_memory_for_a_batch() {
-    let model = FakeModel { num_blocks: 256, memory_tokens: 3, ..FakeModel::default() };
+fn equal_again_without_enough_memory_for_a_batch(depth: usize) {
+    let model = FakeModel { num_blocks: 256, memory_tokens: 3, ..model(depth) };
     let harness = assert_load_equals_alone(&config(), model, &mixed_load(20));
     assert!(harness.shared.counters.snapshot().out_of_memory > 0);
 }
 
-#[test]
-fn a_stream_cut_anywhere_and_resumed_goes_on_as_if_nothing_had_happened() {
+fn a_stream_cut_anywhere_and_resumed_goes_on_as_if_nothing_had_happened(depth: usize) {
     for whole in mixed_load(24) {
         let expected = alone(&whole);
         for (&choice, output) in &expected {
             for cut in 0..=output.tokens.len() {
                 let start = ChoiceStart { index: choice, emitted: output.tokens[..cut].to_vec() };
                 let resumed = GenerateRequest { choices: vec![start], ..whole.clone() };
-                let mut harness = Harness::new(&config(), FakeModel::default());
+                let mut harness = Harness::new(&config(), model(depth));
                 let serial = harness.submit(resumed);
                 harness.run();
                 let rest = &harness.outputs(serial)[&choice];
@@ -242,8 +268,7 @@ fn a_stream_cut_anywhere_and_resumed_goes_on_as_if_nothing_had_happened() {
     }
 }
 
-#[test]
-fn all_choices_of_a_request_resume_together() {
+fn all_choices_of_a_request_resume_together(depth: usize) {
     let sampling = SamplingParams { n: 3, seed: 5, max_tokens: 20, ignore_eos: true, ..Default::default() };
     let whole = request(&[3, 1, 4, 1, 5, 9], sampling);
     let expected = alone(&whole);
@@ -252,7 +277,7 @@ fn all_choices_of_a_request_resume_together() {
         .iter()
         .map(|(&index, output)| ChoiceStart { index, emitted: output.tokens[..cuts[index as usize]].to_vec() })
         .collect();
-    let mut harness = Harness::new(&config(), FakeModel::default());
+    let mut harness = Harness::new(&config(), model(depth));
     let serial = harness.submit(GenerateRequest { choices, ..whole });
     harness.run();
     for (index, output) in harness.outputs(serial) {
@@ -261,21 +286,19 @@ fn all_choices_of_a_request_resume_together() {
     }
 }
 
-#[test]
-fn tokens_that_go_on_after_an_end_are_refused() {
+fn tokens_that_go_on_after_an_end_are_refused(depth: usize) {
     let sampling = SamplingParams { max_tokens: 9, stop_token_ids: vec![7], ..Default::default() };
     let choices = vec![ChoiceStart { index: 0, emitted: vec![3, 7, 3] }];
-    let mut harness = Harness::new(&config(), FakeModel::default());
+    let mut harness = Harness::new(&config(), model(depth));
     let serial = harness.submit(GenerateRequest { choices, ..request(&[1], sampling) });
     let events = harness.events(serial);
     assert!(matches!(&events[..], [GenerationEvent::Failed(failure)] if failure.kind == FailureKind::InvalidRequest));
     harness.run();
 }
 
-#[test]
-fn thirty_two_requests_that_share_a_prefix_prefill_it_once() {
+fn thirty_two_requests_that_share_a_prefix_prefill_it_once(depth: usize) {
     let config = Config { max_num_seqs: 32, max_num_batched_tokens: 512, ..config() };
-    let model = FakeModel { num_blocks: 1024, max_model_len: 2048, ..FakeModel::default() };
+    let model = FakeModel { num_blocks: 1024, max_model_len: 2048, ..model(depth) };
     let mut harness = Harness::new(&config, model);
     let prefix = (0..768).map(|position| 1 + position % 29);
     let requests: Vec<GenerateRequest> = (0..32)
@@ -306,9 +329,8 @@ fn alone_long(request: &GenerateRequest) -> TokenId {
     harness.outputs(serial)[&0].tokens[0]
 }
 
-#[test]
-fn a_request_that_bypasses_the_cache_neither_reads_nor_fills_it() {
-    let mut harness = Harness::new(&config(), FakeModel::default());
+fn a_request_that_bypasses_the_cache_neither_reads_nor_fills_it(depth: usize) {
+    let mut harness = Harness::new(&config(), model(depth));
     let sampling = SamplingParams { max_tokens: 1, ..Default::default() };
     let plain = request(&[1, 2, 3, 4, 5, 6, 7, 8, 9], sampling);
     let bypassing = GenerateRequest { bypass_prefix_cache: true, ..plain.clone() };
@@ -319,10 +341,9 @@ fn a_request_that_bypasses_the_cache_neither_reads_nor_fills_it() {
     }
 }
 
-#[test]
-fn a_disconnect_frees_running_and_waiting_sequences_within_a_step() {
+fn a_disconnect_frees_running_and_waiting_sequences_within_a_step(depth: usize) {
     let config = Config { max_num_seqs: 2, max_num_batched_tokens: 16, ..config() };
-    let mut harness = Harness::new(&config, FakeModel::default());
+    let mut harness = Harness::new(&config, model(depth));
     let sampling = SamplingParams { max_tokens: 100, ignore_eos: true, n: 2, ..Default::default() };
     let running = harness.submit(request(&[1; 9], sampling.clone()));
     let waiting = harness.submit(request(&[2; 9], sampling.clone()));
@@ -342,10 +363,9 @@ fn a_disconnect_frees_running_and_waiting_sequences_within_a_step() {
     assert_eq!(harness.shared.counters.snapshot().requests_cancelled, 3);
 }
 
-#[test]
-fn a_deadline_ends_running_and_waiting_requests_with_their_tokens() {
+fn a_deadline_ends_running_and_waiting_requests_with_their_tokens(depth: usize) {
     let config = Config { max_num_seqs: 1, ..config() };
-    let mut harness = Harness::new(&config, FakeModel::default());
+    let mut harness = Harness::new(&config, model(depth));
     let sampling = SamplingParams { max_tokens: 100, ignore_eos: true, ..Default::default() };
     let deadline = Some(harness.start + Duration::from_secs(5));
     let running = harness.submit(GenerateRequest { deadline, ..request(&[1, 2], sampling.clone()) });
@@ -356,13 +376,13 @@ fn a_deadline_ends_running_and_waiting_requests_with_their_tokens() {
     harness.engine.step(harness.start + Duration::from_secs(6)).expect("works");
     harness.assert_empty();
     let (running, waiting) = (harness.outputs(running), harness.outputs(waiting));
-    assert_eq!((running[&0].tokens.len(), &running[&0].end), (3, &Some(FinishReason::Deadline)));
+    // What is in flight comes too late.
+    assert_eq!((running[&0].tokens.len(), &running[&0].end), (4 - depth, &Some(FinishReason::Deadline)));
     assert_eq!((waiting[&0].tokens.len(), &waiting[&0].end), (0, &Some(FinishReason::Deadline)));
 }
 
-#[test]
-fn invalid_numbers_fail_only_their_own_request() {
-    let model = FakeModel { poison_token: Some(13), ..FakeModel::default() };
+fn invalid_numbers_fail_only_their_own_request(depth: usize) {
+    let model = FakeModel { poison_token: Some(13), ..model(depth) };
     let mut harness = Harness::new(&config(), model);
     let sampling = SamplingParams { max_tokens: 4, logit_bias: vec![(13, -100.0)], n: 2, ..Default::default() };
     let healthy = harness.submit(request(&[1, 2, 3], sampling.clone()));
@@ -374,9 +394,36 @@ fn invalid_numbers_fail_only_their_own_request() {
     assert!(harness.shared.counters.snapshot().numerics_invalid >= 1);
 }
 
-#[test]
-fn a_request_that_does_not_fit_into_memory_alone_fails() {
-    let mut harness = Harness::new(&config(), FakeModel { memory_tokens: 0, ..FakeModel::default() });
+fn invalid_numbers_are_not_cached(depth: usize) {
+    let mut harness = Harness::new(&config(), FakeModel { poison_token: Some(13), ..model(depth) });
+    let poisoned = request(&[1, 2, 3, 4, 5, 6, 7, 13, 9], SamplingParams::default());
+    for _ in 0..2 {
+        let serial = harness.submit(poisoned.clone());
+        harness.run();
+        let events = harness.events(serial);
+        assert_eq!(events[0], GenerationEvent::Scheduled { cached_tokens: 0 });
+        assert!(matches!(events[1], GenerationEvent::Failed(_)), "{events:?}");
+    }
+}
+
+fn an_end_by_length_wastes_no_step_and_a_stop_at_most_the_one_in_flight(depth: usize) {
+    let sampling = SamplingParams { seed: 3, max_tokens: 12, ignore_eos: true, ..Default::default() };
+    let mut harness = Harness::new(&config(), model(depth));
+    let serial = harness.submit(request(&[5, 6], sampling.clone()));
+    harness.run();
+    let tokens = harness.outputs(serial)[&0].tokens.clone();
+    assert_eq!((tokens.len(), harness.log.forwards()), (12, 12));
+    let end = tokens.iter().position(|&token| token == tokens[6]).expect("there") + 1;
+    let stopped = SamplingParams { stop_token_ids: vec![tokens[6]], ..sampling };
+    let mut harness = Harness::new(&config(), model(depth));
+    let serial = harness.submit(request(&[5, 6], stopped));
+    harness.run();
+    assert_eq!(harness.outputs(serial)[&0].tokens, tokens[..end]);
+    assert_eq!(harness.log.forwards(), (end + depth - 1) as u64);
+}
+
+fn a_request_that_does_not_fit_into_memory_alone_fails(depth: usize) {
+    let mut harness = Harness::new(&config(), FakeModel { memory_tokens: 0, ..model(depth) });
     let serial = harness.submit(request(&[1, 2, 3], SamplingParams::default()));
     harness.run();
     let end = harness.events(serial).pop().expect("an end");
@@ -395,10 +442,9 @@ fn a_stop_string_ends_the_choice_with_the_token_that_completes_it() {
     assert_eq!(stopped.end, Some(FinishReason::Stop(StopCause::String(stop))));
 }
 
-#[test]
-fn the_probe_answers_the_same_under_full_load_as_alone() {
+fn the_probe_answers_the_same_under_full_load_as_alone(depth: usize) {
     let config = Config { max_num_seqs: 2, max_num_batched_tokens: 8, probe_tokens: 12, ..config() };
-    let model = FakeModel { num_blocks: 12, ..FakeModel::default() };
+    let model = FakeModel { num_blocks: 12, ..model(depth) };
     let greedy = SamplingParams { temperature: 0.0, max_tokens: 6, ignore_eos: true, ..Default::default() };
     let probe =
         GenerateRequest { is_probe: true, bypass_prefix_cache: true, ..request(&[7, 8, 9, 10, 11], greedy.clone()) };
@@ -411,7 +457,7 @@ fn the_probe_answers_the_same_under_full_load_as_alone() {
         harness.step();
     }
     let serial = harness.submit(probe.clone());
-    for _ in 0..8 {
+    for _ in 0..7 + depth {
         harness.step();
     }
     let busy = harness.outputs(serial);
@@ -420,7 +466,7 @@ fn the_probe_answers_the_same_under_full_load_as_alone() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(48))]
 
     /// Any order of arrival, any chunk size, any pool, disconnects in between: the streams that stay are the same.
     #[test]
@@ -431,10 +477,11 @@ proptest! {
         extra_blocks in 0u32..40,
         cancelled in prop::collection::vec(any::<bool>(), 24),
         steps_between in 0usize..4,
+        depth in 1usize..=2,
     ) {
         let load = mixed_load(48);
         let config = Config { max_num_seqs, max_num_batched_tokens: max_num_seqs + spare, ..config() };
-        let model = FakeModel { num_blocks: 20 + extra_blocks, ..FakeModel::default() };
+        let model = FakeModel { num_blocks: 20 + extra_blocks, ..model(depth) };
         let mut harness = Harness::new(&config, model);
         let mut kept = Vec::new();
         let mut leaving = Vec::new();

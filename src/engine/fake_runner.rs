@@ -8,7 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use super::batch::{LogitsEntry, LogitsRunner, PagedModel, RunnerError};
+use super::batch::{LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RunnerError};
+use super::fake_device::FakeDevice;
+use super::host_sampling::HostSampling;
+use super::sequence::PLACEHOLDER;
 
 /// Content of a position that was never written.
 const UNWRITTEN: u64 = 0xdead_dead_dead_dead;
@@ -27,6 +30,8 @@ pub struct FakeModel {
     pub breaks_at: Option<u64>,
     /// Rows of a sequence that contains this token are not numbers.
     pub poison_token: Option<u32>,
+    /// Steps that may be in flight: 1, or 2 as on a device.
+    pub depth: usize,
 }
 
 impl Default for FakeModel {
@@ -40,7 +45,22 @@ impl Default for FakeModel {
             memory_tokens: usize::MAX,
             breaks_at: None,
             poison_token: None,
+            depth: 1,
         }
+    }
+}
+
+impl FakeModel {
+    /// A runner of this depth, and its log.
+    pub fn runner(self) -> (Box<dyn ModelRunner>, Arc<FakeRunnerLog>) {
+        let (depth, memory_tokens) = (self.depth, self.memory_tokens);
+        let runner = FakeRunner::new(self);
+        let log = runner.log();
+        let runner: Box<dyn ModelRunner> = match depth {
+            1 => Box::new(HostSampling::new(runner)),
+            _ => Box::new(FakeDevice::new(runner, Box::new(move |tokens| tokens <= memory_tokens))),
+        };
+        (runner, log)
     }
 }
 
@@ -142,6 +162,7 @@ impl LogitsRunner for FakeRunner {
         self.logits.clear();
         for entry in batch {
             assert!(!entry.tokens.is_empty(), "an entry has tokens");
+            assert!(!entry.tokens.contains(&PLACEHOLDER), "every token is known");
             assert!(entry.start + entry.tokens.len() <= self.model.max_model_len, "an entry fits into the model");
             self.write(entry);
         }

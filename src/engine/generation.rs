@@ -98,6 +98,11 @@ impl Generation {
         self.generated
     }
 
+    /// Whether the choice ends with the token after `num_pending` unknown ones, whatever it is.
+    pub fn ends_after(&self, num_pending: usize) -> bool {
+        self.generated + num_pending + 1 >= self.most
+    }
+
     /// Takes note of the next token; `Some` when the choice ends with it. A natural end goes before a limit.
     pub fn accept(&mut self, token: TokenId) -> Option<FinishReason> {
         self.sampler.push(token);
@@ -177,5 +182,14 @@ mod tests {
         assert_eq!(generation.accept(3), Some(FinishReason::Stop(StopCause::String("abc".into()))));
         assert!(matches!(fresh().replay(&[9, 1, 2, 3]), Replayed::Finished(FinishReason::Stop(_))));
         assert!(matches!(fresh().replay(&[1, 2, 3, 9]), Replayed::Overrun(3)));
+    }
+
+    #[test]
+    fn the_end_by_length_is_known_beforehand() {
+        let mut generation =
+            Generation::new(&rules(), &Arc::new(SamplingParams { max_tokens: 3, ..Default::default() }), 0, &[1]);
+        assert_eq!([0, 1, 2].map(|num_pending| generation.ends_after(num_pending)), [false, false, true]);
+        assert_eq!(generation.accept(5), None);
+        assert_eq!([0, 1].map(|num_pending| generation.ends_after(num_pending)), [false, true]);
     }
 }

@@ -4,10 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::config::Config;
-use super::fake_runner::{FakeModel, FakeRunner};
+use super::fake_runner::FakeModel;
 use super::generation::letters;
 use super::handle::{EngineHandle, EngineParts, Fault, SpawnError, spawn};
-use super::host_sampling::HostSampling;
 use crate::types::{
     Backend, ChoiceStart, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
     RequestId, SamplingParams, TokenId,
@@ -27,7 +26,7 @@ fn parts(config: Config) -> EngineParts {
 }
 
 fn engine(config: Config, model: FakeModel) -> EngineHandle {
-    spawn(parts(config), Box::new(move || Ok(Box::new(HostSampling::new(FakeRunner::new(model)))))).expect("starts")
+    spawn(parts(config), Box::new(move || Ok(model.runner().0))).expect("starts")
 }
 
 fn request(prompt: &[TokenId], max_tokens: u32) -> GenerateRequest {
@@ -132,13 +131,16 @@ async fn a_panic_fails_every_stream_and_leaves_a_handle_that_refuses() {
 }
 
 #[tokio::test]
-async fn a_broken_device_fails_the_engine() {
-    let engine = engine(Config::default(), FakeModel { breaks_at: Some(3), ..FakeModel::default() });
-    let stream = engine.generate(request(&[1], 200)).expect("accepted");
-    let GenerationEvent::Failed(failure) = last_event(stream).await else { panic!("the stream fails") };
-    assert_eq!(failure.kind, FailureKind::EngineFailed);
-    assert!(!failure.message.contains("fake"), "the cause is for the log");
-    wait_until("the status says so", || !engine.status().alive).await;
+async fn a_device_that_breaks_fails_the_engine_whether_at_the_launch_or_while_the_next_step_is_planned() {
+    for depth in [1, 2] {
+        let engine = engine(Config::default(), FakeModel { breaks_at: Some(3), depth, ..FakeModel::default() });
+        let stream = engine.generate(request(&[1], 200)).expect("accepted");
+        let GenerationEvent::Failed(failure) = last_event(stream).await else { panic!("the stream fails") };
+        assert_eq!(failure.kind, FailureKind::EngineFailed);
+        assert!(!failure.message.contains("fake"), "the cause is for the log");
+        wait_until("the status says so", || !engine.status().alive).await;
+        assert_eq!(engine.counters().generation_tokens, 3, "no step after the one that failed");
+    }
 }
 
 #[tokio::test]
@@ -210,7 +212,6 @@ fn failures_to_start_say_why() {
     let panicking = spawn(parts(Config::default()), Box::new(|| panic!("while loading")));
     assert!(matches!(panicking.err(), Some(SpawnError::Panicked)));
     let model = FakeModel { num_blocks: 2, ..FakeModel::default() };
-    let small =
-        spawn(parts(Config::default()), Box::new(move || Ok(Box::new(HostSampling::new(FakeRunner::new(model))))));
+    let small = spawn(parts(Config::default()), Box::new(move || Ok(model.runner().0)));
     assert!(matches!(small.err(), Some(SpawnError::PoolTooSmall { reserved: 16, .. })));
 }

@@ -14,6 +14,7 @@ mod drain_meter;
 mod engine;
 #[cfg(test)]
 mod engine_tests;
+pub mod fake_device;
 pub mod fake_runner;
 pub mod generation;
 pub mod handle;
@@ -23,6 +24,7 @@ pub mod host_sampling;
 pub mod model;
 pub mod model_runner;
 pub mod null;
+mod pipeline;
 pub mod prefix_cache;
 pub mod sampler;
 pub mod scheduler;

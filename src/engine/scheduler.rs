@@ -12,7 +12,7 @@ use slab::Slab;
 use super::attachment::Attachment;
 use super::block_manager::{BlockId, BlockManager};
 use super::prefix_cache::Claimant;
-use super::sequence::{NewSequence, Phase, Rank, Sequence, SequenceId};
+use super::sequence::{NewSequence, PLACEHOLDER, Phase, Rank, Sequence, SequenceId};
 use crate::types::TokenId;
 
 #[derive(Clone, Copy, Debug)]
@@ -41,6 +41,9 @@ pub struct Plan {
     pub started: Vec<(SequenceId, usize)>,
     pub num_tokens: usize,
     pub num_preempted: usize,
+    /// A sequence found no block, and none may be taken from others while a step is in flight: the next plan is to be made
+    /// when none is.
+    pub is_starved: bool,
 }
 
 impl Plan {
@@ -50,6 +53,7 @@ impl Plan {
         self.started.clear();
         self.num_tokens = 0;
         self.num_preempted = 0;
+        self.is_starved = false;
     }
 }
 
@@ -66,6 +70,8 @@ pub struct Scheduler {
     running: Vec<SequenceId>,
     probe: Option<SequenceId>,
     next_claimant: u64,
+    /// Whether the plan in the making will be launched behind a step that is not collected.
+    is_pipelined: bool,
     pub(super) plan: Plan,
 }
 
@@ -84,15 +90,16 @@ impl Scheduler {
             running: Vec::with_capacity(limits.max_num_seqs),
             probe: None,
             next_claimant: 0,
+            is_pipelined: false,
             plan: Plan::default(),
         }
     }
 
     /// Puts a sequence into the queue. The caller has checked that it can ever fit.
     pub fn add(&mut self, new: NewSequence) -> SequenceId {
-        let sibling = new.sibling.map(|id| (id, self.sequences[id.0].claimant));
+        let sibling = new.sibling;
         let id = self.insert(new);
-        self.sequences[id.0].sibling = sibling;
+        self.sequences[id.slot].sibling = sibling;
         self.enqueue(id);
         id
     }
@@ -103,7 +110,7 @@ impl Scheduler {
             return None;
         }
         let id = self.insert(NewSequence { uses_prefix_cache: false, ..new });
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         sequence.phase = Phase::Active;
         for _ in 0..sequence.tokens.len().div_ceil(self.block_size) {
             sequence.blocks.push(self.blocks.allocate_reserved().expect("the probe fits into the reserve"));
@@ -114,11 +121,17 @@ impl Scheduler {
 
     fn insert(&mut self, new: NewSequence) -> SequenceId {
         self.next_claimant += 1;
-        SequenceId(self.sequences.insert(Sequence::new(new, Claimant(self.next_claimant))))
+        let claimant = Claimant(self.next_claimant);
+        SequenceId { slot: self.sequences.insert(Sequence::new(new, claimant)), claimant }
+    }
+
+    /// `None` once it was removed.
+    pub fn get(&self, id: SequenceId) -> Option<&Sequence> {
+        self.sequences.get(id.slot).filter(|sequence| sequence.claimant == id.claimant)
     }
 
     pub fn sequence(&self, id: SequenceId) -> &Sequence {
-        &self.sequences[id.0]
+        self.get(id).expect("the sequence was not removed")
     }
 
     /// Sequences in slots, the probe not counted, best rank first.
@@ -152,11 +165,13 @@ impl Scheduler {
         self.token_budget
     }
 
-    /// Plans the next step, in the memory of an old plan. After computing it, call [`Self::complete`] for each entry; when
-    /// it could not be computed, do not, and the same tokens are planned again.
-    pub fn schedule(&mut self, reuse: Plan) -> Plan {
+    /// Plans the next step, in the memory of an old plan. When it is launched, call [`Self::launched`] for each entry; when
+    /// it could not be, do not, and the same tokens are planned again. `is_pipelined` tells of a step in flight: then
+    /// nobody is preempted, and what samples in that step goes on behind its placeholder.
+    pub fn schedule(&mut self, reuse: Plan, is_pipelined: bool) -> Plan {
         self.plan = reuse;
         self.plan.clear();
+        self.is_pipelined = is_pipelined;
         while self.running.len() > self.num_slots() {
             self.preempt_last();
         }
@@ -164,27 +179,39 @@ impl Scheduler {
         self.attach_running();
         self.schedule_decodes();
         self.schedule_prefills();
-        if self.plan.num_preempted == 0 {
+        if self.plan.num_preempted == 0 && !self.plan.is_starved {
             self.admit();
         }
         let stuck = self.plan.entries.is_empty() && self.plan.num_preempted == 0 && !self.is_idle();
-        assert!(!stuck, "there are sequences, yet none can go on");
+        assert!(!stuck || is_pipelined, "there are sequences, yet none can go on");
         std::mem::take(&mut self.plan)
     }
 
-    /// The entry was computed: its positions are valid, and its full blocks are offered to the prefix cache.
-    pub fn complete(&mut self, entry: Scheduled) {
-        let sequence = &mut self.sequences[entry.id.0];
-        assert_eq!(sequence.computed, entry.start, "an entry is completed once");
+    /// The entry will be computed before anything that is launched later. Where it samples, a placeholder for its token is
+    /// appended, unless the sequence is known to end with that token.
+    pub fn launched(&mut self, entry: Scheduled, is_last: bool) {
+        let sequence = &mut self.sequences[entry.id.slot];
+        assert_eq!(sequence.computed, entry.start, "an entry is launched once");
         sequence.computed += entry.len;
-        self.publish(entry.id);
+        if !entry.wants_logits {
+            self.publish(entry.id, entry.start + entry.len);
+        } else if !is_last {
+            sequence.tokens.push(PLACEHOLDER);
+            sequence.num_pending += 1;
+        }
     }
 
-    /// Appends a sampled token, which the next step computes.
-    pub fn push_token(&mut self, id: SequenceId, token: TokenId) {
-        let sequence = &mut self.sequences[id.0];
-        assert_eq!(sequence.remaining(), 0, "a token is sampled when all before it are computed");
-        sequence.tokens.push(token);
+    /// The entry's token is known, and no sign that its numbers were wrong: it takes the place of its placeholder, and full
+    /// blocks are offered to the prefix cache. Entries are collected in the order of their launches.
+    pub fn sampled(&mut self, entry: Scheduled, token: TokenId) {
+        self.publish(entry.id, entry.start + entry.len);
+        let sequence = &mut self.sequences[entry.id.slot];
+        if sequence.num_pending > 0 {
+            let place = sequence.tokens.len() - sequence.num_pending;
+            assert_eq!(place, entry.start + entry.len, "tokens become known in their order");
+            sequence.tokens[place] = token;
+            sequence.num_pending -= 1;
+        }
     }
 
     /// Takes a sequence out, wherever it is, and frees what it holds.
@@ -192,12 +219,12 @@ impl Scheduler {
         self.detach(id);
         if self.probe == Some(id) {
             self.probe = None;
-        } else if self.sequences[id.0].phase == Phase::Waiting {
+        } else if self.sequences[id.slot].phase == Phase::Waiting {
             self.dequeue(id);
         } else {
             self.leave_slot(id);
         }
-        self.sequences.remove(id.0);
+        self.sequences.remove(id.slot);
     }
 
     /// Panics unless blocks, counts and tables agree.
@@ -214,7 +241,7 @@ impl Scheduler {
     }
 
     fn enqueue(&mut self, id: SequenceId) {
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         sequence.phase = Phase::Waiting;
         self.waiting_tokens += sequence.queued_tokens();
         let before = self.waiting.insert(sequence.rank, id);
@@ -222,20 +249,20 @@ impl Scheduler {
     }
 
     fn dequeue(&mut self, id: SequenceId) {
-        let sequence = &self.sequences[id.0];
+        let sequence = &self.sequences[id.slot];
         self.waiting_tokens -= sequence.queued_tokens();
         self.waiting.remove(&sequence.rank).expect("a waiting sequence is in the queue");
     }
 
     fn enter_slot(&mut self, id: SequenceId) {
-        let rank = self.sequences[id.0].rank;
-        let position = self.running.partition_point(|other| self.sequences[other.0].rank < rank);
+        let rank = self.sequences[id.slot].rank;
+        let position = self.running.partition_point(|other| self.sequences[other.slot].rank < rank);
         self.running.insert(position, id);
     }
 
     fn leave_slot(&mut self, id: SequenceId) {
-        let rank = self.sequences[id.0].rank;
-        let position = self.running.binary_search_by(|other| self.sequences[other.0].rank.cmp(&rank));
+        let rank = self.sequences[id.slot].rank;
+        let position = self.running.binary_search_by(|other| self.sequences[other.slot].rank.cmp(&rank));
         self.running.remove(position.expect("a running sequence has a slot"));
     }
 
@@ -243,7 +270,7 @@ impl Scheduler {
     fn schedule_probe(&mut self) {
         let Some(id) = self.probe else { return };
         let share = self.budget_left().saturating_sub(self.running.len()).max(1);
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         while sequence.blocks.len() * self.block_size < sequence.tokens.len() {
             sequence.blocks.push(self.blocks.allocate_reserved().expect("the probe fits into the reserve"));
         }
@@ -255,7 +282,7 @@ impl Scheduler {
         let mut index = 0;
         while index < self.running.len() {
             let id = self.running[index];
-            if !self.sequences[id.0].is_active() && self.attach(id, self.running.len() > 1) == Attachment::NoRoom {
+            if !self.sequences[id.slot].is_active() && self.attach(id, self.running.len() > 1) == Attachment::NoRoom {
                 self.running.remove(index);
                 self.enqueue(id);
             } else {
@@ -268,7 +295,7 @@ impl Scheduler {
         let mut index = 0;
         while index < self.running.len() && self.budget_left() > 0 {
             let id = self.running[index];
-            let sequence = &self.sequences[id.0];
+            let sequence = &self.sequences[id.slot];
             if sequence.is_active() && sequence.remaining() == 1 && self.make_room_to_decode(id) {
                 self.schedule_stretch(id, 1);
             }
@@ -276,16 +303,21 @@ impl Scheduler {
         }
     }
 
-    /// A block for the next position, preempting from the worst rank on. False when the sequence itself had to give way.
+    /// A block for the next position, preempting from the worst rank on. False when the sequence itself had to give way, or
+    /// has to wait until preempting is allowed.
     fn make_room_to_decode(&mut self, id: SequenceId) -> bool {
         loop {
-            let sequence = &mut self.sequences[id.0];
+            let sequence = &mut self.sequences[id.slot];
             if sequence.blocks.len() * self.block_size >= sequence.tokens.len() {
                 return true;
             }
             if let Some(block) = self.blocks.allocate() {
                 sequence.blocks.push(block);
                 return true;
+            }
+            if self.is_pipelined {
+                self.plan.is_starved = true;
+                return false;
             }
             if self.preempt_last() == id {
                 return false;
@@ -294,6 +326,8 @@ impl Scheduler {
     }
 
     fn preempt_last(&mut self) -> SequenceId {
+        // Its last token could be unknown, and then it could not be computed again from its tokens.
+        assert!(!self.is_pipelined, "nobody is preempted while a step is in flight");
         let victim = self.running.pop().expect("a victim is running");
         self.detach(victim);
         self.enqueue(victim);
@@ -304,7 +338,7 @@ impl Scheduler {
     fn schedule_prefills(&mut self) {
         for index in 0..self.running.len() {
             let id = self.running[index];
-            let sequence = &self.sequences[id.0];
+            let sequence = &self.sequences[id.slot];
             if sequence.is_active() && sequence.remaining() > 1 {
                 self.schedule_stretch(id, self.budget_left());
             }
@@ -331,7 +365,7 @@ impl Scheduler {
     }
 
     fn schedule_stretch(&mut self, id: SequenceId, most: usize) {
-        let sequence = &mut self.sequences[id.0];
+        let sequence = &mut self.sequences[id.slot];
         let len = sequence.remaining().min(most);
         if len == 0 {
             return;

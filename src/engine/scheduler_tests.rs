@@ -1,11 +1,11 @@
 //! Tests of the scheduler as a whole: who goes first, who waits, who gives way, and that blocks never leak.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use proptest::prelude::*;
 
 use super::block_manager::BlockManager;
-use super::scheduler::{Limits, Plan, Scheduler};
+use super::scheduler::{Limits, Plan, Scheduled, Scheduler};
 use super::sequence::{NewSequence, Rank, SequenceId};
 use crate::types::TokenId;
 
@@ -31,15 +31,18 @@ fn distinct(arrival: u64, len: usize) -> NewSequence {
     sequence(arrival, &vec![1000 + arrival as TokenId; len])
 }
 
+/// Launches an entry and collects it at once.
+fn compute(scheduler: &mut Scheduler, entry: Scheduled) {
+    scheduler.launched(entry, false);
+    if entry.wants_logits {
+        scheduler.sampled(entry, 7);
+    }
+}
+
 /// Computes one step; every sequence that wants logits gets token 7. Returns the lengths scheduled, by sequence.
 fn step(scheduler: &mut Scheduler) -> HashMap<SequenceId, usize> {
-    let plan = scheduler.schedule(Plan::default());
-    for &entry in &plan.entries {
-        scheduler.complete(entry);
-        if entry.wants_logits {
-            scheduler.push_token(entry.id, 7);
-        }
-    }
+    let plan = scheduler.schedule(Plan::default(), false);
+    plan.entries.iter().for_each(|&entry| compute(scheduler, entry));
     scheduler.assert_consistent();
     plan.entries.iter().map(|entry| (entry.id, entry.len)).collect()
 }
@@ -81,12 +84,9 @@ fn the_last_to_arrive_gives_way_when_blocks_run_out() {
     // The first needs a third block at its ninth token, the second then holds two: one of five is too many.
     let mut preempted = 0;
     for _ in 0..3 {
-        let plan = scheduler.schedule(Plan::default());
+        let plan = scheduler.schedule(Plan::default(), false);
         preempted += plan.num_preempted;
-        for &entry in &plan.entries {
-            scheduler.complete(entry);
-            scheduler.push_token(entry.id, 7);
-        }
+        plan.entries.iter().for_each(|&entry| compute(&mut scheduler, entry));
     }
     assert_eq!(preempted, 1);
     assert_eq!((scheduler.running(), scheduler.num_waiting()), ([first].as_slice(), 1));
@@ -122,7 +122,7 @@ fn who_waits_for_a_prefix_goes_on_alone_when_its_claimant_is_gone() {
     assert_eq!(step(&mut scheduler), HashMap::from([(claimant, 8)]));
     scheduler.remove(claimant);
     assert_eq!(step(&mut scheduler), HashMap::from([(waiter, 8)]));
-    let start = scheduler.schedule(Plan::default()).entries[0].start;
+    let start = scheduler.schedule(Plan::default(), false).entries[0].start;
     assert_eq!(start, 24, "the two computed chunks were kept");
 }
 
@@ -134,11 +134,11 @@ fn a_whole_hit_computes_the_last_token_in_a_copy() {
     step(&mut scheduler);
     scheduler.remove(first);
     let second = scheduler.add(sequence(2, &prompt));
-    let plan = scheduler.schedule(Plan::default());
+    let plan = scheduler.schedule(Plan::default(), false);
     assert_eq!((plan.copies.len(), plan.entries[0].start, plan.entries[0].len), (1, 7, 1));
     assert_eq!(plan.started, [(second, 7)]);
     assert_ne!(plan.copies[0].0, scheduler.sequence(second).block_table()[1]);
-    scheduler.complete(plan.entries[0]);
+    compute(&mut scheduler, plan.entries[0]);
     assert_eq!(scheduler.sequence(second).block_table()[1], plan.copies[0].0, "the copy gives way to the original");
     scheduler.assert_consistent();
 }
@@ -155,7 +155,7 @@ fn choices_share_the_blocks_of_their_prompt() {
         })
         .collect();
     assert_eq!(step(&mut scheduler), HashMap::from([(first, 10)]));
-    let plan = scheduler.schedule(Plan::default());
+    let plan = scheduler.schedule(Plan::default(), false);
     assert_eq!(plan.copies.len(), 3, "the last block of the prompt is half full");
     assert!(plan.entries.iter().all(|entry| entry.len == 1));
     assert_eq!(plan.entries.len(), 4);
@@ -229,10 +229,16 @@ fn operation() -> impl Strategy<Value = Operation> {
 /// Longest sequence: what the smallest pool holds.
 const LONGEST: usize = 24;
 
+/// A sequence whose length and sum of tokens come to this ends earlier, which nobody can know before its last step.
+const STOPS_AT: usize = 21;
+
+/// A scheduler, and the steps that it has planned and nobody has collected.
 struct World {
     scheduler: Scheduler,
     limits: Limits,
+    depth: usize,
     live: Vec<SequenceId>,
+    flights: VecDeque<Vec<Scheduled>>,
 }
 
 impl World {
@@ -247,24 +253,39 @@ impl World {
         }
     }
 
-    fn step(&mut self, computed: bool) {
-        let plan = self.scheduler.schedule(Plan::default());
+    /// Plans a step, launches it if it can be, and collects what the pipeline does not hold.
+    fn step(&mut self, is_launched: bool) {
+        let is_pipelined = !self.flights.is_empty();
+        let plan = self.scheduler.schedule(Plan::default(), is_pipelined);
         self.check(&plan);
-        for &entry in plan.entries.iter().filter(|_| computed) {
-            self.scheduler.complete(entry);
-            if !entry.wants_logits {
-                continue;
+        assert!(is_pipelined || !plan.is_starved, "with nothing in flight somebody gives way");
+        let mut stays_filled = false;
+        if is_launched && !plan.entries.is_empty() {
+            for &entry in &plan.entries {
+                let is_last = self.scheduler.sequence(entry.id).tokens().len() == LONGEST;
+                self.scheduler.launched(entry, is_last);
             }
-            let tokens = self.scheduler.sequence(entry.id).tokens();
-            if tokens.len() == LONGEST {
-                self.live.retain(|&id| id != entry.id);
-                self.scheduler.remove(entry.id);
-            } else {
-                let next = tokens.iter().sum::<TokenId>() % 2;
-                self.scheduler.push_token(entry.id, next);
-            }
+            self.flights.push_back(plan.entries);
+            stays_filled = !plan.is_starved;
         }
         self.scheduler.assert_consistent();
+        self.collect_down_to(if stays_filled { self.depth - 1 } else { 0 });
+    }
+
+    fn collect_down_to(&mut self, most: usize) {
+        while self.flights.len() > most {
+            for entry in self.flights.pop_front().expect("not empty") {
+                let Some(sequence) = self.scheduler.get(entry.id).filter(|_| entry.wants_logits) else { continue };
+                let end = entry.start + entry.len;
+                let sum: TokenId = sequence.tokens()[..end].iter().sum();
+                self.scheduler.sampled(entry, sum % 2);
+                if end == LONGEST || end + sum as usize == STOPS_AT {
+                    self.live.retain(|&id| id != entry.id);
+                    self.scheduler.remove(entry.id);
+                }
+                self.scheduler.assert_consistent();
+            }
+        }
     }
 
     fn check(&self, plan: &Plan) {
@@ -276,6 +297,10 @@ impl World {
             let sequence = self.scheduler.sequence(entry.id);
             let end = entry.start + entry.len;
             assert_eq!(entry.wants_logits, end == sequence.tokens().len());
+            assert!(
+                sequence.num_pending() == 0 || entry.wants_logits && entry.len == 1,
+                "a placeholder is decoded alone"
+            );
             written.extend_from_slice(&sequence.block_table()[entry.start / BLOCK_SIZE..end.div_ceil(BLOCK_SIZE)]);
         }
         let blocks = written.len();
@@ -294,11 +319,12 @@ proptest! {
         num_blocks in 6u32..20,
         max_num_seqs in 1usize..6,
         spare_tokens in 1usize..12,
+        depth in 1usize..=2,
         operations in prop::collection::vec(operation(), 1..60),
     ) {
         let limits = Limits { max_num_seqs, max_num_batched_tokens: max_num_seqs + spare_tokens };
         let scheduler = Scheduler::new(limits, BlockManager::new(num_blocks, 0, BLOCK_SIZE), BLOCK_SIZE);
-        let mut world = World { scheduler, limits, live: Vec::new() };
+        let mut world = World { scheduler, limits, depth, live: Vec::new(), flights: VecDeque::new() };
         for (arrival, operation) in operations.into_iter().enumerate() {
             match operation {
                 Operation::Add { priority, prompt, choices, cached } => {
@@ -315,7 +341,7 @@ proptest! {
             }
         }
         let mut steps = 0;
-        while !world.scheduler.is_idle() {
+        while !world.scheduler.is_idle() || !world.flights.is_empty() {
             world.step(true);
             steps += 1;
             prop_assert!(steps < 20_000, "sequences starve");

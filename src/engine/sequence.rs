@@ -7,16 +7,22 @@ use super::block_manager::BlockId;
 use super::prefix_cache::{Claimant, EntryId};
 use crate::types::TokenId;
 
-/// Names a sequence while it lives; slots are used again.
+/// Names a sequence for good: slots are used again, claimants never.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct SequenceId(pub(super) usize);
+pub struct SequenceId {
+    pub(super) slot: usize,
+    pub(super) claimant: Claimant,
+}
 
 impl SequenceId {
     /// A dense index, for tables beside the scheduler's own.
     pub fn index(self) -> usize {
-        self.0
+        self.slot
     }
 }
+
+/// Stands in a sequence for a token that is sampled by a step in flight. No vocabulary has it.
+pub const PLACEHOLDER: TokenId = TokenId::MAX;
 
 /// Who is served first: lower priority, then earlier arrival, then lower choice. Unique, and kept for life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -68,12 +74,14 @@ pub struct Sequence {
     pub(super) rank: Rank,
     pub(super) claimant: Claimant,
     pub(super) tokens: Vec<TokenId>,
+    /// How many of the last tokens are placeholders.
+    pub(super) num_pending: usize,
     pub(super) prompt_len: usize,
-    pub(super) sibling: Option<(SequenceId, Claimant)>,
+    pub(super) sibling: Option<SequenceId>,
     pub(super) phase: Phase,
     /// Block of each stretch of `block_size` positions.
     pub(super) blocks: Vec<BlockId>,
-    /// Positions whose keys and values are in `blocks`.
+    /// Positions whose keys and values are in `blocks`, or will be when the steps in flight have run.
     pub(super) computed: usize,
     /// Cache entries of the leading blocks; the first `published` are ready, the others claimed by this sequence.
     pub(super) chain: Vec<EntryId>,
@@ -92,6 +100,7 @@ impl Sequence {
             rank: new.rank,
             claimant,
             tokens: new.tokens,
+            num_pending: 0,
             prompt_len: new.prompt_len,
             sibling: None,
             phase: Phase::Waiting,
@@ -109,7 +118,7 @@ impl Sequence {
         self.rank
     }
 
-    /// Prompt and output so far.
+    /// Prompt and output so far, placeholders included.
     pub fn tokens(&self) -> &[TokenId] {
         &self.tokens
     }
@@ -123,7 +132,13 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Tokens that are still to be computed before the next one can be sampled; at least one.
+    /// Tokens sampled by steps in flight, which follow the known ones.
+    pub fn num_pending(&self) -> usize {
+        self.num_pending
+    }
+
+    /// Tokens that are still to be computed before the next one can be sampled. None only while the last token of all is
+    /// being sampled.
     pub(super) fn remaining(&self) -> usize {
         self.tokens.len() - self.computed
     }
@@ -134,6 +149,12 @@ impl Sequence {
             Some(_) => self.num_generated() as u64 + 1,
             None => self.tokens.len() as u64,
         }
+    }
+
+    /// Whether later choices may share the prompt: it is computed, and its blocks are where the prefix cache wants them.
+    pub(super) fn has_settled_prompt(&self, block_size: usize) -> bool {
+        let is_published = self.published >= self.prompt_len / block_size || !self.chain_is_open;
+        self.computed >= self.prompt_len && is_published
     }
 
     pub(super) fn is_active(&self) -> bool {

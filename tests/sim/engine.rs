@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use outrigger::engine::fake_device::FakeDevice;
 use outrigger::engine::fake_runner::{FakeModel, FakeRunner};
 use outrigger::engine::{
-    Config, EngineHandle, EngineParts, HostSampling, LogitsEntry, LogitsRunner, PagedModel, RunnerError, SteppedEngine,
-    StopTexts,
+    Config, EngineHandle, EngineParts, HostSampling, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RunnerError,
+    SteppedEngine, StopTexts,
 };
 use outrigger::types::{
     Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId, watch,
@@ -31,11 +32,13 @@ struct Faults {
 struct FaultyRunner {
     inner: FakeRunner,
     faults: Arc<Faults>,
+    /// Then memory is found, or not, before a step is launched.
+    is_device: bool,
 }
 
 impl LogitsRunner for FaultyRunner {
     fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
-        if self.faults.has_no_memory.load(Ordering::Relaxed) {
+        if !self.is_device && self.faults.has_no_memory.load(Ordering::Relaxed) {
             return Err(RunnerError::OutOfMemory { tokens: batch.iter().map(|entry| entry.tokens.len()).sum() });
         }
         self.inner.forward(batch, progress)?;
@@ -99,6 +102,8 @@ pub struct EngineSize {
     pub batched_tokens: usize,
     pub blocks: u32,
     pub step: Duration,
+    /// Steps in flight.
+    pub depth: usize,
 }
 
 /// The engine of one process.
@@ -237,7 +242,7 @@ fn make(size: &EngineSize, caches: bool) -> (EngineHandle, SteppedEngine, Arc<Fa
         max_model_len: MAX_MODEL_LEN,
         ..FakeModel::default()
     };
-    let runner = FaultyRunner { inner: FakeRunner::new(model), faults: faults.clone() };
+    let runner = runner(FakeRunner::new(model), &faults, size.depth);
     let parts = EngineParts {
         config: Config {
             max_num_seqs: size.seats,
@@ -251,14 +256,24 @@ fn make(size: &EngineSize, caches: bool) -> (EngineHandle, SteppedEngine, Arc<Fa
         stop_texts: letters(),
         on_step: None,
     };
-    let (handle, stepped) =
-        SteppedEngine::new(parts, Box::new(HostSampling::new(runner)), now).expect("the pool is large enough");
+    let (handle, stepped) = SteppedEngine::new(parts, runner, now).expect("the pool is large enough");
     (handle, stepped, faults)
 }
 
-/// Computes a request alone, in an engine of its own: what it must be everywhere.
+fn runner(inner: FakeRunner, faults: &Arc<Faults>, depth: usize) -> Box<dyn ModelRunner> {
+    let is_device = depth > 1;
+    let runner = FaultyRunner { inner, faults: faults.clone(), is_device };
+    let faults = faults.clone();
+    let has_memory = move |_: usize| !faults.has_no_memory.load(Ordering::Relaxed);
+    match is_device {
+        true => Box::new(FakeDevice::new(runner, Box::new(has_memory))),
+        false => Box::new(HostSampling::new(runner)),
+    }
+}
+
+/// Computes a request alone, one step at a time, in an engine of its own: what it must be everywhere.
 pub fn compute_alone(request: GenerateRequest) -> GenerationStream {
-    let size = EngineSize { seats: 8, batched_tokens: 256, blocks: 128, step: Duration::ZERO };
+    let size = EngineSize { seats: 8, batched_tokens: 256, blocks: 128, step: Duration::ZERO, depth: 1 };
     let (handle, mut stepped, _) = make(&size, false);
     let stream = handle.generate(request).expect("a valid request");
     stepped.step().expect("nothing fails");

@@ -27,6 +27,8 @@ pub struct NodeConfig {
     pub admission: admission::Config,
     pub engine: EngineSize,
     pub zones: usize,
+    /// The bits of the nodes whose engines plan a step while another is in flight.
+    pub devices: u64,
 }
 
 impl NodeConfig {
@@ -78,7 +80,8 @@ impl Node {
             view: view.subscribe(),
             seed,
         });
-        let engine = SimEngine::spawn(&config.engine, death.clone());
+        let depth = if config.devices >> process.node & 1 == 1 { 2 } else { 1 };
+        let engine = SimEngine::spawn(&EngineSize { depth, ..config.engine.clone() }, death.clone());
         net.join(&process, router.clone(), death.clone());
         let node = Self { process, router, admission, health, metrics, engine, death, view, zone };
         tokio::spawn({

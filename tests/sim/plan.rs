@@ -132,6 +132,7 @@ fn config(random: &mut Random) -> NodeConfig {
         batched_tokens: random.between(8, 40) as usize,
         blocks: random.between(60, 160) as u32,
         step: random.millis(8, 70),
+        depth: 1,
     };
     let router = router::Config {
         placement: if random.percent(50) { Strategy::Balanced } else { *random.pick(&Strategy::ALL) },
@@ -142,7 +143,8 @@ fn config(random: &mut Random) -> NodeConfig {
     };
     let queue = if is_tight { random.between(1, 3) as u32 } else { 512 };
     let admission = admission::Config { max_num_queued_requests: queue, ..admission::Config::default() };
-    NodeConfig { router, admission, engine, zones: random.between(1, 2) as usize }
+    let zones = random.between(1, 2) as usize;
+    NodeConfig { router, admission, engine, zones, devices: random.between(0, 31) }
 }
 
 /// One client, or twins with the same key and body.
