@@ -11,17 +11,20 @@ pub const FLOAT32_TOLERANCE: f32 = 1e-4;
 pub const PROMPT_LENGTH: usize = 180;
 
 /// The fixtures that are Hugging Face directories.
-pub const DIRECTORIES: [&str; 6] = [
+pub const DIRECTORIES: [&str; 9] = [
     "llama-gqa-tied-bf16",
     "llama-llama3-rope-f32-sharded",
     "mistral-window-f16",
     "llama-mha-bias-linear-odd",
     "llama-gelu-bf16",
     "mistral-gelu-tanh-f16",
+    "qwen2-bias-f32",
+    "qwen3-qk-norm-tied-bf16",
+    "qwen3-bias-window-f16",
 ];
 
 /// The fixtures that are GGUF files.
-pub const GGUF_FILES: [&str; 9] = [
+pub const GGUF_FILES: [&str; 11] = [
     "gguf-f32",
     "gguf-f16",
     "gguf-bf16-llama3-rope",
@@ -31,6 +34,8 @@ pub const GGUF_FILES: [&str; 9] = [
     "gguf-q4_k",
     "gguf-q6_k",
     "gguf-mixed",
+    "gguf-qwen2-f16",
+    "gguf-qwen3-q8_0",
 ];
 
 /// The directory or the GGUF file of a fixture.

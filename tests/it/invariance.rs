@@ -246,7 +246,8 @@ fn resumed(engine: &EngineHandle, request: &GenerateRequest, whole: &[Outcome], 
 
 #[test]
 fn streams_of_the_fixtures_resume_exactly_at_every_position() {
-    for name in ["gguf-q4_1", "gguf-q4_0", "llama-gqa-tied-bf16", "mistral-window-f16", "gguf-mixed"] {
+    for name in ["gguf-q4_1", "gguf-q4_0", "llama-gqa-tied-bf16", "mistral-window-f16", "gguf-mixed", "gguf-qwen3-q8_0"]
+    {
         let setup = Setup { max_model_len: 512, kv_cache_memory: 64 << 20, ..ALONE };
         let path = fixtures::path(name);
         let (first, second) = (engine(&path, setup), engine(&path, Setup { threads: 2, block_size: 16, ..setup }));

@@ -1,7 +1,10 @@
 //! Our loader against candle's on every fixture: the same tensors, the same values, under Hugging Face's names and in its
 //! row order. The values of quantized types are candle's on both sides here; that they are right is what the golden logits show.
 
-use outrigger::engine::model::{Activation, LoadFormat, ModelFiles, RopeScaling};
+use std::path::Path;
+
+use outrigger::engine::model::{Activation, LoadFormat, ModelFiles, RopeScaling, TokenizerSource};
+use outrigger::tokenizer::Tokenizer;
 
 use crate::fixtures::{DIRECTORIES, GGUF_FILES, path};
 use crate::numerics_candle::{directory_tensors, gguf_model};
@@ -34,9 +37,34 @@ fn configurations_are_read_in_every_spelling() {
     assert!(
         matches!(open("gguf-bf16-llama3-rope").config.rope.scaling, RopeScaling::Factors(factors) if factors.len() == 8)
     );
+    let config = open("qwen2-bias-f32").config;
+    assert_eq!((config.qkv_bias, config.output_bias, config.qk_norm, config.mlp_bias), (true, false, false, false));
+    assert_eq!((config.sliding_window, config.head_dim), (None, 16), "the window is not in use");
+    let config = open("qwen3-bias-window-f16").config;
+    assert_eq!((config.qkv_bias, config.output_bias, config.qk_norm, config.mlp_bias), (true, true, true, false));
+    assert_eq!((config.sliding_window, config.head_dim), (Some(50), 24));
+    let config = open("gguf-qwen2-f16").config;
+    assert_eq!((config.qkv_bias, config.output_bias, config.qk_norm, config.mlp_bias), (true, false, false, false));
+    let config = open("gguf-qwen3-q8_0").config;
+    assert_eq!((config.qkv_bias, config.output_bias, config.qk_norm, config.head_dim), (false, false, true, 32));
     let files = open("llama-llama3-rope-f32-sharded");
     assert_eq!(files.eos_token_ids, [2, 0]);
     assert!(matches!(files.config.rope.scaling, RopeScaling::Llama3 { original_max_position_embeddings: 64, .. }));
+}
+
+/// The directories of `benches/models` are the models that they say, by their published numbers of weights.
+#[test]
+fn shapes_to_be_measured_are_those_of_the_models() {
+    let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/models");
+    for (name, weights) in
+        [("llama-3.1-8b", 8_030_261_248), ("llama-3.2-1b", 1_235_814_400), ("qwen3-0.6b", 596_049_920)]
+    {
+        let files = ModelFiles::open(&models.join(name), LoadFormat::Dummy).unwrap();
+        assert_eq!(files.tensors.total_bytes(), 2 * weights, "{name}, in bf16");
+        assert!(ModelFiles::open(&models.join(name), LoadFormat::Auto).is_err(), "{name} holds no weights");
+        let TokenizerSource::Directory(directory) = files.tokenizer else { panic!("{name} is a directory") };
+        Tokenizer::from_dir(&directory).unwrap();
+    }
 }
 
 fn open(name: &str) -> ModelFiles {

@@ -78,7 +78,9 @@ fn default_arithmetic_stays_close() {
 
 fn default_tolerance(name: &str) -> f32 {
     match name {
-        "gguf-q8_0-linear-rope" | "gguf-q4_0" | "gguf-q4_1" | "gguf-q4_k" | "gguf-q6_k" => INTEGER_TOLERANCE,
+        "gguf-q8_0-linear-rope" | "gguf-q4_0" | "gguf-q4_1" | "gguf-q4_k" | "gguf-q6_k" | "gguf-qwen3-q8_0" => {
+            INTEGER_TOLERANCE
+        }
         _ => HALF_TOLERANCE,
     }
 }

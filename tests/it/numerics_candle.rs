@@ -1,6 +1,6 @@
 //! A second reference: candle-transformers' decoders agree with the golden logits of every fixture that they can
 //! express, from weights that candle reads and dequantizes itself. A mistake in the golden files shows here. (candle has
-//! neither linear RoPE scaling nor biases for this family: those two fixtures rest on transformers alone.)
+//! neither linear RoPE scaling nor biases for Llama, and no window for Qwen: those three fixtures rest on transformers alone.)
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::fs::File;
 use candle_core::quantized::gguf_file;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
-use candle_transformers::models::{llama, mistral};
+use candle_transformers::models::{llama, mistral, qwen2, qwen3};
 use serde_json::{Value, json};
 
 use crate::fixtures::{FLOAT32_TOLERANCE, Golden, PROMPT_LENGTH, path, relative_error};
@@ -38,6 +38,16 @@ fn candle_mistral_agrees_on_directories() {
 }
 
 #[test]
+fn candle_qwen_agrees_on_directories() {
+    // It masks by the window even where `use_sliding_window` says that there is none.
+    let mut config = config_json("qwen2-bias-f32");
+    config["sliding_window"] = config["max_position_embeddings"].clone();
+    check_qwen2("qwen2-bias-f32", config, directory_tensors("qwen2-bias-f32"));
+    let name = "qwen3-qk-norm-tied-bf16";
+    check_qwen3(name, config_json(name), directory_tensors(name));
+}
+
+#[test]
 fn candle_agrees_on_gguf_files() {
     let names = ["gguf-f32", "gguf-f16", "gguf-q4_0", "gguf-q4_1", "gguf-q4_k", "gguf-q6_k", "gguf-mixed"];
     for name in names {
@@ -51,6 +61,10 @@ fn candle_agrees_on_gguf_files() {
         "original_max_position_embeddings": 64, "rope_type": "llama3",
     });
     check_llama("gguf-bf16-llama3-rope", &config, tensors);
+    let (config, tensors) = gguf_model("gguf-qwen2-f16");
+    check_qwen2("gguf-qwen2-f16", config, tensors);
+    let (config, tensors) = gguf_model("gguf-qwen3-q8_0");
+    check_qwen3("gguf-qwen3-q8_0", config, tensors);
 }
 
 fn check_llama(name: &str, config: &Value, tensors: Tensors) {
@@ -73,23 +87,72 @@ fn check_llama(name: &str, config: &Value, tensors: Tensors) {
 }
 
 fn check_mistral(name: &str, config: Value, tensors: Tensors, has_window: bool) {
-    let golden = Golden::load(name);
     let config: mistral::Config = serde_json::from_value(config).unwrap();
     let builder = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
     let mut model = mistral::Model::new(&config, builder).unwrap();
-    for (position, expected) in &golden.rows {
-        model.clear_kv_cache();
-        let logits = model.forward(&batch_of_one(&golden.ids[..=*position]), 0).unwrap();
-        check(name, *position, &logits, expected);
-    }
+    check_prefill(name, &mut model);
     // Its decode step forgets the window.
     if !has_window {
-        model.clear_kv_cache();
-        let _ = model.forward(&batch_of_one(&golden.ids[..PROMPT_LENGTH]), 0).unwrap();
-        for position in PROMPT_LENGTH..golden.ids.len() {
-            let logits = model.forward(&batch_of_one(&golden.ids[position..=position]), position).unwrap();
-            check(name, position, &logits, golden.row(position));
+        check_decode(name, &mut model);
+    }
+}
+
+fn check_qwen2(name: &str, config: Value, tensors: Tensors) {
+    let config: qwen2::Config = serde_json::from_value(config).unwrap();
+    let builder = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let mut model = qwen2::ModelForCausalLM::new(&config, builder).unwrap();
+    check_prefill(name, &mut model);
+    check_decode(name, &mut model);
+}
+
+fn check_qwen3(name: &str, config: Value, tensors: Tensors) {
+    let config: qwen3::Config = serde_json::from_value(config).unwrap();
+    let builder = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
+    let mut model = qwen3::ModelForCausalLM::new(&config, builder).unwrap();
+    check_prefill(name, &mut model);
+    check_decode(name, &mut model);
+}
+
+/// One of candle's decoders that keep their own cache.
+trait Reference {
+    fn clear(&mut self);
+
+    /// The logits of the last of `ids`, `[1, n]`, which stand at `offset` and after.
+    fn logits(&mut self, ids: &Tensor, offset: usize) -> Tensor;
+}
+
+macro_rules! impl_reference {
+    ($($model:ty),*) => {$(
+        impl Reference for $model {
+            fn clear(&mut self) {
+                self.clear_kv_cache();
+            }
+
+            fn logits(&mut self, ids: &Tensor, offset: usize) -> Tensor {
+                self.forward(ids, offset).unwrap()
+            }
         }
+    )*};
+}
+
+impl_reference!(mistral::Model, qwen2::ModelForCausalLM, qwen3::ModelForCausalLM);
+
+fn check_prefill(name: &str, model: &mut dyn Reference) {
+    let golden = Golden::load(name);
+    for (position, expected) in &golden.rows {
+        model.clear();
+        let logits = model.logits(&batch_of_one(&golden.ids[..=*position]), 0);
+        check(name, *position, &logits, expected);
+    }
+}
+
+fn check_decode(name: &str, model: &mut dyn Reference) {
+    let golden = Golden::load(name);
+    model.clear();
+    model.logits(&batch_of_one(&golden.ids[..PROMPT_LENGTH]), 0);
+    for position in PROMPT_LENGTH..golden.ids.len() {
+        let logits = model.logits(&batch_of_one(&golden.ids[position..=position]), position);
+        check(name, position, &logits, golden.row(position));
     }
 }
 
@@ -117,10 +180,13 @@ pub fn directory_tensors(name: &str) -> Tensors {
 pub fn gguf_model(name: &str) -> (Value, Tensors) {
     let mut file = File::open(path(name)).unwrap();
     let content = gguf_file::Content::read(&mut file).unwrap();
-    let number = |key: &str| content.metadata[&format!("llama.{key}")].to_u32().unwrap() as usize;
+    let architecture = content.metadata["general.architecture"].to_string().unwrap();
+    let optional = |key: &str| content.metadata.get(&format!("{architecture}.{key}"));
+    let number = |key: &str| optional(key).unwrap().to_u32().unwrap() as usize;
     let heads = number("attention.head_count");
     let kv_heads = number("attention.head_count_kv");
-    let float = |key: &str| content.metadata[&format!("llama.{key}")].to_f32().unwrap();
+    let head_dim = optional("attention.key_length").map(|length| length.to_u32().unwrap() as usize);
+    let float = |key: &str| optional(key).unwrap().to_f32().unwrap();
     let config = json!({
         "hidden_size": number("embedding_length"), "intermediate_size": number("feed_forward_length"),
         "vocab_size": number("vocab_size"), "num_hidden_layers": number("block_count"),
@@ -128,13 +194,16 @@ pub fn gguf_model(name: &str) -> (Value, Tensors) {
         "rms_norm_eps": float("attention.layer_norm_rms_epsilon"), "rope_theta": float("rope.freq_base"),
         "max_position_embeddings": number("context_length"),
         "tie_word_embeddings": !content.tensor_infos.contains_key("output.weight"),
+        "head_dim": head_dim.unwrap_or(number("embedding_length") / heads), "hidden_act": "silu", "attention_bias": false,
+        "use_sliding_window": false, "sliding_window": number("context_length"), "max_window_layers": 0,
     });
+    let is_interleaved = architecture == "llama";
     let mut tensors = Tensors::new();
     for ggml_name in content.tensor_infos.keys().filter(|name| *name != "rope_freqs.weight") {
         let tensor = content.tensor(&mut file, ggml_name, &Device::Cpu).unwrap().dequantize(&Device::Cpu).unwrap();
         let tensor = match ggml_name {
-            name if name.contains("attn_q.") => halves_from_pairs(&tensor, heads),
-            name if name.contains("attn_k.") => halves_from_pairs(&tensor, kv_heads),
+            name if is_interleaved && name.contains("attn_q.") => halves_from_pairs(&tensor, heads),
+            name if is_interleaved && name.contains("attn_k.") => halves_from_pairs(&tensor, kv_heads),
             _ => tensor,
         };
         tensors.insert(hugging_face_name(ggml_name), tensor);
@@ -155,12 +224,14 @@ fn hugging_face_name(ggml_name: &str) -> String {
         ["token_embd", "weight"] => "model.embed_tokens.weight".to_owned(),
         ["output_norm", "weight"] => "model.norm.weight".to_owned(),
         ["output", "weight"] => "lm_head.weight".to_owned(),
-        ["blk", layer, part, "weight"] => {
+        ["blk", layer, part, kind] => {
             let part = match part {
                 "attn_q" => "self_attn.q_proj",
                 "attn_k" => "self_attn.k_proj",
                 "attn_v" => "self_attn.v_proj",
                 "attn_output" => "self_attn.o_proj",
+                "attn_q_norm" => "self_attn.q_norm",
+                "attn_k_norm" => "self_attn.k_norm",
                 "ffn_gate" => "mlp.gate_proj",
                 "ffn_up" => "mlp.up_proj",
                 "ffn_down" => "mlp.down_proj",
@@ -168,7 +239,7 @@ fn hugging_face_name(ggml_name: &str) -> String {
                 "ffn_norm" => "post_attention_layernorm",
                 other => panic!("unknown part {other}"),
             };
-            format!("model.layers.{layer}.{part}.weight")
+            format!("model.layers.{layer}.{part}.{kind}")
         }
         _ => panic!("unknown tensor {ggml_name}"),
     }

@@ -10,6 +10,10 @@ use super::expected::expected_tensors;
 use super::load::LoadError;
 use super::weights::{RawTensor, TensorSource, TensorType};
 
+/// Values after which those of a tensor repeat, so that a large model takes seconds. A prime: no two rows of a matrix begin
+/// at the same place, and none equals another, before there are so many.
+const PERIOD: usize = (1 << 20) + 7;
+
 /// Projections keep the variance of their input: uniform in ±sqrt(3 / inputs). Norms are one and biases are zero, so
 /// that activations stay in the range of a trained model's and neither overflow nor denormals distort a measurement.
 pub(super) struct DummySource {
@@ -27,21 +31,27 @@ impl DummySource {
     fn element_bytes(&self) -> usize {
         self.ty.block_bytes()
     }
+
+    /// The first `len` values of a tensor, as they are stored.
+    fn stored(&self, mut values: Values, len: usize) -> Vec<u8> {
+        let values = std::iter::repeat_with(|| values.next()).take(len);
+        match self.ty {
+            TensorType::F16 => values.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
+            TensorType::BF16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
+            _ => values.flat_map(f32::to_le_bytes).collect(),
+        }
+    }
 }
 
 impl TensorSource for DummySource {
     fn tensor(&self, name: &str) -> Result<RawTensor<'_>, LoadError> {
         let shape = self.shapes.get(name).ok_or_else(|| LoadError::MissingTensor(name.to_owned()))?;
         let len: usize = shape.iter().product();
-        let mut data = Vec::with_capacity(len * self.element_bytes());
-        let mut values = Values::new(name, shape);
-        for _ in 0..len {
-            let value = values.next();
-            match self.ty {
-                TensorType::F16 => data.extend(f16::from_f32(value).to_le_bytes()),
-                TensorType::BF16 => data.extend(bf16::from_f32(value).to_le_bytes()),
-                _ => data.extend(value.to_le_bytes()),
-            }
+        let period = self.stored(Values::new(name, shape), len.min(PERIOD));
+        let bytes = len * self.element_bytes();
+        let mut data = Vec::with_capacity(bytes);
+        while data.len() < bytes {
+            data.extend_from_slice(&period[..period.len().min(bytes - data.len())]);
         }
         Ok(RawTensor { ty: self.ty, shape: shape.clone(), data: Cow::Owned(data) })
     }
@@ -125,6 +135,22 @@ mod tests {
         assert_ne!(data(&first, up), data(&first, gate));
         let bytes: usize = first.shapes.keys().map(|name| data(&first, name).len()).sum();
         assert_eq!(bytes as u64, first.total_bytes());
+    }
+
+    #[test]
+    fn a_large_tensor_repeats_itself_but_no_row_of_it() {
+        let mut source = source(TensorType::BF16);
+        let (name, rows, cols) = ("model.embed_tokens.weight", 600, 4096);
+        source.shapes.insert(name.to_owned(), vec![rows, cols]);
+        let tensor = source.tensor(name).unwrap();
+        assert_eq!(tensor.data.len(), rows * cols * 2);
+        let (first, again) = tensor.data.split_at(PERIOD * 2);
+        assert_eq!(first[..again.len().min(first.len())], again[..again.len().min(first.len())]);
+        let rows: std::collections::BTreeSet<&[u8]> = tensor.data.chunks_exact(cols * 2).collect();
+        assert_eq!(rows.len(), 600);
+        let values = tensor.dequantize().unwrap();
+        let variance = values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
+        assert!((variance * cols as f32 - 1.0).abs() < 0.01, "variance {variance}");
     }
 
     #[test]

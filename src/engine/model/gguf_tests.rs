@@ -16,16 +16,21 @@ const VOCAB: usize = 5;
 
 /// The metadata of a model of one layer.
 fn metadata() -> GgufBuilder {
+    metadata_of("llama")
+}
+
+fn metadata_of(architecture: &str) -> GgufBuilder {
+    let key = |key: &str| format!("{architecture}.{key}");
     GgufBuilder::default()
-        .string("general.architecture", "llama")
-        .u32("llama.block_count", 1)
-        .u32("llama.context_length", 64)
-        .u32("llama.embedding_length", HIDDEN as u32)
-        .u32("llama.feed_forward_length", INTERMEDIATE as u32)
-        .u32("llama.attention.head_count", HEADS as u32)
-        .u32("llama.attention.head_count_kv", KV_HEADS as u32)
-        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        .u32("llama.rope.dimension_count", HEAD_DIM as u32)
+        .string("general.architecture", architecture)
+        .u32(&key("block_count"), 1)
+        .u32(&key("context_length"), 64)
+        .u32(&key("embedding_length"), HIDDEN as u32)
+        .u32(&key("feed_forward_length"), INTERMEDIATE as u32)
+        .u32(&key("attention.head_count"), HEADS as u32)
+        .u32(&key("attention.head_count_kv"), KV_HEADS as u32)
+        .f32(&key("attention.layer_norm_rms_epsilon"), 1e-5)
+        .u32(&key("rope.dimension_count"), HEAD_DIM as u32)
         .u32("tokenizer.ggml.eos_token_id", 2)
 }
 
@@ -101,6 +106,49 @@ fn rows_of_q_and_k_are_put_back_in_halves() {
     assert_eq!(row_order(&files, "model.layers.0.self_attn.o_proj.weight").len(), HIDDEN);
 }
 
+/// Biases on q, k and v whose values are their rows' numbers.
+fn with_qkv_biases(mut builder: GgufBuilder) -> GgufBuilder {
+    for (name, len) in [("attn_q", 8), ("attn_k", 4), ("attn_v", 4)] {
+        let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
+        builder = builder.f32_tensor(&format!("blk.0.{name}.bias"), &[len], &values);
+    }
+    builder
+}
+
+#[test]
+fn rows_of_qwen_stay_where_they_are() {
+    let files = open(&with_qkv_biases(with_tensors(metadata_of("qwen2")))).unwrap();
+    let config = &files.config;
+    assert_eq!((config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm), (true, false, false, false));
+    let ascending: Vec<f32> = (0..8).map(|row| row as f32).collect();
+    for kind in ["weight", "bias"] {
+        assert_eq!(row_order(&files, &format!("model.layers.0.self_attn.q_proj.{kind}")), ascending);
+        assert_eq!(row_order(&files, &format!("model.layers.0.self_attn.k_proj.{kind}")), ascending[..4]);
+    }
+}
+
+#[test]
+fn norms_of_the_heads_belong_to_qwen3() {
+    let norms = |builder: GgufBuilder| {
+        let builder = builder.f32_tensor("blk.0.attn_q_norm.weight", &[HEAD_DIM], &[2.0; HEAD_DIM]);
+        builder.f32_tensor("blk.0.attn_k_norm.weight", &[HEAD_DIM], &[3.0; HEAD_DIM])
+    };
+    let files = open(&norms(with_tensors(metadata_of("qwen3")))).unwrap();
+    assert!(files.config.qk_norm && !files.config.qkv_bias);
+    assert_eq!(row_order(&files, "model.layers.0.self_attn.q_norm.weight"), [2.0; HEAD_DIM]);
+    assert_eq!(row_order(&files, "model.layers.0.self_attn.k_norm.weight"), [3.0; HEAD_DIM]);
+    assert!(matches!(
+        open(&with_tensors(metadata_of("qwen3"))),
+        Err(LoadError::MissingTensor(name)) if name == "model.layers.0.self_attn.q_norm.weight"
+    ));
+    let stray = open(&norms(with_tensors(metadata_of("qwen2"))));
+    assert!(matches!(stray, Err(LoadError::UnexpectedTensor(name)) if name == "blk.0.attn_k_norm.weight"));
+    let window = metadata_of("qwen2").u32("qwen2.attention.sliding_window", 8);
+    assert!(config(window).unwrap_err().to_string().contains("qwen2.attention.sliding_window"));
+    let yarn = metadata_of("qwen3").string("qwen3.rope.scaling.type", "yarn").f32("qwen3.rope.scaling.factor", 4.0);
+    assert!(config(yarn).unwrap_err().to_string().contains("qwen3.rope.scaling.type = yarn"));
+}
+
 #[test]
 fn rows_of_blocks_move_whole() {
     // One head of four rows, each a block of Q8_0 whose scale is zero and whose bytes are the row's number.
@@ -114,11 +162,7 @@ fn rows_of_blocks_move_whole() {
 
 #[test]
 fn biases_of_q_and_k_are_put_back_too() {
-    let mut builder = with_tensors(metadata());
-    for (name, len) in [("attn_q", 8), ("attn_k", 4), ("attn_v", 4), ("attn_output", 8)] {
-        let values: Vec<f32> = (0..len).map(|i| i as f32).collect();
-        builder = builder.f32_tensor(&format!("blk.0.{name}.bias"), &[len], &values);
-    }
+    let builder = with_qkv_biases(with_tensors(metadata())).f32_tensor("blk.0.attn_output.bias", &[8], &[0.0; 8]);
     let files = open(&builder).unwrap();
     assert!(files.config.qkv_bias && files.config.output_bias && !files.config.mlp_bias);
     assert_eq!(row_order(&files, "model.layers.0.self_attn.k_proj.bias"), [0.0, 2.0, 1.0, 3.0]);
@@ -129,7 +173,13 @@ fn biases_of_q_and_k_are_put_back_too() {
 
 #[test]
 fn a_tensor_without_a_place_is_refused() {
-    for name in ["blk.0.attn_q_norm.weight", "blk.0.ffn_gate_exps.weight", "blk.x.attn_q.weight", "mystery"] {
+    for name in [
+        "blk.0.attn_q_norm.weight",
+        "blk.0.ffn_gate_exps.weight",
+        "blk.1.attn_q.weight",
+        "blk.x.attn_q.weight",
+        "mystery",
+    ] {
         let builder = with_tensors(metadata()).f32_tensor(name, &[HIDDEN], &[1.0; HIDDEN]);
         assert!(matches!(open(&builder), Err(LoadError::UnexpectedTensor(found)) if found == name), "{name}");
     }
@@ -195,6 +245,11 @@ fn tokens_that_end_a_turn_end_a_generation() {
         .raw("tokenizer.ggml.token_type", 9, &types(&[1, 3, 3, 1, 3]));
     let files = open(&with_tensors(builder)).unwrap();
     assert_eq!(files.eos_token_ids, [1, 2, 4], "an ordinary token of such a text is none");
+    let builder = metadata_of("qwen2")
+        .strings("tokenizer.ggml.tokens", &["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
+        .raw("tokenizer.ggml.token_type", 9, &types(&[3, 3, 3, 3]));
+    let files = open(&with_qkv_biases(with_tensors(builder))).unwrap();
+    assert_eq!(files.eos_token_ids, [0, 2], "the end of a text ends Qwen's turns too");
 }
 
 #[test]

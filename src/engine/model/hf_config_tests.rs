@@ -91,6 +91,78 @@ fn the_window_of_mistral_is_known_when_it_is_left_out() {
     assert_eq!(parse(&with(json!({"sliding_window": 16}))).unwrap().sliding_window, None, "Llama has no window");
 }
 
+/// Qwen3-0.6B's.
+fn qwen3() -> Value {
+    json!({
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": false, "eos_token_id": 151645, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 1024, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16, "num_hidden_layers": 28,
+        "num_key_value_heads": 8, "rms_norm_eps": 1e-6, "rope_scaling": null, "rope_theta": 1000000,
+        "sliding_window": null, "tie_word_embeddings": true, "torch_dtype": "bfloat16", "use_sliding_window": false,
+        "vocab_size": 151936
+    })
+}
+
+/// Qwen2.5-0.5B-Instruct's, shortened.
+fn qwen2() -> Value {
+    json!({
+        "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
+        "sliding_window": 32768, "tie_word_embeddings": true, "use_sliding_window": false, "vocab_size": 151936
+    })
+}
+
+fn changed(mut json: Value, changes: Value) -> Value {
+    json.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+    json
+}
+
+#[test]
+fn configurations_of_qwen_are_read() {
+    let config = parse(&qwen3()).unwrap();
+    assert_eq!((config.head_dim, config.query_size(), config.key_value_size()), (128, 2048, 1024));
+    assert_eq!((config.qk_norm, config.qkv_bias, config.output_bias, config.mlp_bias), (true, false, false, false));
+    assert_eq!((config.rope.theta, config.sliding_window, config.tie_word_embeddings), (1e6, None, true));
+    let biased = parse(&changed(qwen3(), json!({"attention_bias": true}))).unwrap();
+    assert_eq!((biased.qkv_bias, biased.output_bias), (true, true));
+    let config = parse(&qwen2()).unwrap();
+    assert_eq!((config.head_dim, config.num_key_value_heads, config.sliding_window), (64, 2, None));
+    assert_eq!((config.qk_norm, config.qkv_bias, config.output_bias, config.mlp_bias), (false, true, false, false));
+    let ignored = parse(&changed(qwen2(), json!({"attention_bias": false, "mlp_bias": true}))).unwrap();
+    assert_eq!(ignored, config, "the reference has no such keys");
+}
+
+#[test]
+fn what_qwen_leaves_out_means_what_it_means_to_the_reference() {
+    let without = |mut json: Value, key: &str| {
+        json.as_object_mut().unwrap().shift_remove(key).unwrap();
+        json
+    };
+    assert_eq!(parse(&changed(without(qwen3(), "head_dim"), json!({"hidden_size": 512}))).unwrap().head_dim, 128);
+    let many_heads = changed(qwen2(), json!({"num_attention_heads": 64, "hidden_size": 1024}));
+    assert_eq!(parse(&without(many_heads, "num_key_value_heads")).unwrap().num_key_value_heads, 32);
+    assert_eq!(parse(&changed(qwen2(), json!({"num_key_value_heads": null}))).unwrap().num_key_value_heads, 14);
+}
+
+#[test]
+fn a_window_of_qwen_is_in_all_layers_or_in_none() {
+    let window = |changes: Value| parse(&changed(qwen2(), changes)).map(|config| config.sliding_window);
+    let on = |changes: Value| window(changed(changes, json!({"use_sliding_window": true})));
+    assert_eq!(window(json!({"max_window_layers": 0})), Ok(None), "not in use");
+    assert_eq!(on(json!({"max_window_layers": 24})), Ok(None), "it would begin behind the last layer");
+    assert_eq!(on(json!({"max_window_layers": 0, "sliding_window": 64})), Ok(Some(64)));
+    assert_eq!(on(json!({"max_window_layers": 0, "sliding_window": null})), Ok(None));
+    let some = changed(qwen2(), json!({"use_sliding_window": true, "max_window_layers": 21}));
+    assert_eq!(unsupported_key(some), "max_window_layers");
+    let types = |ty: &str| json!({"layer_types": vec![ty; 24]});
+    assert_eq!(on(types("full_attention")), Ok(None), "the list decides");
+    assert_eq!(on(types("sliding_attention")), Ok(Some(32768)));
+    assert_eq!(window(types("sliding_attention")), Ok(None));
+    let unknown = changed(qwen2(), changed(types("chunked_attention"), json!({"use_sliding_window": true})));
+    assert_eq!(unsupported_key(unknown), "layer_types");
+}
+
 #[test]
 fn rotary_scaling_is_read_in_both_spellings() {
     let llama3 = json!({
@@ -124,7 +196,9 @@ fn what_is_not_computed_is_refused_by_name() {
     assert_eq!(unsupported_key(with(json!({"hidden_act": "relu"}))), "hidden_act");
     assert_eq!(unsupported_key(with(json!({"num_local_experts": 8}))), "num_local_experts");
     let yarn = json!({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}});
-    assert_eq!(unsupported_key(with(yarn)), "rope_scaling.rope_type");
+    assert_eq!(unsupported_key(with(yarn.clone())), "rope_scaling.rope_type");
+    let message = parse(&changed(qwen3(), yarn)).unwrap_err().to_string();
+    assert_eq!(message, "rope_scaling.rope_type = yarn is not supported (default, linear and llama3 are)");
     let partial = json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}});
     assert_eq!(unsupported_key(with(partial)), "rope_parameters.partial_rotary_factor");
     let layered = json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}});
