@@ -94,6 +94,35 @@ DEVICE float from_fp8(fp8 x) {
 }
 #endif
 
+// Two bytes (E4M3) in the low half of a word, widened; exact.
+#if __CUDA_ARCH__ >= 890
+DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(two)));
+    return halves;
+}
+DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
+    uint32_t halves = unpack_fp8_f16(two);
+    return pack_bf16(from_f16(f16{uint16_t(halves)}), from_f16(f16{uint16_t(halves >> 16)}));
+}
+#else
+// The bits in place, times what the exponents' biases differ by; a byte of all ones but the sign is NaN.
+DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
+    uint32_t spread = (two & 0xff) | (two & 0xff00) << 8, magnitude = spread & 0x007f007f;
+    uint32_t nan = ((magnitude + 0x00010001) >> 7 & 0x00010001) * 0x7fff;
+    uint32_t bits = (spread & 0x00800080) << 8 | magnitude << 7, widened;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(widened) : "r"(bits), "r"(0x5c005c00));
+    return widened | nan;
+}
+DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
+    uint32_t spread = (two & 0xff) | (two & 0xff00) << 8, magnitude = spread & 0x007f007f;
+    uint32_t nan = ((magnitude + 0x00010001) >> 7 & 0x00010001) * 0x7fff;
+    uint32_t bits = (spread & 0x00800080) << 8 | magnitude << 4, widened;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(widened) : "r"(bits), "r"(0x7b807b80), "r"(0x80008000));
+    return widened | nan;
+}
+#endif
+
 // ---- threads
 
 DEVICE void block_barrier() { __syncthreads(); }

@@ -67,6 +67,14 @@ DEVICE float from_fp8(fp8 x) {
     return uint_as_float(sign | (exponent + 120) << 23 | mantissa << 20);
 }
 
+// Two bytes (E4M3) in the low half of a word, widened; exact.
+DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
+    return pack_f16(from_fp8(fp8{uint8_t(two)}), from_fp8(fp8{uint8_t(two >> 8)}));
+}
+DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
+    return pack_bf16(from_fp8(fp8{uint8_t(two)}), from_fp8(fp8{uint8_t(two >> 8)}));
+}
+
 DEVICE uint32_t count_ones(uint32_t x) { return uint32_t(__builtin_popcount(x)); }
 DEVICE uint32_t leading_zeros(uint32_t x) { return x == 0 ? 32 : uint32_t(__builtin_clz(x)); }
 DEVICE uint32_t trailing_zeros(uint32_t x) { return x == 0 ? 32 : uint32_t(__builtin_ctz(x)); }

@@ -9,6 +9,7 @@
 //! they were cut into launches. It does differ from the CPU's in the last bits, so the device generation is part of
 //! the fingerprint.
 
+pub mod attention;
 mod buffer;
 pub mod checks;
 pub mod copy;
