@@ -28,6 +28,9 @@ DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float max_(float a, float b) { return fmaxf(a, b); }
 DEVICE float min_(float a, float b) { return fminf(a, b); }
 DEVICE float round_even(float x) { return rintf(x); }
+DEVICE double ceiling(double x) { return ceil(x); }
+// To the nearest integer, ties to even; x is in [0, 2^63).
+DEVICE uint64_t round_to_u64(float x) { return __float2ull_rn(x); }
 DEVICE float sqrt_(float x) { return __fsqrt_rn(x); }
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 // 2^x, approximate: not the same in the last bits as in the emulator.
@@ -144,6 +147,7 @@ DEVICE uint64_t shuffle_up(uint64_t x, uint32_t delta) { return __shfl_up_sync(A
 DEVICE uint32_t votes(bool x) { return __ballot_sync(ALL_LANES, x); }
 DEVICE uint32_t count_ones(uint32_t x) { return __popc(x); }
 DEVICE uint32_t leading_zeros(uint32_t x) { return __clz(x); }
+DEVICE uint32_t leading_zeros(uint64_t x) { return __clzll(static_cast<long long>(x)); }
 DEVICE uint32_t trailing_zeros(uint32_t x) { return x == 0 ? 32 : __ffs(x) - 1; }
 
 // Adds in shared or global memory; integers only. The old value is returned.
@@ -158,8 +162,9 @@ DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) {
 DEVICE uint32_t atomic_min(uint32_t* to, uint32_t x) { return atomicMin(to, x); }
 // Makes this thread's writes to global memory visible to other blocks before its later ones.
 DEVICE void global_fence() { __threadfence(); }
-// 64 bits of a product.
+// The upper half of a product.
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
 // ---- launches that overlap (programmatic dependent launch); no effect on devices and launches without it
 

@@ -20,6 +20,7 @@ mod emulator;
 mod operand;
 pub mod quantized;
 pub mod rows;
+pub mod sample;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -9,6 +9,7 @@ mod operands;
 mod quantized;
 mod random;
 mod rows;
+mod sample;
 
 use super::{Device, DeviceError};
 
@@ -22,7 +23,7 @@ pub struct Check {
 }
 
 /// The checks of each family of kernels.
-pub const FAMILIES: &[&[Check]] = &[attention::CHECKS, copy::CHECKS, rows::CHECKS, quantized::CHECKS];
+pub const FAMILIES: &[&[Check]] = &[attention::CHECKS, copy::CHECKS, rows::CHECKS, quantized::CHECKS, sample::CHECKS];
 
 /// Every check, in order.
 pub fn all() -> impl Iterator<Item = Check> {
