@@ -45,6 +45,11 @@ pub struct DeviceRow<'a> {
     pub pending: Option<u32>,
 }
 
+impl DeviceRow<'_> {
+    /// For the rows by which a graph has more than a step: whatever their logits, they disturb nobody.
+    pub const PADDING: Self = Self { params: RowParams::GREEDY, pending: None };
+}
+
 /// The kernels that a step needs beyond the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Passes {

@@ -61,6 +61,8 @@ pub struct Truncation {
 }
 
 impl Truncation {
+    pub const OFF: Self = Self { top_k: 0, min_p: 0.0, top_p: 1.0 };
+
     /// The least mass that `min_p` leaves: 1 when it is off, since a token without mass is never drawn.
     pub fn min_mass(&self) -> u64 {
         ((f64::from(self.min_p) * UNIT as f64).ceil() as u64).clamp(1, UNIT)
@@ -400,9 +402,8 @@ mod tests {
     fn the_largest_vocabulary_of_equals_does_not_overflow() {
         let row = vec![1.0; MAX_VOCAB_SIZE];
         let mut masses = Masses::new(row.len());
-        let all = Truncation { top_k: 0, min_p: 0.0, top_p: 1.0 };
-        assert_eq!(masses.draw(&row, 1.0, 1.0, all, u64::MAX), MAX_VOCAB_SIZE as TokenId - 1);
-        let nucleus = Truncation { top_p: 0.5, ..all };
+        assert_eq!(masses.draw(&row, 1.0, 1.0, Truncation::OFF, u64::MAX), MAX_VOCAB_SIZE as TokenId - 1);
+        let nucleus = Truncation { top_p: 0.5, ..Truncation::OFF };
         assert_eq!(masses.draw(&row, 1.0, 1.0, nucleus, u64::MAX), (MAX_VOCAB_SIZE as TokenId).div_ceil(2) - 1);
     }
 }

@@ -39,6 +39,10 @@ pub struct RowParams<'a> {
 }
 
 impl RowParams<'_> {
+    /// The most likely token of the row as it is.
+    pub const GREEDY: Self =
+        Self { temperature: 0.0, truncation: Truncation::OFF, bits: 0, logprobs: None, changes: Changes::NONE };
+
     pub fn is_greedy(&self) -> bool {
         self.temperature < GREEDY_BELOW
     }
@@ -190,8 +194,7 @@ mod tests {
     fn a_mask_without_any_token_is_an_invalid_row() {
         let allowed = [0];
         let changes = Changes { allowed: Some(&allowed), ..Changes::NONE };
-        let truncation = Truncation { top_k: 0, min_p: 0.0, top_p: 1.0 };
-        let params = RowParams { temperature: 1.0, truncation, bits: 7, logprobs: None, changes };
+        let params = RowParams { temperature: 1.0, bits: 7, changes, ..RowParams::GREEDY };
         assert_eq!(RowSampler::new(5).sample(&mut [1.0; 5], &params), Err(InvalidRow));
     }
 }

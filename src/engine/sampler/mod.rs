@@ -6,7 +6,7 @@
 
 mod sequence;
 
-use outrigger_kernels::sample::{InvalidRow, RowSampler};
+use outrigger_kernels::sample::{InvalidRow, RowSampler, SampledRow};
 use thiserror::Error;
 
 use crate::types::{TokenId, TokenLogprobs};
@@ -26,6 +26,13 @@ pub struct NumericsInvalid {
 pub struct Sampled {
     pub token: TokenId,
     pub logprobs: Option<TokenLogprobs>,
+}
+
+impl From<SampledRow> for Sampled {
+    fn from(row: SampledRow) -> Self {
+        let logprobs = row.logprobs.map(|row| TokenLogprobs { logprob: row.logprob, rank: row.rank, top: row.top });
+        Self { token: row.token, logprobs }
+    }
 }
 
 /// Scratch memory for sampling from rows of one vocabulary. One per engine; what belongs to a sequence is in
@@ -48,10 +55,8 @@ impl Sampler {
         state: &SequenceSampler,
         position: usize,
     ) -> Result<Sampled, NumericsInvalid> {
-        let sampled =
-            self.rows.sample(logits, &state.row_params(position)).map_err(|InvalidRow| NumericsInvalid { position })?;
-        let logprobs = sampled.logprobs.map(|row| TokenLogprobs { logprob: row.logprob, rank: row.rank, top: row.top });
-        Ok(Sampled { token: sampled.token, logprobs })
+        let row = self.rows.sample(logits, &state.row_params(position));
+        row.map(Sampled::from).map_err(|InvalidRow| NumericsInvalid { position })
     }
 }
 

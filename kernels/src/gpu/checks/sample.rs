@@ -37,7 +37,7 @@ impl Asked {
     fn greedy() -> Self {
         Self {
             temperature: 0.0,
-            truncation: Truncation { top_k: 0, min_p: 0.0, top_p: 1.0 },
+            truncation: Truncation::OFF,
             bits: 0,
             logprobs: None,
             bias: Vec::new(),
