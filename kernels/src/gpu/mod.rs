@@ -9,7 +9,6 @@
 //! they were cut into launches. It does differ from the CPU's in the last bits, so the device generation is part of
 //! the fingerprint.
 
-pub mod attention;
 mod buffer;
 pub mod checks;
 pub mod copy;
@@ -17,10 +16,10 @@ pub mod copy;
 mod cuda;
 mod driver;
 mod emulator;
+pub mod measure;
 mod operand;
 pub mod quantized;
 pub mod rows;
-pub mod sample;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,0 +1,50 @@
+//! Every check of the device kernels, with fresh inputs.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use outrigger_kernels::gpu::checks::{self, Check, CheckFailure};
+use outrigger_kernels::gpu::{Device, DeviceError};
+
+use crate::arguments::Arguments;
+
+/// Longer ones are named, so that the suite stays within its time.
+const LONG: Duration = Duration::from_secs(5);
+
+pub fn run(device: &Device, arguments: &Arguments) -> bool {
+    let base = fresh_seed();
+    let (mut passed, mut failed, started) = (0, 0, Instant::now());
+    for check in checks::all().filter(|check| check.name.contains(&arguments.only)) {
+        for seed in (0..arguments.seeds).map(|number| base.wrapping_add(number)) {
+            let check_started = Instant::now();
+            match run_one(device, check, seed) {
+                Ok(()) => passed += 1,
+                Err(failure) => {
+                    failed += 1;
+                    println!("FAILED {} (seed {seed}): {failure}", check.name);
+                    // Nothing runs after this: what follows would fail for no reason of its own.
+                    if let CheckFailure::Device(DeviceError::Failed { .. }) = failure {
+                        println!("checks: stopped, since the device failed; {passed} had passed");
+                        return false;
+                    }
+                }
+            }
+            if check_started.elapsed() > LONG {
+                println!("slow: {} took {:.1} s", check.name, check_started.elapsed().as_secs_f64());
+            }
+        }
+    }
+    let took = started.elapsed().as_secs_f64();
+    println!("checks: {passed} passed, {failed} failed, seeds from {base}, {took:.1} s");
+    failed == 0 && passed > 0
+}
+
+/// A fault in a kernel shows when the device is waited for.
+fn run_one(device: &Device, check: Check, seed: u64) -> Result<(), CheckFailure> {
+    (check.run)(device, seed)?;
+    Ok(device.synchronize()?)
+}
+
+fn fresh_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.as_nanos() as u64 & 0xffff_ffff
+}
