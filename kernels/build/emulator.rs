@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 use crate::sources::{self, Source};
 
+/// What a device would notice or silently get wrong; `cuda/emulation/traps.cpp` has the functions that are called then.
+const CHECKS: &str = "-fsanitize=bounds,alignment,shift-exponent,integer-divide-by-zero";
+
 pub fn compile_kernels() {
     let manifest = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").expect("cargo tells the crate's folder"));
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo tells where outputs go"));
@@ -28,10 +31,13 @@ pub fn compile_kernels() {
         .flag("-ffp-contract=off")
         .flag("-fno-strict-aliasing")
         .flag_if_supported("-Wno-unknown-pragmas");
-    build.files(machine_files(&machine));
-    build.files(kernels.iter().map(|kernel| write_wrapper(&out, kernel)));
     build.file(write_table(&out, &kernels));
-    build.compile("outrigger_emulated_kernels");
+    let mut checked = build.clone();
+    checked.flag(CHECKS).flag("-fno-sanitize-recover=all");
+    checked.files(kernels.iter().map(|kernel| write_wrapper(&out, kernel)));
+    checked.compile("outrigger_emulated_kernels");
+    build.files(machine_files(&machine));
+    build.compile("outrigger_emulation");
 }
 
 /// What the machine itself is made of.

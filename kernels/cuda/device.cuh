@@ -28,6 +28,9 @@ DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float max_(float a, float b) { return fmaxf(a, b); }
 DEVICE float min_(float a, float b) { return fminf(a, b); }
 DEVICE float round_even(float x) { return rintf(x); }
+DEVICE double ceiling(double x) { return ceil(x); }
+// To the nearest integer, ties to even; x is in [0, 2^63).
+DEVICE uint64_t round_to_u64(float x) { return __float2ull_rn(x); }
 DEVICE float sqrt_(float x) { return __fsqrt_rn(x); }
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
 // 2^x, approximate: not the same in the last bits as in the emulator.
@@ -94,6 +97,35 @@ DEVICE float from_fp8(fp8 x) {
 }
 #endif
 
+// Two bytes (E4M3) in the low half of a word, widened; exact.
+#if __CUDA_ARCH__ >= 890
+DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(uint16_t(two)));
+    return halves;
+}
+DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
+    uint32_t halves = unpack_fp8_f16(two);
+    return pack_bf16(from_f16(f16{uint16_t(halves)}), from_f16(f16{uint16_t(halves >> 16)}));
+}
+#else
+// The bits in place, times what the exponents' biases differ by; a byte of all ones but the sign is NaN.
+DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
+    uint32_t spread = (two & 0xff) | (two & 0xff00) << 8, magnitude = spread & 0x007f007f;
+    uint32_t nan = ((magnitude + 0x00010001) >> 7 & 0x00010001) * 0x7fff;
+    uint32_t bits = (spread & 0x00800080) << 8 | magnitude << 7, widened;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(widened) : "r"(bits), "r"(0x5c005c00));
+    return widened | nan;
+}
+DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
+    uint32_t spread = (two & 0xff) | (two & 0xff00) << 8, magnitude = spread & 0x007f007f;
+    uint32_t nan = ((magnitude + 0x00010001) >> 7 & 0x00010001) * 0x7fff;
+    uint32_t bits = (spread & 0x00800080) << 8 | magnitude << 4, widened;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(widened) : "r"(bits), "r"(0x7b807b80), "r"(0x80008000));
+    return widened | nan;
+}
+#endif
+
 // ---- threads
 
 DEVICE void block_barrier() { __syncthreads(); }
@@ -115,6 +147,7 @@ DEVICE uint64_t shuffle_up(uint64_t x, uint32_t delta) { return __shfl_up_sync(A
 DEVICE uint32_t votes(bool x) { return __ballot_sync(ALL_LANES, x); }
 DEVICE uint32_t count_ones(uint32_t x) { return __popc(x); }
 DEVICE uint32_t leading_zeros(uint32_t x) { return __clz(x); }
+DEVICE uint32_t leading_zeros(uint64_t x) { return __clzll(static_cast<long long>(x)); }
 DEVICE uint32_t trailing_zeros(uint32_t x) { return x == 0 ? 32 : __ffs(x) - 1; }
 
 // Adds in shared or global memory; integers only. The old value is returned.
@@ -129,8 +162,9 @@ DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) {
 DEVICE uint32_t atomic_min(uint32_t* to, uint32_t x) { return atomicMin(to, x); }
 // Makes this thread's writes to global memory visible to other blocks before its later ones.
 DEVICE void global_fence() { __threadfence(); }
-// 64 bits of a product.
+// The upper half of a product.
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
 // ---- launches that overlap (programmatic dependent launch); no effect on devices and launches without it
 

@@ -13,6 +13,7 @@ pub mod gpu;
 pub mod matrix;
 mod pool;
 pub mod rows;
+pub mod sample;
 mod simd;
 pub mod vocab;
 

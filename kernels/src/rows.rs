@@ -319,6 +319,16 @@ impl RopeTable {
         self.cos.len() / self.half.max(1)
     }
 
+    /// `[positions, head_dim / 2]`.
+    pub fn cos(&self) -> &[f32] {
+        &self.cos
+    }
+
+    /// `[positions, head_dim / 2]`.
+    pub fn sin(&self) -> &[f32] {
+        &self.sin
+    }
+
     /// Size of the heads that it rotates.
     pub fn head_dim(&self) -> usize {
         self.half * 2

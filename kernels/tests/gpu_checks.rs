@@ -1,4 +1,8 @@
 //! Every check of the device kernels on the emulated device, with threads in different orders.
+//!
+//! `CHECK=name` runs those whose name contains it, `SEED=number` with other inputs.
+
+use std::time::Instant;
 
 use outrigger_kernels::gpu::checks;
 use outrigger_kernels::gpu::{Device, EmulatorOptions, ThreadOrder};
@@ -15,15 +19,21 @@ fn devices() -> Vec<(&'static str, EmulatorOptions)> {
 
 #[test]
 fn every_check_passes_in_every_order() {
+    let wanted = std::env::var("CHECK").unwrap_or_default();
+    let first_seed: u64 = std::env::var("SEED").map_or(0, |seed| seed.parse().expect("SEED is a number"));
     let mut failures = Vec::new();
-    for (seed, (order, options)) in devices().into_iter().enumerate() {
-        for check in checks::all() {
+    for (seed, (order, options)) in (first_seed..).zip(devices()) {
+        for check in checks::all().filter(|check| check.name.contains(&wanted)) {
+            let start = Instant::now();
             // A device of its own, since a failed one stays failed.
             let device = Device::emulator_with(options.clone()).expect("the feature is on");
-            if let Err(failure) = (check.run)(&device, seed as u64).and_then(|()| Ok(device.synchronize()?)) {
+            let result = (check.run)(&device, seed).and_then(|()| Ok(device.synchronize()?));
+            println!("{} ({order}, seed {seed}): {:.2?}", check.name, start.elapsed());
+            if let Err(failure) = result {
                 failures.push(format!("{} ({order}, seed {seed}): {failure}", check.name));
             }
         }
     }
+    assert!(checks::all().any(|check| check.name.contains(&wanted)), "no check is named like {wanted:?}");
     assert!(failures.is_empty(), "\n{}", failures.join("\n"));
 }

@@ -1,6 +1,7 @@
 // Scheduling of a block's threads, and the interface to Rust (kernels/src/gpu/emulator).
 #include "machine.h"
 
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 #include <string>
 
 #include "fiber.h"
+#include "traps.h"
 
 namespace emulation {
 
@@ -76,15 +78,19 @@ public:
     void wait_for(const char* what);
     void push(Thread* thread) { ready_.push(thread); }
     void end_thread();
-    [[noreturn]] void fail(std::string message);
+    [[noreturn]] void fail(const char* message);
 
     std::string error;
+    // What the block touched that is not its own, or null.
+    void* touched = nullptr;
     Block block;
     unsigned char* shared_region;
 
 private:
     void prepare(const Kernel& kernel, const Launch& launch, Index index);
     void prepare_threads();
+    void describe_trap();
+    std::string where(const Thread& thread) const;
     void check_end();
     void run_next();
     std::string describe_deadlock() const;
@@ -109,6 +115,7 @@ struct Owner {
 Multiprocessor& own_multiprocessor() {
     static thread_local Owner owner;
     (void)&owner;
+    catch_traps();
     if (multiprocessor == nullptr) multiprocessor = new Multiprocessor;
     return *multiprocessor;
 }
@@ -190,11 +197,25 @@ bool Multiprocessor::run(const Kernel& kernel, const Launch& launch, Index index
     prepare(kernel, launch, index);
     prepare_threads();
     error.clear();
-    current = ready_.pop(launch.order, random_);
-    switch_fiber(&scheduler_, current->stack_pointer);
+    touched = nullptr;
+    sigjmp_buf landing;
+    if (sigsetjmp(landing, 1) == 0) {
+        trap_landing = &landing;
+        current = ready_.pop(launch.order, random_);
+        switch_fiber(&scheduler_, current->stack_pointer);
+    } else {
+        describe_trap();
+    }
+    trap_landing = nullptr;
     current = nullptr;
     if (error.empty()) check_end();
     return error.empty();
+}
+
+void Multiprocessor::describe_trap() {
+    bool memory = trapped_signal == SIGSEGV || trapped_signal == SIGBUS;
+    if (memory) touched = trapped_address;
+    error = where(*current) + (memory ? formatted("touches %p", trapped_address) : formatted("stopped by signal %d", trapped_signal));
 }
 
 // What can be said only when all threads have ended.
@@ -243,9 +264,12 @@ void Multiprocessor::end_thread() {
     run_next();
 }
 
-void Multiprocessor::fail(std::string message) {
-    error = formatted("kernel %s, block %s, thread %s: ", block.kernel->name, name_of(block.index).c_str(),
-                      name_of(current->index).c_str()) + message;
+std::string Multiprocessor::where(const Thread& thread) const {
+    return formatted("kernel %s, block %s, thread %s: ", block.kernel->name, name_of(block.index).c_str(), name_of(thread.index).c_str());
+}
+
+void Multiprocessor::fail(const char* message) {
+    error = where(*current) + message;
     switch_fiber(&current->stack_pointer, scheduler_);
     abort();
 }
@@ -274,6 +298,17 @@ void fault(const char* format, ...) {
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    multiprocessor->fail(text);
+}
+
+void fault_at(const char* file, uint32_t line, const char* format, ...) {
+    char text[512];
+    const char* name = strrchr(file, '/');
+    int start = snprintf(text, sizeof text, "%s:%u: ", name == nullptr ? file : name + 1, line);
+    va_list arguments;
+    va_start(arguments, format);
+    if (start > 0 && size_t(start) < sizeof text) vsnprintf(text + start, sizeof text - size_t(start), format, arguments);
     va_end(arguments);
     multiprocessor->fail(text);
 }
@@ -391,11 +426,14 @@ int64_t outrigger_emulator_find(const char* name, size_t* params_bytes, uint32_t
     return -1;
 }
 
-// Runs one block. When it fails, `message` gets the reason, cut to `capacity` bytes with its final zero.
-bool outrigger_emulator_run(size_t kernel, const Launch* launch, const uint32_t* block, char* message, size_t capacity) {
+// Runs one block. When it fails, `message` gets the reason, cut to `capacity` bytes with its final zero, and `touched` the
+// address that is not the kernel's, where that was it.
+bool outrigger_emulator_run(size_t kernel, const Launch* launch, const uint32_t* block, char* message, size_t capacity, void** touched) {
     Multiprocessor& own = own_multiprocessor();
+    *touched = nullptr;
     if (own.run(kernels()[kernel], *launch, {block[0], block[1], block[2]})) return true;
     snprintf(message, capacity, "%s", own.error.c_str());
+    *touched = own.touched;
     return false;
 }
 }

@@ -160,6 +160,9 @@ extern __thread Thread* current;
 // Ends the launch with an error that names the kernel, the block and the running thread.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// The same, and the place in the kernel's source.
+[[noreturn]] void fault_at(const char* file, uint32_t line, const char* format, ...) __attribute__((format(printf, 3, 4)));
+
 // Lets others run until somebody wakes this thread.
 void wait_for(const char* what);
 void wake(Thread* thread);

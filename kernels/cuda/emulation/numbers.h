@@ -19,6 +19,8 @@ DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 DEVICE float max_(float a, float b) { return fmaxf(a, b); }
 DEVICE float min_(float a, float b) { return fminf(a, b); }
 DEVICE float round_even(float x) { return rintf(x); }
+DEVICE double ceiling(double x) { return ceil(x); }
+DEVICE uint64_t round_to_u64(float x) { return uint64_t(rint(double(x))); }
 DEVICE float sqrt_(float x) { return sqrtf(x); }
 DEVICE float divide(float a, float b) { return a / b; }
 // Flushes what is below the normal numbers to zero, as the instruction does.
@@ -67,7 +69,17 @@ DEVICE float from_fp8(fp8 x) {
     return uint_as_float(sign | (exponent + 120) << 23 | mantissa << 20);
 }
 
+// Two bytes (E4M3) in the low half of a word, widened; exact.
+DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
+    return pack_f16(from_fp8(fp8{uint8_t(two)}), from_fp8(fp8{uint8_t(two >> 8)}));
+}
+DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
+    return pack_bf16(from_fp8(fp8{uint8_t(two)}), from_fp8(fp8{uint8_t(two >> 8)}));
+}
+
 DEVICE uint32_t count_ones(uint32_t x) { return uint32_t(__builtin_popcount(x)); }
 DEVICE uint32_t leading_zeros(uint32_t x) { return x == 0 ? 32 : uint32_t(__builtin_clz(x)); }
+DEVICE uint32_t leading_zeros(uint64_t x) { return x == 0 ? 64 : uint32_t(__builtin_clzll(x)); }
 DEVICE uint32_t trailing_zeros(uint32_t x) { return x == 0 ? 32 : uint32_t(__builtin_ctz(x)); }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return uint32_t(uint64_t(a) * b >> 32); }
+DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return uint64_t((unsigned __int128)(a) * b >> 64); }

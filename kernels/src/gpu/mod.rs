@@ -9,6 +9,7 @@
 //! they were cut into launches. It does differ from the CPU's in the last bits, so the device generation is part of
 //! the fingerprint.
 
+pub mod attention;
 mod buffer;
 pub mod checks;
 pub mod copy;
@@ -20,6 +21,7 @@ pub mod measure;
 mod operand;
 pub mod quantized;
 pub mod rows;
+pub mod sample;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -1,15 +1,12 @@
-//! What sampling remembers of one sequence, and how it changes the sequence's logits. Rebuilt by pushing the emitted tokens
-//! into fresh state, in the same order; nothing is ever rolled back.
-//!
-//! The order of changes is vLLM's (V1): logit bias, the ban on stop tokens before `min_tokens`, then repetition, frequency
-//! and presence penalties.
+//! What sampling remembers of one sequence. Rebuilt by pushing the emitted tokens into fresh state, in the same order;
+//! nothing is ever rolled back.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use crate::types::{SamplingParams, TokenId};
+use outrigger_kernels::sample::{Changes, Occurrence, Penalties, RowParams, Truncation, philox};
 
-use super::philox;
+use crate::types::{SamplingParams, TokenId};
 
 /// Per-sequence sampling state. Sparse: it grows with the distinct tokens of the sequence, and only if a penalty needs them.
 #[derive(Clone, Debug)]
@@ -20,7 +17,9 @@ pub struct SequenceSampler {
     /// Tokens that may not come before `min_tokens`; empty when there is no such bound.
     barred: Vec<TokenId>,
     /// How often each token was emitted; prompt tokens are listed with 0 when the repetition penalty needs them.
-    occurrences: HashMap<TokenId, u32>,
+    occurrences: Vec<Occurrence>,
+    /// Where each token stands in `occurrences`.
+    places: HashMap<TokenId, u32>,
 }
 
 impl SequenceSampler {
@@ -43,20 +42,21 @@ impl SequenceSampler {
                 barred.clear();
             }
         }
-        let mut occurrences = HashMap::new();
-        if params.repetition_penalty != 1.0 {
-            let known = prompt.iter().filter(|id| (**id as usize) < vocab_size);
-            occurrences.extend(known.map(|&id| (id, 0)));
-        }
         let seed = philox::choice_seed(params.seed, choice);
-        Self { params, seed, barred, occurrences }
+        let mut state = Self { params, seed, barred, occurrences: Vec::new(), places: HashMap::new() };
+        if state.params.repetition_penalty != 1.0 {
+            prompt.iter().filter(|id| (**id as usize) < vocab_size).for_each(|&id| {
+                state.occurrence(id);
+            });
+        }
+        state
     }
 
     /// Takes note of an emitted token, sampled or replayed.
     pub fn push(&mut self, token: TokenId) {
-        if self.has_penalties() {
-            let count = self.occurrences.entry(token).or_default();
-            *count = count.saturating_add(1);
+        if !self.penalties().is_off() {
+            let occurrence = self.occurrence(token);
+            occurrence.count = occurrence.count.saturating_add(1);
         }
     }
 
@@ -64,61 +64,43 @@ impl SequenceSampler {
         &self.params
     }
 
-    /// The uniform bits of the token at `position`.
-    pub(super) fn bits_at(&self, position: usize) -> u64 {
-        philox::bits_at(self.seed, position as u64)
-    }
-
-    /// Whether [`Self::process`] would change a row.
-    pub(super) fn changes_logits(&self, position: usize) -> bool {
-        !self.params.logit_bias.is_empty() || self.bars_stop_tokens(position) || self.has_penalties()
-    }
-
-    /// Applies bias, ban and penalties to a row without NaN or +inf, and leaves it so: what a request asks for can never
-    /// look like broken weights.
-    pub(super) fn process(&self, logits: &mut [f32], position: usize) {
-        for &(token, bias) in &self.params.logit_bias {
-            change(logits, token, |logit| logit + bias);
-        }
-        if self.bars_stop_tokens(position) {
-            for &token in &self.barred {
-                change(logits, token, |_| f32::NEG_INFINITY);
-            }
-        }
-        if self.has_penalties() {
-            self.penalise(logits);
+    /// All that decides the token at `position`, besides the logits. The state is as after pushing exactly the generated
+    /// tokens before it. Only the random bits and the ban on stop tokens depend on the position, so the parameters of the
+    /// next position may be asked for one token early; what they lack then is that token among the occurrences.
+    pub fn row_params(&self, position: usize) -> RowParams<'_> {
+        let params = &*self.params;
+        let bars_stop_tokens = position < params.min_tokens as usize;
+        RowParams {
+            temperature: params.temperature,
+            truncation: Truncation { top_k: params.top_k, min_p: params.min_p, top_p: params.top_p },
+            bits: philox::bits_at(self.seed, position as u64),
+            logprobs: params.logprobs,
+            changes: Changes {
+                bias: &params.logit_bias,
+                barred: if bars_stop_tokens { &self.barred } else { &[] },
+                penalties: self.penalties(),
+                occurrences: &self.occurrences,
+                allowed: None,
+            },
         }
     }
 
-    fn penalise(&self, logits: &mut [f32]) {
-        let repetition = self.params.repetition_penalty;
-        for (&token, &count) in &self.occurrences {
-            change(logits, token, |logit| {
-                let logit = if logit > 0.0 { logit / repetition } else { logit * repetition };
-                if count == 0 {
-                    return logit;
-                }
-                logit - self.params.frequency_penalty * count as f32 - self.params.presence_penalty
-            });
+    fn penalties(&self) -> Penalties {
+        Penalties {
+            repetition: self.params.repetition_penalty,
+            frequency: self.params.frequency_penalty,
+            presence: self.params.presence_penalty,
         }
     }
 
-    fn bars_stop_tokens(&self, position: usize) -> bool {
-        position < self.params.min_tokens as usize && !self.barred.is_empty()
-    }
-
-    fn has_penalties(&self) -> bool {
-        self.params.repetition_penalty != 1.0
-            || self.params.frequency_penalty != 0.0
-            || self.params.presence_penalty != 0.0
-    }
-}
-
-/// Changes one logit. A result too large for f32 becomes the largest; a NaN (only from parameters that are none) the least.
-fn change(logits: &mut [f32], token: TokenId, f: impl Fn(f32) -> f32) {
-    if let Some(logit) = logits.get_mut(token as usize) {
-        let changed = f(*logit);
-        *logit = if changed.is_nan() { f32::NEG_INFINITY } else { changed.min(f32::MAX) };
+    /// The token's place among the occurrences, a new one if it has none.
+    fn occurrence(&mut self, token: TokenId) -> &mut Occurrence {
+        let occurrences = &mut self.occurrences;
+        let place = *self.places.entry(token).or_insert_with(|| {
+            occurrences.push(Occurrence { token, count: 0 });
+            (occurrences.len() - 1) as u32
+        });
+        &mut self.occurrences[place as usize]
     }
 }
 
@@ -132,7 +114,7 @@ mod tests {
 
     fn processed(state: &SequenceSampler, position: usize) -> Vec<f32> {
         let mut row = vec![2.0, -2.0, 4.0, 0.0, 1.0, 1.0, 1.0, 1.0];
-        state.process(&mut row, position);
+        state.row_params(position).changes.apply(&mut row);
         row
     }
 
@@ -141,7 +123,7 @@ mod tests {
         let mut state = state(SamplingParams { repetition_penalty: 2.0, ..Default::default() }, &[0, 1, 0, 99], &[]);
         state.push(2);
         state.push(2);
-        assert!(state.changes_logits(0));
+        assert!(!state.row_params(0).changes.is_empty());
         assert_eq!(processed(&state, 0), [1.0, -4.0, 2.0, 0.0, 1.0, 1.0, 1.0, 1.0]);
     }
 
@@ -201,7 +183,7 @@ mod tests {
     #[test]
     fn a_ban_on_every_token_is_dropped() {
         let everything = SamplingParams { min_tokens: 2, stop_token_ids: (0..8).collect(), ..Default::default() };
-        assert!(!state(everything, &[], &[]).changes_logits(0));
+        assert!(state(everything, &[], &[]).row_params(0).changes.is_empty());
     }
 
     #[test]
@@ -209,6 +191,6 @@ mod tests {
         let mut state = state(SamplingParams::default(), &[0, 1, 2], &[7]);
         state.push(3);
         assert!(state.occurrences.is_empty() && state.barred.is_empty());
-        assert!(!state.changes_logits(0));
+        assert!(state.row_params(0).changes.is_empty());
     }
 }

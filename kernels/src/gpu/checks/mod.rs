@@ -3,11 +3,13 @@
 //! A check takes a device and a seed, makes fresh inputs from it, and compares. It is part of the library, not of the
 //! tests, because the GPU suite runs where there is no compiler.
 
+mod attention;
 mod copy;
 mod operands;
 mod quantized;
 mod random;
 mod rows;
+mod sample;
 
 use super::{Device, DeviceError};
 
@@ -21,7 +23,7 @@ pub struct Check {
 }
 
 /// The checks of each family of kernels.
-pub const FAMILIES: &[&[Check]] = &[copy::CHECKS, rows::CHECKS, quantized::CHECKS];
+pub const FAMILIES: &[&[Check]] = &[attention::CHECKS, copy::CHECKS, rows::CHECKS, quantized::CHECKS, sample::CHECKS];
 
 /// Every check, in order.
 pub fn all() -> impl Iterator<Item = Check> {

@@ -1,4 +1,4 @@
-//! Device memory of the emulated device: every allocation between pages that fault, filled with poison.
+//! Device memory of the emulated device: every allocation between addresses that fault, filled with poison.
 
 use std::collections::BTreeMap;
 use std::ptr::null_mut;
@@ -8,6 +8,8 @@ use crate::gpu::{Address, DeviceError, DeviceMemory};
 /// As the driver aligns allocations.
 const ALIGNMENT: usize = 256;
 const PAGE: usize = 4096;
+/// Addresses on each side of an allocation that fault: reach of a wrong index that is sure to be noticed.
+const FENCE: usize = 4 << 20;
 /// What memory holds before it is written: NaN as f32, f16, bf16 and e4m3.
 pub const POISON: u8 = 0xff;
 /// What surrounds an allocation on its own pages.
@@ -23,7 +25,7 @@ pub struct Memory {
 
 struct Allocation {
     mapping: *mut u8,
-    /// Of the whole mapping, the two faulting pages included.
+    /// Of the whole mapping, the two fences included.
     mapped: usize,
     bytes: usize,
 }
@@ -67,6 +69,21 @@ impl Memory {
         below.is_some_and(|(start, allocation)| address.0 - start + bytes as u64 <= allocation.bytes as u64)
     }
 
+    /// Says where an address is that a kernel may not touch.
+    pub fn describe(&self, address: u64) -> String {
+        let below = self.allocations.range(..=address).next_back();
+        let beyond = below.map(|(start, it)| (address - start - it.bytes as u64, it.bytes));
+        let above = self.allocations.range(address..).next();
+        let before = above.map(|(start, it)| (start - address, it.bytes));
+        match (beyond, before) {
+            (Some((beyond, bytes)), before) if before.is_none_or(|(before, _)| beyond <= before) => {
+                format!("{beyond} bytes beyond the end of an allocation of {bytes}")
+            }
+            (_, Some((before, bytes))) => format!("{before} bytes before an allocation of {bytes}"),
+            _ => "where nothing is allocated".to_owned(),
+        }
+    }
+
     /// Says what has been written that belongs to nobody, since the last call.
     pub fn take_damage(&mut self) -> Option<String> {
         let live = self.allocations.values_mut().find_map(|allocation| {
@@ -80,16 +97,20 @@ impl Memory {
 
 impl Allocation {
     fn map(bytes: usize) -> Option<Self> {
-        let mapped = bytes.checked_next_multiple_of(ALIGNMENT)?.checked_next_multiple_of(PAGE)? + 2 * PAGE;
-        // SAFETY: a new mapping, and protection of its own first and last page.
+        let mapped =
+            bytes.checked_next_multiple_of(ALIGNMENT)?.checked_next_multiple_of(PAGE)?.checked_add(2 * FENCE)?;
+        // SAFETY: a new mapping, and access to its own middle.
         let mapping = unsafe {
-            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
-            let mapping = libc::mmap(null_mut(), mapped, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
+            let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+            let mapping = libc::mmap(null_mut(), mapped, libc::PROT_NONE, flags, -1, 0);
             if mapping == libc::MAP_FAILED {
                 return None;
             }
-            libc::mprotect(mapping, PAGE, libc::PROT_NONE);
-            libc::mprotect(mapping.byte_add(mapped - PAGE), PAGE, libc::PROT_NONE);
+            let access = libc::PROT_READ | libc::PROT_WRITE;
+            if libc::mprotect(mapping.byte_add(FENCE), mapped - 2 * FENCE, access) != 0 {
+                libc::munmap(mapping, mapped);
+                return None;
+            }
             mapping.cast::<u8>()
         };
         let mut allocation = Self { mapping, mapped, bytes };
@@ -99,17 +120,17 @@ impl Allocation {
         Some(allocation)
     }
 
-    /// As near to the page that faults behind it as its alignment allows.
+    /// As near to the fence behind it as its alignment allows.
     fn address(&self) -> Address {
-        let end = self.mapping as usize + self.mapped - PAGE;
+        let end = self.mapping as usize + self.mapped - FENCE;
         Address((end - self.bytes.next_multiple_of(ALIGNMENT)) as u64)
     }
 
     /// The bytes before and after it on its own pages: `(pointer, length)`.
     fn margins(&self) -> [(*mut u8, usize); 2] {
-        let first = self.mapping as usize + PAGE;
+        let first = self.mapping as usize + FENCE;
         let start = self.address().0 as usize;
-        let end = self.mapping as usize + self.mapped - PAGE;
+        let end = self.mapping as usize + self.mapped - FENCE;
         [(first as *mut u8, start - first), ((start + self.bytes) as *mut u8, end - start - self.bytes)]
     }
 

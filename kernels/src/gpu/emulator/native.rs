@@ -35,7 +35,17 @@ unsafe extern "C" {
         block: *const u32,
         message: *mut c_char,
         capacity: usize,
+        touched: *mut usize,
     ) -> bool;
+}
+
+/// What ended a kernel.
+#[derive(Debug, Default)]
+pub struct KernelFault {
+    /// Names the kernel, the block and the thread.
+    pub message: String,
+    /// The address that it touched and that is not its own.
+    pub touched: Option<usize>,
 }
 
 /// A kernel as its source declares it.
@@ -58,7 +68,7 @@ impl NativeKernel {
         Some(Self { index: usize::try_from(index).ok()?, params_bytes, max_threads })
     }
 
-    /// Runs all blocks; the error names the kernel, the block and the thread.
+    /// Runs all blocks.
     ///
     /// # Safety
     /// `params` are the kernel's argument, and all addresses in it are valid.
@@ -68,7 +78,7 @@ impl NativeKernel {
         params: &[u8],
         order: ThreadOrder,
         pool: Option<&Pool>,
-    ) -> Result<(), String> {
+    ) -> Result<(), KernelFault> {
         let params = AlignedBytes::new(params);
         let (order_number, seed) = match order {
             ThreadOrder::Forward => (0, 0),
@@ -86,16 +96,16 @@ impl NativeKernel {
         };
         let blocks: usize = launch.grid.iter().map(|extent| *extent as usize).product();
         let failed = AtomicBool::new(false);
-        let fault = Mutex::new(String::new());
+        let fault = Mutex::new(KernelFault::default());
         let run = |step: usize| {
             if failed.load(Ordering::Relaxed) {
                 return;
             }
             let block = unravel(place(step, blocks, order), launch.grid);
-            if let Err(message) = self.run_block(&native, block)
+            if let Err(found) = self.run_block(&native, block)
                 && !failed.swap(true, Ordering::Relaxed)
             {
-                *fault.lock().expect("nobody panics while setting a message") = message;
+                *fault.lock().expect("nobody panics while setting it") = found;
             }
         };
         match pool {
@@ -105,17 +115,19 @@ impl NativeKernel {
         if failed.into_inner() { Err(fault.into_inner().expect("as above")) } else { Ok(()) }
     }
 
-    fn run_block(&self, launch: &NativeLaunch, block: [u32; 3]) -> Result<(), String> {
+    fn run_block(&self, launch: &NativeLaunch, block: [u32; 3]) -> Result<(), KernelFault> {
+        let mut touched = 0;
         let mut message = [0u8; MESSAGE_BYTES];
+        let text = message.as_mut_ptr().cast();
         // SAFETY: the caller of `run` vouches for the parameters; the message has room for `MESSAGE_BYTES`.
-        let ran = unsafe {
-            outrigger_emulator_run(self.index, launch, block.as_ptr(), message.as_mut_ptr().cast(), MESSAGE_BYTES)
-        };
+        let ran =
+            unsafe { outrigger_emulator_run(self.index, launch, block.as_ptr(), text, MESSAGE_BYTES, &mut touched) };
         if ran {
             return Ok(());
         }
         let length = message.iter().position(|byte| *byte == 0).unwrap_or(MESSAGE_BYTES);
-        Err(String::from_utf8_lossy(&message[..length]).into_owned())
+        let message = String::from_utf8_lossy(&message[..length]).into_owned();
+        Err(KernelFault { message, touched: (touched != 0).then_some(touched) })
     }
 }
 

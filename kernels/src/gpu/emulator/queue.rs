@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::Instant;
 
-use super::native::NativeKernel;
+use super::native::{KernelFault, NativeKernel};
 use super::{State, failed};
 use crate::gpu::{Address, DeviceError, Launch, TensorMap, TensorMapShape};
 
@@ -111,7 +111,7 @@ impl State {
             Operation::Launch { kernel, launch, params, fails: false } => {
                 // SAFETY: as the caller says.
                 unsafe { kernel.run(launch, params, self.order, self.pool.as_ref()) }
-                    .map_err(|message| failed("launch", message))?;
+                    .map_err(|fault| failed("launch", self.describe(&fault)))?;
             }
             Operation::Record { event, record } => {
                 let event = &mut self.events[*event];
@@ -120,6 +120,16 @@ impl State {
             }
         }
         Ok(())
+    }
+}
+
+impl State {
+    fn describe(&self, fault: &KernelFault) -> String {
+        let message = &fault.message;
+        match fault.touched {
+            None => message.clone(),
+            Some(address) => format!("{message}, {}", self.memory.describe(address as u64)),
+        }
     }
 }
 

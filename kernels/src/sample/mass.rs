@@ -5,12 +5,12 @@
 //! fall off the end of the row nor depend on how it was summed. What is lost are tokens less likely than the most likely
 //! one by a factor of 2^45.
 
-use outrigger_kernels::vocab;
+use crate::vocab;
 
-use crate::types::TokenId;
+use super::TokenId;
 
 /// The mass of the most likely token.
-const UNIT: u64 = 1 << UNIT_BITS;
+pub(crate) const UNIT: u64 = 1 << UNIT_BITS;
 const UNIT_BITS: u32 = 44;
 /// Bits of a candidate that hold the token id. The sum over a whole vocabulary of this size stays below 2^64.
 const ID_BITS: u32 = 20;
@@ -60,6 +60,20 @@ pub struct Truncation {
     pub top_p: f32,
 }
 
+impl Truncation {
+    pub const OFF: Self = Self { top_k: 0, min_p: 0.0, top_p: 1.0 };
+
+    /// The least mass that `min_p` leaves: 1 when it is off, since a token without mass is never drawn.
+    pub fn min_mass(&self) -> u64 {
+        ((f64::from(self.min_p) * UNIT as f64).ceil() as u64).clamp(1, UNIT)
+    }
+}
+
+/// ln of the sum of exp(logit - max) over a row whose masses at temperature 1 sum to `total`.
+pub fn ln_sum_exp(total: u64) -> f64 {
+    vocab::ln(total as f64 / UNIT as f64)
+}
+
 /// Scratch memory for rows of one vocabulary, so that a step allocates nothing.
 pub struct Masses {
     weights: Vec<f32>,
@@ -83,16 +97,16 @@ impl Masses {
         }
     }
 
-    /// ln of the sum of exp(logit - max) over the row.
-    pub fn ln_sum_exp(&mut self, logits: &[f32], max: f32) -> f64 {
+    /// The mass of the whole row at temperature 1; [`ln_sum_exp`] takes its logarithm.
+    pub fn total(&mut self, logits: &[f32], max: f32) -> u64 {
         vocab::exp_scaled(logits, max, 1.0, &mut self.weights);
-        vocab::ln(self.sum_chunks() as f64 / UNIT as f64)
+        self.sum_chunks()
     }
 
     /// Draws a token with the given uniform bits. `max` is the row's maximum, finite; `scale` is 1 / temperature, finite.
     pub fn draw(&mut self, logits: &[f32], max: f32, scale: f32, truncation: Truncation, bits: u64) -> TokenId {
         vocab::exp_scaled(logits, max, scale, &mut self.weights);
-        let min_mass = ((f64::from(truncation.min_p) * UNIT as f64).ceil() as u64).clamp(1, UNIT);
+        let min_mass = truncation.min_mass();
         let top_k = truncation.top_k as usize;
         if top_k > 0 && top_k < logits.len() {
             self.gather_top_k(logits, top_k, min_mass);
@@ -388,9 +402,8 @@ mod tests {
     fn the_largest_vocabulary_of_equals_does_not_overflow() {
         let row = vec![1.0; MAX_VOCAB_SIZE];
         let mut masses = Masses::new(row.len());
-        let all = Truncation { top_k: 0, min_p: 0.0, top_p: 1.0 };
-        assert_eq!(masses.draw(&row, 1.0, 1.0, all, u64::MAX), MAX_VOCAB_SIZE as TokenId - 1);
-        let nucleus = Truncation { top_p: 0.5, ..all };
+        assert_eq!(masses.draw(&row, 1.0, 1.0, Truncation::OFF, u64::MAX), MAX_VOCAB_SIZE as TokenId - 1);
+        let nucleus = Truncation { top_p: 0.5, ..Truncation::OFF };
         assert_eq!(masses.draw(&row, 1.0, 1.0, nucleus, u64::MAX), (MAX_VOCAB_SIZE as TokenId).div_ceil(2) - 1);
     }
 }
