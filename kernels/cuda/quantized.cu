@@ -1,203 +1,13 @@
-// Products with GGUF-quantized weights: exact integers within a group of 32 inputs, fused multiply-adds over groups. The
-// CPU's are in kernels/src/matrix/quantized.rs, and the arithmetic of a group is the same; its packing for the device is
-// kernels/src/gpu/quantized/packing.rs.
+// Activations to eight bits, their products with quantized weights for few rows, and embeddings. The arithmetic is told in
+// quantized.cuh; products of many rows are in quantized_wide.cu.
 //
-// The weights stand in tiles of sixteen output features, and within a tile pair by pair of groups, the way the matrix
-// instruction takes them: with g = lane / 4 and t = lane % 4, a lane has inputs 4t … 4t + 3 and 4t + 16 … 4t + 19 of
-// features g and g + 8. So a warp reads every pair as whole lines and has its fragments in registers, without shared memory.
-// Quantized activations stand the same way, in tiles of eight rows.
-//
-// One output is summed thus: the pairs are cut into SPANS runs of equal length (the last ones may be short or empty);
-// within a run groups are added in order, and then the runs in order. Neither depends on the number of rows. The CPU adds
-// all groups in order: that chain would leave one warp to sixteen features, too few for the memory's latency. A sum in
-// another order differs by at most about 2 * groups * 2^-24 of the sum of its terms' absolute values, and typically by
-// 1e-7 of the result's norm.
-#include "elements.cuh"
+// Few rows are bound by the memory that the weights come from, so each warp reads its fragments straight into registers,
+// several pairs ahead, and the inputs are split over the warps of a block.
+#include "quantized.cuh"
 
-constexpr uint32_t GROUP = 32;
-constexpr uint32_t TILE_FEATURES = 16;
-constexpr uint32_t TILE_ROWS = 8;
-// Warps of a block, each with its run of the inputs.
-constexpr uint32_t SPANS = 8;
 constexpr uint32_t THREADS = SPANS * WARP;
-// Values of a group whose absolute values are all at most this large count as zero, as on the CPU.
+// Groups whose absolute values are all at most this large count as zero, as on the CPU.
 constexpr float NEGLIGIBLE = 1e-30f;
-
-// Integers from -2^22 to 2^22 - 1 added to these bits are the bits of a float that is as much larger than INTEGER_ORIGIN.
-constexpr uint32_t INTEGER_BITS = 0x4b400000u;
-constexpr float INTEGER_ORIGIN = 12582912.0f;
-
-// Unsigned byte `index` of a word as a float.
-DEVICE float byte_of(uint32_t word, uint32_t index) {
-    return uint_as_float(0x4b000000u | (word >> (8 * index) & 0xff)) - 8388608.0f;
-}
-// The low or high half of a word as a float.
-DEVICE float half_of(uint32_t word, uint32_t index) { return from_f16(f16{uint16_t(word >> (16 * index))}); }
-
-DEVICE uint32_t word_at(const uint8_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
-
-DEVICE void load_words(const uint8_t* from, uint32_t* words) {
-    Bytes16 v = load_streaming(from);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-}
-
-// ---- formats
-//
-// Each holds what a lane needs of one pair of groups of one tile: `load` reads it, `fragment` unpacks the bytes of one
-// group (0 or 1 of the pair) to signed ones, `scale` gives what the integer is multiplied by, for inputs below (half 0) or
-// from 16 on (half 1) of the group, of feature g (side 0) or g + 8 (side 1). Where unpacking leaves the quants times a power
-// of two the scale is that much smaller, which is exact. `minimum` is what the scaled sum of the inputs is multiplied by.
-
-// Four-bit words: inputs 4t … in the low and inputs 4t + 16 … in the high nibbles; word 2 * group + side.
-struct Nibbles {
-    uint32_t words[4];
-
-    // 0 … 15.
-    DEVICE void unsigned_fragment(uint32_t group, uint32_t (&a)[4]) const {
-        UNROLL
-        for (uint32_t side = 0; side < 2; side++) {
-            uint32_t word = words[2 * group + side];
-            a[side] = word & 0x0f0f0f0fu;
-            a[2 + side] = word >> 4 & 0x0f0f0f0fu;
-        }
-    }
-    // Sixteen times the nibbles' two's complement.
-    DEVICE void signed_fragment(uint32_t group, uint32_t (&a)[4]) const {
-        UNROLL
-        for (uint32_t side = 0; side < 2; side++) {
-            uint32_t word = words[2 * group + side];
-            a[side] = word << 4 & 0xf0f0f0f0u;
-            a[2 + side] = word & 0xf0f0f0f0u;
-        }
-    }
-};
-
-struct Q4_0 {
-    static constexpr bool HALVES = false, MINIMUM = false;
-    static constexpr uint32_t PAIR_BYTES = 512 + 64;
-    Nibbles quants;
-    Bytes8 scales;  // f16: side 0 in x, side 1 in y; group 0 low, group 1 high
-
-    DEVICE static size_t tile_bytes(uint32_t pairs) { return size_t(pairs) * PAIR_BYTES; }
-    DEVICE void load(const uint8_t* tile, uint32_t pair, uint32_t of_lane) {
-        const uint8_t* from = tile + size_t(pair) * PAIR_BYTES;
-        load_words(from + of_lane * 16, quants.words);
-        scales = *reinterpret_cast<const Bytes8*>(from + 512 + of_lane / 4 * 8);
-    }
-    DEVICE void fragment(uint32_t group, uint32_t (&a)[4]) const { quants.signed_fragment(group, a); }
-    DEVICE float scale(uint32_t group, uint32_t, uint32_t side) const {
-        return half_of(side ? scales.y : scales.x, group) * 0.0625f;
-    }
-    DEVICE float minimum(uint32_t, uint32_t) const { return 0.0f; }
-};
-
-struct Q4_1 {
-    static constexpr bool HALVES = false, MINIMUM = true;
-    static constexpr uint32_t PAIR_BYTES = 512 + 128;
-    Nibbles quants;
-    Bytes16 scales;  // x and y as above, then the minimums in z and w
-
-    DEVICE static size_t tile_bytes(uint32_t pairs) { return size_t(pairs) * PAIR_BYTES; }
-    DEVICE void load(const uint8_t* tile, uint32_t pair, uint32_t of_lane) {
-        const uint8_t* from = tile + size_t(pair) * PAIR_BYTES;
-        load_words(from + of_lane * 16, quants.words);
-        scales = *reinterpret_cast<const Bytes16*>(from + 512 + of_lane / 4 * 16);
-    }
-    DEVICE void fragment(uint32_t group, uint32_t (&a)[4]) const { quants.unsigned_fragment(group, a); }
-    DEVICE float scale(uint32_t group, uint32_t, uint32_t side) const {
-        return half_of(side ? scales.y : scales.x, group);
-    }
-    DEVICE float minimum(uint32_t group, uint32_t side) const { return half_of(side ? scales.w : scales.z, group); }
-};
-
-struct Q8_0 {
-    static constexpr bool HALVES = false, MINIMUM = false;
-    static constexpr uint32_t PAIR_BYTES = 1024 + 64;
-    uint32_t quants[8];  // per group: inputs 4t … of both sides, then inputs 4t + 16 …
-    Bytes8 scales;
-
-    DEVICE static size_t tile_bytes(uint32_t pairs) { return size_t(pairs) * PAIR_BYTES; }
-    DEVICE void load(const uint8_t* tile, uint32_t pair, uint32_t of_lane) {
-        const uint8_t* from = tile + size_t(pair) * PAIR_BYTES;
-        load_words(from + of_lane * 16, quants);
-        load_words(from + 512 + of_lane * 16, quants + 4);
-        scales = *reinterpret_cast<const Bytes8*>(from + 1024 + of_lane / 4 * 8);
-    }
-    DEVICE void fragment(uint32_t group, uint32_t (&a)[4]) const {
-        UNROLL
-        for (uint32_t i = 0; i < 4; i++) a[i] = quants[4 * group + i];
-    }
-    DEVICE float scale(uint32_t group, uint32_t, uint32_t side) const {
-        return half_of(side ? scales.y : scales.x, group);
-    }
-    DEVICE float minimum(uint32_t, uint32_t) const { return 0.0f; }
-};
-
-// Four pairs make a block of 256 inputs, which ends in the features' factors.
-struct Q4K {
-    static constexpr bool HALVES = false, MINIMUM = true;
-    static constexpr uint32_t PAIR_BYTES = 512 + 64, BLOCK_BYTES = 4 * PAIR_BYTES + 64;
-    Nibbles quants;
-    uint32_t steps[2];    // per side four bytes: the scales of both groups, the minimums of both
-    uint32_t factors[2];  // per side: f16 factor of the scales, f16 factor of the minimums
-
-    DEVICE static size_t tile_bytes(uint32_t pairs) { return size_t(pairs / 4) * BLOCK_BYTES; }
-    DEVICE void load(const uint8_t* tile, uint32_t pair, uint32_t of_lane) {
-        const uint8_t* block = tile + size_t(pair / 4) * BLOCK_BYTES;
-        const uint8_t* from = block + pair % 4 * PAIR_BYTES;
-        load_words(from + of_lane * 16, quants.words);
-        UNROLL
-        for (uint32_t side = 0; side < 2; side++) {
-            uint32_t feature = of_lane / 4 + 8 * side;
-            steps[side] = word_at(from + 512 + feature * 4);
-            factors[side] = word_at(block + 4 * PAIR_BYTES + feature * 4);
-        }
-    }
-    DEVICE void fragment(uint32_t group, uint32_t (&a)[4]) const { quants.unsigned_fragment(group, a); }
-    DEVICE float scale(uint32_t group, uint32_t, uint32_t side) const {
-        return half_of(factors[side], 0) * byte_of(steps[side], group);
-    }
-    DEVICE float minimum(uint32_t group, uint32_t side) const {
-        return -(half_of(factors[side], 1) * byte_of(steps[side], 2 + group));
-    }
-};
-
-struct Q6K {
-    static constexpr bool HALVES = true, MINIMUM = false;
-    static constexpr uint32_t PAIR_BYTES = 512 + 256 + 64, BLOCK_BYTES = 4 * PAIR_BYTES + 32;
-    Nibbles low;
-    Bytes8 high;        // a word a group: bits 2 * (2 * side + half) and the next of each byte
-    uint32_t steps[2];  // per side four bytes, each plus 128: half 0 and 1 of group 0, half 0 and 1 of group 1
-    f16 factors[2];
-
-    DEVICE static size_t tile_bytes(uint32_t pairs) { return size_t(pairs / 4) * BLOCK_BYTES; }
-    DEVICE void load(const uint8_t* tile, uint32_t pair, uint32_t of_lane) {
-        const uint8_t* block = tile + size_t(pair / 4) * BLOCK_BYTES;
-        const uint8_t* from = block + pair % 4 * PAIR_BYTES;
-        load_words(from + of_lane * 16, low.words);
-        high = *reinterpret_cast<const Bytes8*>(from + 512 + of_lane * 8);
-        UNROLL
-        for (uint32_t side = 0; side < 2; side++) {
-            uint32_t feature = of_lane / 4 + 8 * side;
-            steps[side] = word_at(from + 768 + feature * 4);
-            factors[side] = *reinterpret_cast<const f16*>(block + 4 * PAIR_BYTES + feature * 2);
-        }
-    }
-    // Four times the quants' two's complement of six bits.
-    DEVICE void fragment(uint32_t group, uint32_t (&a)[4]) const {
-        uint32_t top = group ? high.y : high.x;
-        UNROLL
-        for (uint32_t side = 0; side < 2; side++) {
-            uint32_t word = low.words[2 * group + side];
-            a[side] = (word << 2 & 0x3c3c3c3cu) | (top << (6 - 4 * side) & 0xc0c0c0c0u);
-            a[2 + side] = (word >> 2 & 0x3c3c3c3cu) | (top << (4 - 4 * side) & 0xc0c0c0c0u);
-        }
-    }
-    DEVICE float scale(uint32_t group, uint32_t half, uint32_t side) const {
-        return from_f16(factors[side]) * ((byte_of(steps[side], 2 * group + half) - 128.0f) * 0.25f);
-    }
-    DEVICE float minimum(uint32_t, uint32_t) const { return 0.0f; }
-};
 
 // ---- activations
 
@@ -282,92 +92,22 @@ KERNEL(quantize_rows_f32, QuantizeParams, THREADS) { quantize_rows<float>(p); }
 KERNEL(quantize_rows_f16, QuantizeParams, THREADS) { quantize_rows<f16>(p); }
 KERNEL(quantize_rows_bf16, QuantizeParams, THREADS) { quantize_rows<bf16>(p); }
 
-// ---- product
+// ---- products of few rows
 
-struct QuantizedProductParams {
-    const uint8_t* weights;
-    const uint8_t* quants;
-    const float* scales;
-    const float* sums;
-    void* out;          // rows of `row_stride` elements
-    const float* bias;  // [features] or null
-    uint64_t row_stride;
-    uint32_t rows, features, pairs;
-    uint32_t element, add;
-};
-// As gpu::Element numbers them.
-constexpr uint32_t ELEMENT_F32 = 0, ELEMENT_F16 = 1;
-
-// What a lane needs of one pair of groups of eight rows.
+// Reads a pair of groups of the rows from `first` on, whose index over pairs and tiles is `index`. Rows that are not there
+// are not read: they would cost a single row most of its bandwidth.
 template <bool MINIMUM>
-struct Columns {
-    Bytes16 quants;
-    float scales[4], sums[4];
-
-    // Of a tile whose first row is `first` and whose index over pairs and tiles is `index`. Rows that are not there are not
-    // read: they would cost a single row most of its bandwidth.
-    DEVICE void load(const QuantizedProductParams& p, uint32_t first, size_t index) {
-        uint32_t g = lane() / 4, t = lane() % 4;
-        quants = Bytes16{0, 0, 0, 0};
-        UNROLL
-        for (uint32_t i = 0; i < 4; i++) scales[i] = 0.0f, sums[i] = 0.0f;
-        if (first + g < p.rows) quants = *reinterpret_cast<const Bytes16*>(p.quants + (index * WARP + lane()) * 16);
-        if (first + 2 * t < p.rows) {
-            load4(p.scales + (index * 4 + t) * 4, scales);
-            if (MINIMUM) load4(p.sums + (index * 4 + t) * 4, sums);
-        }
-    }
-};
-
-// Adds one group's part to a tile of sums; `half` picks the scale.
-DEVICE void add_products(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&scale)[2],
-                         const float* column_scales) {
-    int32_t c[4] = {int32_t(INTEGER_BITS), int32_t(INTEGER_BITS), int32_t(INTEGER_BITS), int32_t(INTEGER_BITS)};
-    mma_s8(c, a, b);
+DEVICE void load_columns(Columns<MINIMUM>& columns, const QuantizedProductParams& p, uint32_t first, size_t index) {
+    uint32_t g = lane() / 4, t = lane() % 4;
+    columns.quants = Bytes16{0, 0, 0, 0};
     UNROLL
-    for (uint32_t i = 0; i < 4; i++) {
-        float integer = uint_as_float(uint32_t(c[i])) - INTEGER_ORIGIN;
-        sums[i] = fma_(integer, scale[i / 2] * column_scales[i % 2], sums[i]);
+    for (uint32_t i = 0; i < 4; i++) columns.scales[i] = 0.0f, columns.sums[i] = 0.0f;
+    if (first + g < p.rows) {
+        columns.quants = *reinterpret_cast<const Bytes16*>(p.quants + (index * WARP + lane()) * 16);
     }
-}
-
-// One pair of groups of one tile of features by one tile of rows.
-template <typename F>
-DEVICE void add_pair(float (&sums)[4], const F& weights, const Columns<F::MINIMUM>& columns) {
-    UNROLL
-    for (uint32_t group = 0; group < 2; group++) {
-        uint32_t a[4];
-        weights.fragment(group, a);
-        uint32_t b[2] = {group ? columns.quants.z : columns.quants.x, group ? columns.quants.w : columns.quants.y};
-        float low[2] = {weights.scale(group, 0, 0), weights.scale(group, 0, 1)};
-        if (F::HALVES) {
-            float high[2] = {weights.scale(group, 1, 0), weights.scale(group, 1, 1)};
-            uint32_t below[4] = {a[0], a[1], 0, 0}, above[4] = {0, 0, a[2], a[3]};
-            add_products(sums, below, b, low, columns.scales + 2 * group);
-            add_products(sums, above, b, high, columns.scales + 2 * group);
-        } else {
-            add_products(sums, a, b, low, columns.scales + 2 * group);
-        }
-        if (F::MINIMUM) {
-            UNROLL
-            for (uint32_t i = 0; i < 4; i++) {
-                sums[i] = fma_(weights.minimum(group, i / 2), columns.sums[2 * group + i % 2], sums[i]);
-            }
-        }
-    }
-}
-
-// Writes one sum: added to what is there, or with the bias alone.
-DEVICE void put(const QuantizedProductParams& p, uint32_t row, uint32_t feature, float sum) {
-    size_t at = size_t(row) * p.row_stride + feature;
-    if (p.add) sum = static_cast<float*>(p.out)[at] + sum;
-    if (p.bias) sum = sum + p.bias[feature];
-    if (p.element == ELEMENT_F32) {
-        static_cast<float*>(p.out)[at] = sum;
-    } else if (p.element == ELEMENT_F16) {
-        static_cast<f16*>(p.out)[at] = to_f16(sum);
-    } else {
-        static_cast<bf16*>(p.out)[at] = to_bf16(sum);
+    if (first + 2 * t < p.rows) {
+        load4(p.scales + (index * 4 + t) * 4, columns.scales);
+        if (MINIMUM) load4(p.sums + (index * 4 + t) * 4, columns.sums);
     }
 }
 
@@ -382,11 +122,11 @@ DEVICE void multiply_quantized(const QuantizedProductParams& p) {
     grid_dependency_launch();
     uint32_t span = (p.pairs + SPANS - 1) / SPANS;
     uint32_t begin = warp() * span, end = begin + span < p.pairs ? begin + span : p.pairs;
-    const uint8_t* tile = p.weights + blockIdx.x * Format::tile_bytes(p.pairs);
+    const uint8_t* tile = p.weights + blockIdx.x * pair_offset<Format>(p.pairs);
     Format ahead[DEPTH];
     UNROLL
     for (uint32_t d = 0; d < DEPTH; d++) {
-        if (begin + d < end) ahead[d].load(tile, begin + d, lane());
+        if (begin + d < end) load_pair(ahead[d], tile, begin + d, lane());
     }
     grid_dependency_wait();
     uint32_t row_tiles = (p.rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -395,12 +135,12 @@ DEVICE void multiply_quantized(const QuantizedProductParams& p) {
         Format weights = ahead[0];
         UNROLL
         for (uint32_t d = 0; d + 1 < DEPTH; d++) ahead[d] = ahead[d + 1];
-        if (pair + DEPTH < end) ahead[DEPTH - 1].load(tile, pair + DEPTH, lane());
+        if (pair + DEPTH < end) load_pair(ahead[DEPTH - 1], tile, pair + DEPTH, lane());
         UNROLL
         for (uint32_t r = 0; r < R; r++) {
             uint32_t row_tile = blockIdx.y * R + r;
             Columns<Format::MINIMUM> columns;
-            columns.load(p, row_tile * TILE_ROWS, size_t(pair) * row_tiles + row_tile);
+            load_columns(columns, p, row_tile * TILE_ROWS, size_t(pair) * row_tiles + row_tile);
             add_pair(sums[r], weights, columns);
         }
     }
@@ -454,13 +194,13 @@ DEVICE void embed_quantized(const QuantizedEmbedParams& p) {
     uint32_t token = p.tokens[blockIdx.x];
     bool known = token < p.vocab;
     uint32_t feature = known ? token : 0, side = feature % TILE_FEATURES / 8;
-    const uint8_t* tile = p.weights + feature / TILE_FEATURES * Format::tile_bytes(p.pairs);
+    const uint8_t* tile = p.weights + feature / TILE_FEATURES * pair_offset<Format>(p.pairs);
     float* out = p.hidden + size_t(blockIdx.x) * p.cols;
     // Four threads a pair of groups, eight values of each.
     for (uint32_t i = threadIdx.x; i < p.pairs * 4; i += THREADS) {
         uint32_t pair = i / 4, t = i % 4;
         Format weights;
-        weights.load(tile, pair, feature % 8 * 4 + t);
+        load_pair(weights, tile, pair, feature % 8 * 4 + t);
         UNROLL
         for (uint32_t group = 0; group < 2; group++) {
             uint32_t a[4], first = (2 * pair + group) * GROUP;

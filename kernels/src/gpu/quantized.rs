@@ -204,6 +204,80 @@ pub struct HostRow {
 /// # Panics
 /// When a shape does not fit.
 pub fn multiply(device: &Device, weights: &QuantMatrix, x: &QuantizedRows, out: Output) -> Result<(), DeviceError> {
+    let kernel = Kernel::choose(device.properties().multiprocessors, x.rows, weights.rows);
+    multiply_with(device, kernel, weights, x, out)
+}
+
+/// The kernels of a product. All compute the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// Blocks of a tile of features and so many rows.
+    Rows8,
+    Rows16,
+    Rows32,
+    Rows64,
+    /// Blocks of 128 features and 64 rows.
+    Wide,
+}
+
+impl Kernel {
+    pub(crate) const ALL: [Kernel; 5] = [Kernel::Rows8, Kernel::Rows16, Kernel::Rows32, Kernel::Rows64, Kernel::Wide];
+
+    /// The least block that takes all rows; the wide one where it gives every multiprocessor a block.
+    fn choose(multiprocessors: u32, rows: usize, features: usize) -> Self {
+        let wide_blocks = rows.div_ceil(Kernel::Wide.rows()) * features.div_ceil(Kernel::Wide.features());
+        match rows {
+            0..=8 => Kernel::Rows8,
+            9..=16 => Kernel::Rows16,
+            17..=32 => Kernel::Rows32,
+            65.. if wide_blocks >= multiprocessors as usize => Kernel::Wide,
+            _ => Kernel::Rows64,
+        }
+    }
+
+    fn rows(self) -> usize {
+        match self {
+            Kernel::Rows8 => 8,
+            Kernel::Rows16 => 16,
+            Kernel::Rows32 => 32,
+            Kernel::Rows64 | Kernel::Wide => 64,
+        }
+    }
+
+    fn features(self) -> usize {
+        if self == Kernel::Wide { 128 } else { TILE_FEATURES }
+    }
+
+    fn name(self, ty: QuantType) -> &'static str {
+        let names = match ty {
+            QuantType::Q4_0 => {
+                ["multiply_q4_0_8", "multiply_q4_0_16", "multiply_q4_0_32", "multiply_q4_0_64", "multiply_q4_0_wide"]
+            }
+            QuantType::Q4_1 => {
+                ["multiply_q4_1_8", "multiply_q4_1_16", "multiply_q4_1_32", "multiply_q4_1_64", "multiply_q4_1_wide"]
+            }
+            QuantType::Q8_0 => {
+                ["multiply_q8_0_8", "multiply_q8_0_16", "multiply_q8_0_32", "multiply_q8_0_64", "multiply_q8_0_wide"]
+            }
+            QuantType::Q4K => {
+                ["multiply_q4k_8", "multiply_q4k_16", "multiply_q4k_32", "multiply_q4k_64", "multiply_q4k_wide"]
+            }
+            QuantType::Q6K => {
+                ["multiply_q6k_8", "multiply_q6k_16", "multiply_q6k_32", "multiply_q6k_64", "multiply_q6k_wide"]
+            }
+        };
+        names[self as usize]
+    }
+}
+
+/// [`multiply`] by a kernel of choice.
+pub(crate) fn multiply_with(
+    device: &Device,
+    kernel: Kernel,
+    weights: &QuantMatrix,
+    x: &QuantizedRows,
+    out: Output,
+) -> Result<(), DeviceError> {
     assert_eq!(x.cols, weights.cols, "rows have the matrix's columns");
     assert!(out.row_stride >= weights.rows, "an output row of {} for {} features", out.row_stride, weights.rows);
     assert!(out.write == Write::Store || out.element == Element::F32, "sums are added to f32 rows");
@@ -221,23 +295,10 @@ pub fn multiply(device: &Device, weights: &QuantMatrix, x: &QuantizedRows, out: 
         element: out.element as u32,
         add: u32::from(out.write == Write::Add),
     };
-    let kernels = multiply_kernels(weights.ty);
-    let (name, block_rows) = *kernels.iter().find(|(_, rows)| x.rows <= *rows).unwrap_or(&kernels[kernels.len() - 1]);
-    let launch = overlapped([to_u32(weights.rows.div_ceil(TILE_FEATURES)), to_u32(x.rows.div_ceil(block_rows)), 1]);
+    let (rows, features) = (x.rows.div_ceil(kernel.rows()), weights.rows.div_ceil(kernel.features()));
+    let launch = overlapped([to_u32(features), to_u32(rows), 1]);
     // SAFETY: the operands' shapes agree, and `Output` promises room for its rows of this many features.
-    unsafe { device.launch(name, &launch, &params) }
-}
-
-/// The kernels of a type with the rows of a block. All compute the same.
-fn multiply_kernels(ty: QuantType) -> [(&'static str, usize); 4] {
-    let names = match ty {
-        QuantType::Q4_0 => ["multiply_q4_0_8", "multiply_q4_0_16", "multiply_q4_0_32", "multiply_q4_0_64"],
-        QuantType::Q4_1 => ["multiply_q4_1_8", "multiply_q4_1_16", "multiply_q4_1_32", "multiply_q4_1_64"],
-        QuantType::Q8_0 => ["multiply_q8_0_8", "multiply_q8_0_16", "multiply_q8_0_32", "multiply_q8_0_64"],
-        QuantType::Q4K => ["multiply_q4k_8", "multiply_q4k_16", "multiply_q4k_32", "multiply_q4k_64"],
-        QuantType::Q6K => ["multiply_q6k_8", "multiply_q6k_16", "multiply_q6k_32", "multiply_q6k_64"],
-    };
-    [(names[0], 8), (names[1], 16), (names[2], 32), (names[3], 64)]
+    unsafe { device.launch(kernel.name(weights.ty), &launch, &params) }
 }
 
 /// The rows of `table` that `tokens` name as f32, one for each row of `hidden`: the CPU's very numbers. A token beyond the
@@ -314,4 +375,20 @@ struct EmbedParams {
     vocab: u32,
     cols: u32,
     pairs: u32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Kernel;
+
+    #[test]
+    fn the_kernel_follows_the_rows() {
+        let chosen = |rows| Kernel::choose(132, rows, 4096);
+        assert_eq!([1, 8, 9, 17, 33, 64].map(chosen), {
+            [Kernel::Rows8, Kernel::Rows8, Kernel::Rows16, Kernel::Rows32, Kernel::Rows64, Kernel::Rows64]
+        });
+        // 32 blocks of 128 features: five times as many fill the device.
+        assert_eq!((chosen(256), chosen(257)), (Kernel::Rows64, Kernel::Wide));
+        assert_eq!(Kernel::choose(132, 65, 128_256), Kernel::Wide);
+    }
 }

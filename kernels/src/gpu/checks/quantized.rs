@@ -4,7 +4,7 @@ use half::f16;
 
 use super::operands::{ELEMENTS, Rows, bits, bound, rounded};
 use super::{Check, CheckFailure, Random, equal, near};
-use crate::gpu::quantized::{QuantMatrix, QuantMatrixError, QuantizedRows, embed, multiply};
+use crate::gpu::quantized::{Kernel, QuantMatrix, QuantMatrixError, QuantizedRows, embed, multiply, multiply_with};
 use crate::gpu::{Device, DeviceBuffer, Element, Output};
 use crate::matrix::{Input, Matrix, MatrixSource, QuantType, Write};
 use crate::{Level, Pool, rows};
@@ -125,20 +125,28 @@ fn embed_quantized(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     Ok(())
 }
 
-/// Near the CPU's product at every block size of the kernel, and the same bits for a row at all of them.
+/// Near the CPU's product, with the same bits from every kernel, and the same for rows alone and in smaller batches.
 fn multiply_quantized(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     for ty in TYPES {
-        let (features, cols) = (17 + random.below(30), ty.block_len() * (1 + random.below(3)));
+        // Two wide blocks of features, the second nearly empty, or one with tiles that are not there.
+        let (features, cols) = ([130, 17 + random.below(30)][random.below(2)], ty.block_len() * (1 + random.below(3)));
         let weights = blocks(&mut random, ty, features, cols);
         // In two sources, one below the other.
         let cut = 5 * weights.len() / features;
         let matrix = pack(device, ty, cols, &[&weights[..cut], &weights[cut..]])?;
         let m = 65 + random.below(10);
         let x = random.normals(m * cols);
-        let expected = reference(ty, &weights, &x, cols);
         let all = product(device, &matrix, Element::F32, &x, Element::F32)?;
-        near(&format!("{m} rows of {cols} by {ty:?}"), &all, &expected, bound(Element::F32))?;
+        let what = format!("{m} rows of {cols} by {features} {ty:?}");
+        near(&what, &all, &reference(ty, &weights, &x, cols), bound(Element::F32))?;
+        let mut quantized = QuantizedRows::new(device, m, cols)?;
+        quantized.quantize(device, Rows::from_f32(device, Element::F32, &x, cols)?.view())?;
+        for kernel in Kernel::ALL {
+            let out = Rows::new(device, Element::F32, m, features)?;
+            multiply_with(device, kernel, &matrix, &quantized, Output::store(out.view(), 0, features))?;
+            equal(&format!("{what}, kernel {kernel:?}"), &bits(&out.to_f32()?), &bits(&all))?;
+        }
         for rows in [1, 2 + random.below(7), 9 + random.below(8), 17 + random.below(16), 33 + random.below(32)] {
             let first = random.below(m - rows + 1);
             let out = product(device, &matrix, Element::F32, &x[first * cols..][..rows * cols], Element::F32)?;
@@ -167,8 +175,14 @@ fn spans(device: &Device, seed: u64) -> Result<(), CheckFailure> {
                 *sum += part;
             }
         }
-        let out = product(device, &pack(device, ty, cols, &[&weights])?, Element::F32, &x, Element::F32)?;
-        equal(&format!("spans of {ty:?}"), &bits(&out), &bits(&expected))?;
+        let matrix = pack(device, ty, cols, &[&weights])?;
+        let mut quantized = QuantizedRows::new(device, m, cols)?;
+        quantized.quantize(device, Rows::from_f32(device, Element::F32, &x, cols)?.view())?;
+        for kernel in [Kernel::Rows8, Kernel::Wide] {
+            let out = Rows::new(device, Element::F32, m, features)?;
+            multiply_with(device, kernel, &matrix, &quantized, Output::store(out.view(), 0, features))?;
+            equal(&format!("spans of {ty:?}, kernel {kernel:?}"), &bits(&out.to_f32()?), &bits(&expected))?;
+        }
     }
     Ok(())
 }
