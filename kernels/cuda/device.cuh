@@ -16,6 +16,7 @@
     unsigned char* name = dynamic_shared_memory
 
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 
 DEVICE uint32_t lane() { return threadIdx.x % 32; }
 DEVICE uint32_t warp() { return threadIdx.x / 32; }
@@ -229,7 +230,9 @@ DEVICE void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-#if __CUDA_ARCH__ >= 890
+// Whether this device multiplies 8-bit floats.
+#define HAS_FP8_PRODUCTS (__CUDA_ARCH__ >= 890)
+#if HAS_FP8_PRODUCTS
 DEVICE void mma_fp8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

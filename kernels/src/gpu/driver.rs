@@ -97,7 +97,7 @@ pub struct GraphId(pub usize);
 
 /// A row-major matrix as the bulk copy engine reads it: a box of `box_rows` × `box_cols` elements at a time, in the 128-byte
 /// swizzle, zeros beyond the edges. `box_cols` elements are 128 bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TensorMapShape {
     pub address: Address,
     pub element_bytes: u32,

@@ -17,6 +17,7 @@ pub mod copy;
 mod cuda;
 mod driver;
 mod emulator;
+pub mod gemm;
 pub mod measure;
 mod operand;
 pub mod quantized;
