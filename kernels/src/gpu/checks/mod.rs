@@ -24,11 +24,8 @@ pub struct Check {
 }
 
 /// The checks of each family of kernels.
-<<<<<<< HEAD
-pub const FAMILIES: &[&[Check]] = &[attention::CHECKS, copy::CHECKS, rows::CHECKS, quantized::CHECKS, sample::CHECKS];
-=======
-pub const FAMILIES: &[&[Check]] = &[attention::CHECKS, copy::CHECKS, gemm::CHECKS, rows::CHECKS, quantized::CHECKS];
->>>>>>> 7b3bce4 (Multiply dense weights on tensor cores, by mma.sync and by wgmma)
+pub const FAMILIES: &[&[Check]] =
+    &[attention::CHECKS, copy::CHECKS, gemm::CHECKS, rows::CHECKS, quantized::CHECKS, sample::CHECKS];
 
 /// Every check, in order.
 pub fn all() -> impl Iterator<Item = Check> {
