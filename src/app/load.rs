@@ -13,7 +13,7 @@ use crate::api::{ServedModel, unix_seconds};
 use crate::cluster::ModelReport;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
-use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, RunnerConfig};
+use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, GpuModelRunner, RunnerConfig};
 use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner};
 use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
@@ -167,10 +167,18 @@ fn load_runner(
         task.borrow_mut().set((f64::from(fraction) * total as f64) as u64);
     };
     let (model, tensors) = (files.config, files.tensors.as_ref());
-    anyhow::ensure!(!device.is_gpu(), "the runner on a GPU is not part of this commit");
-    let runner = CpuModelRunner::load(model, tensors, config, &report)?;
-    let fingerprint = runner.fingerprint();
-    Ok((Box::new(HostSampling::new(runner)), fingerprint))
+    Ok(match device.gpu() {
+        Some(gpu) => {
+            let runner = GpuModelRunner::load(gpu, model, tensors, config, &report)?;
+            let fingerprint = runner.fingerprint();
+            (Box::new(runner), fingerprint)
+        }
+        None => {
+            let runner = CpuModelRunner::load(model, tensors, config, &report)?;
+            let fingerprint = runner.fingerprint();
+            (Box::new(HostSampling::new(runner)), fingerprint)
+        }
+    })
 }
 
 /// A model whose template we cannot read is served all the same; chat requests are told why they are not.

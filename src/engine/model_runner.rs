@@ -1,20 +1,25 @@
 //! Runs batches of the engine through the decoder, over a KV pool of fixed size on this machine's processors.
 
 mod device;
+mod gpu;
 
 use std::str::FromStr;
 use std::sync::Arc;
 
 use outrigger_kernels::Pool;
 use outrigger_kernels::attention::{AttentionEntry, KvCache, KvShape, KvType, Slot};
+use outrigger_kernels::gpu::DeviceError;
+use outrigger_kernels::gpu::attention::UnsupportedAttention;
 use sha2::{Digest, Sha256};
 
 use super::batch::{LogitsEntry, LogitsRunner, PagedModel, RunnerError};
 use super::model::decoder::{DType, Decoder, DecoderError, Pass};
+use super::model::gpu_weights::GpuLoadError;
 use super::model::{ModelConfig, TensorSource};
 use crate::types::{Fingerprint, TokenId};
 
 pub use device::{ComputeDevice, DeviceChoice};
+pub use gpu::GpuModelRunner;
 
 /// Number type of the KV cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
@@ -35,6 +40,16 @@ pub enum KvCacheDType {
 }
 
 impl KvCacheDType {
+    pub fn name(self) -> &'static str {
+        match self {
+            KvCacheDType::Auto => "auto",
+            KvCacheDType::Float32 => "float32",
+            KvCacheDType::Float16 => "float16",
+            KvCacheDType::BFloat16 => "bfloat16",
+            KvCacheDType::Fp8 => "fp8",
+        }
+    }
+
     fn on_cpu(self, dtype: DType) -> Result<KvType, RunnerLoadError> {
         match (self, dtype) {
             (KvCacheDType::Float32, _) | (KvCacheDType::Auto, DType::Float32) => Ok(KvType::F32),
@@ -94,6 +109,12 @@ const CPU_KV_CACHE_MEMORY: u64 = 1 << 30;
 pub enum RunnerLoadError {
     #[error(transparent)]
     Decoder(#[from] DecoderError),
+    #[error(transparent)]
+    Gpu(#[from] GpuLoadError),
+    #[error(transparent)]
+    Attention(#[from] UnsupportedAttention),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     #[error("kv_cache_dtype {asked} is not for device {device}, which keeps {known}")]
     KvCacheDType { asked: &'static str, device: &'static str, known: &'static str },
     #[error("block_size is {0}; 16, 32 or a multiple of 64 is needed")]

@@ -8,30 +8,31 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use outrigger::engine::model::decoder::DType;
-use outrigger::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
+use outrigger::engine::model::{LoadFormat, ModelConfig, ModelFiles, TensorSource, TokenizerSource};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
-use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling};
+use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling, ModelRunner};
 use outrigger::tokenizer::Tokenizer;
 use outrigger::types::{
-    Backend, ChoiceStart, FinishReason, GenerateRequest, GenerationEvent, RequestId, SamplingParams, TokenId,
+    Backend, ChoiceStart, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, RequestId, SamplingParams,
+    TokenId,
 };
 
 use crate::{fixtures, real_model};
 
 /// How an engine is set up. Nothing of it may show in what it generates.
 #[derive(Clone, Copy)]
-struct Setup {
-    threads: usize,
-    block_size: usize,
-    max_num_seqs: usize,
-    max_num_batched_tokens: usize,
-    kv_cache_memory: u64,
-    max_model_len: usize,
-    enable_prefix_caching: bool,
+pub struct Setup {
+    pub threads: usize,
+    pub block_size: usize,
+    pub max_num_seqs: usize,
+    pub max_num_batched_tokens: usize,
+    pub kv_cache_memory: u64,
+    pub max_model_len: usize,
+    pub enable_prefix_caching: bool,
 }
 
 /// One sequence after the other, whole prompts, one thread: the reference.
-const ALONE: Setup = Setup {
+pub const ALONE: Setup = Setup {
     threads: 1,
     block_size: 64,
     max_num_seqs: 4,
@@ -41,7 +42,7 @@ const ALONE: Setup = Setup {
     enable_prefix_caching: false,
 };
 
-const TOGETHER: Setup = Setup {
+pub const TOGETHER: Setup = Setup {
     threads: 2,
     block_size: 16,
     max_num_seqs: 24,
@@ -50,24 +51,43 @@ const TOGETHER: Setup = Setup {
     ..ALONE
 };
 
+impl Setup {
+    fn runner(&self, model: &ModelConfig) -> RunnerConfig {
+        RunnerConfig {
+            dtype: DType::Auto,
+            kv_cache_dtype: KvCacheDType::Auto,
+            kv_cache_memory: Some(self.kv_cache_memory),
+            gpu_memory_utilization: 0.9,
+            block_size: self.block_size,
+            max_model_len: Some(self.max_model_len.min(model.max_position_embeddings)),
+            max_num_seqs: self.max_num_seqs,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+            threads: self.threads,
+        }
+    }
+}
+
 fn engine(path: &Path, setup: Setup) -> EngineHandle {
+    engine_on(path, setup, |model, tensors, config| {
+        let runner = CpuModelRunner::load(model, tensors, config, &|_| ()).unwrap();
+        let fingerprint = runner.fingerprint();
+        (Box::new(HostSampling::new(runner)), fingerprint)
+    })
+}
+
+/// An engine over the runner that `load` makes.
+pub fn engine_on(
+    path: &Path,
+    setup: Setup,
+    load: impl FnOnce(ModelConfig, &dyn TensorSource, &RunnerConfig) -> (Box<dyn ModelRunner>, Fingerprint),
+) -> EngineHandle {
     let files = ModelFiles::open(path, LoadFormat::Auto).unwrap();
     let tokenizer = match &files.tokenizer {
         TokenizerSource::Gguf(file) => Tokenizer::from_gguf(file.metadata()).unwrap(),
         TokenizerSource::Directory(directory) => Tokenizer::from_dir(directory).unwrap(),
     };
-    let runner_config = RunnerConfig {
-        dtype: DType::Auto,
-        kv_cache_dtype: KvCacheDType::Auto,
-        kv_cache_memory: Some(setup.kv_cache_memory),
-        gpu_memory_utilization: 0.9,
-        block_size: setup.block_size,
-        max_model_len: Some(setup.max_model_len.min(files.config.max_position_embeddings)),
-        max_num_seqs: 64,
-        max_num_batched_tokens: 512,
-        threads: setup.threads,
-    };
-    let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &runner_config, &|_| ()).unwrap();
+    let runner_config = setup.runner(&files.config);
+    let (runner, fingerprint) = load(files.config, files.tensors.as_ref(), &runner_config);
     let config = engine::Config {
         max_num_seqs: setup.max_num_seqs,
         max_num_batched_tokens: setup.max_num_batched_tokens,
@@ -77,22 +97,22 @@ fn engine(path: &Path, setup: Setup) -> EngineHandle {
     };
     let parts = EngineParts {
         config,
-        fingerprint: runner.fingerprint(),
+        fingerprint,
         eos_token_ids: files.eos_token_ids,
         stop_texts: tokenizer.into(),
         on_step: None,
     };
-    engine::spawn(parts, Box::new(move || Ok(Box::new(HostSampling::new(runner))))).unwrap()
+    engine::spawn(parts, Box::new(move || Ok(runner))).unwrap()
 }
 
 /// A token and the bits of all its log-probabilities.
-type Emitted = (TokenId, Option<(u32, Vec<(TokenId, u32)>)>);
+pub type Emitted = (TokenId, Option<(u32, Vec<(TokenId, u32)>)>);
 
 /// What one choice produced.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Outcome {
-    tokens: Vec<Emitted>,
-    finish: Option<FinishReason>,
+pub struct Outcome {
+    pub tokens: Vec<Emitted>,
+    pub finish: Option<FinishReason>,
 }
 
 impl Outcome {
@@ -139,18 +159,18 @@ async fn outcomes(engine: &EngineHandle, request: GenerateRequest) -> Vec<Outcom
     outcomes
 }
 
-fn run_together(engine: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Vec<Outcome>> {
+pub fn run_together(engine: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Vec<Outcome>> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(join_all(requests.iter().map(|request| outcomes(engine, request.clone()))))
 }
 
-fn run_alone(engine: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Vec<Outcome>> {
+pub fn run_alone(engine: &EngineHandle, requests: &[GenerateRequest]) -> Vec<Vec<Outcome>> {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     requests.iter().map(|request| runtime.block_on(outcomes(engine, request.clone()))).collect()
 }
 
 /// Requests of every kind: lengths, temperatures, truncations, penalties, stops, biases, several choices.
-fn mixed_load(count: usize, prompts: &[Vec<TokenId>], vocab_size: u32) -> Vec<GenerateRequest> {
+pub fn mixed_load(count: usize, prompts: &[Vec<TokenId>], vocab_size: u32) -> Vec<GenerateRequest> {
     let sampling = |i: usize| SamplingParams {
         skip_special_tokens: true,
         n: [1, 1, 2, 1, 3][i % 5],
@@ -188,7 +208,7 @@ fn real_prompts() -> Vec<Vec<TokenId>> {
     cases.map(|case| serde_json::from_value(case["prompt_ids"].clone()).unwrap()).collect()
 }
 
-fn assert_equal(what: &str, requests: &[GenerateRequest], actual: &[Vec<Outcome>], expected: &[Vec<Outcome>]) {
+pub fn assert_equal(what: &str, requests: &[GenerateRequest], actual: &[Vec<Outcome>], expected: &[Vec<Outcome>]) {
     for ((request, actual), expected) in requests.iter().zip(actual).zip(expected) {
         assert_eq!(actual, expected, "{what}: {} with {:?}", request.id, request.sampling);
     }
@@ -230,7 +250,7 @@ fn a_pool_so_small_that_everything_preempts_changes_nothing() {
 }
 
 /// Resumes every choice of `request` after `cut` tokens; the outcomes with the emitted tokens put in front again.
-fn resumed(engine: &EngineHandle, request: &GenerateRequest, whole: &[Outcome], cut: usize) -> Vec<Outcome> {
+pub fn resumed(engine: &EngineHandle, request: &GenerateRequest, whole: &[Outcome], cut: usize) -> Vec<Outcome> {
     let mut continuation = request.clone();
     for choice in &mut continuation.choices {
         let ids = whole[choice.index as usize].ids();

@@ -8,6 +8,7 @@ mod cluster_network;
 mod cluster_resumption;
 mod edges;
 mod fixtures;
+mod gpu;
 mod invariance;
 mod loader;
 mod numerics;

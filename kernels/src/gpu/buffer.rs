@@ -105,14 +105,27 @@ impl<T: DeviceType> DeviceBuffer<T> {
         unsafe { self.device.driver().upload(self.at(first), values.as_ptr().cast(), size_of_val(values)) }
     }
 
+    /// Queues the overwriting of `len` elements from `first` on, each byte with `byte`.
+    pub fn fill(&mut self, first: usize, len: usize, byte: u8) -> Result<(), DeviceError> {
+        let view = self.slice(first, len);
+        // SAFETY: the elements are the buffer's own.
+        unsafe { self.device.driver().fill(view.address(), byte, len * size_of::<T>()) }
+    }
+
     /// Waits for all queued work and copies the content to the host.
     pub fn to_vec(&self) -> Result<Vec<T>, DeviceError> {
-        let mut values: Vec<T> = Vec::with_capacity(self.len);
+        self.read(0, self.len)
+    }
+
+    /// The same of `len` elements from `first` on.
+    pub fn read(&self, first: usize, len: usize) -> Result<Vec<T>, DeviceError> {
+        let view = self.slice(first, len);
+        let mut values: Vec<T> = Vec::with_capacity(len);
         // SAFETY: room for all elements; every bit pattern is a value, and the copy is done after synchronizing.
         unsafe {
-            self.device.driver().download(values.as_mut_ptr().cast(), self.address, self.bytes())?;
+            self.device.driver().download(values.as_mut_ptr().cast(), view.address(), len * size_of::<T>())?;
             self.device.synchronize()?;
-            values.set_len(self.len);
+            values.set_len(len);
         }
         Ok(values)
     }

@@ -86,6 +86,12 @@ impl QuantMatrix {
         self.cols
     }
 
+    /// Overwrites part of the weights with small numbers, for tests of the health probes.
+    pub fn corrupt(&mut self) -> Result<(), DeviceError> {
+        let half = self.tiles.len() / 2;
+        self.tiles.fill(0, half, 0x3c)
+    }
+
     pub fn bytes(&self) -> usize {
         self.tiles.bytes()
     }

@@ -10,6 +10,8 @@ mod gguf_config;
 mod gguf_source;
 #[cfg(test)]
 mod gguf_tests;
+pub mod gpu_decoder;
+pub mod gpu_weights;
 mod hf_config;
 pub mod load;
 mod reader;

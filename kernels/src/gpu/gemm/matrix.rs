@@ -76,6 +76,12 @@ impl DenseMatrix {
         self.k * self.ty.bytes()
     }
 
+    /// Overwrites part of the weights with small numbers, for tests of the health probes.
+    pub fn corrupt(&mut self) -> Result<(), DeviceError> {
+        let half = self.values.len() / 2;
+        self.values.fill(0, half, 0x3c)
+    }
+
     /// Device memory that the weights take.
     pub fn bytes(&self) -> usize {
         self.values.bytes() + self.scales.as_ref().map_or(0, DeviceBuffer::bytes)

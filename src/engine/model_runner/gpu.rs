@@ -1,0 +1,363 @@
+//! Runs batches of the engine on a GPU.
+//!
+//! A step is one upload of what the batch is, the launches of the decoder, and the sampler's; the host waits only for the
+//! tokens that were sampled, one step behind. A step in which every sequence decodes one token is replayed from a graph,
+//! padded to the next size for which there is one.
+
+mod graphs;
+mod rows;
+
+use std::sync::Arc;
+
+use outrigger_kernels::Pool;
+use outrigger_kernels::gpu::attention::{AttentionLimits, AttentionPlan, GpuKvCache, GpuKvType, UnsupportedAttention};
+use outrigger_kernels::gpu::gemm::Arithmetic;
+use outrigger_kernels::gpu::rows::next_tokens;
+use outrigger_kernels::gpu::sample::{DeviceRow, DeviceSampler, Ticket};
+use outrigger_kernels::gpu::{Device, DeviceError, Element, GPU_NUMERICS_VERSION, View};
+use sha2::{Digest, Sha256};
+
+use super::{KvCacheDType, RunnerConfig, RunnerLoadError};
+use crate::engine::batch::{
+    BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError, SampleSpec,
+};
+use crate::engine::model::gpu_decoder::{Caps, GpuDecoder, query_shape};
+use crate::engine::model::gpu_weights::{Precision, Weights};
+use crate::engine::model::{ModelConfig, TensorSource};
+use crate::engine::sampler::{NumericsInvalid, Sampled};
+use crate::types::{Fingerprint, TokenLogprobs};
+use graphs::Graphs;
+use rows::{RowLimits, RowsEntry, StepRows};
+
+/// Steps in flight: one computes while the next is planned.
+const DEPTH: usize = 2;
+
+/// Device memory that is left alone beside weights, activations and the pool: for graphs and what the driver takes later.
+const HEADROOM: u64 = 256 << 20;
+
+/// Log-probabilities of other tokens that a request may ask for at most.
+const MAX_LOGPROBS: usize = 20;
+
+/// The decoder and its KV pool on a GPU.
+pub struct GpuModelRunner {
+    device: Device,
+    decoder: GpuDecoder,
+    cache: GpuKvCache,
+    sampler: DeviceSampler,
+    rows: StepRows,
+    graphs: Graphs,
+    max_model_len: usize,
+    fingerprint: Fingerprint,
+    /// The oldest first; at most `DEPTH`.
+    in_flight: Vec<Step>,
+    /// A copy that failed: what is launched after it would read wrong blocks.
+    broken: Option<DeviceError>,
+    /// Of the last `forward`.
+    logits: Vec<f32>,
+}
+
+/// A step that was launched and not collected.
+struct Step {
+    ticket: Ticket,
+    /// Generated tokens before each sampled one.
+    positions: Vec<usize>,
+}
+
+impl GpuModelRunner {
+    /// Streams the weights of an opened model to the device, sizes the KV pool by what is left, and records the graphs.
+    /// `progress` is told the fraction done.
+    pub fn load(
+        device: &Device,
+        model: ModelConfig,
+        tensors: &dyn TensorSource,
+        config: &RunnerConfig,
+        progress: &dyn Fn(f32),
+    ) -> Result<Self, RunnerLoadError> {
+        config.check(&model)?;
+        let kv_type = kv_type(config.kv_cache_dtype, Precision::choose(config.dtype, &model, tensors)?)?;
+        let caps = caps(config, &model);
+        let plan = |num_blocks: usize| attention_plan(device, &model, config, kv_type, num_blocks);
+        // Heads that cannot be computed are refused before gigabytes are read.
+        let (warm_up_plan, shape) = (plan(1)?, config.kv_shape(&model, 1));
+        let total = tensors.total_bytes().max(1);
+        let report = |bytes: u64| progress((bytes as f64 / total as f64).min(1.0) as f32);
+        let pool = Arc::new(Pool::new(config.threads));
+        let weights = Weights::load(device, &model, tensors, config.dtype, &pool, &report)?;
+        let fingerprint = fingerprint(device, &model, &weights, config, kv_type);
+        let sampler = DeviceSampler::new(device, model.vocab_size, caps.output_rows, MAX_LOGPROBS)?;
+        let mut decoder = GpuDecoder::new(device, model.clone(), weights, caps)?;
+        warm_up(device, &mut decoder, warm_up_plan, GpuKvCache::new(device, shape, kv_type)?, config, caps)?;
+        let num_blocks = config.num_blocks(pool_bytes(device, config)?, kv_type.block_bytes(&shape) as u64)?;
+        let cache = GpuKvCache::new(device, config.kv_shape(&model, num_blocks), kv_type)?;
+        let mut runner = Self {
+            device: device.clone(),
+            decoder,
+            cache,
+            sampler,
+            rows: StepRows::new(device, row_limits(config, caps), plan(num_blocks)?, DEPTH)?,
+            graphs: Graphs::none(device),
+            max_model_len: caps.positions.min(num_blocks * config.block_size),
+            fingerprint,
+            in_flight: Vec::with_capacity(DEPTH),
+            broken: None,
+            logits: Vec::new(),
+        };
+        runner.graphs = runner.capture(max_entries(config))?;
+        Ok(runner)
+    }
+
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.fingerprint.clone()
+    }
+
+    /// Bytes of the weights in device memory.
+    pub fn weight_bytes(&self) -> usize {
+        self.decoder.weights().bytes()
+    }
+
+    /// Bytes of one KV block.
+    pub fn block_bytes(&self) -> usize {
+        self.cache.ty().block_bytes(&self.cache.shape())
+    }
+
+    fn capture(&mut self, max_rows: usize) -> Result<Graphs, DeviceError> {
+        let Self { device, decoder, cache, sampler, rows, .. } = self;
+        Graphs::capture(device, max_rows, |num_rows| {
+            let views = rows.views(num_rows, None);
+            next_tokens(device, sampler.sampled(), views.sources, views.rows.tokens)?;
+            decoder.forward(&views.rows, rows.attention(), cache, &|| ())
+        })
+    }
+
+    /// Queues one step up to its logits, a row for each output.
+    fn compute(&mut self, batch: &[RowsEntry<'_>], progress: &dyn Fn()) -> Result<View<f32>, DeviceError> {
+        if let Some(error) = &self.broken {
+            return Err(error.clone());
+        }
+        // A graph gives the logits of every row.
+        let is_decode = batch.iter().all(|entry| entry.tokens.len() == 1 && entry.is_output);
+        if is_decode && let Some(num_rows) = self.graphs.size_for(batch.len()) {
+            self.rows.upload(batch, num_rows)?;
+            return self.graphs.launch(num_rows);
+        }
+        let layout = self.rows.upload(batch, 0)?;
+        let views = self.rows.views(layout.num_rows, Some(layout.num_outputs));
+        next_tokens(&self.device, self.sampler.sampled(), views.sources, views.rows.tokens)?;
+        self.decoder.forward(&views.rows, self.rows.attention(), &mut self.cache, progress)
+    }
+
+    /// Where the step launched last leaves the token of its sampled row of this number.
+    fn slot(&self, row: usize) -> u32 {
+        self.in_flight.last().expect("a row is pending while its step is in flight").ticket.slot(row)
+    }
+
+    /// Queues one step and the sampling of its rows.
+    fn queue(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<Step, DeviceError> {
+        let (mut entries, mut rows, mut positions) = (Vec::with_capacity(batch.len()), Vec::new(), Vec::new());
+        for entry in batch {
+            let source = entry.pending_row.map(|row| self.slot(row));
+            if let Some(SampleSpec { state, position }) = entry.sampling {
+                rows.push(DeviceRow { params: state.row_params(position), pending: source });
+                positions.push(position);
+            }
+            let is_output = entry.sampling.is_some();
+            let (tokens, start, block_table) = (entry.tokens, entry.start, entry.block_table);
+            entries.push(RowsEntry { tokens, start, block_table, source, is_output });
+        }
+        let logits = self.compute(&entries, progress)?;
+        Ok(Step { ticket: self.sampler.queue(logits, &rows)?, positions })
+    }
+}
+
+impl ModelRunner for GpuModelRunner {
+    fn launch(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
+        assert!(self.in_flight.len() < DEPTH, "a step is collected before a third is launched");
+        let step = self.queue(batch, progress).map_err(|error| {
+            let tokens = batch.iter().map(|entry| entry.tokens.len()).sum();
+            failed(error, tokens)
+        })?;
+        self.in_flight.push(step);
+        Ok(())
+    }
+
+    fn collect(&mut self, rows: &mut Vec<RowResult>, _progress: &dyn Fn()) -> Result<(), RunnerError> {
+        let Step { ticket, positions } = self.in_flight.remove(0);
+        // What was queued is beyond shrinking: any failure is one of the device.
+        let results = self.sampler.read(ticket).map_err(|error| RunnerError::Device(error.to_string()))?;
+        rows.clear();
+        rows.extend(results.into_iter().zip(positions).map(|(result, position)| {
+            let row = result.map_err(|_| NumericsInvalid { position })?;
+            let logprobs = row.logprobs.map(|row| TokenLogprobs { logprob: row.logprob, rank: row.rank, top: row.top });
+            Ok(Sampled { token: row.token, logprobs })
+        }));
+        Ok(())
+    }
+
+    fn depth(&self) -> usize {
+        DEPTH
+    }
+}
+
+/// Synchronously, for checks of the numbers.
+impl LogitsRunner for GpuModelRunner {
+    fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
+        assert!(self.in_flight.is_empty(), "nothing is in flight while logits are asked for");
+        let entries: Vec<RowsEntry<'_>> = batch.iter().map(known_tokens).collect();
+        let outputs = entries.iter().filter(|entry| entry.is_output).count();
+        let logits = self.compute(&entries, progress).and_then(|_| self.decoder.read_logits(outputs));
+        self.logits = logits.map_err(|error| {
+            let tokens = batch.iter().map(|entry| entry.tokens.len()).sum();
+            failed(error, tokens)
+        })?;
+        Ok(())
+    }
+
+    fn logits_mut(&mut self, row: usize) -> &mut [f32] {
+        let vocab_size = self.decoder.config().vocab_size;
+        &mut self.logits[row * vocab_size..][..vocab_size]
+    }
+}
+
+impl PagedModel for GpuModelRunner {
+    fn copy_block(&mut self, from: u32, to: u32) {
+        if let Err(error) = self.cache.copy_blocks(&self.device, &[(from as usize, to as usize)]) {
+            self.broken = Some(error);
+        }
+    }
+
+    fn block_size(&self) -> usize {
+        self.cache.shape().block_size
+    }
+
+    fn num_blocks(&self) -> u32 {
+        self.cache.shape().num_blocks as u32
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.decoder.config().vocab_size
+    }
+
+    fn max_model_len(&self) -> usize {
+        self.max_model_len
+    }
+
+    fn corrupt(&mut self) {
+        self.broken = self.decoder.corrupt().err();
+    }
+
+    fn spoil(&mut self) {
+        self.broken = self.decoder.spoil().err();
+    }
+}
+
+fn known_tokens<'a>(entry: &LogitsEntry<'a>) -> RowsEntry<'a> {
+    let (tokens, start, block_table) = (entry.tokens, entry.start, entry.block_table);
+    RowsEntry { tokens, start, block_table, source: None, is_output: entry.wants_logits }
+}
+
+fn failed(error: DeviceError, tokens: usize) -> RunnerError {
+    match error {
+        DeviceError::OutOfMemory { .. } => RunnerError::OutOfMemory { tokens },
+        error => RunnerError::Device(error.to_string()),
+    }
+}
+
+/// The synthetic inference has a row beside those of the sequences.
+fn max_entries(config: &RunnerConfig) -> usize {
+    config.max_num_seqs + 1
+}
+
+fn caps(config: &RunnerConfig, model: &ModelConfig) -> Caps {
+    let output_rows = Graphs::padded(max_entries(config));
+    Caps {
+        output_rows,
+        rows: config.max_num_batched_tokens.max(output_rows),
+        positions: config.max_model_len.unwrap_or(model.max_position_embeddings),
+    }
+}
+
+fn row_limits(config: &RunnerConfig, caps: Caps) -> RowLimits {
+    RowLimits {
+        rows: caps.rows,
+        entries: max_entries(config),
+        block_size: config.block_size,
+        blocks: caps.positions.div_ceil(config.block_size),
+    }
+}
+
+fn attention_plan(
+    device: &Device,
+    model: &ModelConfig,
+    config: &RunnerConfig,
+    kv_type: GpuKvType,
+    num_blocks: usize,
+) -> Result<AttentionPlan, UnsupportedAttention> {
+    let limits = AttentionLimits { max_rows: caps(config, model).rows, max_entries: max_entries(config) };
+    AttentionPlan::new(device, config.kv_shape(model, num_blocks), kv_type, query_shape(model), limits)
+}
+
+/// One step of the largest size that attends to nothing: loads the kernels, and shows that such a step fits beside the
+/// weights before the pool takes the rest.
+fn warm_up(
+    device: &Device,
+    decoder: &mut GpuDecoder,
+    plan: AttentionPlan,
+    mut cache: GpuKvCache,
+    config: &RunnerConfig,
+    caps: Caps,
+) -> Result<(), DeviceError> {
+    let mut rows = StepRows::new(device, row_limits(config, caps), plan, 1)?;
+    rows.upload(&[], caps.rows)?;
+    let views = rows.views(caps.rows, Some(caps.output_rows));
+    decoder.forward(&views.rows, rows.attention(), &mut cache, &|| ())?;
+    device.synchronize()
+}
+
+/// What of the device's memory the pool may take: what `gpu_memory_utilization` leaves beside all that is there already, of
+/// this process and of others.
+fn pool_bytes(device: &Device, config: &RunnerConfig) -> Result<u64, DeviceError> {
+    if let Some(bytes) = config.kv_cache_memory {
+        return Ok(bytes);
+    }
+    device.synchronize()?;
+    let memory = device.driver().memory()?;
+    let usable = (memory.total as f64 * config.gpu_memory_utilization) as u64;
+    Ok(usable.saturating_sub(memory.total - memory.free).saturating_sub(HEADROOM))
+}
+
+fn kv_type(asked: KvCacheDType, precision: Precision) -> Result<GpuKvType, RunnerLoadError> {
+    match (asked, precision.attention) {
+        (KvCacheDType::Fp8, _) => Ok(GpuKvType::Fp8),
+        (KvCacheDType::Auto | KvCacheDType::BFloat16, Element::BF16) => Ok(GpuKvType::BF16),
+        (KvCacheDType::Auto | KvCacheDType::Float16, Element::F16) => Ok(GpuKvType::F16),
+        (asked, element) => Err(RunnerLoadError::KvCacheDType {
+            asked: asked.name(),
+            device: "cuda",
+            known: if element == Element::BF16 {
+                "bfloat16 and fp8 beside these weights"
+            } else {
+                "float16 and fp8 beside these weights"
+            },
+        }),
+    }
+}
+
+/// Everything that decides the numbers.
+fn fingerprint(
+    device: &Device,
+    model: &ModelConfig,
+    weights: &Weights,
+    config: &RunnerConfig,
+    kv_type: GpuKvType,
+) -> Fingerprint {
+    let mut digest = Sha256::new();
+    digest.update(model.canonical_json());
+    digest.update(config.dtype.name());
+    digest.update(format!("{kv_type:?}"));
+    digest.update(GPU_NUMERICS_VERSION.to_le_bytes());
+    // Another generation has other matrix instructions, which round differently.
+    digest.update(device.properties().capability.to_le_bytes());
+    digest.update(Arithmetic::of(device).name());
+    digest.update(&weights.digest);
+    super::to_fingerprint(digest)
+}

@@ -1,0 +1,168 @@
+//! The runner on a GPU: on the first CUDA device where there is one, else on the emulator in builds that have it, else
+//! skipped, and said to be.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use outrigger::engine::EngineHandle;
+use outrigger::engine::model::decoder::DType;
+use outrigger::engine::model::{LoadFormat, ModelFiles};
+use outrigger::engine::model_runner::{ComputeDevice, DeviceChoice, GpuModelRunner, KvCacheDType, RunnerConfig};
+use outrigger::types::Backend;
+
+use crate::fixtures::{self, Golden, PROMPT_LENGTH, relative_error};
+use crate::invariance::{
+    ALONE, Setup, TOGETHER, assert_equal, engine_on, mixed_load, resumed, run_alone, run_together,
+};
+use crate::paths::{Blocks, check_every_path, feed};
+
+/// Fixtures whose shapes the GPU's kernels take: heads of a multiple of sixteen, rows of a multiple of eight.
+const FIXTURES: &[&str] = &[
+    "llama-gqa-tied-bf16",
+    "llama-llama3-rope-f32-sharded",
+    "llama-gelu-bf16",
+    "mistral-window-f16",
+    "gguf-f16",
+    "gguf-q8_0-linear-rope",
+    "gguf-q4_k",
+    "gguf-q6_k",
+    "gguf-mixed",
+];
+
+/// Activations of sixteen bits between all products.
+const BF16_TOLERANCE: f32 = 6e-2;
+const F16_TOLERANCE: f32 = 1e-2;
+/// As on processors: activations of eight bits.
+const INTEGER_TOLERANCE: f32 = 8e-2;
+
+/// What runs the tests.
+fn device() -> Option<ComputeDevice> {
+    let opened = ComputeDevice::open(DeviceChoice::Cuda(0)).or_else(|_| ComputeDevice::open(DeviceChoice::Emulator));
+    match opened {
+        Ok(device) => Some(device),
+        Err(error) => {
+            eprintln!("skipped: no GPU, and {error}");
+            None
+        }
+    }
+}
+
+fn config(kv_cache_dtype: KvCacheDType) -> RunnerConfig {
+    RunnerConfig {
+        dtype: DType::Auto,
+        kv_cache_dtype,
+        kv_cache_memory: Some(16 << 20),
+        gpu_memory_utilization: 0.9,
+        block_size: 16,
+        max_model_len: Some(512),
+        max_num_seqs: 8,
+        max_num_batched_tokens: 512,
+        threads: 1,
+    }
+}
+
+fn runner(device: &ComputeDevice, name: &str, config: &RunnerConfig) -> GpuModelRunner {
+    load(device, &fixtures::path(name), config)
+}
+
+fn load(device: &ComputeDevice, path: &Path, config: &RunnerConfig) -> GpuModelRunner {
+    let files = ModelFiles::open(path, LoadFormat::Auto).unwrap();
+    let gpu = device.gpu().expect("`device` gives GPUs only");
+    let runner = GpuModelRunner::load(gpu, files.config, files.tensors.as_ref(), config, &|_| ());
+    runner.unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+#[test]
+fn golden_logits() {
+    let Some(device) = device() else { return };
+    for name in FIXTURES {
+        let golden = Golden::load(name);
+        let mut runner = runner(&device, name, &config(KvCacheDType::Auto));
+        let table = Blocks::new(&runner).table(golden.ids.len());
+        let prompt = feed(&mut runner, &table, &golden.ids[..PROMPT_LENGTH], 0, 67);
+        let decoded = feed(&mut runner, &table, &golden.ids, PROMPT_LENGTH, 1);
+        let tolerance = match *name {
+            "llama-gqa-tied-bf16" | "llama-gelu-bf16" | "llama-llama3-rope-f32-sharded" => BF16_TOLERANCE,
+            "mistral-window-f16" | "gguf-f16" => F16_TOLERANCE,
+            _ => INTEGER_TOLERANCE,
+        };
+        let (mut checked, mut worst) = (0, 0.0f32);
+        for (position, logits) in prompt.iter().chain(&decoded) {
+            if let Some((_, expected)) = golden.rows.iter().find(|row| row.0 == *position) {
+                let error = relative_error(logits, expected);
+                assert!(error <= tolerance, "{name}: off by {error:e} at position {position}");
+                worst = worst.max(error);
+                checked += 1;
+            }
+        }
+        assert!(checked > 0, "{name}: no position to check");
+        println!("{name}: {worst:.1e} of the largest logit at {checked} positions, {tolerance:.0e} allowed");
+    }
+}
+
+/// The bits of the logits depend on the tokens alone.
+#[test]
+fn every_path_gives_the_same_bits() {
+    let Some(device) = device() else { return };
+    for (name, kv_cache_dtype) in [
+        ("llama-gqa-tied-bf16", KvCacheDType::Auto),
+        ("mistral-window-f16", KvCacheDType::Auto),
+        ("gguf-mixed", KvCacheDType::Auto),
+        ("llama-gelu-bf16", KvCacheDType::Fp8),
+    ] {
+        let ids = Golden::load(name).ids;
+        check_every_path(
+            &format!("{name}, {kv_cache_dtype:?}"),
+            &mut runner(&device, name, &config(kv_cache_dtype)),
+            &ids,
+        );
+    }
+}
+
+/// An engine that plans one step while the device computes another, and samples there.
+fn engine(device: &ComputeDevice, name: &str, setup: Setup) -> EngineHandle {
+    let gpu = device.gpu().expect("`device` gives GPUs only");
+    engine_on(&fixtures::path(name), setup, |model, tensors, config| {
+        let runner = GpuModelRunner::load(gpu, model, tensors, config, &|_| ()).unwrap();
+        let fingerprint = runner.fingerprint();
+        (Box::new(runner), fingerprint)
+    })
+}
+
+/// Requests of every kind, with penalties and log-probabilities, sampled on the device: each alone, then all together in a
+/// pool that must preempt, then from the prefix cache, then resumed halfway.
+#[test]
+fn streams_are_the_same_in_any_company() {
+    let Some(device) = device() else { return };
+    let small = Setup { max_model_len: 256, kv_cache_memory: 1 << 20, max_num_batched_tokens: 256, ..ALONE };
+    for name in ["llama-gqa-tied-bf16", "gguf-mixed"] {
+        let prompt = Golden::load(name).ids[..100].to_vec();
+        let mut requests = mixed_load(10, &[prompt], 128);
+        for request in &mut requests {
+            let sampling = Arc::make_mut(&mut request.sampling);
+            (sampling.max_tokens, sampling.min_tokens) = (sampling.max_tokens + 30, 30);
+        }
+        let alone = run_alone(&engine(&device, name, small), &requests);
+        // Room for one long sequence, and for few short ones.
+        let tight = Setup { kv_cache_memory: 17 * block_bytes(name), ..small };
+        let crowd = engine(&device, name, Setup { max_num_seqs: 9, max_num_batched_tokens: 48, ..together(tight) });
+        assert_equal("together", &requests, &run_together(&crowd, &requests), &alone);
+        assert!(crowd.status().preemptions > 0, "{name}: the pool is too large for this test");
+        assert_equal("from the cache", &requests, &run_together(&crowd, &requests), &alone);
+        assert!(crowd.counters().prefix_cache_hits > 0, "{name}: the second round hits the prefix cache");
+        for (request, whole) in requests.iter().zip(&alone).step_by(3) {
+            assert_eq!(&resumed(&crowd, request, whole, 2), whole, "{name}: {} resumed", request.id);
+        }
+    }
+}
+
+/// Of sixteen positions in sixteen bits.
+fn block_bytes(name: &str) -> u64 {
+    let model = ModelFiles::open(&fixtures::path(name), LoadFormat::Auto).unwrap().config;
+    (2 * 16 * model.num_hidden_layers * model.key_value_size() * 2) as u64
+}
+
+/// As `TOGETHER`, in the size of `setup`.
+fn together(setup: Setup) -> Setup {
+    Setup { max_model_len: setup.max_model_len, kv_cache_memory: setup.kv_cache_memory, threads: 1, ..TOGETHER }
+}
