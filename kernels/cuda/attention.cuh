@@ -30,6 +30,10 @@ struct AttentionParams {
     float* partials;     // rows of maximum, sum, two words of padding, then head_dim values
     uint32_t* counters;  // how many splits of a tile are done; zero before and after
     uint32_t num_heads, num_kv_heads, head_dim, block_size;
+    // Query heads a KV head.
+    uint32_t group;
+    // block_size is 2^block_shift; 32 when it is no power of two.
+    uint32_t block_shift;
     // How many positions a row sees, itself included; 2^32 - 1 when all.
     uint32_t window;
     // Word of the plan at which the items of this launch begin.
@@ -71,8 +75,7 @@ struct Span {
 
 DEVICE Span span_of_row(const AttentionParams& p, const Item& item, uint32_t row) {
     if (row >= item.rows) return Span{0, 0};
-    uint32_t group = p.num_heads / p.num_kv_heads;
-    uint32_t to = item.start + (item.tile_row + row) / group + 1;
+    uint32_t to = item.start + (item.tile_row + row) / p.group + 1;
     return Span{to > p.window ? to - p.window : 0, to};
 }
 
@@ -83,8 +86,8 @@ DEVICE Span span_of_item(const AttentionParams& p, const Item& item) {
 
 // Where row `row` of the item stands among [rows of the batch, heads].
 DEVICE uint64_t query_row(const AttentionParams& p, const Item& item, uint32_t row) {
-    uint32_t group = p.num_heads / p.num_kv_heads, r = item.tile_row + row;
-    return uint64_t(item.first_row + r / group) * p.num_heads + item.kv_head * group + r % group;
+    uint32_t r = item.tile_row + row, token = r / p.group;
+    return uint64_t(item.first_row + token) * p.num_heads + item.kv_head * p.group + (r - token * p.group);
 }
 
 // ---- tiles in shared memory
@@ -96,10 +99,8 @@ struct Tile {
     static constexpr uint32_t ROW_BYTES = D * sizeof(E);
     static constexpr uint32_t CHUNKS = ROW_BYTES / 16;
 
-    static DEVICE uint32_t offset(uint32_t row, uint32_t chunk) {
-        uint32_t turn = CHUNKS >= 8 ? row % 8 : row / 2 % 4;
-        return row * ROW_BYTES + ((chunk ^ turn) * 16);
-    }
+    static DEVICE uint32_t turn(uint32_t row) { return CHUNKS >= 8 ? row % 8 : row / 2 % 4; }
+    static DEVICE uint32_t offset(uint32_t row, uint32_t chunk) { return row * ROW_BYTES + (chunk ^ turn(row)) * 16; }
 };
 
 // Sixteen positions, which always lie within one block.
@@ -113,8 +114,9 @@ DEVICE Sixteen locate(const AttentionParams& p, const Item& item, Span seen, uin
     uint32_t to = seen.to > position ? min_index(seen.to - position, 16) : 0;
     // No block need be there.
     if (from >= to) return Sixteen{0, 0, 0};
-    uint32_t block = p.block_tables[item.table + position / p.block_size];
-    uint64_t row = (uint64_t(block) * p.num_kv_heads + item.kv_head) * p.block_size + position % p.block_size;
+    uint32_t index = p.block_shift < 32 ? position >> p.block_shift : position / p.block_size;
+    uint32_t block = p.block_tables[item.table + index];
+    uint64_t row = (uint64_t(block) * p.num_kv_heads + item.kv_head) * p.block_size + (position - index * p.block_size);
     return Sixteen{row * p.head_dim, from, to};
 }
 
@@ -125,6 +127,19 @@ DEVICE void load_sixteen(const AttentionParams& p, unsigned char* tile, uint32_t
     using Rows = Tile<E, D>;
     uint32_t row_bytes = p.head_dim * sizeof(E);
     const uint8_t* from = layer + at.element * sizeof(E);
+    if (at.from == 0 && at.to == 16 && row_bytes == Rows::ROW_BYTES) {
+        // As nearly always: all of it, and one after the other. From one step to the next only a constant part of a row's
+        // permutation changes, as 16 rows are whole periods and a step is a power of two rows.
+        constexpr uint32_t STEP_ROWS = WARP / Rows::CHUNKS;
+        const uint32_t first = Rows::offset(lane() / Rows::CHUNKS, lane() % Rows::CHUNKS);
+        from += lane() * 16;
+        tile += first_row * Rows::ROW_BYTES;
+        UNROLL
+        for (uint32_t i = 0; i < Rows::CHUNKS / 2; i++) {
+            async_copy_16(tile + (first ^ Rows::turn(i * STEP_ROWS) * 16) + i * WARP * 16, from + i * WARP * 16, true);
+        }
+        return;
+    }
     UNROLL
     for (uint32_t i = 0; i < Rows::CHUNKS / 2; i++) {
         uint32_t row = (i * WARP + lane()) / Rows::CHUNKS, chunk = (i * WARP + lane()) % Rows::CHUNKS;
@@ -265,16 +280,14 @@ struct Columns {
 // Scores of positions from `first` on, N tiles of eight, in units of log2; those that a row does not see are -inf.
 template <uint32_t N>
 DEVICE void mask_scores(const AttentionParams& p, float (&s)[N][4], uint32_t first, const Span (&rows)[2], bool all_seen) {
-    UNROLL
-    for (uint32_t j = 0; j < N; j++) {
+    if (p.cap == 0.0f) {
         UNROLL
-        for (uint32_t e = 0; e < 4; e++) {
-            if (p.cap == 0.0f) {
-                s[j][e] = s[j][e] * p.scale;
-            } else {
-                // tanh(x) = 1 - 2 / (e^2x + 1)
-                s[j][e] = p.cap - divide(2.0f * p.cap, fast_exp2(s[j][e] * p.cap_scale) + 1.0f);
-            }
+        for (uint32_t i = 0; i < N * 4; i++) s[i / 4][i % 4] = s[i / 4][i % 4] * p.scale;
+    } else {
+        // tanh(x) = 1 - 2 / (e^2x + 1)
+        UNROLL
+        for (uint32_t i = 0; i < N * 4; i++) {
+            s[i / 4][i % 4] = p.cap - divide(2.0f * p.cap, fast_exp2(s[i / 4][i % 4] * p.cap_scale) + 1.0f);
         }
     }
     if (all_seen) return;

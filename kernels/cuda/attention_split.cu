@@ -210,9 +210,10 @@ DEVICE void merge_columns(const AttentionParams& p, const Item& item, uint32_t r
 // Counts a stored split; the last of a tile's splits merges all.
 template <typename T>
 DEVICE void finish_split(const AttentionParams& p, const Item& item, uint32_t* is_last) {
-    global_fence();
     block_barrier();
     if (threadIdx.x == 0) {
+        // Of all that the block has written: the barrier came before.
+        global_fence();
         uint32_t done = atomic_add(p.counters + item.counter, 1) + 1;
         if (done == item.splits) p.counters[item.counter] = 0;
         *is_last = done == item.splits;
