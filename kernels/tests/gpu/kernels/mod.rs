@@ -1,5 +1,6 @@
 //! How near each kernel comes to the device's limits, at the shapes of Llama-3.1-8B.
 
+mod gemm;
 mod quantized;
 mod rows;
 
@@ -14,6 +15,7 @@ use crate::table::{self, Ceilings, Row};
 pub struct Shapes {
     pub hidden: usize,
     pub intermediate: usize,
+    pub vocab: usize,
     /// A multiple of 256, as the K-quants need.
     pub quantized_cols: usize,
     /// Rows of a decode step, and of a prefill chunk.
@@ -26,6 +28,7 @@ pub struct Shapes {
 const LLAMA_8B: Shapes = Shapes {
     hidden: 4096,
     intermediate: 14336,
+    vocab: 128_256,
     quantized_cols: 4096,
     rows: &[1, 8, 64, 256, 2048],
     rotated_bytes: 256 << 20,
@@ -36,6 +39,7 @@ const LLAMA_8B: Shapes = Shapes {
 const TINY: Shapes = Shapes {
     hidden: 64,
     intermediate: 128,
+    vocab: 300,
     quantized_cols: 256,
     rows: &[1, 3],
     rotated_bytes: 64 << 10,
@@ -79,7 +83,8 @@ impl Bench<'_> {
 type Family = fn(&mut Bench<'_>) -> Result<(), DeviceError>;
 
 /// Each measures the kernels of one file.
-const FAMILIES: &[(&str, Family)] = &[("rows", rows::measure), ("quantized", quantized::measure)];
+const FAMILIES: &[(&str, Family)] =
+    &[("rows", rows::measure), ("gemm", gemm::measure), ("quantized", quantized::measure)];
 
 pub fn run(device: &Device, is_real: bool, arguments: &Arguments) -> bool {
     let shapes = if is_real { LLAMA_8B } else { TINY };
