@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use outrigger::engine::model::decoder::DType;
+use outrigger::engine::model::gpu_weights::Quantization;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
 use outrigger::engine::{LogitsEntry, LogitsRunner};
@@ -39,6 +40,7 @@ fn load(path: PathBuf) -> (CpuModelRunner, String) {
     let files = ModelFiles::open(&path, LoadFormat::Auto).expect("the model opens");
     let config = RunnerConfig {
         dtype: DType::Auto,
+        quantization: Quantization::None,
         kv_cache_dtype: KvCacheDType::Auto,
         kv_cache_memory: Some(2 << 30),
         gpu_memory_utilization: 0.9,

@@ -4,6 +4,7 @@ use std::thread;
 
 use crate::engine;
 use crate::engine::model::decoder::DType;
+use crate::engine::model::gpu_weights::Quantization;
 use crate::engine::model_runner::{DeviceChoice, KvCacheDType, RunnerConfig};
 
 #[derive(Clone, Debug, PartialEq)]
@@ -18,6 +19,8 @@ pub struct Compute {
     pub max_num_batched_tokens: Option<usize>,
     /// Default: `auto`, the types that the file has.
     pub dtype: DType,
+    /// Default: none.
+    pub quantization: Quantization,
     /// Default: `auto`, which follows `dtype`.
     pub kv_cache_dtype: KvCacheDType,
     /// Default: none, which stands for 1 GiB, or on a GPU what `gpu_memory_utilization` leaves beside the weights.
@@ -36,6 +39,7 @@ impl Default for Compute {
             max_num_seqs: None,
             max_num_batched_tokens: None,
             dtype: DType::Auto,
+            quantization: Quantization::None,
             kv_cache_dtype: KvCacheDType::Auto,
             kv_cache_memory: None,
             block_size: 16,
@@ -89,6 +93,7 @@ impl Compute {
         let available = || thread::available_parallelism().map_or(1, usize::from);
         RunnerConfig {
             dtype: self.dtype,
+            quantization: self.quantization,
             kv_cache_dtype: self.kv_cache_dtype,
             kv_cache_memory: self.kv_cache_memory,
             gpu_memory_utilization: self.gpu_memory_utilization,

@@ -10,6 +10,7 @@ use super::syntax::{
 };
 use crate::engine::model::LoadFormat;
 use crate::engine::model::decoder::DType;
+use crate::engine::model::gpu_weights::Quantization;
 use crate::engine::model_runner::{DeviceChoice, KvCacheDType};
 use crate::observability::trace::LogFormat;
 use crate::router::Strategy;
@@ -120,6 +121,8 @@ choice!(KvCacheDType, "auto|float32|float16|bfloat16|fp8" {
     Fp8: "fp8" | "fp8_e4m3",
 });
 
+choice!(Quantization, "none|fp8" { None: "none", Fp8: "fp8" });
+
 choice!(Strategy, "balanced|least-request|least-latency|least-kv-cache|throughput|prefix-cache|random|power-of-two" {
     Balanced: "balanced",
     LeastRequest: "least-request",
@@ -217,6 +220,8 @@ keys! {
             "Fraction of the GPU's memory that this process may use: weights, activations, and the KV pool with what is left.";
         dtype: Choice<DType> => compute.dtype,
             "Number type of the weights in memory, and so of the arithmetic; `auto` is as the file has them.";
+        quantization: Choice<Quantization> => compute.quantization,
+            "What dense projections become on a GPU; `fp8` is E4M3 for weights (a scale a row) and for what they multiply.";
         kv_cache_dtype: Choice<KvCacheDType> => compute.kv_cache_dtype,
             "Number type of the KV cache; `auto` follows `dtype`, and is float16 where that is `auto`.";
         kv_cache_memory | kv_cache_memory_bytes: Auto<Size> => compute.kv_cache_memory,

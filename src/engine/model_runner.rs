@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 
 use super::batch::{LogitsEntry, LogitsRunner, PagedModel, RunnerError};
 use super::model::decoder::{DType, Decoder, DecoderError, Pass};
-use super::model::gpu_weights::GpuLoadError;
+use super::model::gpu_weights::{GpuLoadError, Quantization};
 use super::model::{ModelConfig, TensorSource};
 use crate::types::{Fingerprint, TokenId};
 
@@ -85,6 +85,8 @@ impl FromStr for KvCacheDType {
 #[derive(Clone, Debug)]
 pub struct RunnerConfig {
     pub dtype: DType,
+    /// Of dense weights, on a GPU.
+    pub quantization: Quantization,
     pub kv_cache_dtype: KvCacheDType,
     /// Bytes of the KV pool, rounded down to whole blocks. By default [`CPU_KV_CACHE_MEMORY`], or on a GPU what
     /// `gpu_memory_utilization` leaves beside the weights.
@@ -117,6 +119,8 @@ pub enum RunnerLoadError {
     Device(#[from] DeviceError),
     #[error("kv_cache_dtype {asked} is not for device {device}, which keeps {known}")]
     KvCacheDType { asked: &'static str, device: &'static str, known: &'static str },
+    #[error("quantization fp8 is for device cuda; processors take weights that are quantized in the file")]
+    Quantization,
     #[error("block_size is {0}; 16, 32 or a multiple of 64 is needed")]
     BlockSize(usize),
     #[error("max_model_len is {asked}, more than the {limit} positions of the model")]
@@ -149,6 +153,9 @@ impl CpuModelRunner {
         progress: &dyn Fn(f32),
     ) -> Result<Self, RunnerLoadError> {
         config.check(&model)?;
+        if config.quantization != Quantization::None {
+            return Err(RunnerLoadError::Quantization);
+        }
         let kv_type = config.kv_cache_dtype.on_cpu(config.dtype)?;
         let block_bytes = config.kv_shape(&model, 1).block_bytes(kv_type) as u64;
         let num_blocks = config.num_blocks(config.kv_cache_memory.unwrap_or(CPU_KV_CACHE_MEMORY), block_bytes)?;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use outrigger::engine::model::decoder::DType;
+use outrigger::engine::model::gpu_weights::Quantization;
 use outrigger::engine::model::{LoadFormat, ModelConfig, ModelFiles, TensorSource, TokenizerSource};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
 use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling, ModelRunner};
@@ -55,6 +56,7 @@ impl Setup {
     fn runner(&self, model: &ModelConfig) -> RunnerConfig {
         RunnerConfig {
             dtype: DType::Auto,
+            quantization: Quantization::None,
             kv_cache_dtype: KvCacheDType::Auto,
             kv_cache_memory: Some(self.kv_cache_memory),
             gpu_memory_utilization: 0.9,

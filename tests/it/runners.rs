@@ -4,6 +4,7 @@ use std::path::Path;
 
 use outrigger::engine::LogitsRunner;
 use outrigger::engine::model::decoder::DType;
+use outrigger::engine::model::gpu_weights::Quantization;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
 
@@ -48,6 +49,7 @@ fn load(path: &Path, setup: Setup, kv_cache_memory: u64) -> Box<dyn LogitsRunner
             Numbers::Float32 => DType::Float32,
             Numbers::Default => DType::Auto,
         },
+        quantization: Quantization::None,
         kv_cache_dtype: KvCacheDType::Auto,
         kv_cache_memory: Some(kv_cache_memory),
         gpu_memory_utilization: 0.9,

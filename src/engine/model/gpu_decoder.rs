@@ -12,7 +12,8 @@ use outrigger_kernels::gpu::{Activations, Device, DeviceBuffer, DeviceError, Ele
 use outrigger_kernels::rows::RopeTable;
 
 use super::config::ModelConfig;
-use super::gpu_weights::{Layer, Precision, Products, Weights};
+use super::gpu_products::{Norm, Products};
+use super::gpu_weights::{Layer, Precision, Weights};
 
 /// The largest step.
 #[derive(Clone, Copy, Debug)]
@@ -181,16 +182,16 @@ impl Step<'_> {
         let Self { config, device, layer, scratch, hidden } = self;
         let (num_rows, precision) = (rows.num_rows, scratch.precision);
         let normed = Activations::new(&scratch.normed, precision.activations, num_rows, config.hidden_size);
-        rms_norm(device, *hidden, layer.input_norm.view(), config.rms_norm_eps, normed)?;
         let qkv = Activations::new(&scratch.qkv, precision.activations, num_rows, layer.qkv.rows());
-        scratch.products.store(&layer.qkv, normed, qkv)?;
+        let norm = Norm { weight: layer.input_norm.view(), epsilon: config.rms_norm_eps };
+        scratch.products.store_normed(&layer.qkv, *hidden, norm, normed, qkv)?;
         let queries = Activations::new(&scratch.queries, precision.attention, num_rows, config.query_size());
-        let norm = layer.head_norms.as_ref().map(|(query, key)| HeadNorm {
+        let head_norm = layer.head_norms.as_ref().map(|(query, key)| HeadNorm {
             query: query.view(),
             key: key.view(),
             epsilon: config.rms_norm_eps,
         });
-        rope_append(device, cache, index, rope, norm.as_ref(), rows.positions, rows.slots, qkv, queries)?;
+        rope_append(device, cache, index, rope, head_norm.as_ref(), rows.positions, rows.slots, qkv, queries)?;
         let attended = Activations::new(&scratch.attended, precision.attention, num_rows, config.query_size());
         let DeviceAttention { plan, words, block_tables } = attention;
         let operands = AttentionOperands { cache, layer: index, block_tables, plan: words, queries, out: attended };
@@ -203,9 +204,9 @@ impl Step<'_> {
         let Self { config, device, layer, scratch, hidden } = self;
         let (rows, element) = (hidden.rows, scratch.precision.activations);
         let normed = Activations::new(&scratch.normed, element, rows, config.hidden_size);
-        rms_norm(device, *hidden, layer.post_attention_norm.view(), config.rms_norm_eps, normed)?;
         let gate_up = Activations::new(&scratch.gate_up, element, rows, 2 * config.intermediate_size);
-        scratch.products.store(&layer.gate_up, normed, gate_up)?;
+        let norm = Norm { weight: layer.post_attention_norm.view(), epsilon: config.rms_norm_eps };
+        scratch.products.store_normed(&layer.gate_up, *hidden, norm, normed, gate_up)?;
         let activated = Activations::new(&scratch.activated, element, rows, config.intermediate_size);
         gated_activation(device, config.hidden_act.into(), gate_up, activated)?;
         scratch.products.add(&layer.down, activated, *hidden)

@@ -4,23 +4,37 @@ use std::borrow::Cow;
 
 use half::{bf16, f16};
 use outrigger_kernels::Pool;
-use outrigger_kernels::gpu::gemm::{DenseMatrix, DenseType, Gemm, MatrixError};
-use outrigger_kernels::gpu::quantized::{self, QuantMatrix, QuantMatrixError, QuantizedRows};
-use outrigger_kernels::gpu::{Activations, Device, DeviceBuffer, DeviceError, Element, Output, View, Write, rows};
+use outrigger_kernels::gpu::gemm::{Arithmetic, DenseMatrix, DenseType, MatrixError};
+use outrigger_kernels::gpu::quantized::{self, QuantMatrix, QuantMatrixError};
+use outrigger_kernels::gpu::{Activations, Device, DeviceBuffer, DeviceError, Element, View, rows};
 use outrigger_kernels::matrix::QuantType;
 
 use super::config::ModelConfig;
 use super::decoder::DType;
 use super::expected::expected_tensors;
+use super::gpu_products::Form;
 use super::load::LoadError;
 use super::reader::{EMBEDDINGS, FINAL_NORM, HEAD, LayerNames, TensorReader};
 use super::weights::{RawTensor, TensorSource, TensorType};
+
+/// What becomes of dense projections on their way to the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Quantization {
+    /// They keep their type.
+    #[default]
+    None,
+    /// Weights in eight bits (E4M3) with a scale a row, multiplied by activations that are quantized likewise (W8A8). The
+    /// embeddings and the head stay as they are.
+    Fp8,
+}
 
 /// Number types between the products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Precision {
     /// Of dense weights.
     pub dense: Element,
+    /// Of dense projections.
+    pub quantization: Quantization,
     /// Of activations: that of the weights, or f32 where some are quantized.
     pub activations: Element,
     /// Of queries and attended values, which the tensor cores multiply: always of 16 bits.
@@ -29,7 +43,13 @@ pub struct Precision {
 
 impl Precision {
     /// What `dtype` asks for, given what is stored.
-    pub fn choose(dtype: DType, config: &ModelConfig, tensors: &dyn TensorSource) -> Result<Self, GpuLoadError> {
+    pub fn choose(
+        device: &Device,
+        dtype: DType,
+        quantization: Quantization,
+        config: &ModelConfig,
+        tensors: &dyn TensorSource,
+    ) -> Result<Self, GpuLoadError> {
         let matrices = expected_tensors(config).into_iter().filter(|(_, shape)| shape.len() == 2);
         let mut stored = matrices.filter_map(|(name, _)| tensors.stored_type(&name));
         let first = stored.next();
@@ -42,10 +62,16 @@ impl Precision {
             (DType::Auto, Some(TensorType::F32 | TensorType::BF16)) => Element::BF16,
             (DType::Auto, _) => Element::F16,
         };
+        let has_fp8 = Arithmetic::of(device).supports(device, DenseType::Fp8);
+        match quantization {
+            Quantization::Fp8 if is_quantized => return Err(GpuLoadError::QuantizedTwice),
+            Quantization::Fp8 if !has_fp8 => return Err(GpuLoadError::NoFp8(device.properties().name.clone())),
+            Quantization::Fp8 | Quantization::None => {}
+        }
         // A dtype that is named is one for all weights.
         Ok(match dtype == DType::Auto && is_quantized {
-            true => Self { dense: Element::F16, activations: Element::F32, attention: Element::F16 },
-            false => Self { dense, activations: dense, attention: dense },
+            true => Self { dense: Element::F16, quantization, activations: Element::F32, attention: Element::F16 },
+            false => Self { dense, quantization, activations: dense, attention: dense },
         })
     }
 }
@@ -58,6 +84,10 @@ pub enum GpuLoadError {
     Device(#[from] DeviceError),
     #[error("dtype float32 is not computed on a GPU; use auto, bfloat16 or float16, or device cpu")]
     Float32,
+    #[error("quantization fp8 is for weights of 16 or 32 bits; these are quantized already")]
+    QuantizedTwice,
+    #[error("quantization fp8 needs compute capability 8.9 or later, which {0} has not")]
+    NoFp8(String),
     #[error("{name} cannot be multiplied on a GPU: {source}")]
     Matrix { name: String, source: MatrixError },
     #[error("{name} cannot be packed for a GPU: {source}")]
@@ -91,8 +121,8 @@ pub struct Layer {
 /// One or more stored matrices, whose outputs stand side by side.
 pub struct Projection {
     /// Neighbours of one type are one matrix.
-    parts: Vec<Matrix>,
-    bias: Option<DeviceBuffer<f32>>,
+    pub(super) parts: Vec<Matrix>,
+    pub(super) bias: Option<DeviceBuffer<f32>>,
 }
 
 pub enum Matrix {
@@ -104,6 +134,7 @@ pub enum Matrix {
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Dense(Element),
+    Fp8,
     Quantized(QuantType),
 }
 
@@ -133,11 +164,10 @@ impl Weights {
         device: &Device,
         config: &ModelConfig,
         tensors: &dyn TensorSource,
-        dtype: DType,
+        precision: Precision,
         pool: &Pool,
         progress: &dyn Fn(u64),
     ) -> Result<Self, GpuLoadError> {
-        let precision = Precision::choose(dtype, config, tensors)?;
         let mut loader = Loader { device, config, precision, pool, reader: TensorReader::new(tensors, progress) };
         let embeddings = loader.matrix(EMBEDDINGS)?;
         let layers = (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
@@ -209,7 +239,10 @@ impl Loader<'_> {
     fn projection(&mut self, names: &[String], has_bias: bool) -> Result<Projection, GpuLoadError> {
         let tensors: Vec<_> =
             names.iter().map(|name| self.reader.read(&format!("{name}.weight"))).collect::<Result<_, _>>()?;
-        let parts = self.matrices(&names[0], &tensors)?;
+        let parts = self.matrices(&names[0], &tensors, |kind| match kind {
+            Kind::Dense(_) if self.precision.quantization == Quantization::Fp8 => Kind::Fp8,
+            kind => kind,
+        })?;
         let bias = match has_bias {
             false => None,
             true => Some(DeviceBuffer::from_slice(self.device, &self.reader.biases(names)?)?),
@@ -219,24 +252,40 @@ impl Loader<'_> {
 
     fn matrix(&mut self, name: &str) -> Result<Matrix, GpuLoadError> {
         let tensor = self.reader.read(name)?;
-        let mut matrices = self.matrices(name, &[tensor])?;
+        let mut matrices = self.matrices(name, &[tensor], |kind| kind)?;
         Ok(matrices.remove(0))
     }
 
     /// Neighbours that are multiplied in one type become one matrix.
-    fn matrices(&self, name: &str, tensors: &[RawTensor<'_>]) -> Result<Vec<Matrix>, GpuLoadError> {
-        let kind = |tensor: &RawTensor<'_>| Kind::of(tensor.ty, self.precision);
+    fn matrices(
+        &self,
+        name: &str,
+        tensors: &[RawTensor<'_>],
+        changed: impl Fn(Kind) -> Kind,
+    ) -> Result<Vec<Matrix>, GpuLoadError> {
+        let kind = |tensor: &RawTensor<'_>| changed(Kind::of(tensor.ty, self.precision));
         tensors.chunk_by(|a, b| kind(a) == kind(b)).map(|group| self.upload(name, kind(&group[0]), group)).collect()
     }
 
     fn upload(&self, name: &str, kind: Kind, tensors: &[RawTensor<'_>]) -> Result<Matrix, GpuLoadError> {
         let (rows, cols) = (tensors.iter().map(|tensor| tensor.shape[0]).sum(), tensors[0].shape[1]);
+        let failed = |source| GpuLoadError::Matrix { name: name.to_owned(), source };
         let mut first = 0;
         match kind {
+            Kind::Fp8 => {
+                let mut matrix = DenseMatrix::new(self.device, DenseType::Fp8, rows, cols).map_err(failed)?;
+                for tensor in tensors {
+                    let values = dense_bytes(tensor, self.precision.dense)?;
+                    let unquantized = DeviceBuffer::from_slice(self.device, &values)?;
+                    let part = Activations::new(&unquantized, self.precision.dense, tensor.shape[0], cols);
+                    matrix.quantize_rows(first, part)?;
+                    first += tensor.shape[0];
+                }
+                Ok(Matrix::Dense(matrix))
+            }
             Kind::Dense(element) => {
                 let ty = if element == Element::BF16 { DenseType::BF16 } else { DenseType::F16 };
-                let made = DenseMatrix::new(self.device, ty, rows, cols);
-                let mut matrix = made.map_err(|source| GpuLoadError::Matrix { name: name.to_owned(), source })?;
+                let mut matrix = DenseMatrix::new(self.device, ty, rows, cols).map_err(failed)?;
                 for tensor in tensors {
                     matrix.upload_rows(first, &dense_bytes(tensor, element)?)?;
                     first += tensor.shape[0];
@@ -298,109 +347,14 @@ impl Matrix {
         }
     }
 
-    fn form(&self) -> Form {
+    pub(super) fn form(&self) -> Form {
         match self {
-            Matrix::Dense(matrix) => Form::Dense(matrix.as_rows().element),
+            Matrix::Dense(matrix) => match matrix.ty() {
+                DenseType::F16 => Form::Dense(Element::F16),
+                DenseType::BF16 => Form::Dense(Element::BF16),
+                DenseType::Fp8 => Form::Fp8,
+            },
             Matrix::Quantized(_) => Form::Quantized,
         }
-    }
-}
-
-/// The form in which a matrix takes its input.
-#[derive(Clone, Copy, PartialEq)]
-enum Form {
-    Dense(Element),
-    Quantized,
-}
-
-/// Multiplies, and brings inputs into the forms that matrices take: converted, or quantized to eight bits. A form is made
-/// once for all parts of a projection that take it.
-pub struct Products {
-    device: Device,
-    gemm: Gemm,
-    converted: DeviceBuffer<u8>,
-    quantized: Option<QuantizedRows>,
-}
-
-const HAS_QUANTIZED: &str = "made where there are quantized weights";
-
-impl Products {
-    /// For rows of at most `max_cols`.
-    pub fn new(device: &Device, precision: Precision, max_rows: usize, max_cols: usize) -> Result<Self, DeviceError> {
-        let has_forms = precision.activations == Element::F32;
-        let converted = if has_forms { max_rows * max_cols * Element::F16.bytes() } else { 0 };
-        Ok(Self {
-            device: device.clone(),
-            gemm: Gemm::new(device),
-            converted: DeviceBuffer::new(device, converted)?,
-            quantized: has_forms.then(|| QuantizedRows::new(device, max_rows, max_cols)).transpose()?,
-        })
-    }
-
-    /// `out = x · wᵀ + bias`.
-    pub fn store(&mut self, projection: &Projection, x: Activations, out: Activations) -> Result<(), DeviceError> {
-        self.apply(projection, x, |first, rows| Output::store(out, first, rows))
-    }
-
-    /// `out += x · wᵀ + bias`; `out` is f32.
-    pub fn add(&mut self, projection: &Projection, x: Activations, out: Activations) -> Result<(), DeviceError> {
-        self.apply(projection, x, |first, rows| Output { write: Write::Add, ..Output::store(out, first, rows) })
-    }
-
-    /// One matrix alone.
-    pub fn multiply(&mut self, matrix: &Matrix, x: Activations, out: Output) -> Result<(), DeviceError> {
-        self.prepare(matrix.form(), x)?;
-        self.multiply_prepared(matrix, x, out)
-    }
-
-    fn apply(
-        &mut self,
-        projection: &Projection,
-        x: Activations,
-        output: impl Fn(usize, usize) -> Output,
-    ) -> Result<(), DeviceError> {
-        let mut first = 0;
-        let mut prepared = None;
-        for part in &projection.parts {
-            let out = output(first, part.rows());
-            let out = match &projection.bias {
-                Some(bias) => out.with_bias(bias.slice(first, part.rows())),
-                None => out,
-            };
-            if prepared.replace(part.form()) != Some(part.form()) {
-                self.prepare(part.form(), x)?;
-            }
-            self.multiply_prepared(part, x, out)?;
-            first += part.rows();
-        }
-        Ok(())
-    }
-
-    fn prepare(&mut self, form: Form, x: Activations) -> Result<(), DeviceError> {
-        match form {
-            Form::Dense(element) if element == x.element => Ok(()),
-            Form::Dense(element) => rows::convert(&self.device, x, self.converted(x, element)),
-            Form::Quantized => {
-                let rows = self.quantized.as_mut().expect(HAS_QUANTIZED);
-                rows.quantize(&self.device, x)
-            }
-        }
-    }
-
-    fn multiply_prepared(&mut self, matrix: &Matrix, x: Activations, out: Output) -> Result<(), DeviceError> {
-        match (matrix, matrix.form()) {
-            (Matrix::Dense(matrix), Form::Dense(element)) if element != x.element => {
-                self.gemm.multiply(matrix, self.converted(x, element), out)
-            }
-            (Matrix::Dense(matrix), _) => self.gemm.multiply(matrix, x, out),
-            (Matrix::Quantized(matrix), _) => {
-                let rows = self.quantized.as_ref().expect(HAS_QUANTIZED);
-                quantized::multiply(&self.device, matrix, rows, out)
-            }
-        }
-    }
-
-    fn converted(&self, x: Activations, element: Element) -> Activations {
-        Activations::new(&self.converted, element, x.rows, x.cols)
     }
 }

@@ -11,6 +11,7 @@ mod gguf_source;
 #[cfg(test)]
 mod gguf_tests;
 pub mod gpu_decoder;
+pub mod gpu_products;
 pub mod gpu_weights;
 mod hf_config;
 pub mod load;

@@ -74,7 +74,8 @@ impl GpuModelRunner {
         progress: &dyn Fn(f32),
     ) -> Result<Self, RunnerLoadError> {
         config.check(&model)?;
-        let kv_type = kv_type(config.kv_cache_dtype, Precision::choose(config.dtype, &model, tensors)?)?;
+        let precision = Precision::choose(device, config.dtype, config.quantization, &model, tensors)?;
+        let kv_type = kv_type(config.kv_cache_dtype, precision)?;
         let caps = caps(config, &model);
         let plan = |num_blocks: usize| attention_plan(device, &model, config, kv_type, num_blocks);
         // Heads that cannot be computed are refused before gigabytes are read.
@@ -82,8 +83,8 @@ impl GpuModelRunner {
         let total = tensors.total_bytes().max(1);
         let report = |bytes: u64| progress((bytes as f64 / total as f64).min(1.0) as f32);
         let pool = Arc::new(Pool::new(config.threads));
-        let weights = Weights::load(device, &model, tensors, config.dtype, &pool, &report)?;
-        let fingerprint = fingerprint(device, &model, &weights, config, kv_type);
+        let weights = Weights::load(device, &model, tensors, precision, &pool, &report)?;
+        let fingerprint = fingerprint(device, &model, &weights, kv_type);
         let sampler = DeviceSampler::new(device, model.vocab_size, caps.output_rows, MAX_LOGPROBS)?;
         let mut decoder = GpuDecoder::new(device, model.clone(), weights, caps)?;
         warm_up(device, &mut decoder, warm_up_plan, GpuKvCache::new(device, shape, kv_type)?, config, caps)?;
@@ -343,16 +344,10 @@ fn kv_type(asked: KvCacheDType, precision: Precision) -> Result<GpuKvType, Runne
 }
 
 /// Everything that decides the numbers.
-fn fingerprint(
-    device: &Device,
-    model: &ModelConfig,
-    weights: &Weights,
-    config: &RunnerConfig,
-    kv_type: GpuKvType,
-) -> Fingerprint {
+fn fingerprint(device: &Device, model: &ModelConfig, weights: &Weights, kv_type: GpuKvType) -> Fingerprint {
     let mut digest = Sha256::new();
     digest.update(model.canonical_json());
-    digest.update(config.dtype.name());
+    digest.update(format!("{:?}", weights.precision));
     digest.update(format!("{kv_type:?}"));
     digest.update(GPU_NUMERICS_VERSION.to_le_bytes());
     // Another generation has other matrix instructions, which round differently.

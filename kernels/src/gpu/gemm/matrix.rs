@@ -1,5 +1,6 @@
 //! Dense weights on the device.
 
+use crate::gpu::rows::{Fp8Rows, quantize_fp8};
 use crate::gpu::{Activations, Address, Device, DeviceBuffer, DeviceError, Element, View};
 
 /// Rows start at multiples of this, as the copy engine wants them.
@@ -103,6 +104,16 @@ impl DenseMatrix {
     /// When the weights are of another type, or have no such rows.
     pub fn upload_scales(&mut self, first_row: usize, scales: &[f32]) -> Result<(), DeviceError> {
         self.scales.as_mut().expect("only fp8 weights have scales").upload(first_row, scales)
+    }
+
+    /// Quantizes rows of a wider type to the fp8 rows from `first_row` on, each with the scale of its largest value.
+    ///
+    /// # Panics
+    /// When the weights are of another type, or have no such rows.
+    pub fn quantize_rows(&mut self, first_row: usize, rows: Activations) -> Result<(), DeviceError> {
+        let scales = self.scales.as_ref().expect("only fp8 weights have scales").slice(first_row, rows.rows);
+        let values = self.values.slice(first_row * self.k, rows.rows * self.k);
+        quantize_fp8(self.values.device(), rows, Fp8Rows::new(values, scales, rows.rows, self.k))
     }
 
     /// The weights as rows of an embedding's table, which a tied head shares.
