@@ -198,6 +198,14 @@ impl Gguf {
         let entry = self.header.tensors.get(name).ok_or_else(|| GgufError::NoSuchTensor(name.to_owned()))?;
         Ok(&self.file[entry.range.clone()])
     }
+
+    /// Asks the system to read a tensor from the disk meanwhile; gives its bytes, 0 where there is no such tensor.
+    pub fn read_ahead(&self, name: &str) -> usize {
+        self.header.tensors.get(name).map_or(0, |entry| {
+            self.file.read_ahead(entry.range.clone());
+            entry.range.len()
+        })
+    }
 }
 
 fn read_metadata(reader: &mut Reader<'_>, count: usize) -> Result<BTreeMap<String, Value>, GgufError> {

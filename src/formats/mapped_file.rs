@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
 /// The bytes of a file, paged in as they are read. An empty file maps to no bytes.
@@ -22,6 +22,15 @@ impl MappedFile {
         // hand while it is being loaded ends the process with SIGBUS, as for every program that maps its input.
         let map = unsafe { memmap2::Mmap::map(&file)? };
         Ok(Self { map })
+    }
+
+    /// Asks the system to read these bytes from the disk meanwhile.
+    pub fn read_ahead(&self, range: Range<usize>) {
+        // Advice: what is not taken costs time only. Platforms without it read when the bytes are asked for.
+        #[cfg(unix)]
+        let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
+        #[cfg(not(unix))]
+        let _ = range;
     }
 }
 

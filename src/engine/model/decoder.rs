@@ -145,7 +145,7 @@ impl Decoder {
         if config.head_dim > MAX_HEAD_DIM {
             return Err(DecoderError::HeadDim(config.head_dim));
         }
-        let reader = TensorReader::new(tensors, progress);
+        let reader = TensorReader::new(&config, tensors, progress);
         let mut loader = Loader { reader, dtype, pool: &pool, config: &config };
         let embeddings = loader.matrix(&[EMBEDDINGS], config.hidden_size)?;
         let layers = (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;

@@ -64,6 +64,10 @@ impl TensorSource for DummySource {
         self.shapes.contains_key(name).then_some(self.ty)
     }
 
+    fn read_ahead(&self, _: &str) -> usize {
+        0
+    }
+
     fn total_bytes(&self) -> u64 {
         let elements = |shape: &Vec<usize>| shape.iter().map(|n| *n as u64).product::<u64>();
         self.shapes.values().map(elements).sum::<u64>() * self.element_bytes() as u64

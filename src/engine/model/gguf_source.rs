@@ -68,6 +68,10 @@ impl TensorSource for GgufSource {
         Some(self.gguf.tensors()[&stored.name].ty)
     }
 
+    fn read_ahead(&self, name: &str) -> usize {
+        self.tensors.get(name).map_or(0, |stored| self.gguf.read_ahead(&stored.name))
+    }
+
     fn total_bytes(&self) -> u64 {
         self.total_bytes
     }

@@ -168,7 +168,8 @@ impl Weights {
         pool: &Pool,
         progress: &dyn Fn(u64),
     ) -> Result<Self, GpuLoadError> {
-        let mut loader = Loader { device, config, precision, pool, reader: TensorReader::new(tensors, progress) };
+        let mut loader =
+            Loader { device, config, precision, pool, reader: TensorReader::new(config, tensors, progress) };
         let embeddings = loader.matrix(EMBEDDINGS)?;
         let layers = (0..config.num_hidden_layers).map(|layer| loader.layer(layer)).collect::<Result<_, _>>()?;
         let norm = loader.vector(FINAL_NORM)?;

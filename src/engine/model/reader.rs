@@ -6,6 +6,8 @@ use std::fmt::Write as _;
 use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::xxh3_128;
 
+use super::config::ModelConfig;
+use super::expected::expected_tensors;
 use super::load::LoadError;
 use super::weights::{RawTensor, TensorSource};
 
@@ -41,8 +43,14 @@ impl LayerNames {
     }
 }
 
+/// Bytes that are asked for ahead of what is read. Enough for several files at once, where a model has several.
+const READ_AHEAD: u64 = 2 << 30;
+
 pub(super) struct TensorReader<'a> {
     tensors: &'a dyn TensorSource,
+    /// In about the order in which they are read: those not yet asked for.
+    ahead: std::vec::IntoIter<String>,
+    bytes_ahead: u64,
     progress: &'a dyn Fn(u64),
     bytes: u64,
     digest: Sha256,
@@ -50,11 +58,22 @@ pub(super) struct TensorReader<'a> {
 
 impl<'a> TensorReader<'a> {
     /// `progress` is told the bytes read so far.
-    pub fn new(tensors: &'a dyn TensorSource, progress: &'a dyn Fn(u64)) -> Self {
-        Self { tensors, progress, bytes: 0, digest: Sha256::new() }
+    pub fn new(config: &ModelConfig, tensors: &'a dyn TensorSource, progress: &'a dyn Fn(u64)) -> Self {
+        let names: Vec<String> = expected_tensors(config).into_iter().map(|(name, _)| name).collect();
+        Self { tensors, ahead: names.into_iter(), bytes_ahead: 0, progress, bytes: 0, digest: Sha256::new() }
+    }
+
+    /// Keeps the disk busy while what was read is hashed, converted and copied.
+    fn read_ahead(&mut self) {
+        while self.bytes_ahead < self.bytes + READ_AHEAD
+            && let Some(name) = self.ahead.next()
+        {
+            self.bytes_ahead += self.tensors.read_ahead(&name) as u64;
+        }
     }
 
     pub fn read(&mut self, name: &str) -> Result<RawTensor<'a>, LoadError> {
+        self.read_ahead();
         let tensor = self.tensors.tensor(name)?;
         self.digest.update(name);
         self.digest.update(tensor.ty.name());

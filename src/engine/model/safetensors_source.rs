@@ -62,6 +62,10 @@ impl TensorSource for SafetensorsSource {
         self.files[*file].tensor(name).ok().map(|(ty, _, _)| ty)
     }
 
+    fn read_ahead(&self, name: &str) -> usize {
+        self.tensors.get(name).map_or(0, |file| self.files[*file].read_ahead(name))
+    }
+
     fn total_bytes(&self) -> u64 {
         self.total_bytes
     }

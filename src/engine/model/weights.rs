@@ -29,6 +29,9 @@ pub trait TensorSource: Send + Sync {
     /// The type in which the file has a tensor, `None` where there is no such tensor.
     fn stored_type(&self, name: &str) -> Option<TensorType>;
 
+    /// Asks for a tensor to be read from the disk meanwhile; gives its bytes, 0 for what is not on a disk.
+    fn read_ahead(&self, name: &str) -> usize;
+
     fn contains(&self, name: &str) -> bool {
         self.shape(name).is_some()
     }
