@@ -34,6 +34,13 @@ CALL = {"type": "function", "id": "call12345", "function": {"name": "get_weather
 CONVERSATIONS = {
     "one": [{"role": "user", "content": "Hello  there\n"}],
     "system": [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "Hi"}],
+    "thoughts": [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "<think>\none and one\n</think>\n\n2"},
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "\ntwo and two\n"},
+        {"role": "assistant", "content": "<think>\n\ndone\n</think>\n\n5?"},
+    ],
     "turns": [
         {"role": "user", "content": "1+1?"},
         {"role": "assistant", "content": " 2 "},
@@ -243,6 +250,45 @@ QWEN25 = """{%- if tools %}
 {%- endif %}
 """
 
+# Thoughts stay in the turn that is being answered and are taken out of the turns before it.
+QWEN3 = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}
+{%- endif %}
+{%- set ns = namespace(searching=true, last_question=messages|length - 1) %}
+{%- for message in messages[::-1] %}
+    {%- if ns.searching and message.role == 'user' and message.content is string and not message.content.startswith('<tool_response>') %}
+        {%- set ns.searching = false %}
+        {%- set ns.last_question = messages|length - 1 - loop.index0 %}
+    {%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content if message.content is string else '' %}
+    {%- if message.role == 'assistant' %}
+        {%- set thoughts = '' %}
+        {%- if message.reasoning_content is string %}
+            {%- set thoughts = message.reasoning_content %}
+        {%- elif '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_question and (loop.last or (not loop.last and thoughts)) %}
+            {{- '<|im_start|>assistant\n<think>\n' + thoughts.strip('\n') + '\n</think>\n\n' + content.lstrip('\n') }}
+        {%- else %}
+            {{- '<|im_start|>assistant\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
 # What the families above leave out: Python's way of writing values, generation blocks, loop controls, macros, parts.
 EXTENSIONS = """{%- macro part(p) -%}
     {%- if p.type == 'text' -%}{{ p.text }}{%- else -%}[{{ p.type | upper }}]{%- endif -%}
@@ -271,6 +317,7 @@ TEMPLATES = {
     "llama-3.1": LLAMA31,
     "mistral": MISTRAL,
     "qwen-2.5": QWEN25,
+    "qwen-3": QWEN3,
     "extensions": EXTENSIONS,
 }
 

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
@@ -10,36 +11,37 @@ use super::expected::expected_tensors;
 use super::load::LoadError;
 use super::weights::{RawTensor, TensorSource, TensorType};
 
-/// Values after which those of a tensor repeat, so that a large model takes seconds. A prime: no two rows of a matrix begin
-/// at the same place, and none equals another, before there are so many.
+/// Values after which random ones repeat. A prime: the rows of a matrix begin at as many places before one recurs.
 const PERIOD: usize = (1 << 20) + 7;
 
 /// Projections keep the variance of their input: uniform in ±sqrt(3 / inputs). Norms are one and biases are zero, so
 /// that activations stay in the range of a trained model's and neither overflow nor denormals distort a measurement.
+///
+/// Projections of as many inputs are parts of one periodic stream, each from a place of its own. So the 16 GB of a model of
+/// 8B parameters are read out of little more than its largest matrix, without being made first.
 pub(super) struct DummySource {
     ty: TensorType,
     shapes: BTreeMap<String, Vec<usize>>,
+    /// By the number of inputs.
+    streams: BTreeMap<usize, Stream>,
 }
 
 impl DummySource {
     /// `ty` is a dense type.
     pub fn new(config: &ModelConfig, ty: TensorType) -> Self {
+        Self::of_shapes(expected_tensors(config).into_iter().collect(), ty)
+    }
+
+    fn of_shapes(shapes: BTreeMap<String, Vec<usize>>, ty: TensorType) -> Self {
         assert!(!ty.is_quantized(), "dummy weights are dense");
-        Self { ty, shapes: expected_tensors(config).into_iter().collect() }
-    }
-
-    fn element_bytes(&self) -> usize {
-        self.ty.block_bytes()
-    }
-
-    /// The first `len` values of a tensor, as they are stored.
-    fn stored(&self, mut values: Values, len: usize) -> Vec<u8> {
-        let values = std::iter::repeat_with(|| values.next()).take(len);
-        match self.ty {
-            TensorType::F16 => values.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
-            TensorType::BF16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
-            _ => values.flat_map(f32::to_le_bytes).collect(),
+        let mut streams: BTreeMap<usize, Stream> = BTreeMap::new();
+        for shape in shapes.values() {
+            if let [outputs, inputs] = shape[..] {
+                let stream = streams.entry(inputs).or_insert_with(|| Stream::new(inputs, ty));
+                stream.longest = stream.longest.max(outputs * inputs);
+            }
         }
+        Self { ty, shapes, streams }
     }
 }
 
@@ -47,13 +49,12 @@ impl TensorSource for DummySource {
     fn tensor(&self, name: &str) -> Result<RawTensor<'_>, LoadError> {
         let shape = self.shapes.get(name).ok_or_else(|| LoadError::MissingTensor(name.to_owned()))?;
         let len: usize = shape.iter().product();
-        let period = self.stored(Values::new(name, shape), len.min(PERIOD));
-        let bytes = len * self.element_bytes();
-        let mut data = Vec::with_capacity(bytes);
-        while data.len() < bytes {
-            data.extend_from_slice(&period[..period.len().min(bytes - data.len())]);
-        }
-        Ok(RawTensor { ty: self.ty, shape: shape.clone(), data: Cow::Owned(data) })
+        let data = match shape[..] {
+            [_, inputs] => Cow::Borrowed(self.streams[&inputs].part(name, len)),
+            _ if name.ends_with(".bias") => Cow::Owned(stored(self.ty, std::iter::repeat_n(0.0, len))),
+            _ => Cow::Owned(stored(self.ty, std::iter::repeat_n(1.0, len))),
+        };
+        Ok(RawTensor { ty: self.ty, shape: shape.clone(), data })
     }
 
     fn shape(&self, name: &str) -> Option<&[usize]> {
@@ -70,34 +71,53 @@ impl TensorSource for DummySource {
 
     fn total_bytes(&self) -> u64 {
         let elements = |shape: &Vec<usize>| shape.iter().map(|n| *n as u64).product::<u64>();
-        self.shapes.values().map(elements).sum::<u64>() * self.element_bytes() as u64
+        self.shapes.values().map(elements).sum::<u64>() * self.ty.block_bytes() as u64
     }
 }
 
-/// The values of one tensor: a constant, or a sequence that starts from a hash of the name.
-enum Values {
-    Constant(f32),
-    Random { state: u64, bound: f32 },
+/// Random values for projections of `inputs` inputs, made when the first of them is asked for.
+struct Stream {
+    inputs: usize,
+    ty: TensorType,
+    /// Values of the longest part.
+    longest: usize,
+    stored: OnceLock<Vec<u8>>,
 }
 
-impl Values {
-    fn new(name: &str, shape: &[usize]) -> Self {
-        match shape {
-            [_, inputs] => Values::Random { state: fnv1a(name.as_bytes()), bound: (3.0 / *inputs as f32).sqrt() },
-            _ if name.ends_with(".bias") => Values::Constant(0.0),
-            _ => Values::Constant(1.0),
-        }
+impl Stream {
+    fn new(inputs: usize, ty: TensorType) -> Self {
+        Self { inputs, ty, longest: 0, stored: OnceLock::new() }
     }
 
-    fn next(&mut self) -> f32 {
-        match self {
-            Values::Constant(value) => *value,
-            Values::Random { state, bound } => {
-                // The upper 24 bits are exact in f32: a multiple of 2^-23 in [-1, 1).
-                let unit = (splitmix64(state) >> 40) as f32 * (1.0 / (1 << 23) as f32) - 1.0;
-                unit * *bound
-            }
+    /// `len` values from the place of the tensor `name`.
+    fn part(&self, name: &str, len: usize) -> &[u8] {
+        let start = (fnv1a(name.as_bytes()) % PERIOD as u64) as usize;
+        let bytes = self.ty.block_bytes();
+        &self.stored.get_or_init(|| self.fill())[start * bytes..(start + len) * bytes]
+    }
+
+    /// A period of random values, repeated until the longest part fits behind any place.
+    fn fill(&self) -> Vec<u8> {
+        let mut state = self.inputs as u64;
+        let bound = (3.0 / self.inputs as f32).sqrt();
+        // The upper 24 bits are exact in f32: a multiple of 2^-23 in [-1, 1).
+        let unit = || (splitmix64(&mut state) >> 40) as f32 * (1.0 / (1 << 23) as f32) - 1.0;
+        let period = stored(self.ty, std::iter::repeat_with(unit).map(|unit| unit * bound).take(PERIOD));
+        let bytes = (PERIOD + self.longest) * self.ty.block_bytes();
+        let mut stored = Vec::with_capacity(bytes);
+        while stored.len() < bytes {
+            stored.extend_from_slice(&period[..period.len().min(bytes - stored.len())]);
         }
+        stored
+    }
+}
+
+/// Values as a file has them.
+fn stored(ty: TensorType, values: impl Iterator<Item = f32>) -> Vec<u8> {
+    match ty {
+        TensorType::F16 => values.flat_map(|value| f16::from_f32(value).to_le_bytes()).collect(),
+        TensorType::BF16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
+        _ => values.flat_map(f32::to_le_bytes).collect(),
     }
 }
 
@@ -143,15 +163,16 @@ mod tests {
 
     #[test]
     fn a_large_tensor_repeats_itself_but_no_row_of_it() {
-        let mut source = source(TensorType::BF16);
-        let (name, rows, cols) = ("model.embed_tokens.weight", 600, 4096);
-        source.shapes.insert(name.to_owned(), vec![rows, cols]);
+        let (name, rows, cols) = ("large", 600, 4096);
+        let shapes = BTreeMap::from([(name.to_owned(), vec![rows, cols]), ("small".to_owned(), vec![2, cols])]);
+        let source = DummySource::of_shapes(shapes, TensorType::BF16);
         let tensor = source.tensor(name).unwrap();
         assert_eq!(tensor.data.len(), rows * cols * 2);
         let (first, again) = tensor.data.split_at(PERIOD * 2);
-        assert_eq!(first[..again.len().min(first.len())], again[..again.len().min(first.len())]);
+        assert!(again.starts_with(first));
         let rows: std::collections::BTreeSet<&[u8]> = tensor.data.chunks_exact(cols * 2).collect();
         assert_eq!(rows.len(), 600);
+        assert_eq!(source.tensor("small").unwrap().data.len(), 2 * cols * 2);
         let values = tensor.dequantize().unwrap();
         let variance = values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
         assert!((variance * cols as f32 - 1.0).abs() < 0.01, "variance {variance}");
