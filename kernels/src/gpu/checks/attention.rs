@@ -16,6 +16,7 @@ pub const CHECKS: &[Check] = &[
     Check { name: "attention_long", run: long_sequences },
     Check { name: "attention_cpu", run: against_the_cpu },
     Check { name: "attention_invariance", run: the_same_however_it_is_run },
+    Check { name: "attention_split_invariance", run: the_same_wherever_splits_are_merged },
     Check { name: "attention_copied_blocks", run: copied_blocks },
 ];
 
@@ -156,6 +157,29 @@ fn the_same_however_it_is_run(device: &Device, seed: u64) -> Result<(), CheckFai
             left -= chunk.min(left);
         }
         equal(&what, &rows, &expected)?;
+    }
+    Ok(())
+}
+
+/// Many splits, merged within a tile, within an item, and by the block that finishes last. Enough values are compared that
+/// another order would show through their rounding.
+fn the_same_wherever_splits_are_merged(device: &Device, seed: u64) -> Result<(), CheckFailure> {
+    let mut random = Random::new(seed);
+    let model = Model::random(&mut random, Element::F16, GpuKvType::F16, 64);
+    // More rows than are taken sixteen at a time.
+    let (tokens, last) = (1100 + random.below(200), 70);
+    let sequences = vec![Sequence::random(&mut random, &model, tokens)];
+    let mut harness = Harness::new(device, model, 32, sequences, &mut random)?;
+    harness.append_only(0, tokens - last)?;
+    let expected = harness.step(&[(0, last)], Splitting::Planned)?.remove(0);
+    let chunk = 64 * model.num_kv_heads / model.num_heads;
+    for splitting in [Splitting::Always, Splitting::Never] {
+        harness.rewind(0, last);
+        let mut rows = Vec::new();
+        for first in (0..last).step_by(chunk) {
+            rows.extend(harness.step(&[(0, chunk.min(last - first))], splitting)?.remove(0));
+        }
+        equal(&format!("attention over {tokens} positions, {splitting:?}, {model:?}"), &rows, &expected)?;
     }
     Ok(())
 }

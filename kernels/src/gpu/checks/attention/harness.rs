@@ -220,6 +220,11 @@ impl Harness {
         Ok(())
     }
 
+    /// Forgets a sequence's last tokens, to feed them again.
+    pub fn rewind(&mut self, sequence: usize, tokens: usize) {
+        self.sequences[sequence].fed -= tokens;
+    }
+
     fn entries(&self, feeds: &[(usize, usize)]) -> Vec<AttentionEntry> {
         let (mut first_row, mut table_offset) = (0, 0);
         let mut entries = Vec::new();
