@@ -26,7 +26,7 @@ pub enum Ending {
 pub async fn end(ending: Ending, config: &Config, front: Front, model: LoadedModel, signals: &mut Signals) -> ExitCode {
     match ending {
         Ending::Signal(caught) => after_signal(caught, config, front, model, signals).await,
-        Ending::Failure(reason) => after_failure(&reason, config, front, signals).await,
+        Ending::Failure(reason) => after_failure(&reason, config, front, &model, signals).await,
     }
 }
 
@@ -77,7 +77,7 @@ async fn after_signal(
             tracing::warn!(signal = again.name, "a second signal: ending at once");
             return ExitCode::from(again.exit_code());
         }
-        reason = front.failed() => return after_failure(&reason, config, front, signals).await,
+        reason = front.failed() => return after_failure(&reason, config, front, &model, signals).await,
     };
     model.watchers.cancel();
     let lifecycle = front.health.lifecycle().clone();
@@ -87,10 +87,17 @@ async fn after_signal(
     code
 }
 
-/// The engine is gone. Its streams go on at peers, through this node, or end with an error; the front stays for a while, so
+/// The engine is gone, or no longer to be trusted, and then it is ended here. Its streams go on at peers, through this node, or end with an error; the front stays for a while, so
 /// that probes and scrapers see why.
-async fn after_failure(reason: &str, config: &Config, front: Front, signals: &mut Signals) -> ExitCode {
+async fn after_failure(
+    reason: &str,
+    config: &Config,
+    front: Front,
+    model: &LoadedModel,
+    signals: &mut Signals,
+) -> ExitCode {
     tracing::error!(reason, "the node has failed and will end, to be restarted");
+    model.engine.give_up(reason.to_owned());
     front.admission.close();
     let deadline = Instant::now() + config.process.shutdown_timeout;
     let relayed = async {

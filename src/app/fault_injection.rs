@@ -1,5 +1,5 @@
 //! Faults on request, for drills and tests: `POST /debug/fault {"fault": "hang" | "panic" | "corrupt_weights" |
-//! "nan_logits"}`. The route exists only when `fault_injection` is configured, and asks for an API key like the rest of
+//! "nan_logits" | "device"}`. The route exists only when `fault_injection` is configured, and asks for an API key like the rest of
 //! the API.
 
 use std::sync::{Arc, OnceLock};
@@ -36,6 +36,8 @@ enum FaultRequest {
     CorruptWeights,
     /// Every logit is NaN from now on.
     NanLogits,
+    /// The device reports an error that it does not recover from.
+    Device,
 }
 
 impl From<FaultRequest> for Fault {
@@ -45,6 +47,7 @@ impl From<FaultRequest> for Fault {
             FaultRequest::Panic => Fault::Panic,
             FaultRequest::CorruptWeights => Fault::CorruptWeights,
             FaultRequest::NanLogits => Fault::NanLogits,
+            FaultRequest::Device => Fault::Device,
         }
     }
 }

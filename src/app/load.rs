@@ -14,7 +14,7 @@ use crate::cluster::ModelReport;
 use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, GpuModelRunner, RunnerConfig};
-use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner};
+use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner, OnFailure};
 use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
 use crate::hub::{self, Progress};
 use crate::router::LocalReplica;
@@ -84,6 +84,7 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
             eos_token_ids: eos_token_ids.clone(),
             stop_texts: tokenizer.clone().into(),
             on_step: Some(Box::new(move |time| metrics.engine_step.observe(time.as_secs_f64()))),
+            on_failure: Some(fails_node(health.clone())),
         };
         off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(runner)))?)).await?
     };
@@ -125,6 +126,15 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     health.lifecycle().ready("the model is loaded and gives the same numbers twice")?;
     front.cluster.describe(vec![model]);
     Ok(LoadedModel { name, engine, fingerprint, limits, has_chat_template, watchers })
+}
+
+/// The node has failed as soon as its engine has, and says why.
+fn fails_node(health: Health) -> OnFailure {
+    Box::new(move |failure| {
+        let cause = failure.source.as_ref().map_or_else(|| failure.message.to_string(), |source| source.to_string());
+        // Refused when the node has failed or stopped already.
+        let _ = health.lifecycle().fail(format!("the engine failed: {cause}"));
+    })
 }
 
 /// Runs what blocks or computes where it does not hold up the front.

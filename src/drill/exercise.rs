@@ -11,6 +11,7 @@ pub enum Exercise {
     KillInPrefill,
     Pause,
     EnginePanic,
+    DeviceError,
     EngineHang,
     NanLogits,
     RollingRestart,
@@ -56,12 +57,13 @@ pub enum Clients {
 }
 
 impl Exercise {
-    pub const ALL: [Exercise; 11] = [
+    pub const ALL: [Exercise; 12] = [
         Exercise::Calm,
         Exercise::KillInDecode,
         Exercise::KillInPrefill,
         Exercise::Pause,
         Exercise::EnginePanic,
+        Exercise::DeviceError,
         Exercise::EngineHang,
         Exercise::NanLogits,
         Exercise::RollingRestart,
@@ -77,6 +79,7 @@ impl Exercise {
             Exercise::KillInPrefill => "kill-in-prefill",
             Exercise::Pause => "pause",
             Exercise::EnginePanic => "engine-panic",
+            Exercise::DeviceError => "device-error",
             Exercise::EngineHang => "engine-hang",
             Exercise::NanLogits => "nan-logits",
             Exercise::RollingRestart => "rolling-restart",
@@ -96,6 +99,7 @@ impl Exercise {
             Exercise::KillInDecode | Exercise::KillInPrefill => Injury::Generator(Action::Kill),
             Exercise::Pause => Injury::Generator(Action::Pause),
             Exercise::EnginePanic => Injury::GeneratorFault("panic"),
+            Exercise::DeviceError => Injury::GeneratorFault("device"),
             Exercise::EngineHang => Injury::GeneratorFault("hang"),
             Exercise::NanLogits => Injury::GeneratorFault("nan_logits"),
             Exercise::RollingRestart => Injury::Rolling,

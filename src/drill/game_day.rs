@@ -413,7 +413,7 @@ impl GameDay {
         }
         for &victim in victims {
             let node = &mut self.arena.nodes[victim];
-            if matches!(exercise, Exercise::EnginePanic | Exercise::EntryEnginePanic)
+            if matches!(exercise, Exercise::EnginePanic | Exercise::DeviceError | Exercise::EntryEnginePanic)
                 && let Some(process) = node.process()
             {
                 match process.exit(EXIT_PATIENCE).await {

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
-use super::batch::ModelRunner;
+use super::batch::{ModelRunner, RunnerError};
 use super::block_manager::BlockManager;
 use super::config::Config;
 use super::counters::add;
@@ -68,6 +68,8 @@ pub(super) struct Engine {
     pub(super) pipeline: Pipeline,
     pub(super) shared: Arc<Shared>,
     pub(super) on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+    /// Why no step may be taken any more.
+    broken: Option<RunnerError>,
 }
 
 struct Drain {
@@ -103,6 +105,7 @@ impl Engine {
             steps_since_shrink: 0,
             shared,
             on_step,
+            broken: None,
         }
     }
 
@@ -156,8 +159,16 @@ impl Engine {
         self.runner.spoil();
     }
 
+    /// The device cannot be trusted any more, as somebody else has seen: the next step fails as if it had said so itself.
+    pub(super) fn give_up(&mut self, cause: String) {
+        self.broken = Some(RunnerError::Device(cause));
+    }
+
     /// One step. An error is final: the engine has failed.
     pub(super) fn step(&mut self, now: Instant) -> Result<(), Failure> {
+        if let Some(error) = self.broken.take() {
+            return Err(engine_failed().with_source(error));
+        }
         self.expire(now);
         self.drop_disconnected();
         if !self.is_idle() {

@@ -41,7 +41,11 @@ pub struct EngineParts {
     pub stop_texts: StopTexts,
     /// Called with the duration of every step that had work, on the engine's thread.
     pub on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+    /// Called when the engine has failed, on its thread, before its streams are told.
+    pub on_failure: Option<OnFailure>,
 }
+
+pub type OnFailure = Box<dyn FnOnce(&Failure) + Send>;
 
 /// Limits that follow from the configuration, the model and the pool together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -83,6 +87,8 @@ pub enum Fault {
     CorruptWeights,
     /// Numbers that are none.
     NanLogits,
+    /// The device reports an error that it does not recover from.
+    Device,
 }
 
 /// Reaches the engine; cheap to clone. The engine ends when the last handle and the last stream are gone.
@@ -215,6 +221,13 @@ impl EngineHandle {
         }
     }
 
+    /// Ends every stream as if a step had failed: the device is known to be broken, whatever it still computes. Returns at
+    /// once; an engine that hangs does not listen.
+    pub fn give_up(&self, cause: String) {
+        // An engine that is gone has ended its streams already.
+        let _ = self.commands.send(EngineCommand::GiveUp(cause));
+    }
+
     /// For tests and drills; the caller decides who may.
     pub fn inject_fault(&self, fault: Fault) {
         // An engine that is gone cannot be harmed further.
@@ -269,6 +282,10 @@ impl Drop for CancelOnDrop {
     }
 }
 
+#[derive(Debug, Error)]
+#[error("the engine's thread panicked")]
+struct EnginePanicked;
+
 /// The life of the thread: serve until nobody is left to serve, or until the engine fails; then refuse.
 fn drive(engine: &mut SteppedEngine) {
     let failure = match catch_unwind(AssertUnwindSafe(|| serve(engine))) {
@@ -283,7 +300,7 @@ fn drive(engine: &mut SteppedEngine) {
         }
         Err(panic) => {
             error!(cause = panic_message(panic.as_ref()), "the engine panicked");
-            engine_failed()
+            engine_failed().with_source(EnginePanicked)
         }
     };
     engine.fail(&failure);

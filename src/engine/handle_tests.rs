@@ -8,8 +8,8 @@ use super::fake_runner::FakeModel;
 use super::generation::letters;
 use super::handle::{EngineHandle, EngineParts, Fault, SpawnError, spawn};
 use crate::types::{
-    Backend, ChoiceStart, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
-    RequestId, SamplingParams, TokenId,
+    Backend, ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent,
+    GenerationStream, RequestId, SamplingParams, TokenId,
 };
 
 /// Longer than any test should take; a test that runs into it fails.
@@ -22,6 +22,7 @@ fn parts(config: Config) -> EngineParts {
         eos_token_ids: vec![0],
         stop_texts: letters(),
         on_step: None,
+        on_failure: None,
     }
 }
 
@@ -140,6 +141,29 @@ async fn a_device_that_breaks_fails_the_engine_whether_at_the_launch_or_while_th
         assert!(!failure.message.contains("fake"), "the cause is for the log");
         wait_until("the status says so", || !engine.status().alive).await;
         assert_eq!(engine.counters().generation_tokens, 3, "no step after the one that failed");
+    }
+}
+
+#[tokio::test]
+async fn an_engine_that_is_told_of_a_broken_device_fails_busy_or_idle_and_says_so_once() {
+    for busy in [true, false] {
+        let (told, tells) = std::sync::mpsc::channel();
+        let on_failure = move |failure: &Failure| told.send(failure.source.as_ref().expect("a cause").to_string());
+        let parts = EngineParts {
+            on_failure: Some(Box::new(move |failure| on_failure(failure).expect("the test is here"))),
+            ..parts(Config::default())
+        };
+        let engine = spawn(parts, Box::new(|| Ok(FakeModel { depth: 2, ..slow() }.runner().0))).expect("starts");
+        let stream = busy.then(|| engine.generate(request(&[1], 250)).expect("accepted"));
+        engine.give_up("XID 79".to_owned());
+        engine.give_up("XID 79".to_owned());
+        if let Some(stream) = stream {
+            let GenerationEvent::Failed(failure) = last_event(stream).await else { panic!("the stream fails") };
+            assert_eq!(failure.kind, FailureKind::EngineFailed);
+        }
+        wait_until("the status says so", || !engine.status().alive).await;
+        assert_eq!(tells.recv_timeout(PATIENCE).expect("told"), "the device failed: XID 79");
+        assert!(tells.recv_timeout(PATIENCE).is_err(), "only once");
     }
 }
 

@@ -12,7 +12,7 @@ use tracing::warn;
 use super::batch::ModelRunner;
 use super::engine::{Engine, Serial, Submission};
 use super::generation::EndRules;
-use super::handle::{EngineHandle, EngineLimits, EngineParts, Fault, SpawnError};
+use super::handle::{EngineHandle, EngineLimits, EngineParts, Fault, OnFailure, SpawnError};
 use super::shared::{Clock, Shared};
 use crate::types::{EngineStatus, Failure, GenerationEvent};
 
@@ -27,6 +27,8 @@ pub(super) enum EngineCommand {
         deadline: Instant,
         done: oneshot::Sender<()>,
     },
+    /// The device cannot be trusted any more, for this reason.
+    GiveUp(String),
     InjectFault(Fault),
 }
 
@@ -34,6 +36,7 @@ pub struct SteppedEngine {
     engine: Engine,
     shared: Arc<Shared>,
     commands: Receiver<EngineCommand>,
+    on_failure: Option<OnFailure>,
 }
 
 impl SteppedEngine {
@@ -56,7 +59,7 @@ impl SteppedEngine {
         let (sender, commands) = channel();
         let handle =
             EngineHandle::new(sender, Arc::clone(&shared), limits, parts.config.max_num_requests, parts.fingerprint);
-        Ok((handle, Self { engine, shared, commands }))
+        Ok((handle, Self { engine, shared, commands, on_failure: parts.on_failure }))
     }
 
     /// Nothing is here to compute; what has been asked for since the last step is not seen yet.
@@ -88,6 +91,9 @@ impl SteppedEngine {
     /// The engine has failed: ends every stream, and the handle refuses from now on.
     pub fn fail(&mut self, failure: &Failure) {
         self.end();
+        if let Some(on_failure) = self.on_failure.take() {
+            on_failure(failure);
+        }
         self.engine.fail_all(failure);
         self.commands.try_iter().for_each(|command| refuse(command, failure));
     }
@@ -110,6 +116,8 @@ fn obey(engine: &mut Engine, command: EngineCommand) {
         EngineCommand::Submit(submission) => engine.submit(submission),
         EngineCommand::Cancel(serial) => engine.cancel(serial),
         EngineCommand::Drain { deadline, done } => engine.drain(deadline, done),
+        EngineCommand::GiveUp(cause) => engine.give_up(cause),
+        EngineCommand::InjectFault(Fault::Device) => engine.give_up("as fault injection asks".to_owned()),
         EngineCommand::InjectFault(Fault::Hang(time)) => {
             warn!(?time, "standing still, as fault injection asks");
             thread::sleep(time);

@@ -53,6 +53,11 @@ async fn an_engine_may_panic() {
 }
 
 #[tokio::test]
+async fn a_device_may_break() {
+    exercise(Exercise::DeviceError).await;
+}
+
+#[tokio::test]
 async fn an_engine_may_hang() {
     exercise(Exercise::EngineHang).await;
 }

@@ -103,6 +103,7 @@ pub fn engine_on(
         eos_token_ids: files.eos_token_ids,
         stop_texts: tokenizer.into(),
         on_step: None,
+        on_failure: None,
     };
     engine::spawn(parts, Box::new(move || Ok(runner))).unwrap()
 }

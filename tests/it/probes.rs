@@ -125,6 +125,21 @@ async fn a_panic_fails_every_probe_and_ends_streams_and_process() {
 }
 
 #[tokio::test]
+async fn a_broken_device_fails_the_node_at_once_with_its_reason_and_ends_the_process() {
+    let mut server = RealServer::ready(&["--fault-injection", "--failure-linger", "5s"]).await;
+    let mut stream = server.stream(COMPLETIONS, &completion(2000)).await;
+    stream.chunks(3).await;
+    server.inject(&json!({"fault": "device"})).await;
+    assert_eq!(error_at_the_end(stream).await["code"], "engine_failed");
+    // The node had failed before its streams were told.
+    assert_eq!((server.status("/livez").await, server.status("/readyz").await), (Some(503), Some(503)));
+    assert_eq!(server.metric("outrigger_node_state", "state=\"failed\"").await, 1.0);
+    let reasons = server.get("/livez").await.body["reasons"].to_string();
+    assert!(reasons.contains("the engine failed: the device failed: as fault injection asks"), "{reasons}");
+    assert!(server.exit().await.code().is_some_and(|code| code != 0));
+}
+
+#[tokio::test]
 async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
     let server = RealServer::ready(&["--fault-injection", "--probe-interval", "500ms"]).await;
     server.until("probed", async |server| probes(server, "ok").await >= 2.0).await;

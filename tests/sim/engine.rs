@@ -255,6 +255,7 @@ fn make(size: &EngineSize, caches: bool) -> (EngineHandle, SteppedEngine, Arc<Fa
         eos_token_ids: vec![EOS],
         stop_texts: letters(),
         on_step: None,
+        on_failure: None,
     };
     let (handle, stepped) = SteppedEngine::new(parts, runner, now).expect("the pool is large enough");
     (handle, stepped, faults)
