@@ -15,7 +15,9 @@ use crate::config::Config;
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, GpuModelRunner, RunnerConfig};
 use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner, OnFailure};
-use crate::health::{Health, HostMemory, InferenceProbe, LoadPhase, watch_engine, watch_memory};
+use crate::health::{
+    DeviceProbe, GpuProbe, Health, HostMemory, InferenceProbe, LoadPhase, watch_device, watch_engine, watch_memory,
+};
 use crate::hub::{self, Progress};
 use crate::router::LocalReplica;
 use crate::tokenizer::{self, ChatTemplate, Tokenizer, TokenizerBundle};
@@ -47,6 +49,10 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     });
     let resolved = hub::resolve(&config.hub, &config.process.model, needs_weights, &progress).await?;
     let names = config.process.served_names(&resolved.name);
+    let device_probe = match device.pci_bus_id() {
+        Some(pci_bus_id) => off_runtime(move || Ok(open_probe(&pci_bus_id))).await?,
+        None => None,
+    };
 
     health.set_loading(LoadPhase::LoadingWeights, 0.0);
     let files = {
@@ -71,6 +77,7 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     let ((tokenizer, bundle), runner) = tokio::try_join!(tokenizer, runner)?;
     let (runner, fingerprint) = runner;
     let eos_token_ids = bundle.eos_token_ids.clone();
+    let block_bytes = runner.block_bytes() as u64;
     let room = runner.max_model_len().saturating_sub(config.health.probe_max_tokens as usize);
     let prompt = probe_prompt(&tokenizer, room);
 
@@ -121,11 +128,24 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         tokenizer: bundle.into(),
     });
     tokio::spawn(probe.run(watchers.clone()));
-    // The pool's pages are the kernel's to count once they are touched; free blocks are not subtracted a second time.
-    tokio::spawn(watch_memory(health.clone(), Box::new(HostMemory::detect()), 0, watchers.clone()));
+    tokio::spawn(watch_memory(health.clone(), Box::new(HostMemory::detect()), watchers.clone()));
+    if let Some(probe) = device_probe {
+        tokio::spawn(watch_device(health.clone(), probe, block_bytes, watchers.clone()));
+    }
     health.lifecycle().ready("the model is loaded and gives the same numbers twice")?;
     front.cluster.describe(vec![model]);
     Ok(LoadedModel { name, engine, fingerprint, limits, has_chat_template, watchers })
+}
+
+/// A GPU whose driver cannot be asked is used all the same; its errors then show in steps alone.
+fn open_probe(pci_bus_id: &str) -> Option<Box<dyn DeviceProbe>> {
+    match GpuProbe::open(pci_bus_id) {
+        Ok(probe) => Some(Box::new(probe)),
+        Err(error) => {
+            tracing::warn!(%error, "the GPU's health and memory cannot be watched");
+            None
+        }
+    }
 }
 
 /// The node has failed as soon as its engine has, and says why.

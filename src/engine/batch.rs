@@ -49,6 +49,9 @@ pub trait PagedModel: Send {
     /// Blocks in the pool, numbered from 0.
     fn num_blocks(&self) -> u32;
 
+    /// Bytes of one block, over all layers.
+    fn block_bytes(&self) -> usize;
+
     fn vocab_size(&self) -> usize;
 
     /// Longest sequence, prompt and output together, that the runner can compute.

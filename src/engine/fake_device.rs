@@ -155,6 +155,10 @@ impl<R: PagedModel> PagedModel for FakeDevice<R> {
         self.runner.num_blocks()
     }
 
+    fn block_bytes(&self) -> usize {
+        self.runner.block_bytes()
+    }
+
     fn vocab_size(&self) -> usize {
         self.runner.vocab_size()
     }

@@ -195,6 +195,10 @@ impl PagedModel for FakeRunner {
         self.model.num_blocks
     }
 
+    fn block_bytes(&self) -> usize {
+        self.model.block_size * size_of::<u64>()
+    }
+
     fn vocab_size(&self) -> usize {
         self.model.vocab_size
     }

@@ -69,6 +69,10 @@ impl<R: PagedModel> PagedModel for HostSampling<R> {
         self.runner.num_blocks()
     }
 
+    fn block_bytes(&self) -> usize {
+        self.runner.block_bytes()
+    }
+
     fn vocab_size(&self) -> usize {
         self.runner.vocab_size()
     }

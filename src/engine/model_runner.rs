@@ -189,11 +189,6 @@ impl CpuModelRunner {
     pub fn weight_bytes(&self) -> usize {
         self.decoder.weight_bytes()
     }
-
-    /// Bytes of one KV block.
-    pub fn block_bytes(&self) -> usize {
-        self.cache.shape().block_bytes(self.cache.ty())
-    }
 }
 
 impl RunnerConfig {
@@ -288,6 +283,10 @@ impl PagedModel for CpuModelRunner {
 
     fn num_blocks(&self) -> u32 {
         self.cache.shape().num_blocks as u32
+    }
+
+    fn block_bytes(&self) -> usize {
+        self.cache.shape().block_bytes(self.cache.ty())
     }
 
     fn vocab_size(&self) -> usize {

@@ -1,53 +1,165 @@
-//! The memory of one NVIDIA GPU, asked from the driver through NVML. The library is opened at run time; without it, or
+//! One NVIDIA GPU, asked through the driver's management library (NVML). The library is opened at run time; without it, or
 //! without the device, there is no probe.
+//!
+//! Errors arrive in two ways: as events (XIDs and uncorrectable memory errors) where the driver gives them, and as the
+//! count of uncorrectable memory errors since the driver was loaded, which also tells where it does not.
 
-use nvml_wrapper::Nvml;
+use std::sync::OnceLock;
+
+use nvml_wrapper::bitmasks::device::ThrottleReasons;
+use nvml_wrapper::bitmasks::event::EventTypes;
+use nvml_wrapper::enum_wrappers::device::{EccCounter, MemoryError, TemperatureSensor, TemperatureThreshold};
+use nvml_wrapper::enums::event::XidError;
+use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device, EventSet, Nvml};
 use thiserror::Error;
+use tracing::info;
 
-use super::memory::{MemoryProbe, MemoryProbeError, MemoryReading};
+use super::device::{DeviceFault, DeviceProbe, DeviceProbeError, DeviceReading, TemperatureLimits, Throttle};
+use super::memory::MemoryReading;
+
+/// Events taken at one reading; the others are taken at the next.
+const MAX_EVENTS: usize = 32;
 
 /// A GPU that answered once.
 pub struct GpuProbe {
-    nvml: Nvml,
-    index: u32,
+    device: Device<'static>,
+    /// `None` where the driver gives no events of this device.
+    events: Option<EventSet<'static>>,
+    limits: TemperatureLimits,
+    /// Uncorrectable memory errors that were counted at the last reading.
+    uncorrectable: Option<u64>,
 }
 
 /// Why there is no probe.
 #[derive(Debug, Error)]
 pub enum GpuProbeError {
     #[error("the driver's management library cannot be used: {0}")]
-    Library(nvml_wrapper::error::NvmlError),
-    #[error("GPU {index} is not visible: {message}")]
-    Device { index: u32, message: String },
+    Library(String),
+    #[error("the GPU at {pci_bus_id} is not visible: {message}")]
+    Device { pci_bus_id: String, message: String },
 }
 
 impl GpuProbe {
-    /// `index` counts as the driver does, whatever `CUDA_VISIBLE_DEVICES` says.
-    pub fn open(index: u32) -> Result<Self, GpuProbeError> {
-        let nvml = Nvml::init().map_err(GpuProbeError::Library)?;
-        let mut probe = Self { nvml, index };
+    /// The GPU of this PCI bus id, as the computing side names it: numbers do not agree where some devices are hidden.
+    pub fn open(pci_bus_id: &str) -> Result<Self, GpuProbeError> {
+        let library = library()?;
+        let invisible =
+            |error: NvmlError| GpuProbeError::Device { pci_bus_id: pci_bus_id.to_owned(), message: error.to_string() };
+        let device = library.device_by_pci_bus_id(pci_bus_id).map_err(invisible)?;
+        let limit = |threshold| device.temperature_threshold(threshold).ok();
+        let limits = TemperatureLimits {
+            slowdown: limit(TemperatureThreshold::Slowdown),
+            shutdown: limit(TemperatureThreshold::Shutdown),
+        };
+        let events = listen(library, &device);
+        let uncorrectable = count_uncorrectable(&device);
+        let mut probe = Self { device, events, limits, uncorrectable };
         match probe.read() {
             Ok(_) => Ok(probe),
-            Err(error) => Err(GpuProbeError::Device { index, message: error.to_string() }),
+            Err(error) => Err(GpuProbeError::Device { pci_bus_id: pci_bus_id.to_owned(), message: error.to_string() }),
+        }
+    }
+
+    fn throttles(&self) -> Vec<Throttle> {
+        // What this driver cannot tell does not hold.
+        let reasons = self.device.current_throttle_reasons().unwrap_or(ThrottleReasons::NONE);
+        let flag = |throttle| match throttle {
+            Throttle::HardwareSlowdown => ThrottleReasons::HW_SLOWDOWN,
+            Throttle::HardwareThermal => ThrottleReasons::HW_THERMAL_SLOWDOWN,
+            Throttle::SoftwareThermal => ThrottleReasons::SW_THERMAL_SLOWDOWN,
+            Throttle::PowerBrake => ThrottleReasons::HW_POWER_BRAKE_SLOWDOWN,
+        };
+        Throttle::ALL.into_iter().filter(|&throttle| reasons.contains(flag(throttle))).collect()
+    }
+
+    fn faults(&mut self) -> Result<Vec<DeviceFault>, DeviceProbeError> {
+        let mut faults = Vec::new();
+        if let Some(events) = &self.events {
+            for _ in 0..MAX_EVENTS {
+                match events.wait(0) {
+                    Ok(event) => faults.extend(fault_of(event.event_type, event.event_data)),
+                    Err(NvmlError::Timeout) => break,
+                    Err(error) => return Err(probe_error(&error)),
+                }
+            }
+        }
+        let counted = count_uncorrectable(&self.device);
+        if counted > self.uncorrectable && self.uncorrectable.is_some() {
+            faults.push(DeviceFault::UncorrectableMemory);
+        }
+        self.uncorrectable = counted.or(self.uncorrectable);
+        Ok(faults)
+    }
+}
+
+impl DeviceProbe for GpuProbe {
+    fn read(&mut self) -> Result<DeviceReading, DeviceProbeError> {
+        // Faults first: a device that is about to be lost may still say why.
+        let faults = self.faults()?;
+        let memory = self.device.memory_info().map_err(|error| probe_error(&error))?;
+        Ok(DeviceReading {
+            // What the driver keeps for itself is in nobody's reach, and so in use.
+            memory: MemoryReading { used_bytes: memory.total.saturating_sub(memory.free), total_bytes: memory.total },
+            celsius: self.device.temperature(TemperatureSensor::Gpu).ok(),
+            limits: self.limits,
+            utilization: self.device.utilization_rates().ok().map(|rates| f64::from(rates.gpu) / 100.0),
+            watts: self.device.power_usage().ok().map(|milliwatts| f64::from(milliwatts) / 1000.0),
+            throttles: self.throttles(),
+            faults,
+        })
+    }
+}
+
+/// The library is opened once and stays open: what is asked of it refers to it.
+fn library() -> Result<&'static Nvml, GpuProbeError> {
+    static LIBRARY: OnceLock<Result<Nvml, String>> = OnceLock::new();
+    LIBRARY
+        .get_or_init(|| Nvml::init().map_err(|error| error.to_string()))
+        .as_ref()
+        .map_err(|message| GpuProbeError::Library(message.clone()))
+}
+
+fn listen(library: &'static Nvml, device: &Device<'static>) -> Option<EventSet<'static>> {
+    let wanted = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
+    let given = device.supported_event_types().unwrap_or(EventTypes::empty()) & wanted;
+    if given.is_empty() {
+        info!("the driver reports no error events of this GPU; errors show in steps and counters alone");
+        return None;
+    }
+    let registered = library.create_event_set().map(|set| device.register_events(given, set));
+    match registered {
+        Ok(Ok(events)) => Some(events),
+        Ok(Err(error)) => {
+            info!(%error, "error events of this GPU cannot be had; errors show in steps and counters alone");
+            None
+        }
+        Err(error) => {
+            info!(%error, "error events of this GPU cannot be had; errors show in steps and counters alone");
+            None
         }
     }
 }
 
-impl MemoryProbe for GpuProbe {
-    fn source(&self) -> &'static str {
-        "gpu"
-    }
+/// `None` where the memory has no error correction, or it is off.
+fn count_uncorrectable(device: &Device<'_>) -> Option<u64> {
+    device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).ok()
+}
 
-    fn read(&mut self) -> Result<MemoryReading, MemoryProbeError> {
-        let memory = self.nvml.device_by_index(self.index).and_then(|device| device.memory_info());
-        match memory {
-            Ok(memory) => Ok(MemoryReading { used_bytes: memory.used, total_bytes: memory.total }),
-            Err(error) => Err(MemoryProbeError::Device { index: self.index, message: error.to_string() }),
-        }
+fn fault_of(event: EventTypes, xid: Option<XidError>) -> Option<DeviceFault> {
+    if event.contains(EventTypes::DOUBLE_BIT_ECC_ERROR) {
+        return Some(DeviceFault::UncorrectableMemory);
     }
+    match xid? {
+        XidError::Value(number) => Some(DeviceFault::Xid(Some(number))),
+        XidError::Unknown => Some(DeviceFault::Xid(None)),
+    }
+}
 
-    fn is_compute_device(&self) -> bool {
-        true
+fn probe_error(error: &NvmlError) -> DeviceProbeError {
+    match error {
+        NvmlError::GpuLost | NvmlError::ResetRequired => DeviceProbeError::Lost(error.to_string()),
+        _ => DeviceProbeError::Silent(error.to_string()),
     }
 }
 
@@ -55,16 +167,22 @@ impl MemoryProbe for GpuProbe {
 mod tests {
     use super::*;
 
-    /// Runs with and without a device: without one the error must say why, with one the reading must make sense.
+    /// Runs with and without a driver.
     #[test]
-    fn a_missing_driver_is_an_error_and_a_present_one_answers() {
-        match GpuProbe::open(0) {
-            Ok(mut probe) => {
-                let reading = probe.read().unwrap();
-                assert!(reading.total_bytes > 1 << 30 && reading.used_bytes <= reading.total_bytes, "{reading:?}");
-            }
-            Err(error) => assert!(!error.to_string().is_empty(), "{error:?}"),
-        }
-        assert!(GpuProbe::open(9999).is_err());
+    fn a_device_that_is_not_there_is_an_error_that_says_why() {
+        let error = GpuProbe::open("ffff:ff:1f.0").err().expect("no such device");
+        assert!(error.to_string().len() > 20, "{error}");
+    }
+
+    #[test]
+    fn errors_and_events_keep_their_meaning() {
+        assert!(matches!(probe_error(&NvmlError::GpuLost), DeviceProbeError::Lost(_)));
+        assert!(matches!(probe_error(&NvmlError::ResetRequired), DeviceProbeError::Lost(_)));
+        assert!(matches!(probe_error(&NvmlError::Unknown), DeviceProbeError::Silent(_)));
+        let xid = |xid| fault_of(EventTypes::CRITICAL_XID_ERROR, Some(xid));
+        assert_eq!(xid(XidError::Value(79)), Some(DeviceFault::Xid(Some(79))));
+        assert_eq!(xid(XidError::Unknown), Some(DeviceFault::Xid(None)));
+        assert_eq!(fault_of(EventTypes::DOUBLE_BIT_ECC_ERROR, None), Some(DeviceFault::UncorrectableMemory));
+        assert_eq!(fault_of(EventTypes::CLOCK_CHANGE, None), None);
     }
 }

@@ -23,6 +23,10 @@ pub enum DegradedBy {
     SlowProbe,
     /// Memory is above the mark at which the node's weight shrinks.
     Memory,
+    /// The same of the memory of the device that computes.
+    DeviceMemory,
+    /// The device is throttled, or nearly too hot.
+    Device,
 }
 
 /// Where the node is, and what brought it there.

@@ -1,25 +1,21 @@
-//! How close the node is to running out of memory: the trait behind which the sources stand, the source for a node that
-//! computes on the host, and the marks.
+//! How close the node is to running out of memory: the trait behind which the sources of the host stand, the source itself,
+//! and the marks, which hold for a device's memory as well.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use thiserror::Error;
+use tracing::warn;
 
 /// Where memory is measured.
 pub trait MemoryProbe: Send {
-    /// The label of metrics: `gpu`, `cgroup` or `host`.
+    /// The label of metrics: `cgroup` or `host`.
     fn source(&self) -> &'static str;
 
     fn read(&mut self) -> Result<MemoryReading, MemoryProbeError>;
-
-    /// An unreadable source means that the device is lost, not only that its memory is unknown.
-    fn is_compute_device(&self) -> bool {
-        false
-    }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryReading {
     pub used_bytes: u64,
     pub total_bytes: u64,
@@ -38,8 +34,6 @@ pub enum MemoryProbeError {
     Unreadable { path: String, source: std::io::Error },
     #[error("{path} does not say {what}")]
     Malformed { path: String, what: &'static str },
-    #[error("GPU {index} does not answer: {message}")]
-    Device { index: u32, message: String },
     #[error("{source_name} has not answered for {seconds} s")]
     Silent { source_name: &'static str, seconds: u64 },
 }
@@ -160,6 +154,33 @@ fn read(path: &Path) -> Result<String, MemoryProbeError> {
 
 fn malformed(path: &Path, what: &'static str) -> MemoryProbeError {
     MemoryProbeError::Malformed { path: path.display().to_string(), what }
+}
+
+/// Whose memory it is. A node that computes on a device can run out of either.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum MemoryPlace {
+    Host,
+    Device,
+}
+
+/// What was read of one place's memory last.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct MemoryState {
+    /// Used over total; `None` while it cannot be read.
+    pub(super) pressure: Option<f64>,
+    pub(super) level: MemoryLevel,
+    /// It could not be read, and that was logged.
+    pub(super) is_unreadable: bool,
+}
+
+impl MemoryState {
+    /// What cannot be read is unknown, which is no reason to refuse.
+    pub(super) fn unreadable(&mut self, error: &MemoryProbeError) {
+        if !self.is_unreadable {
+            warn!(%error, "memory cannot be read");
+        }
+        *self = Self { is_unreadable: true, ..Self::default() };
+    }
 }
 
 /// What the pressure calls for.

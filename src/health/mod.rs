@@ -4,6 +4,7 @@
 //! `lifecycle`, the verdicts, the judge of probes, the watch over the engine and the memory marks. Knows no HTTP, and the
 //! engine only as a `Backend`.
 
+pub mod device;
 pub mod engine_watch;
 pub mod gpu_probe;
 pub mod inference_probe;
@@ -12,6 +13,7 @@ pub mod memory;
 mod monitor;
 pub mod verdict;
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -22,13 +24,16 @@ use tracing::{info, warn};
 use crate::observability::Metrics;
 use crate::types::Backend;
 
+use device::TroubleJudge;
+pub use device::{DeviceProbe, DeviceReading};
 use engine_watch::EngineWatch;
+pub use gpu_probe::GpuProbe;
 use inference_probe::ProbeJudge;
 pub use inference_probe::{CalibrationError, InferenceProbe, ProbeOutcome};
 pub use lifecycle::{DegradedBy, InvalidTransition, Lifecycle, NodePhase};
 pub use memory::{HostMemory, MemoryProbe};
-use memory::{MemoryLevel, MemoryMarks, MemoryProbeError, MemoryReading};
-pub use monitor::{watch_engine, watch_memory};
+use memory::{MemoryLevel, MemoryMarks, MemoryPlace, MemoryProbeError, MemoryReading, MemoryState};
+pub use monitor::{watch_device, watch_engine, watch_memory};
 use verdict::{Bounds, EngineView, MemoryView, ProbeView};
 pub use verdict::{HealthSnapshot, Liveness, LoadPhase, LoadProgress, QueueView, Readiness, Reason, Startup};
 
@@ -141,10 +146,10 @@ struct Observed {
     judge: ProbeJudge,
     /// A synthetic inference is under way: the engine has work, whatever it says.
     is_probing: bool,
-    memory: MemoryView,
-    memory_level: MemoryLevel,
-    /// The memory could not be read, and that was logged.
-    memory_is_unreadable: bool,
+    memory: BTreeMap<MemoryPlace, MemoryState>,
+    device_trouble: TroubleJudge,
+    /// Why the device does not answer.
+    device_lost: Option<String>,
 }
 
 impl Health {
@@ -154,9 +159,9 @@ impl Health {
             watch: EngineWatch::default(),
             judge: ProbeJudge::new(&config),
             is_probing: false,
-            memory: MemoryView::default(),
-            memory_level: MemoryLevel::Normal,
-            memory_is_unreadable: false,
+            memory: BTreeMap::new(),
+            device_trouble: TroubleJudge::default(),
+            device_lost: None,
         };
         let lifecycle = Lifecycle::new(metrics.clone());
         let shared = Shared { config, lifecycle, metrics, backend: OnceLock::new(), observed: Mutex::new(observed) };
@@ -207,7 +212,7 @@ impl Health {
             loading: observed.loading,
             engine,
             probe: observed.probe_view(),
-            memory: observed.memory.clone(),
+            memory: observed.memory_view(),
             queue,
             bounds: Bounds {
                 stall_timeout: config.stall_timeout,
@@ -259,12 +264,12 @@ impl Health {
         }
     }
 
-    /// Takes a reading, or the lack of one. `is_device`: the source is the device that computes.
+    /// Takes a reading, or the lack of one. `block_bytes`: size of one KV block of a pool that is reserved in full.
     fn observe_memory(
         &self,
-        reading: Result<MemoryReading, &MemoryProbeError>,
+        place: MemoryPlace,
         source: &'static str,
-        is_device: bool,
+        reading: Result<MemoryReading, &MemoryProbeError>,
         block_bytes: u64,
     ) {
         let Shared { config, lifecycle, metrics, backend, observed } = &*self.shared;
@@ -273,9 +278,13 @@ impl Health {
             status.kv_blocks_total.saturating_sub(status.kv_blocks_used)
         });
         let mut observed = observed.lock();
+        if place == MemoryPlace::Device {
+            observed.device_lost = None;
+        }
+        let state = observed.memory.entry(place).or_default();
         let reading = match reading {
             Ok(reading) => reading,
-            Err(error) => return observed.memory_unreadable(error, is_device),
+            Err(error) => return state.unreadable(error),
         };
         let pressure = reading.pressure(u64::from(free_blocks).saturating_mul(block_bytes));
         metrics.memory_pressure.with([source]).set(pressure);
@@ -284,26 +293,24 @@ impl Health {
             shrink: config.memory_shrink_mark,
             remove: config.memory_removal_mark,
         };
-        let level = marks.level(observed.memory_level, pressure);
-        let text = format!("memory at {:.1} %", pressure * 100.0);
-        if level != observed.memory_level {
+        let level = marks.level(state.level, pressure);
+        if level != state.level {
             if level > MemoryLevel::Normal {
                 warn!(source, pressure, ?level, "memory")
             } else {
                 info!(source, pressure, "memory")
             }
         }
-        observed.memory_level = level;
-        observed.memory_is_unreadable = false;
-        observed.memory = MemoryView {
-            pressure: Some(pressure),
-            above_removal_mark: level == MemoryLevel::Remove,
-            device_lost: None,
+        *state = MemoryState { pressure: Some(pressure), level, is_unreadable: false };
+        let (cause, whose) = match place {
+            MemoryPlace::Host => (DegradedBy::Memory, "memory"),
+            MemoryPlace::Device => (DegradedBy::DeviceMemory, "device memory"),
         };
+        let text = format!("{whose} at {:.1} %", pressure * 100.0);
         if level >= MemoryLevel::Shrink {
-            lifecycle.degrade(DegradedBy::Memory, text);
+            lifecycle.degrade(cause, text);
         } else {
-            lifecycle.recover(DegradedBy::Memory, text);
+            lifecycle.recover(cause, text);
         }
     }
 }
@@ -321,15 +328,12 @@ impl Observed {
         ProbeView { has_passed: self.judge.has_passed(), fault: self.judge.fault().map(str::to_string) }
     }
 
-    /// A device that cannot be asked is lost; a host that cannot is only unknown.
-    fn memory_unreadable(&mut self, error: &MemoryProbeError, is_device: bool) {
-        if !std::mem::replace(&mut self.memory_is_unreadable, true) {
-            warn!(%error, "memory cannot be read");
-        }
-        self.memory.pressure = None;
-        self.memory.above_removal_mark = false;
-        if is_device {
-            self.memory.device_lost = Some(error.to_string());
+    /// The tighter memory counts.
+    fn memory_view(&self) -> MemoryView {
+        MemoryView {
+            pressure: self.memory.values().filter_map(|state| state.pressure).reduce(f64::max),
+            above_removal_mark: self.memory.values().any(|state| state.level == MemoryLevel::Remove),
+            device_lost: self.device_lost.clone(),
         }
     }
 }

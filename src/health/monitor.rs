@@ -1,4 +1,4 @@
-//! The tasks that watch: the engine several times a second, the memory every few seconds.
+//! The tasks that watch: the engine several times a second, the device every second, the host's memory every few.
 
 use std::time::Duration;
 
@@ -7,10 +7,13 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::Health;
-use super::memory::{MemoryProbe, MemoryProbeError, MemoryReading};
+use super::device::{DeviceProbe, DeviceProbeError};
+use super::memory::{MemoryPlace, MemoryProbe, MemoryProbeError};
 
 const ENGINE_INTERVAL: Duration = Duration::from_millis(250);
-/// A driver that has not answered for this long has lost its device.
+/// At most this long passes before an error that the device reports fails the node.
+const DEVICE_INTERVAL: Duration = Duration::from_secs(1);
+/// A source that has not answered for this long does not answer.
 const READ_LIMIT: Duration = Duration::from_secs(10);
 
 /// Fails the node when its engine dies or hangs. End it before the engine is stopped on purpose.
@@ -22,38 +25,66 @@ pub async fn watch_engine(health: Health, shutdown: CancellationToken) {
     }
 }
 
-/// Reads `probe` every `memory_interval`. `block_bytes`: size of one KV block of a pool that is reserved in full.
-pub async fn watch_memory(
-    health: Health,
-    mut probe: Box<dyn MemoryProbe>,
-    block_bytes: u64,
+/// Reads the host's memory every `memory_interval`. A KV pool in it counts by its pages that were touched.
+pub async fn watch_memory(health: Health, probe: Box<dyn MemoryProbe>, shutdown: CancellationToken) {
+    let (every, source) = (health.config().memory_interval, probe.source());
+    let silent = MemoryProbeError::Silent { source_name: source, seconds: READ_LIMIT.as_secs() };
+    watch(
+        probe,
+        every,
+        shutdown,
+        |probe| probe.read(),
+        |reading| {
+            let reading = reading.map_or(Err(&silent), |reading| reading.as_ref().map(|reading| *reading));
+            health.observe_memory(MemoryPlace::Host, source, reading, 0);
+        },
+    )
+    .await;
+}
+
+/// Reads the device. `block_bytes`: size of one KV block of the pool that is reserved in its memory.
+pub async fn watch_device(health: Health, probe: Box<dyn DeviceProbe>, block_bytes: u64, shutdown: CancellationToken) {
+    let every = health.config().memory_interval.min(DEVICE_INTERVAL);
+    let silent = DeviceProbeError::Silent(format!("no answer for {} s", READ_LIMIT.as_secs()));
+    watch(
+        probe,
+        every,
+        shutdown,
+        |probe| probe.read(),
+        |reading| {
+            health.observe_device(reading.map_or(Err(&silent), Result::as_ref), block_bytes);
+        },
+    )
+    .await;
+}
+
+/// Reads `probe` again and again, and reports what it says; `None` when it does not answer in time.
+async fn watch<P: Send + 'static, R: Send + 'static>(
+    mut probe: P,
+    every: Duration,
     shutdown: CancellationToken,
+    read: fn(&mut P) -> R,
+    mut report: impl FnMut(Option<&R>),
 ) {
-    let mut ticks = interval(health.config().memory_interval);
+    let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let (source, is_device) = (probe.source(), probe.is_compute_device());
     while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
         // A driver may block: the read leaves the runtime, and is waited for with a limit.
-        let mut read: JoinHandle<(Box<dyn MemoryProbe>, Result<MemoryReading, MemoryProbeError>)> =
-            tokio::task::spawn_blocking(move || {
-                let reading = probe.read();
-                (probe, reading)
-            });
-        let reading = loop {
-            match shutdown.run_until_cancelled(timeout(READ_LIMIT, &mut read)).await {
+        let mut reading: JoinHandle<(P, R)> = tokio::task::spawn_blocking(move || {
+            let reading = read(&mut probe);
+            (probe, reading)
+        });
+        probe = loop {
+            match shutdown.run_until_cancelled(timeout(READ_LIMIT, &mut reading)).await {
                 None => return,
-                Some(Err(_)) => {
-                    let silent = MemoryProbeError::Silent { source_name: source, seconds: READ_LIMIT.as_secs() };
-                    health.observe_memory(Err(&silent), source, is_device, block_bytes);
-                }
+                Some(Err(_)) => report(None),
                 // The probe panicked; without it nothing more can be read.
                 Some(Ok(Err(_))) => return,
                 Some(Ok(Ok((returned, reading)))) => {
-                    probe = returned;
-                    break reading;
+                    report(Some(&reading));
+                    break returned;
                 }
             }
         };
-        health.observe_memory(reading.as_ref().map(|reading| *reading), source, is_device, block_bytes);
     }
 }

@@ -3,6 +3,7 @@
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use super::device::{DeviceFault, DeviceProbeError, TemperatureLimits, Throttle};
 use super::*;
 use crate::types::{
     EngineStatus, Failure, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
@@ -241,11 +242,8 @@ async fn a_model_that_cannot_repeat_itself_is_not_served() {
     assert!(!health.readiness(QueueView::default()).ready);
 }
 
-/// Reads what the test says.
-struct SimulatedMemory {
-    reading: Arc<Mutex<Option<u64>>>,
-    is_device: bool,
-}
+/// Reads what the test says; nothing is a source that cannot be read.
+struct SimulatedMemory(Arc<Mutex<Option<u64>>>);
 
 impl MemoryProbe for SimulatedMemory {
     fn source(&self) -> &'static str {
@@ -253,45 +251,157 @@ impl MemoryProbe for SimulatedMemory {
     }
 
     fn read(&mut self) -> Result<MemoryReading, MemoryProbeError> {
-        let lost = MemoryProbeError::Device { index: 0, message: "lost".into() };
-        self.reading.lock().map(|used_bytes| MemoryReading { used_bytes, total_bytes: 100 }).ok_or(lost)
-    }
-
-    fn is_compute_device(&self) -> bool {
-        self.is_device
+        let silent = MemoryProbeError::Silent { source_name: "simulated", seconds: 10 };
+        self.0.lock().map(|used_bytes| MemoryReading { used_bytes, total_bytes: 100 }).ok_or(silent)
     }
 }
 
+/// Says what the test says, faults once.
+struct SimulatedDevice(Arc<Mutex<Answer>>);
+
+enum Answer {
+    Reading(DeviceReading),
+    Silent,
+    Lost,
+}
+
+impl DeviceProbe for SimulatedDevice {
+    fn read(&mut self) -> Result<DeviceReading, DeviceProbeError> {
+        match &mut *self.0.lock() {
+            Answer::Reading(reading) => {
+                Ok(DeviceReading { faults: std::mem::take(&mut reading.faults), ..reading.clone() })
+            }
+            Answer::Silent => Err(DeviceProbeError::Silent("a riddle".into())),
+            Answer::Lost => Err(DeviceProbeError::Lost("off the bus".into())),
+        }
+    }
+}
+
+fn using(used_bytes: u64) -> DeviceReading {
+    DeviceReading { memory: MemoryReading { used_bytes, total_bytes: 100 }, ..Default::default() }
+}
+
+/// A ready node that watches a device, and what the device answers. 6 of 10 KV blocks of a byte are free.
+async fn node_with_device(answer: DeviceReading) -> (Node, Arc<Mutex<Answer>>) {
+    let node = Node::start().await;
+    let answer = Arc::new(Mutex::new(Answer::Reading(answer)));
+    let probe = Box::new(SimulatedDevice(answer.clone()));
+    tokio::spawn(watch_device(node.health.clone(), probe, 1, node.shutdown.clone()));
+    (node, answer)
+}
+
+fn pressure(node: &Node) -> Option<f64> {
+    node.health.snapshot(QueueView::default()).memory.pressure
+}
+
+fn state(node: &Node) -> NodeState {
+    node.health.lifecycle().state()
+}
+
 #[tokio::test]
-async fn memory_degrades_then_removes_and_a_lost_device_is_unready() {
+async fn memory_of_the_host_degrades_then_removes_and_is_unknown_when_it_cannot_be_read() {
     let node = Node::start().await;
     let reading = Arc::new(Mutex::new(Some(50)));
-    let set = |value| *reading.lock() = value;
-    let probe = Box::new(SimulatedMemory { reading: reading.clone(), is_device: true });
-    // 6 of 10 blocks are free: 6 bytes of what is used.
-    tokio::spawn(watch_memory(node.health.clone(), probe, 1, node.shutdown.clone()));
-    let pressure = |node: &Node| node.health.snapshot(QueueView::default()).memory.pressure;
-    node.until("measured", |node| pressure(node) == Some(0.44)).await;
-    set(Some(97));
-    node.until("degraded", |node| node.health.lifecycle().state() == NodeState::Degraded).await;
+    let probe = Box::new(SimulatedMemory(reading.clone()));
+    tokio::spawn(watch_memory(node.health.clone(), probe, node.shutdown.clone()));
+    node.until("measured", |node| pressure(node) == Some(0.5)).await;
+    *reading.lock() = Some(91);
+    node.until("degraded", |node| state(node) == NodeState::Degraded).await;
     assert!(node.codes().is_empty(), "91 % shrinks the weight only");
-    set(Some(102));
+    *reading.lock() = Some(96);
     node.until("unready", |node| node.codes() == ["memory"]).await;
-    set(None);
-    node.until("lost", |node| node.codes() == ["device_lost"]).await;
-    set(Some(50));
-    node.until("ready", |node| node.codes().is_empty()).await;
-    node.until("recovered", |node| node.health.lifecycle().state() == NodeState::Ready).await;
-    assert!(node.metrics.prometheus_text().contains("outrigger_memory_pressure_ratio{source=\"simulated\"} 0.44"));
+    *reading.lock() = None;
+    node.until("unknown", |node| pressure(node).is_none()).await;
+    assert!(node.codes().is_empty());
+    *reading.lock() = Some(50);
+    node.until("recovered", |node| state(node) == NodeState::Ready).await;
+    assert!(node.metrics.prometheus_text().contains("outrigger_memory_pressure_ratio{source=\"simulated\"} 0.5"));
 }
 
 #[tokio::test]
-async fn a_host_that_cannot_be_read_is_unknown_and_not_unready() {
-    let node = Node::start().await;
-    let probe = Box::new(SimulatedMemory { reading: Arc::new(Mutex::new(None)), is_device: false });
-    tokio::spawn(watch_memory(node.health.clone(), probe, 1, node.shutdown.clone()));
-    node.until("read", |node| node.health.shared.observed.lock().memory_is_unreadable).await;
-    assert!(node.codes().is_empty());
+async fn memory_of_the_device_counts_without_its_free_blocks_and_the_tighter_one_decides() {
+    let (node, answer) = node_with_device(using(50)).await;
+    let set = |used| *answer.lock() = Answer::Reading(using(used));
+    node.until("measured", |node| pressure(node) == Some(0.44)).await;
+    let host = Box::new(SimulatedMemory(Arc::new(Mutex::new(Some(60)))));
+    tokio::spawn(watch_memory(node.health.clone(), host, node.shutdown.clone()));
+    node.until("both measured", |node| pressure(node) == Some(0.6)).await;
+    set(97);
+    node.until("degraded", |node| state(node) == NodeState::Degraded).await;
+    assert_eq!(node.health.lifecycle().phase().reason, "device memory at 91.0 %");
+    set(102);
+    node.until("unready", |node| node.codes() == ["memory"]).await;
+    *answer.lock() = Answer::Silent;
+    node.until("silent", |node| node.codes() == ["device_lost"]).await;
+    assert_eq!(pressure(&node), Some(0.6), "the host's is known");
+    set(50);
+    node.until("ready", |node| node.codes().is_empty()).await;
+    node.until("recovered", |node| state(node) == NodeState::Ready).await;
+    assert!(node.metrics.prometheus_text().contains("outrigger_memory_pressure_ratio{source=\"gpu\"} 0.44"));
+}
+
+#[tokio::test]
+async fn a_device_that_is_throttled_or_hot_degrades_the_node_until_it_is_not() {
+    let (node, answer) = node_with_device(using(50)).await;
+    let limits = TemperatureLimits { slowdown: Some(87), shutdown: Some(92) };
+    let hot = DeviceReading { celsius: Some(86), limits, watts: Some(650.5), utilization: Some(0.75), ..using(50) };
+    let throttled = DeviceReading { throttles: vec![Throttle::HardwareThermal], ..using(50) };
+    for (reading, reason) in [(hot, "86 °C"), (throttled, "slowed down by its hardware for its temperature")] {
+        *answer.lock() = Answer::Reading(reading);
+        node.until("degraded", |node| state(node) == NodeState::Degraded).await;
+        let phase = node.health.lifecycle().phase();
+        assert!(phase.reason.contains(reason), "{phase:?}");
+        assert!(node.codes().is_empty(), "it is slower, and ready");
+        *answer.lock() = Answer::Reading(using(50));
+        node.until("ready", |node| state(node) == NodeState::Ready).await;
+    }
+    let text = node.metrics.prometheus_text();
+    for line in [
+        "outrigger_device_temperature_celsius{device=\"gpu\"} 86.0",
+        "outrigger_device_power_watts{device=\"gpu\"} 650.5",
+        "outrigger_device_utilization_ratio{device=\"gpu\"} 0.75",
+        "outrigger_device_memory_used_bytes{device=\"gpu\"} 50.0",
+        "outrigger_device_memory_bytes{device=\"gpu\"} 100.0",
+        "outrigger_device_throttled{reason=\"hw_thermal\"} 0.0",
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+}
+
+#[tokio::test]
+async fn faults_of_the_device_fail_the_node_unless_they_are_others() {
+    let (node, answer) = node_with_device(using(50)).await;
+    let report = |fault| *answer.lock() = Answer::Reading(DeviceReading { faults: vec![fault], ..using(50) });
+    let counted = |node: &Node, kind: &str| {
+        node.metrics.prometheus_text().contains(&format!("outrigger_device_errors_total{{kind=\"{kind}\"}} 1"))
+    };
+    report(DeviceFault::Xid(Some(31)));
+    node.until("counted", |node| counted(node, "xid_application")).await;
+    report(DeviceFault::Xid(Some(63)));
+    node.until("counted", |node| counted(node, "xid_notice")).await;
+    assert_eq!(state(&node), NodeState::Ready);
+    report(DeviceFault::Xid(Some(79)));
+    node.until("failed", |node| state(node) == NodeState::Failed).await;
+    assert_eq!(node.health.lifecycle().phase().reason, "the device's driver reports XID 79");
+    assert!(counted(&node, "xid_fatal"));
+    assert!(!node.health.liveness().live && node.codes().contains(&"failed"));
+}
+
+#[tokio::test]
+async fn a_memory_error_and_a_lost_device_fail_the_node_too() {
+    for (answer, reason) in [
+        (Answer::Lost, "the device is lost: off the bus"),
+        (
+            Answer::Reading(DeviceReading { faults: vec![DeviceFault::UncorrectableMemory], ..using(50) }),
+            "the device read memory that it could not correct",
+        ),
+    ] {
+        let (node, current) = node_with_device(using(50)).await;
+        node.until("measured", |node| pressure(node).is_some()).await;
+        *current.lock() = answer;
+        node.until("failed", |node| state(node) == NodeState::Failed).await;
+        assert_eq!(node.health.lifecycle().phase().reason, reason);
+    }
 }
 
 #[test]

@@ -198,6 +198,20 @@ metrics! {
         "Seconds per synthetic inference";
     memory_pressure: GaugeVec<1> = Gauge "outrigger_memory_pressure_ratio" ["source"] []
         "Memory in use over memory available, free KV blocks counted as free";
+    device_temperature: GaugeVec<1> = Gauge "outrigger_device_temperature_celsius" ["device"] []
+        "Temperature of the device that computes";
+    device_utilization: GaugeVec<1> = Gauge "outrigger_device_utilization_ratio" ["device"] []
+        "Share of the last moments in which the device computed anything, as its driver tells";
+    device_memory_used: GaugeVec<1> = Gauge "outrigger_device_memory_used_bytes" ["device"] []
+        "Memory of the device that is taken, the KV pool in full";
+    device_memory: GaugeVec<1> = Gauge "outrigger_device_memory_bytes" ["device"] []
+        "Memory of the device";
+    device_power: GaugeVec<1> = Gauge "outrigger_device_power_watts" ["device"] []
+        "Power that the device draws";
+    device_throttled: GaugeVec<1> = Gauge "outrigger_device_throttled" ["reason"] []
+        "1 while the device is slowed down for this reason (hw_slowdown, hw_thermal, sw_thermal, power_brake)";
+    device_errors: CounterVec<1> = Counter "outrigger_device_errors_total" ["kind"] []
+        "Errors that the device's driver reported, by kind (xid_application, xid_notice, xid_fatal, uncorrectable_memory, lost)";
     placements: CounterVec<1> = Counter "outrigger_placements_total" ["target"] []
         "Requests by where they were first placed (local, peer), or that they were shed";
     placement_retries: Counter = Counter "outrigger_placement_retries_total" [] []
@@ -251,6 +265,9 @@ impl Metrics {
         }
         for kind in FailureKind::ALL {
             metrics.failures.with([kind.label()]);
+        }
+        for kind in ["xid_application", "xid_notice", "xid_fatal", "uncorrectable_memory", "lost"] {
+            metrics.device_errors.with([kind]);
         }
         for target in ["local", "peer", "shed"] {
             metrics.placements.with([target]);
@@ -438,7 +455,17 @@ mod tests {
         metrics.node_state_transitions.with(["ready"]).inc();
         metrics.rejections.with(["queue_full"]).inc();
         metrics.probe_results.with(["ok"]).inc();
-        metrics.memory_pressure.with(["gpu"]).set(0.5);
+        for gauge in [
+            &metrics.memory_pressure,
+            &metrics.device_temperature,
+            &metrics.device_utilization,
+            &metrics.device_memory_used,
+            &metrics.device_memory,
+            &metrics.device_power,
+        ] {
+            gauge.with(["gpu"]).set(0.5);
+        }
+        metrics.device_throttled.with(["hw_thermal"]).set(1.0);
         metrics.failovers.with(["peer_stalled"]).inc();
         metrics.streams_resumed.with(["journal"]).inc();
         metrics.peer_connections_refused.with(["full"]).inc();

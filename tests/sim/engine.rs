@@ -67,6 +67,10 @@ impl PagedModel for FaultyRunner {
         self.inner.num_blocks()
     }
 
+    fn block_bytes(&self) -> usize {
+        self.inner.block_bytes()
+    }
+
     fn vocab_size(&self) -> usize {
         self.inner.vocab_size()
     }

@@ -116,11 +116,6 @@ impl GpuModelRunner {
         self.decoder.weights().bytes()
     }
 
-    /// Bytes of one KV block.
-    pub fn block_bytes(&self) -> usize {
-        self.cache.ty().block_bytes(&self.cache.shape())
-    }
-
     fn capture(&mut self, max_rows: usize) -> Result<Graphs, DeviceError> {
         let Self { device, decoder, cache, sampler, rows, .. } = self;
         Graphs::capture(device, max_rows, |num_rows| {
@@ -232,6 +227,10 @@ impl PagedModel for GpuModelRunner {
 
     fn num_blocks(&self) -> u32 {
         self.cache.shape().num_blocks as u32
+    }
+
+    fn block_bytes(&self) -> usize {
+        self.cache.ty().block_bytes(&self.cache.shape())
     }
 
     fn vocab_size(&self) -> usize {
