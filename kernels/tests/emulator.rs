@@ -214,6 +214,47 @@ fn an_overlapping_kernel_must_wait_for_the_one_before() {
 }
 
 #[test]
+fn what_the_kernel_before_may_still_write_is_out_of_reach() {
+    #[derive(Clone, Copy)]
+    #[repr(C)]
+    struct Early {
+        out: Address,
+        input: Address,
+        reads_early: u32,
+        writes_early: u32,
+    }
+    let overlapping = Launch { overlap: true, ..Launch::new([1, 1, 1], 32) };
+    let run = |device: &Device, input: &DeviceBuffer<f32>, reads_early, writes_early| {
+        let out = poisoned::<f32>(device, 1);
+        let params = Early { out: out.address(), input: input.address(), reads_early, writes_early };
+        launch(device, "emulation_early", overlapping, params).unwrap();
+        out.to_vec().map(|out| out[0])
+    };
+    let produced = |device: &Device| {
+        let (constant, product) = (upload(device, &[3.0f32]), poisoned::<f32>(device, 1));
+        scale(device, &product, &constant, 2.0).unwrap();
+        (constant, product)
+    };
+    for order in ORDERS {
+        let device = ordered(order);
+        let (constant, product) = produced(&device);
+        assert_eq!(run(&device, &product, 0, 0), Ok(6.0), "it waits");
+        scale(&device, &product, &constant, 3.0).unwrap();
+        assert_eq!(run(&device, &constant, 1, 0), Ok(3.0), "no kernel writes it");
+        scale(&device, &product, &constant, 4.0).unwrap();
+        device.synchronize().unwrap();
+        scale(&device, &poisoned(&device, 1), &constant, 5.0).unwrap();
+        assert_eq!(run(&device, &product, 1, 0), Ok(12.0), "the host has waited");
+        for (reads_early, writes_early) in [(1, 0), (0, 1)] {
+            let device = ordered(order);
+            let (_constant, product) = produced(&device);
+            let said = message(run(&device, &product, reads_early, writes_early).map(drop));
+            assert!(said.contains("before grid_dependency_wait"), "{said}");
+        }
+    }
+}
+
+#[test]
 fn work_is_done_when_it_is_waited_for() {
     let device = device();
     let input = upload(&device, &[1.0f32, 2.0, 3.0]);

@@ -12,6 +12,8 @@
 #include <string>
 
 #include "fiber.h"
+#include "ready_queue.h"
+#include "regions.h"
 #include "traps.h"
 
 namespace emulation {
@@ -29,51 +31,13 @@ std::vector<Kernel>& kernels() {
     return all;
 }
 
-class Random {
-public:
-    explicit Random(uint64_t seed) : state_(seed) {}
-    uint64_t next() {
-        state_ += 0x9e3779b97f4a7c15ull;
-        uint64_t z = state_;
-        z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-        z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-        return z ^ (z >> 31);
-    }
-    uint32_t below(uint32_t bound) { return uint32_t(next() % bound); }
-
-private:
-    uint64_t state_;
-};
-
-// Threads that can run. Each is in it at most once.
-class ReadyQueue {
-public:
-    void clear() { head_ = count_ = 0; }
-    bool empty() const { return count_ == 0; }
-    void push(Thread* thread) { at(count_++) = thread; }
-    Thread* pop(Order order, Random& random) {
-        if (order == Order::Shuffled) std::swap(at(0), at(random.below(count_)));
-        count_--;
-        if (order == Order::Backward) return at(count_);
-        Thread* first = threads_[head_];
-        head_ = (head_ + 1) % MAX_BLOCK_THREADS;
-        return first;
-    }
-
-private:
-    Thread*& at(uint32_t i) { return threads_[(head_ + i) % MAX_BLOCK_THREADS]; }
-
-    Thread* threads_[MAX_BLOCK_THREADS];
-    uint32_t head_ = 0, count_ = 0;
-};
-
 // What a thread of the operating system needs to run blocks.
 class Multiprocessor {
 public:
     Multiprocessor();
     ~Multiprocessor();
     // Whether the block ran to its end; else `error` says what went wrong.
-    bool run(const Kernel& kernel, const Launch& launch, Index block);
+    bool run(const Kernel& kernel, const Launch& launch, Index block, bool before_dependency);
 
     void wait_for(const char* what);
     void push(Thread* thread) { ready_.push(thread); }
@@ -193,9 +157,10 @@ void Multiprocessor::prepare_threads() {
     }
 }
 
-bool Multiprocessor::run(const Kernel& kernel, const Launch& launch, Index index) {
+bool Multiprocessor::run(const Kernel& kernel, const Launch& launch, Index index, bool before_dependency) {
     prepare(kernel, launch, index);
     prepare_threads();
+    block.before_dependency = before_dependency;
     error.clear();
     touched = nullptr;
     sigjmp_buf landing;
@@ -398,6 +363,14 @@ void finish_copies(size_t pending) {
     for (size_t& group : thread.copy_groups) group -= end;
 }
 
+void wait_for_dependency() {
+    Block& block = *current->block;
+    block.waited_for_dependency = true;
+    if (!block.before_dependency) return;
+    block.before_dependency = false;
+    reveal_regions(*block.launch);
+}
+
 uint32_t shared_window_address(const void* pointer) {
     const unsigned char* byte = static_cast<const unsigned char*>(pointer);
     const unsigned char* base = current->block->dynamic_shared;
@@ -426,12 +399,13 @@ int64_t outrigger_emulator_find(const char* name, size_t* params_bytes, uint32_t
     return -1;
 }
 
-// Runs one block. When it fails, `message` gets the reason, cut to `capacity` bytes with its final zero, and `touched` the
+// Runs one block; `before_dependency` until a thread of it waits for the kernel before, whose writes are hidden so long. When it fails, `message` gets the reason, cut to `capacity` bytes with its final zero, and `touched` the
 // address that is not the kernel's, where that was it.
-bool outrigger_emulator_run(size_t kernel, const Launch* launch, const uint32_t* block, char* message, size_t capacity, void** touched) {
+bool outrigger_emulator_run(size_t kernel, const Launch* launch, const uint32_t* block, bool before_dependency, char* message,
+                            size_t capacity, void** touched) {
     Multiprocessor& own = own_multiprocessor();
     *touched = nullptr;
-    if (own.run(kernels()[kernel], *launch, {block[0], block[1], block[2]})) return true;
+    if (own.run(kernels()[kernel], *launch, {block[0], block[1], block[2]}, before_dependency)) return true;
     snprintf(message, capacity, "%s", own.error.c_str());
     *touched = own.touched;
     return false;

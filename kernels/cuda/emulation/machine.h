@@ -35,6 +35,20 @@ enum class Order : uint32_t {
     Shuffled,
 };
 
+// Whether kernels have written an allocation since the host last waited for all of them.
+enum class RegionState : uint32_t {
+    // Not yet: its pages are read-only, and the first write to them is noticed.
+    Unwritten,
+    Written,
+    // Written, and out of reach until the kernel waits for those before it.
+    Hidden,
+};
+
+struct Region {
+    uintptr_t start, end;
+    RegionState state;
+};
+
 struct Launch {
     uint32_t grid[3];
     uint32_t block[3];
@@ -44,6 +58,9 @@ struct Launch {
     const void* params;
     // The launch may overlap the one before it, so that every block must wait for that one's end.
     uint32_t overlap;
+    // The allocations, by address.
+    Region* regions;
+    size_t region_count;
 };
 
 struct Kernel {
@@ -149,6 +166,8 @@ struct Block {
     uint32_t threads = 0;
     unsigned char* dynamic_shared = nullptr;
     bool waited_for_dependency = false;
+    // The kernel before may still run, as far as this block knows.
+    bool before_dependency = false;
     std::vector<SharedVariable> shared_variables;
     Barrier barriers[BARRIERS];
     std::map<const void*, TransactionBarrier> transaction_barriers;
@@ -173,6 +192,9 @@ void meet(Party* party, const char* instruction, void* operands, void (*compute)
 
 // Waits at one of the block's barriers until `expected` threads have come.
 void wait_at_barrier(uint32_t id, uint32_t expected, const char* what);
+
+// From here on the block may touch what kernels before it write.
+void wait_for_dependency();
 
 // Poisons a static shared variable when the first thread of a block comes to its declaration.
 void declare_shared(void* address, size_t bytes);

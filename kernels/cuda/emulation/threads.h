@@ -91,6 +91,7 @@ DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) { return emulation::atomic_
 DEVICE uint32_t atomic_min(uint32_t* to, uint32_t x) { return emulation::atomic_extreme<false>(to, x); }
 DEVICE void global_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
-// The emulator runs launches one after another; it does check that a launch that may overlap waits at all.
-DEVICE void grid_dependency_wait() { emulation::current->block->waited_for_dependency = true; }
+// Launches run one after another here. Of a launch that may overlap the one before, one block runs with what earlier kernels
+// wrote out of reach until it waits, and every block must wait.
+DEVICE void grid_dependency_wait() { emulation::wait_for_dependency(); }
 DEVICE void grid_dependency_launch() {}

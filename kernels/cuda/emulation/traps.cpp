@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include "machine.h"
+#include "regions.h"
 
 namespace emulation {
 
@@ -25,6 +26,7 @@ void on_signal(int signal, siginfo_t* what, void*) {
         sigaction(signal, &previous[signal], nullptr);
         return;
     }
+    if (signal == SIGSEGV && allow_first_write(what->si_addr)) return;
     trapped_signal = signal;
     trapped_address = what->si_addr;
     siglongjmp(*trap_landing, 1);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::ptr::null_mut;
 
+use super::native::{Region, RegionState};
 use crate::gpu::{Address, DeviceError, DeviceMemory};
 
 /// As the driver aligns allocations.
@@ -10,6 +11,8 @@ const ALIGNMENT: usize = 256;
 const PAGE: usize = 4096;
 /// Addresses on each side of an allocation that fault: reach of a wrong index that is sure to be noticed.
 const FENCE: usize = 4 << 20;
+/// Larger allocations are not watched for kernels' writes: changing the protection of so many pages takes too long.
+const MAX_WATCHED: usize = 16 << 20;
 /// What memory holds before it is written: NaN as f32, f16, bf16 and e4m3.
 pub const POISON: u8 = 0xff;
 /// What surrounds an allocation on its own pages.
@@ -28,6 +31,8 @@ struct Allocation {
     /// Of the whole mapping, the two fences included.
     mapped: usize,
     bytes: usize,
+    /// What its pages allow, if it is watched.
+    state: Option<RegionState>,
 }
 
 // SAFETY: the mapping is its own.
@@ -69,8 +74,60 @@ impl Memory {
         below.is_some_and(|(start, allocation)| address.0 - start + bytes as u64 <= allocation.bytes as u64)
     }
 
+    /// Lets the host write to a range, by `write`, while kernels' writes to it are watched.
+    pub fn write(&mut self, address: Address, write: impl FnOnce(*mut u8)) {
+        let allocation = self.allocations.range_mut(..=address.0).next_back();
+        let watched = allocation.filter(|(_, it)| it.state == Some(RegionState::Unwritten)).map(|(_, it)| it);
+        if let Some(allocation) = &watched {
+            allocation.protect(libc::PROT_READ | libc::PROT_WRITE);
+        }
+        write(address.0 as *mut u8);
+        if let Some(allocation) = &watched {
+            allocation.protect(libc::PROT_READ);
+        }
+    }
+
+    /// All watched allocations, for a launch. Those that kernels wrote are hidden if the launch may overlap one of these
+    /// kernels.
+    pub fn regions(&mut self, overlaps: bool) -> Vec<Region> {
+        let region = |allocation: &mut Allocation| {
+            if overlaps && allocation.state? == RegionState::Written {
+                allocation.protect(libc::PROT_NONE);
+                allocation.state = Some(RegionState::Hidden);
+            }
+            let (start, bytes) = allocation.pages();
+            Some(Region { start, end: start + bytes, state: allocation.state? })
+        };
+        self.allocations.values_mut().filter_map(region).collect()
+    }
+
+    /// Remembers what the launch wrote, and reveals what it did not get to.
+    pub fn after_launch(&mut self, regions: &[Region]) {
+        let watched = self.allocations.values_mut().filter(|allocation| allocation.state.is_some());
+        for (allocation, region) in watched.zip(regions) {
+            allocation.state = Some(region.state);
+            if region.state == RegionState::Hidden {
+                allocation.protect(libc::PROT_READ | libc::PROT_WRITE);
+                allocation.state = Some(RegionState::Written);
+            }
+        }
+    }
+
+    /// All kernels have ended: whatever they wrote may be read by the next at any time.
+    pub fn settle(&mut self) {
+        for allocation in self.allocations.values_mut() {
+            if allocation.state == Some(RegionState::Written) {
+                allocation.protect(libc::PROT_READ);
+                allocation.state = Some(RegionState::Unwritten);
+            }
+        }
+    }
+
     /// Says where an address is that a kernel may not touch.
     pub fn describe(&self, address: u64) -> String {
+        if self.contains(Address(address), 1) {
+            return "which kernels before it may read or write, before grid_dependency_wait".to_owned();
+        }
         let below = self.allocations.range(..=address).next_back();
         let beyond = below.map(|(start, it)| (address - start - it.bytes as u64, it.bytes));
         let above = self.allocations.range(address..).next();
@@ -84,13 +141,9 @@ impl Memory {
         }
     }
 
-    /// Says what has been written that belongs to nobody, since the last call.
+    /// Says what has been written that belongs to nobody.
     pub fn take_damage(&mut self) -> Option<String> {
-        let live = self.allocations.values_mut().find_map(|allocation| {
-            let damage = allocation.damage();
-            allocation.guard();
-            damage
-        });
+        let live = self.allocations.values().find_map(Allocation::damage);
         self.damage.take().or(live)
     }
 }
@@ -113,11 +166,27 @@ impl Allocation {
             }
             mapping.cast::<u8>()
         };
-        let mut allocation = Self { mapping, mapped, bytes };
+        let mut allocation = Self { mapping, mapped, bytes, state: None };
         allocation.guard();
         // SAFETY: the allocation's own bytes.
         unsafe { (allocation.address().0 as *mut u8).write_bytes(POISON, bytes) };
+        if bytes <= MAX_WATCHED {
+            allocation.protect(libc::PROT_READ);
+            allocation.state = Some(RegionState::Unwritten);
+        }
         Some(allocation)
+    }
+
+    /// The pages between the fences: address and bytes.
+    fn pages(&self) -> (usize, usize) {
+        (self.mapping as usize + FENCE, self.mapped - 2 * FENCE)
+    }
+
+    fn protect(&self, access: i32) {
+        let (start, bytes) = self.pages();
+        // SAFETY: its own pages.
+        let result = unsafe { libc::mprotect(start as *mut libc::c_void, bytes, access) };
+        assert_eq!(result, 0, "the protection of mapped pages can be changed");
     }
 
     /// As near to the fence behind it as its alignment allows.

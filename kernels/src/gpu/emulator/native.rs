@@ -11,6 +11,22 @@ use crate::gpu::emulator::ThreadOrder;
 /// Bytes of the message about a fault, with its final zero.
 const MESSAGE_BYTES: usize = 2048;
 
+/// An allocation, as `emulation::Region`.
+#[repr(C)]
+pub struct Region {
+    pub start: usize,
+    pub end: usize,
+    pub state: RegionState,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum RegionState {
+    Unwritten,
+    Written,
+    Hidden,
+}
+
 /// As `emulation::Launch`.
 #[repr(C)]
 struct NativeLaunch {
@@ -21,9 +37,11 @@ struct NativeLaunch {
     seed: u64,
     params: *const u8,
     overlap: u32,
+    regions: *mut Region,
+    region_count: usize,
 }
 
-// SAFETY: the parameters are only read while a launch runs.
+// SAFETY: the parameters are only read while a launch runs, and the states of regions are changed atomically.
 unsafe impl Sync for NativeLaunch {}
 
 unsafe extern "C" {
@@ -33,6 +51,7 @@ unsafe extern "C" {
         kernel: usize,
         launch: *const NativeLaunch,
         block: *const u32,
+        before_dependency: bool,
         message: *mut c_char,
         capacity: usize,
         touched: *mut usize,
@@ -68,17 +87,20 @@ impl NativeKernel {
         Some(Self { index: usize::try_from(index).ok()?, params_bytes, max_threads })
     }
 
-    /// Runs all blocks.
+    /// Runs all blocks. Where something in `regions` is hidden, the first one runs alone until it waits for earlier
+    /// kernels, which reveals it.
     ///
     /// # Safety
-    /// `params` are the kernel's argument, and all addresses in it are valid.
+    /// `params` are the kernel's argument, and all addresses in it are valid; `regions` are the allocations in order.
     pub unsafe fn run(
         &self,
         launch: &Launch,
         params: &[u8],
+        regions: &mut [Region],
         order: ThreadOrder,
         pool: Option<&Pool>,
     ) -> Result<(), KernelFault> {
+        let hides = regions.iter().any(|region| region.state == RegionState::Hidden);
         let params = AlignedBytes::new(params);
         let (order_number, seed) = match order {
             ThreadOrder::Forward => (0, 0),
@@ -93,35 +115,48 @@ impl NativeKernel {
             seed,
             params: params.as_ptr(),
             overlap: u32::from(launch.overlap),
+            regions: regions.as_mut_ptr(),
+            region_count: regions.len(),
         };
         let blocks: usize = launch.grid.iter().map(|extent| *extent as usize).product();
         let failed = AtomicBool::new(false);
         let fault = Mutex::new(KernelFault::default());
-        let run = |step: usize| {
+        let run = |step: usize, before_dependency: bool| {
             if failed.load(Ordering::Relaxed) {
                 return;
             }
             let block = unravel(place(step, blocks, order), launch.grid);
-            if let Err(found) = self.run_block(&native, block)
+            if let Err(found) = self.run_block(&native, block, before_dependency)
                 && !failed.swap(true, Ordering::Relaxed)
             {
                 *fault.lock().expect("nobody panics while setting it") = found;
             }
         };
+        let alone = usize::from(hides);
+        (0..alone).for_each(|step| run(step, true));
         match pool {
-            Some(pool) if blocks > 1 => pool.run(blocks, &run),
-            _ => (0..blocks).for_each(run),
+            Some(pool) if blocks > 1 => pool.run(blocks - alone, &|step| run(alone + step, false)),
+            _ => (alone..blocks).for_each(|step| run(step, false)),
         }
         if failed.into_inner() { Err(fault.into_inner().expect("as above")) } else { Ok(()) }
     }
 
-    fn run_block(&self, launch: &NativeLaunch, block: [u32; 3]) -> Result<(), KernelFault> {
+    fn run_block(&self, launch: &NativeLaunch, block: [u32; 3], before_dependency: bool) -> Result<(), KernelFault> {
         let mut touched = 0;
         let mut message = [0u8; MESSAGE_BYTES];
         let text = message.as_mut_ptr().cast();
         // SAFETY: the caller of `run` vouches for the parameters; the message has room for `MESSAGE_BYTES`.
-        let ran =
-            unsafe { outrigger_emulator_run(self.index, launch, block.as_ptr(), text, MESSAGE_BYTES, &mut touched) };
+        let ran = unsafe {
+            outrigger_emulator_run(
+                self.index,
+                launch,
+                block.as_ptr(),
+                before_dependency,
+                text,
+                MESSAGE_BYTES,
+                &mut touched,
+            )
+        };
         if ran {
             return Ok(());
         }

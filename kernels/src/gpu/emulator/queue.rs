@@ -36,6 +36,8 @@ unsafe impl Send for Operation {}
 #[derive(Default)]
 pub struct Queue {
     operations: VecDeque<Operation>,
+    /// The operation done last was a kernel.
+    last_was_launch: bool,
 }
 
 impl Queue {
@@ -52,6 +54,7 @@ impl State {
     /// Does all that is queued.
     pub fn run_all(&mut self) -> Result<(), DeviceError> {
         while self.run_next()? {}
+        self.memory.settle();
         self.check_alive()
     }
 
@@ -60,6 +63,9 @@ impl State {
         while self.events[event].reached != self.events[event].recorded {
             let any = self.run_next()?;
             assert!(any, "a record that was not reached is in the queue");
+        }
+        if self.queue.operations.is_empty() {
+            self.memory.settle();
         }
         self.check_alive()
     }
@@ -74,6 +80,9 @@ impl State {
             self.lost = Some(error.clone());
             return Err(error);
         }
+        if !matches!(operation, Operation::Record { .. }) {
+            self.queue.last_was_launch = matches!(operation, Operation::Launch { .. });
+        }
         Ok(true)
     }
 
@@ -87,7 +96,7 @@ impl State {
                 };
                 self.check_range("upload", *to, bytes)?;
                 // SAFETY: as the caller says.
-                unsafe { target(to).copy_from_nonoverlapping(from, bytes) };
+                self.memory.write(*to, |to| unsafe { to.copy_from_nonoverlapping(from, bytes) });
             }
             Operation::Download { to, from, bytes } => {
                 self.check_range("download", *from, *bytes)?;
@@ -98,20 +107,23 @@ impl State {
                 self.check_range("copy", *from, *bytes)?;
                 self.check_range("copy", *to, *bytes)?;
                 // SAFETY: as the caller says.
-                unsafe { target(to).copy_from_nonoverlapping(target(from), *bytes) };
+                self.memory.write(*to, |to| unsafe { to.copy_from_nonoverlapping(target(from), *bytes) });
             }
             Operation::Fill { to, byte, bytes } => {
                 self.check_range("fill", *to, *bytes)?;
                 // SAFETY: as the caller says.
-                unsafe { target(to).write_bytes(*byte, *bytes) };
+                self.memory.write(*to, |to| unsafe { to.write_bytes(*byte, *bytes) });
             }
             Operation::Launch { fails: true, .. } | Operation::Fail => {
                 return Err(failed("launch", "a fault that a test asked for"));
             }
             Operation::Launch { kernel, launch, params, fails: false } => {
+                // Copies are never overlapped, only kernels by kernels.
+                let mut regions = self.memory.regions(launch.overlap && self.queue.last_was_launch);
                 // SAFETY: as the caller says.
-                unsafe { kernel.run(launch, params, self.order, self.pool.as_ref()) }
-                    .map_err(|fault| failed("launch", self.describe(&fault)))?;
+                let result = unsafe { kernel.run(launch, params, &mut regions, self.order, self.pool.as_ref()) };
+                self.memory.after_launch(&regions);
+                result.map_err(|fault| failed("launch", self.describe(&fault)))?;
             }
             Operation::Record { event, record } => {
                 let event = &mut self.events[*event];
