@@ -343,7 +343,7 @@ void declare_shared(void* address, size_t bytes) {
     block.shared_variables.push_back({address, bytes});
 }
 
-// What the instruments of the other headers need of the block.
+// What the instructions in the headers beside this need of the block.
 
 void finish_copies(size_t pending) {
     Thread& thread = *current;

@@ -1,3 +1,4 @@
+// Opens allocations to the kernels that first write them, and hidden ones to a kernel that has waited.
 #include "regions.h"
 
 #include <sys/mman.h>

@@ -1,3 +1,4 @@
+// The signals of faulting kernels, and the functions that compiled-in checks call.
 #include "traps.h"
 
 #include <signal.h>
