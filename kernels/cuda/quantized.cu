@@ -6,86 +6,43 @@
 #include "quantized.cuh"
 
 constexpr uint32_t THREADS = SPANS * WARP;
-// Groups whose absolute values are all at most this large count as zero, as on the CPU.
-constexpr float NEGLIGIBLE = 1e-30f;
 
 // ---- activations
 
 struct QuantizeParams {
-    const void* x;    // [rows, cols]
-    uint8_t* quants;  // [pairs, tiles of 8 rows, 32 lanes, 16 bytes]: per group inputs 4t … and 4t + 16 … of row g
-    float* scales;    // [pairs, tiles, 4, 2 groups, 2 rows]: rows 2t and 2t + 1
-    float* sums;      // the same: scale * sum of the group's quants
-    uint32_t rows, cols, pairs;
+    const void* x;  // [rows, cols]
+    QuantizedTarget out;
+    uint32_t rows, cols;
 };
 
-struct Group {
-    uint32_t words[2];
-    float scale, sum;
-};
-
-// A row's group over four lanes, eight inputs a lane, rounded as on the CPU. A value that is not finite makes the scale NaN,
-// so that it reaches the logits.
-DEVICE Group quantize_group(const float (&x)[2][4]) {
-    uint32_t largest = 0;
-    UNROLL
-    for (uint32_t i = 0; i < 8; i++) {
-        uint32_t bits = float_as_uint(x[i / 4][i % 4]) & 0x7fffffffu;
-        largest = bits > largest ? bits : largest;
-    }
-    UNROLL
-    for (uint32_t offset = 1; offset <= 2; offset *= 2) {
-        uint32_t other = shuffle_xor(largest, offset);
-        largest = other > largest ? other : largest;
-    }
-    bool finite = largest < 0x7f800000u;
-    float max = uint_as_float(largest);
-    float inverse = finite && max > NEGLIGIBLE ? divide(127.0f, max) : 0.0f;
-    Group group{{0, 0}, finite ? divide(max, 127.0f) : uint_as_float(0x7fffffff), 0.0f};
-    int32_t sum = 0;
-    UNROLL
-    for (uint32_t i = 0; i < 8; i++) {
-        int32_t quant = finite ? int32_t(round_even(x[i / 4][i % 4] * inverse)) : 0;
-        group.words[i / 4] |= (uint32_t(quant) & 0xff) << (8 * (i % 4));
-        sum += quant;
-    }
-    sum += shuffle_xor(sum, 1);
-    sum += shuffle_xor(sum, 2);
-    group.sum = group.scale * float(sum);
-    return group;
-}
-
-// A warp for each tile and pair.
+// A warp for each tile and pair, four lanes for each row.
 template <typename T>
 DEVICE void quantize_rows(const QuantizeParams& p) {
     grid_dependency_launch();
     grid_dependency_wait();
-    uint32_t pair = blockIdx.x * SPANS + warp();
-    if (pair >= p.pairs) return;
-    uint32_t g = lane() / 4, t = lane() % 4, row = blockIdx.y * TILE_ROWS + g;
+    uint32_t pair = blockIdx.x * SPANS + warp(), tile = blockIdx.y;
+    if (pair >= p.out.pairs) return;
+    uint32_t t = lane() % 4, row = tile * TILE_ROWS + lane() / 4;
     bool valid = row < p.rows;
     const T* from = static_cast<const T*>(p.x) + size_t(valid ? row : 0) * p.cols;
-    Group groups[2];
+    Group<2> groups[2];
     UNROLL
     for (uint32_t i = 0; i < 2; i++) {
         uint32_t at = (2 * pair + i) * GROUP;
-        float x[2][4] = {};
-        // The last pair may lack its second group, which counts as zeros.
+        float x[8] = {};
         if (valid && at < p.cols) {
-            load4(from + at + 4 * t, x[0]);
-            load4(from + at + 4 * t + 16, x[1]);
+            float low[4], high[4];
+            load4(from + at + 4 * t, low);
+            load4(from + at + 4 * t + 16, high);
+            UNROLL
+            for (uint32_t k = 0; k < 4; k++) x[k] = low[k], x[k + 4] = high[k];
         }
-        groups[i] = quantize_group(x);
+        groups[i] = quantize_group<2>(x);
     }
     if (!valid) return;
-    size_t index = size_t(pair) * gridDim.y + blockIdx.y;
-    *reinterpret_cast<Bytes16*>(p.quants + (index * WARP + lane()) * 16) =
+    *reinterpret_cast<Bytes16*>(p.out.quants + lane_index(p.out, pair, tile, lane()) * 16) =
         Bytes16{groups[0].words[0], groups[0].words[1], groups[1].words[0], groups[1].words[1]};
-    if (t < 2) {
-        size_t to = (index * 4 + g / 2) * 4 + 2 * t + g % 2;
-        p.scales[to] = t ? groups[1].scale : groups[0].scale;
-        p.sums[to] = t ? groups[1].sum : groups[0].sum;
-    }
+    if (t < 2) put_factors(p.out, row, 2 * pair + t, t ? groups[1].scale : groups[0].scale, t ? groups[1].sum : groups[0].sum);
 }
 
 KERNEL(quantize_rows_f32, QuantizeParams, THREADS) { quantize_rows<float>(p); }

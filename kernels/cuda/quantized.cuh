@@ -1,24 +1,22 @@
-// What the products with GGUF-quantized weights share: formats, fragments, and the arithmetic. Exact integers within a group of 32 inputs, fused multiply-adds over groups. The
-// CPU's are in kernels/src/matrix/quantized.rs, and the arithmetic of a group is the same; its packing for the device is
-// kernels/src/gpu/quantized/packing.rs.
+// What the products with GGUF-quantized weights share: formats, fragments and the arithmetic. Integers are exact within a
+// group of 32 inputs, and groups are added by fused multiply-adds. The CPU's are in kernels/src/matrix/quantized.rs, with the
+// same arithmetic of a group; the packing for the device is kernels/src/gpu/quantized/packing.rs.
 //
 // The weights stand in tiles of sixteen output features, and within a tile pair by pair of groups, the way the matrix
 // instruction takes them: with g = lane / 4 and t = lane % 4, a lane has inputs 4t … 4t + 3 and 4t + 16 … 4t + 19 of
 // features g and g + 8. So a warp reads every pair as whole lines and has its fragments in registers, without shared memory.
-// Quantized activations stand the same way, in tiles of eight rows.
+// Quantized activations stand the same way, see quantize.cuh.
 //
 // One output is summed thus: the pairs are cut into SPANS runs of equal length (the last ones may be short or empty);
-// within a run groups are added in order, and then the runs in order. Neither depends on the number of rows nor on the kernel. The CPU adds
-// all groups in order: that chain would leave one warp to sixteen features, too few for the memory's latency. A sum in
-// another order differs by at most about 2 * groups * 2^-24 of the sum of its terms' absolute values, and typically by
-// 1e-7 of the result's norm.
+// within a run groups are added in order, and then the runs in order. Neither depends on the number of rows nor on the
+// kernel. The CPU adds all groups in order: that chain would leave one warp to sixteen features, too few for the memory's
+// latency. A sum in another order differs by at most about 2 * groups * 2^-24 of the sum of its terms' absolute values, and
+// typically by 1e-7 of the result's norm.
 #pragma once
 
-#include "elements.cuh"
+#include "quantize.cuh"
 
-constexpr uint32_t GROUP = 32;
 constexpr uint32_t TILE_FEATURES = 16;
-constexpr uint32_t TILE_ROWS = 8;
 constexpr uint32_t SPANS = 8;
 
 // Integers from -2^22 to 2^22 - 1 added to these bits are the bits of a float that is as much larger than INTEGER_ORIGIN.

@@ -1,12 +1,7 @@
-// Operations on activation rows, each row for itself: embedding, RMSNorm, gated activations, conversions. The CPU's are in
+// Operations on activation rows, each row for itself: embedding, gated activations, conversions (RMSNorm is in norm.cu). The CPU's are in
 // kernels/src/rows.rs. Rows have a multiple of eight elements and no gaps, so that every access is 16 (or 8) bytes wide.
-//
-// A row's arithmetic depends on its length alone: one block takes a row, thread t the vectors t, t + 256, …, and sums go
-// through the prelude's trees.
-#include "elements.cuh"
-
-constexpr uint32_t ROW_THREADS = 256;
-constexpr uint32_t ROW_WARPS = ROW_THREADS / WARP;
+#include "quantize.cuh"
+#include "rows.cuh"
 
 // ---- embedding
 
@@ -56,154 +51,6 @@ KERNEL(next_tokens, NextTokensParams, ROW_THREADS) {
     uint32_t source = p.sources[row];
     if (source < p.num_sampled) p.tokens[row] = p.sampled[source];
 }
-
-// ---- RMSNorm
-
-struct RmsNormParams {
-    const float* hidden;      // [rows, cols]
-    const float* weight;      // [cols]
-    const uint32_t* sources;  // [gridDim.x]: the row of `hidden` behind each output row; null for the same;
-                              // of a bucket's unused rows it may be any number
-    void* out;                // [gridDim.x, cols]
-    float* scales;            // [gridDim.x], only for fp8
-    uint32_t cols, rows;
-    float epsilon;
-};
-
-// Vectors of four that a thread keeps in registers between the passes over a row, 8192 columns in all. The rest of a longer
-// row is read again.
-constexpr uint32_t HELD = 8;
-// FP8's largest number.
-constexpr float FP8_MAX = 448.0f;
-// A row whose values are all at most this large counts as zero; its inverse scale would overflow.
-constexpr float NEGLIGIBLE = 1e-30f;
-
-struct Fp8Scale {
-    // What a value is multiplied by, and what its fp8 form is multiplied by to get it back. The latter is NaN when the row
-    // has a value that is not finite.
-    float inverse, scale;
-};
-
-// For a row whose largest absolute value has these bits. Bits of absolute values order as the values do, and NaN last.
-DEVICE Fp8Scale fp8_scale(uint32_t largest) {
-    if (largest >= 0x7f800000u) return Fp8Scale{0.0f, uint_as_float(0x7fffffff)};
-    float max = uint_as_float(largest);
-    return Fp8Scale{max > NEGLIGIBLE ? divide(FP8_MAX, max) : 0.0f, divide(max, FP8_MAX)};
-}
-
-DEVICE uint32_t absolute_bits(float x) { return float_as_uint(x) & 0x7fffffffu; }
-
-DEVICE uint32_t block_max(uint32_t x, uint32_t (&scratch)[ROW_WARPS]) {
-    for (uint32_t offset = 16; offset > 0; offset /= 2) {
-        uint32_t other = shuffle_xor(x, offset);
-        x = x > other ? x : other;
-    }
-    if (lane() == 0) scratch[warp()] = x;
-    block_barrier();
-    for (uint32_t i = 0; i < ROW_WARPS; i++) x = x > scratch[i] ? x : scratch[i];
-    return x;
-}
-
-// x / sqrt(mean(x²) + epsilon) * weight
-DEVICE void normalize(const float (&x)[4], float inverse, const float (&weight)[4], float (&y)[4]) {
-    UNROLL
-    for (uint32_t i = 0; i < 4; i++) y[i] = x[i] * inverse * weight[i];
-}
-
-DEVICE void largest_of(const float (&x)[4], uint32_t& largest) {
-    UNROLL
-    for (uint32_t i = 0; i < 4; i++) largest = absolute_bits(x[i]) > largest ? absolute_bits(x[i]) : largest;
-}
-
-DEVICE void scale_by(float factor, float (&x)[4]) {
-    UNROLL
-    for (uint32_t i = 0; i < 4; i++) x[i] = x[i] * factor;
-}
-
-// One row: its sum of squares, then its values; for fp8 its largest value in between.
-template <typename T, bool FP8>
-DEVICE void rms_norm(const RmsNormParams& p) {
-    SHARED(float, sums, [ROW_WARPS]);
-    SHARED(uint32_t, maxima, [ROW_WARPS]);
-    constexpr uint32_t STRIDE = ROW_THREADS * 4;
-    grid_dependency_launch();
-    float weight[HELD][4], x[HELD][4];
-    UNROLL
-    for (uint32_t v = 0; v < HELD; v++) {
-        uint32_t at = v * STRIDE + threadIdx.x * 4;
-        if (at < p.cols) load4(p.weight + at, weight[v]);
-    }
-    grid_dependency_wait();
-    uint32_t source = p.sources ? p.sources[blockIdx.x] : blockIdx.x;
-    if (source >= p.rows) source = 0;
-    const float* row = p.hidden + size_t(source) * p.cols;
-    T* out = static_cast<T*>(p.out) + size_t(blockIdx.x) * p.cols;
-    UNROLL
-    for (uint32_t v = 0; v < HELD; v++) {
-        uint32_t at = v * STRIDE + threadIdx.x * 4;
-        if (at < p.cols) load4(row + at, x[v]);
-    }
-    float squares[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-    UNROLL
-    for (uint32_t v = 0; v < HELD; v++) {
-        if (v * STRIDE + threadIdx.x * 4 < p.cols) {
-            UNROLL
-            for (uint32_t i = 0; i < 4; i++) squares[i] = fma_(x[v][i], x[v][i], squares[i]);
-        }
-    }
-    for (uint32_t at = HELD * STRIDE + threadIdx.x * 4; at < p.cols; at += STRIDE) {
-        float y[4];
-        load4(row + at, y);
-        UNROLL
-        for (uint32_t i = 0; i < 4; i++) squares[i] = fma_(y[i], y[i], squares[i]);
-    }
-    float sum = block_sum<ROW_WARPS>((squares[0] + squares[2]) + (squares[1] + squares[3]), sums);
-    float inverse = divide(1.0f, sqrt_(divide(sum, float(p.cols)) + p.epsilon));
-    Fp8Scale fp8{1.0f, 1.0f};
-    if (FP8) {
-        uint32_t largest = 0;
-        UNROLL
-        for (uint32_t v = 0; v < HELD; v++) {
-            if (v * STRIDE + threadIdx.x * 4 < p.cols) {
-                float y[4];
-                normalize(x[v], inverse, weight[v], y);
-                largest_of(y, largest);
-            }
-        }
-        for (uint32_t at = HELD * STRIDE + threadIdx.x * 4; at < p.cols; at += STRIDE) {
-            float z[4], w[4], y[4];
-            load4(row + at, z);
-            load4(p.weight + at, w);
-            normalize(z, inverse, w, y);
-            largest_of(y, largest);
-        }
-        fp8 = fp8_scale(block_max(largest, maxima));
-        if (threadIdx.x == 0) p.scales[blockIdx.x] = fp8.scale;
-    }
-    UNROLL
-    for (uint32_t v = 0; v < HELD; v++) {
-        uint32_t at = v * STRIDE + threadIdx.x * 4;
-        if (at < p.cols) {
-            float y[4];
-            normalize(x[v], inverse, weight[v], y);
-            if (FP8) scale_by(fp8.inverse, y);
-            store4(out + at, y);
-        }
-    }
-    for (uint32_t at = HELD * STRIDE + threadIdx.x * 4; at < p.cols; at += STRIDE) {
-        float z[4], w[4], y[4];
-        load4(row + at, z);
-        load4(p.weight + at, w);
-        normalize(z, inverse, w, y);
-        if (FP8) scale_by(fp8.inverse, y);
-        store4(out + at, y);
-    }
-}
-
-KERNEL(rms_norm_f32, RmsNormParams, ROW_THREADS) { rms_norm<float, false>(p); }
-KERNEL(rms_norm_f16, RmsNormParams, ROW_THREADS) { rms_norm<f16, false>(p); }
-KERNEL(rms_norm_bf16, RmsNormParams, ROW_THREADS) { rms_norm<bf16, false>(p); }
-KERNEL(rms_norm_fp8, RmsNormParams, ROW_THREADS) { rms_norm<fp8, true>(p); }
 
 // ---- gated activation
 
@@ -270,6 +117,28 @@ DEVICE void gated_activation(const GatedParams& p) {
     UNROLL
     for (uint32_t i = 0; i < 8; i++) gate[i] = activate(gate[i], p.activation) * up[i];
     store8(static_cast<T*>(p.out) + size_t(blockIdx.x) * p.width + at, gate);
+}
+
+// The same in eight bits, for a product with quantized weights: bit for bit the f32 form, quantized. Four lanes have a group.
+struct GatedQuantizedParams {
+    GatedParams gated;  // its `out` is not used
+    QuantizedTarget out;
+};
+
+KERNEL(gated_activation_quantized, GatedQuantizedParams, GATED_THREADS) {
+    grid_dependency_launch();
+    grid_dependency_wait();
+    uint32_t width = p.gated.width, at = (blockIdx.y * GATED_THREADS + threadIdx.x) * 8;
+    const float* row = static_cast<const float*>(p.gated.gate_up) + size_t(blockIdx.x) * 2 * width + at;
+    float gate[8] = {}, up[8];
+    if (at < width) {
+        load8(row, gate);
+        load8(row + width, up);
+        UNROLL
+        for (uint32_t i = 0; i < 8; i++) gate[i] = activate(gate[i], p.gated.activation) * up[i];
+    }
+    Group<2> group = quantize_group<2>(gate);
+    put_group(p.out, blockIdx.x, at, group);
 }
 
 KERNEL(gated_activation_f32, GatedParams, GATED_THREADS) { gated_activation<float>(p); }

@@ -3,22 +3,17 @@
 //! The arithmetic of a group is that of the CPU (see [`crate::matrix`]); the order of groups differs, so that a result is
 //! the CPU's but for its last bits. [`QuantizedRows`] of f32 rows hold the CPU's very numbers.
 
+mod activations;
 mod packing;
 
+pub use activations::{HostRow, QuantizedRows, gated_activation, rms_norm};
 use packing::{PAIR, TILE_FEATURES, pack_tile, tile_bytes};
 
 use super::rows::ROW_MULTIPLE;
 use super::{Activations, Address, Device, DeviceBuffer, DeviceError, Element, Launch, Output, View, Write};
-use crate::matrix::format::GROUP;
 use crate::matrix::{PackError, QuantType};
 use crate::pool::Pool;
 
-/// Lanes of a warp.
-const LANES: usize = 32;
-/// Rows of a tile of quantized activations.
-const TILE_ROWS: usize = 8;
-/// Warps of a block.
-const SPANS: usize = 8;
 const THREADS: u32 = 256;
 /// Host memory in which weights are packed before they are copied, a piece at a time.
 const PIECE_BYTES: usize = 32 << 20;
@@ -110,99 +105,6 @@ fn pack_tiles(pool: &Pool, ty: QuantType, rows: &[&[u8]], bytes: usize, packed: 
         let (tile, rows) = &mut *tile;
         pack_tile(ty, rows, tile);
     });
-}
-
-/// Activation rows in eight bits on a device: per group of 32, `scale = max|x| / 127`, `q = round(x / scale)`. Rounded like
-/// the CPU's [`crate::rows::QuantizedRows`].
-pub struct QuantizedRows {
-    /// Per pair of groups and tile of eight rows, the fragments of the matrix instruction.
-    quants: DeviceBuffer<u8>,
-    scales: DeviceBuffer<f32>,
-    /// `scale * Σ q`.
-    scaled_sums: DeviceBuffer<f32>,
-    rows: usize,
-    cols: usize,
-}
-
-impl QuantizedRows {
-    /// Memory for `max_rows` rows of `max_cols` columns; narrower rows fit as well.
-    pub fn new(device: &Device, max_rows: usize, max_cols: usize) -> Result<Self, DeviceError> {
-        let pairs = max_rows.div_ceil(TILE_ROWS) * max_cols.div_ceil(PAIR);
-        Ok(Self {
-            quants: DeviceBuffer::new(device, pairs * TILE_ROWS * PAIR)?,
-            scales: DeviceBuffer::new(device, pairs * TILE_ROWS * 2)?,
-            scaled_sums: DeviceBuffer::new(device, pairs * TILE_ROWS * 2)?,
-            rows: 0,
-            cols: 0,
-        })
-    }
-
-    /// Replaces the content by `x`.
-    ///
-    /// # Panics
-    /// When the columns are not a multiple of 32, or there is no room.
-    pub fn quantize(&mut self, device: &Device, x: Activations) -> Result<(), DeviceError> {
-        assert!(x.cols > 0 && x.cols.is_multiple_of(GROUP), "{} columns are not groups of {}", x.cols, GROUP);
-        let (tiles, pairs) = (x.rows.div_ceil(TILE_ROWS), x.cols.div_ceil(PAIR));
-        assert!(tiles * pairs * TILE_ROWS * PAIR <= self.quants.len(), "no room for {} rows of {}", x.rows, x.cols);
-        (self.rows, self.cols) = (x.rows, x.cols);
-        let params = QuantizeParams {
-            x: x.address,
-            quants: self.quants.address(),
-            scales: self.scales.address(),
-            sums: self.scaled_sums.address(),
-            rows: to_u32(x.rows),
-            cols: to_u32(x.cols),
-            pairs: to_u32(pairs),
-        };
-        let name = match x.element {
-            Element::F32 => "quantize_rows_f32",
-            Element::F16 => "quantize_rows_f16",
-            Element::BF16 => "quantize_rows_bf16",
-        };
-        let launch = overlapped([to_u32(pairs.div_ceil(SPANS)), to_u32(tiles), 1]);
-        // SAFETY: the three buffers hold all pairs of all tiles.
-        unsafe { device.launch(name, &launch, &params) }
-    }
-
-    /// Waits for the device, and puts the content in the order of its columns.
-    pub fn to_host(&self) -> Result<Vec<HostRow>, DeviceError> {
-        let (quants, scales, sums) = (self.quants.to_vec()?, self.scales.to_vec()?, self.scaled_sums.to_vec()?);
-        let tiles = self.rows.div_ceil(TILE_ROWS);
-        let groups = self.cols / GROUP;
-        let of_row = |row: usize| {
-            let index = |group: usize| group / 2 * tiles + row / TILE_ROWS;
-            let factor =
-                |group: usize| index(group) * 2 * TILE_ROWS + row % TILE_ROWS / 2 * 4 + group % 2 * 2 + row % 2;
-            let quant = |col: usize| {
-                let lane = row % TILE_ROWS * 4 + col % 16 / 4;
-                let at = (index(col / GROUP) * LANES + lane) * 16;
-                quants[at + col / GROUP % 2 * 8 + col % GROUP / 16 * 4 + col % 4] as i8
-            };
-            HostRow {
-                quants: (0..self.cols).map(quant).collect(),
-                scales: (0..groups).map(|group| scales[factor(group)]).collect(),
-                scaled_sums: (0..groups).map(|group| sums[factor(group)]).collect(),
-            }
-        };
-        Ok((0..self.rows).map(of_row).collect())
-    }
-
-    pub fn rows(&self) -> usize {
-        self.rows
-    }
-
-    pub fn cols(&self) -> usize {
-        self.cols
-    }
-}
-
-/// A row of [`QuantizedRows`], column by column and group by group.
-#[derive(Clone, Debug, PartialEq)]
-pub struct HostRow {
-    pub quants: Vec<i8>,
-    pub scales: Vec<f32>,
-    pub scaled_sums: Vec<f32>,
 }
 
 /// `out[r, c] (+)= Σ_k x[r, k] · w[c, k] (+ bias[c])` for all rows of `x`.
@@ -341,18 +243,6 @@ fn to_u32(number: usize) -> u32 {
 
 fn overlapped(grid: [u32; 3]) -> Launch {
     Launch { overlap: true, ..Launch::new(grid, THREADS) }
-}
-
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct QuantizeParams {
-    x: Address,
-    quants: Address,
-    scales: Address,
-    sums: Address,
-    rows: u32,
-    cols: u32,
-    pairs: u32,
 }
 
 #[derive(Clone, Copy)]

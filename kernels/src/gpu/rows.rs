@@ -1,4 +1,4 @@
-//! Operations on activation rows, each row for itself; the kernels are in `kernels/cuda/rows.cu`.
+//! Operations on activation rows, each row for itself; the kernels are in `kernels/cuda/rows.cu` and `norm.cu`.
 //!
 //! Rows have a multiple of [`ROW_MULTIPLE`] elements. The residual stream is f32; what the products read is of any
 //! [`Element`]. There is no separate addition of the residual: products add into the stream themselves ([`Output::add`]),
@@ -16,7 +16,7 @@ pub const ROW_MULTIPLE: usize = 8;
 pub const NO_SOURCE: u32 = u32::MAX;
 
 const ROW_THREADS: u32 = 256;
-const GATED_THREADS: u32 = 128;
+pub(super) const GATED_THREADS: u32 = 128;
 
 /// Activation rows `[rows, cols]` in fp8 (e4m3), each with the scale that its values are to be multiplied by.
 #[derive(Clone, Copy, Debug)]
@@ -162,19 +162,8 @@ fn launch_norm(
     epsilon: f32,
     target: NormTarget,
 ) -> Result<(), DeviceError> {
-    assert_eq!(hidden.element, Element::F32, "the residual stream is f32");
-    assert_eq!(weight.len(), hidden.cols, "a weight for every column");
-    check_cols(hidden.cols);
-    let params = RmsNormParams {
-        hidden: hidden.address,
-        weight: weight.address(),
-        sources,
-        out: target.out,
-        scales: target.scales,
-        cols: to_u32(hidden.cols),
-        rows: to_u32(hidden.rows),
-        epsilon,
-    };
+    let norm = RmsNormParams::new(hidden, sources, weight, epsilon);
+    let params = RmsNormParams { out: target.out, scales: target.scales, ..norm };
     // SAFETY: all rows have `cols` elements; the callers have checked how many there are, and the kernel checks sources.
     unsafe { device.launch(name, &row_blocks(target.rows), &params) }
 }
@@ -192,16 +181,7 @@ pub fn gated_activation(
     assert!(gate_up.rows == out.rows && gate_up.cols == 2 * out.cols, "gate_up is [{}, 2 * {}]", out.rows, out.cols);
     assert_eq!(gate_up.element, out.element, "one element type in and out");
     check_cols(out.cols);
-    let params = GatedParams {
-        gate_up: gate_up.address,
-        out: out.address,
-        width: to_u32(out.cols),
-        activation: match activation {
-            Activation::Silu => 0,
-            Activation::Gelu => 1,
-            Activation::GeluTanh => 2,
-        },
-    };
+    let params = GatedParams::new(activation, gate_up.address, out.address, out.cols);
     let blocks = to_u32(out.cols / ROW_MULTIPLE).div_ceil(GATED_THREADS);
     let name = match out.element {
         Element::F32 => "gated_activation_f32",
@@ -259,11 +239,11 @@ fn to_u32(number: usize) -> u32 {
 }
 
 /// One block a row.
-fn row_blocks(rows: usize) -> Launch {
+pub(super) fn row_blocks(rows: usize) -> Launch {
     overlapped([to_u32(rows), 1, 1], ROW_THREADS)
 }
 
-fn overlapped(grid: [u32; 3], threads: u32) -> Launch {
+pub(super) fn overlapped(grid: [u32; 3], threads: u32) -> Launch {
     Launch { overlap: true, ..Launch::new(grid, threads) }
 }
 
@@ -289,7 +269,7 @@ struct NextTokensParams {
 
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct RmsNormParams {
+pub(super) struct RmsNormParams {
     hidden: Address,
     weight: Address,
     sources: Address,
@@ -300,13 +280,43 @@ struct RmsNormParams {
     epsilon: f32,
 }
 
+impl RmsNormParams {
+    /// Without outputs.
+    pub(super) fn new(hidden: Activations, sources: Address, weight: View<f32>, epsilon: f32) -> Self {
+        assert_eq!(hidden.element, Element::F32, "the residual stream is f32");
+        assert_eq!(weight.len(), hidden.cols, "a weight for every column");
+        check_cols(hidden.cols);
+        Self {
+            hidden: hidden.address,
+            weight: weight.address(),
+            sources,
+            out: Address::NULL,
+            scales: Address::NULL,
+            cols: to_u32(hidden.cols),
+            rows: to_u32(hidden.rows),
+            epsilon,
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct GatedParams {
+pub(super) struct GatedParams {
     gate_up: Address,
     out: Address,
     width: u32,
     activation: u32,
+}
+
+impl GatedParams {
+    pub(super) fn new(activation: Activation, gate_up: Address, out: Address, width: usize) -> Self {
+        let activation = match activation {
+            Activation::Silu => 0,
+            Activation::Gelu => 1,
+            Activation::GeluTanh => 2,
+        };
+        Self { gate_up, out, width: to_u32(width), activation }
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -4,13 +4,18 @@ use half::f16;
 
 use super::operands::{ELEMENTS, Rows, bits, bound, rounded};
 use super::{Check, CheckFailure, Random, equal, near};
-use crate::gpu::quantized::{Kernel, QuantMatrix, QuantMatrixError, QuantizedRows, embed, multiply, multiply_with};
-use crate::gpu::{Device, DeviceBuffer, Element, Output};
+use crate::gpu::quantized::{
+    self, Kernel, QuantMatrix, QuantMatrixError, QuantizedRows, embed, multiply, multiply_with,
+};
+use crate::gpu::{Device, DeviceBuffer, Element, Output, rows as gpu_rows};
 use crate::matrix::{Input, Matrix, MatrixSource, QuantType, Write};
+use crate::rows::Activation;
 use crate::{Level, Pool, rows};
 
 pub const CHECKS: &[Check] = &[
     Check { name: "quantize_rows", run: quantize_rows },
+    Check { name: "rms_norm_quantized", run: rms_norm_quantized },
+    Check { name: "gated_activation_quantized", run: gated_activation_quantized },
     Check { name: "embed_quantized", run: embed_quantized },
     Check { name: "multiply_quantized", run: multiply_quantized },
     Check { name: "multiply_quantized_spans", run: spans },
@@ -97,6 +102,62 @@ fn quantize_rows(device: &Device, seed: u64) -> Result<(), CheckFailure> {
             let invalid: Vec<usize> = (0..scales.len()).filter(|group| scales[*group].is_nan()).collect();
             equal("groups that are not finite", &invalid, &[at / 32])?;
         }
+    }
+    Ok(())
+}
+
+/// Compares with `rows` quantized from f32, and a product of both, which reads what pads the last pair as well.
+fn same_as_quantized(
+    device: &Device,
+    random: &mut Random,
+    out: &QuantizedRows,
+    rows: &Rows,
+) -> Result<(), CheckFailure> {
+    let (m, cols) = (out.rows(), out.cols());
+    let mut separate = QuantizedRows::new(device, m, cols)?;
+    separate.quantize(device, rows.view())?;
+    let (fused, expected) = (out.to_host()?, separate.to_host()?);
+    for (row, (fused, expected)) in fused.iter().zip(&expected).enumerate() {
+        equal(&format!("quants of row {row} of {cols}"), &fused.quants, &expected.quants)?;
+        equal("scales", &bits(&fused.scales), &bits(&expected.scales))?;
+        equal("scaled sums", &bits(&fused.scaled_sums), &bits(&expected.scaled_sums))?;
+    }
+    let ty = QuantType::Q4_1;
+    let matrix = pack(device, ty, cols, &[&blocks(random, ty, 16, cols)])?;
+    let products = [out, &separate].map(|x| {
+        let product = Rows::new(device, Element::F32, m, 16)?;
+        multiply(device, &matrix, x, Output::store(product.view(), 0, 16))?;
+        product.to_f32()
+    });
+    let [fused, expected] = products;
+    equal("products", &bits(&fused?), &bits(&expected?))
+}
+
+fn rms_norm_quantized(device: &Device, seed: u64) -> Result<(), CheckFailure> {
+    let mut random = Random::new(seed);
+    for cols in [96, 32 * (1 + random.below(100)), 8192 + 32 * (1 + random.below(50))] {
+        let m = 1 + random.below(11);
+        let hidden = Rows::from_f32(device, Element::F32, &random.normals(m * cols), cols)?;
+        let weight = DeviceBuffer::from_slice(device, &random.normals(cols))?;
+        let normed = Rows::new(device, Element::F32, m, cols)?;
+        gpu_rows::rms_norm(device, hidden.view(), weight.view(), 1e-5, normed.view())?;
+        let mut out = QuantizedRows::new(device, m, cols)?;
+        quantized::rms_norm(device, hidden.view(), weight.view(), 1e-5, &mut out)?;
+        same_as_quantized(device, &mut random, &out, &normed)?;
+    }
+    Ok(())
+}
+
+fn gated_activation_quantized(device: &Device, seed: u64) -> Result<(), CheckFailure> {
+    let mut random = Random::new(seed);
+    for (activation, width) in [(Activation::Silu, 96), (Activation::GeluTanh, 32 * (1 + random.below(100)))] {
+        let m = 1 + random.below(11);
+        let gate_up = Rows::from_f32(device, Element::F32, &random.normals(m * 2 * width), 2 * width)?;
+        let gated = Rows::new(device, Element::F32, m, width)?;
+        gpu_rows::gated_activation(device, activation, gate_up.view(), gated.view())?;
+        let mut out = QuantizedRows::new(device, m, width)?;
+        quantized::gated_activation(device, activation, gate_up.view(), &mut out)?;
+        same_as_quantized(device, &mut random, &out, &gated)?;
     }
     Ok(())
 }
