@@ -456,6 +456,8 @@ fn the_manifest_fits_the_server() {
         ("OUTRIGGER_HOME", "/var/cache/outrigger"),
         ("OUTRIGGER_GOSSIP_ADVERTISE_ADDR", "10.0.0.7:7946"),
         ("OUTRIGGER_NODE_ID", "outrigger-0"),
+        // What a replica with a GPU sets besides.
+        ("OUTRIGGER_DEVICE", "cuda"),
     ];
     let variables = variables.map(|(name, value)| {
         manifest_sets(name);
@@ -489,6 +491,21 @@ fn the_image_sets_only_known_keys() {
         let name = variable.to_ascii_lowercase();
         assert!(KEYS.iter().any(|key| key.names().any(|known| known == name)), "OUTRIGGER_{variable} is not a key");
     }
+}
+
+#[test]
+fn an_image_without_a_target_needs_no_gpu() {
+    let image = fs::read_to_string(root().join("Dockerfile")).expect("the Dockerfile");
+    let stages: Vec<&str> = image.split("\nFROM ").collect();
+    let stage = |name: &str| {
+        let found = stages.iter().find(|stage| stage.lines().next().is_some_and(|line| line.ends_with(name)));
+        *found.unwrap_or_else(|| panic!("no stage {name}"))
+    };
+    assert!(stages.last().is_some_and(|last| last.starts_with("runtime AS cpu")), "the last stage is the default");
+    assert!(stage("AS build-cuda").contains("--features cuda") && !stage("AS build-cpu").contains("--features"));
+    // `utility` brings NVML, by which health watches the device.
+    assert!(stage("AS cuda").contains("NVIDIA_DRIVER_CAPABILITIES=compute,utility"));
+    assert!(stages.iter().skip(1).all(|stage| !stage.contains("USER root")), "nothing runs as root");
 }
 
 /// The checks themselves, each broken once.

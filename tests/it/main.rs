@@ -9,6 +9,7 @@ mod cluster_resumption;
 mod edges;
 mod fixtures;
 mod gpu;
+mod gpu_suite;
 mod invariance;
 mod loader;
 mod numerics;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-pub const USAGE: &str = "usage: gpu [checks|kernels|all] --device cuda[:N]|emulator [--seeds N] [--only TEXT] \
+pub const USAGE: &str = "usage: gpu [checks|kernels|all] --device cuda[:N]|emulator [--seeds N] [--seconds N] [--only TEXT] \
     [--ceilings FILE] [--markdown FILE]";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub struct Arguments {
     pub device: DeviceName,
     /// Each check runs once with every seed; fresh ones every time the program is started.
     pub seeds: u64,
+    /// No check begins later than this.
+    pub seconds: u64,
     /// Checks and kernels whose name contains this.
     pub only: String,
     /// What `ceilings.py` measured.
@@ -39,6 +41,7 @@ impl Arguments {
             part: Part::All,
             device: DeviceName::Any,
             seeds: 1,
+            seconds: u64::MAX,
             only: String::new(),
             ceilings: None,
             markdown: None,
@@ -52,6 +55,7 @@ impl Arguments {
                 "all" => parsed.part = Part::All,
                 "--device" => parsed.device = device(&value()?)?,
                 "--seeds" => parsed.seeds = value()?.parse().map_err(|_| "--seeds needs a number".to_owned())?,
+                "--seconds" => parsed.seconds = value()?.parse().map_err(|_| "--seconds needs a number".to_owned())?,
                 "--only" => parsed.only = value()?,
                 "--ceilings" => parsed.ceilings = Some(value()?.into()),
                 "--markdown" => parsed.markdown = Some(value()?.into()),

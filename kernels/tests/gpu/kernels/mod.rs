@@ -1,14 +1,17 @@
 //! How near each kernel comes to the device's limits, at the shapes of Llama-3.1-8B.
 
+mod attention;
 mod gemm;
 mod quantized;
 mod rows;
+mod sample;
 
 use outrigger_kernels::gpu::{Device, DeviceError, measure};
 
 use crate::arguments::Arguments;
 use crate::noise::Noise;
 use crate::table::{self, Ceilings, Row};
+use attention::Batch;
 
 /// The shapes to measure at.
 #[derive(Clone, Copy)]
@@ -18,6 +21,10 @@ pub struct Shapes {
     pub vocab: usize,
     /// A multiple of 256, as the K-quants need.
     pub quantized_cols: usize,
+    /// Query heads, KV heads, and elements of a head.
+    pub heads: (usize, usize, usize),
+    pub attention: &'static [Batch],
+    pub sampled_rows: &'static [usize],
     /// Rows of a decode step, and of a prefill chunk.
     pub rows: &'static [usize],
     /// Buffers rotate over this many bytes, more than the cache holds.
@@ -25,11 +32,18 @@ pub struct Shapes {
     pub copied_bytes: usize,
 }
 
+const fn batch(sequences: usize, cached: usize, new: usize) -> Batch {
+    Batch { sequences, cached, new }
+}
+
 const LLAMA_8B: Shapes = Shapes {
     hidden: 4096,
     intermediate: 14336,
     vocab: 128_256,
     quantized_cols: 4096,
+    heads: (32, 8, 128),
+    attention: &[batch(1, 8191, 1), batch(32, 8191, 1), batch(256, 639, 1), batch(8, 0, 2048), batch(1, 14336, 2048)],
+    sampled_rows: &[1, 256],
     rows: &[1, 8, 64, 256, 2048],
     rotated_bytes: 256 << 20,
     copied_bytes: 1 << 30,
@@ -41,6 +55,9 @@ const TINY: Shapes = Shapes {
     intermediate: 128,
     vocab: 300,
     quantized_cols: 256,
+    heads: (4, 2, 64),
+    attention: &[batch(2, 70, 1), batch(1, 0, 40)],
+    sampled_rows: &[2],
     rows: &[1, 3],
     rotated_bytes: 64 << 10,
     copied_bytes: 64 << 10,
@@ -83,8 +100,13 @@ impl Bench<'_> {
 type Family = fn(&mut Bench<'_>) -> Result<(), DeviceError>;
 
 /// Each measures the kernels of one file.
-const FAMILIES: &[(&str, Family)] =
-    &[("rows", rows::measure), ("gemm", gemm::measure), ("quantized", quantized::measure)];
+const FAMILIES: &[(&str, Family)] = &[
+    ("gemm", gemm::measure),
+    ("attention", attention::measure),
+    ("rows", rows::measure),
+    ("sample", sample::measure),
+    ("quantized", quantized::measure),
+];
 
 pub fn run(device: &Device, is_real: bool, arguments: &Arguments) -> bool {
     let shapes = if is_real { LLAMA_8B } else { TINY };
