@@ -117,6 +117,8 @@ struct Turn {
     /// After the results' copy.
     event: EventId,
     progress: Progress,
+    /// The step it is for.
+    number: u64,
     /// How many log-probabilities each row wants.
     logprobs: Vec<Option<usize>>,
 }
@@ -150,7 +152,7 @@ pub struct DeviceSampler {
     slice_tops: DeviceBuffer<u64>,
     list: DeviceBuffer<u64>,
     turns: [Turn; 2],
-    /// The number of the next step.
+    /// The number of the step to collect next.
     next: u64,
 }
 
@@ -174,6 +176,7 @@ impl DeviceSampler {
                 results: HostBuffer::zeroed(device, result_words)?,
                 event: device.driver().new_event()?,
                 progress: Progress::Idle,
+                number: 0,
                 logprobs: Vec::with_capacity(max_rows),
             })
         };
@@ -213,7 +216,8 @@ impl DeviceSampler {
     }
 
     /// Uploads what is asked of the next step's rows. At most one step before it is still to be read; the results of an
-    /// earlier one that was never read are lost.
+    /// earlier one that was never read are lost. A step that was staged and not collected, because what should have given
+    /// its logits failed, is as if it had never been.
     ///
     /// # Panics
     /// When there are more than `max_rows` rows, a mask does not cover the vocabulary, or a pending slot is not one of the
@@ -225,6 +229,7 @@ impl DeviceSampler {
         self.make_room(number, rows)?;
         let first_pending = self.slot(number + 1, 0);
         let turn = &mut self.turns[(number % 2) as usize];
+        turn.number = number;
         turn.logprobs.clear();
         turn.head[..HEADER_WORDS].copy_from_slice(&header_words(&self.words, &self.saved, number));
         let mut passes = Passes::default();
@@ -249,7 +254,6 @@ impl DeviceSampler {
         if num_words > 0 {
             turn.words.upload(&mut self.words, num_words)?;
         }
-        self.next += 1;
         Ok(Staged { number, rows: rows.len(), passes })
     }
 
@@ -284,10 +288,10 @@ impl DeviceSampler {
         Ok(())
     }
 
-    /// Queues the copy of the step's results to the host.
+    /// Queues the copy of the results of the step staged last to the host.
     pub fn collect(&mut self, staged: Staged) -> Result<Ticket, DeviceError> {
         let Staged { number, rows, passes } = staged;
-        assert_eq!(number + 1, self.next, "a step is collected before the next is staged");
+        assert_eq!(number, self.next, "a step is collected once");
         let turn = &mut self.turns[(number % 2) as usize];
         let tops = if passes.logprobs { self.max_rows * self.max_logprobs * TOP_WORDS } else { 0 };
         let headers = if passes.logprobs { self.max_rows } else { rows } * RESULT_WORDS;
@@ -296,6 +300,7 @@ impl DeviceSampler {
         }
         self.device.driver().record(turn.event)?;
         turn.progress = Progress::Collected;
+        self.next += 1;
         Ok(Ticket { number, rows, first_slot: self.slot(number, 0) })
     }
 
@@ -316,8 +321,9 @@ impl DeviceSampler {
     /// # Panics
     /// When two steps have been staged since.
     pub fn read(&mut self, ticket: Ticket) -> Result<Vec<Result<SampledRow, InvalidRow>>, DeviceError> {
-        assert!(ticket.number + 2 >= self.next, "the results of two steps ago are gone");
         let turn = &mut self.turns[(ticket.number % 2) as usize];
+        let is_there = turn.number == ticket.number && turn.progress == Progress::Collected;
+        assert!(is_there, "the results of step {} are gone", ticket.number);
         self.device.driver().wait(turn.event)?;
         turn.progress = Progress::Idle;
         let (headers, tops) = turn.results.split_at(self.max_rows * RESULT_WORDS);

@@ -15,6 +15,7 @@ pub const CHECKS: &[Check] = &[
     Check { name: "sample, invalid rows", run: invalid },
     Check { name: "sample, pending tokens", run: pending },
     Check { name: "sample, growing lists", run: growing },
+    Check { name: "sample, a step given up", run: given_up },
 ];
 
 const MAX_LOGPROBS: usize = 20;
@@ -128,6 +129,10 @@ impl Asked {
     }
 }
 
+fn device_rows(asked: &[Asked]) -> Vec<DeviceRow<'_>> {
+    asked.iter().map(Asked::row).collect()
+}
+
 /// Different ids.
 fn ids(random: &mut Random, vocab: usize, len: usize) -> Vec<u32> {
     random.permutation(vocab)[..len].iter().map(|&id| id as u32).collect()
@@ -192,8 +197,7 @@ fn compare(got: &[Bits], expected: &[Bits], asked: &[Asked]) -> Result<(), Check
 /// One step of these rows, against the host.
 fn step(device: &Device, sampler: &mut DeviceSampler, rows: &[f32], asked: &[Asked]) -> Result<(), CheckFailure> {
     let logits = DeviceBuffer::from_slice(device, rows)?;
-    let device_rows: Vec<DeviceRow<'_>> = asked.iter().map(Asked::row).collect();
-    let ticket = sampler.queue(logits.view(), &device_rows)?;
+    let ticket = sampler.queue(logits.view(), &device_rows(asked))?;
     let got = read(sampler, ticket)?;
     compare(&got, &on_host(rows, asked), asked)
 }
@@ -315,9 +319,9 @@ fn pending(device: &Device, seed: u64) -> Result<(), CheckFailure> {
         let known = before.as_ref().map_or(&asked, |(_, _, asked)| asked);
         let mut by_place: Vec<Asked> = (0..num_rows).map(|at| known[place_before(at)].clone()).collect();
         let slot = |at: usize| before.as_ref().map(|(ticket, ..)| ticket.slot(place_before(at)));
-        let device_rows: Vec<DeviceRow<'_>> =
+        let pending_rows: Vec<DeviceRow<'_>> =
             by_place.iter().enumerate().map(|(at, asked)| DeviceRow { pending: slot(at), ..asked.row() }).collect();
-        let ticket = sampler.queue(buffer.view(), &device_rows)?;
+        let ticket = sampler.queue(buffer.view(), &pending_rows)?;
         if let Some((ticket, rows, asked)) = before.take() {
             let expected = on_host(&rows, &asked);
             compare(&read(&mut sampler, ticket)?, &expected, &asked)?;
@@ -350,6 +354,29 @@ fn growing(device: &Device, seed: u64) -> Result<(), CheckFailure> {
             })
             .collect();
         step(device, &mut sampler, &rows, &asked)?;
+    }
+    Ok(())
+}
+
+/// A step that is staged while one is under way, and then given up: the one before is still to be read, and the next has
+/// its place.
+fn given_up(device: &Device, seed: u64) -> Result<(), CheckFailure> {
+    let mut random = Random::new(seed);
+    let (vocab, num_rows) = (700, 3);
+    let mut sampler = DeviceSampler::new(device, vocab, num_rows, MAX_LOGPROBS)?;
+    for _ in 0..3 {
+        let mut step = || -> (Vec<f32>, Vec<Asked>) {
+            let rows = (0..num_rows).flat_map(|row| logits(&mut random, vocab, row)).collect();
+            (rows, (0..num_rows).map(|_| Asked::random(&mut random, vocab)).collect())
+        };
+        let ((rows, asked), (_, abandoned), (next_rows, next_asked)) = (step(), step(), step());
+        let buffers = [DeviceBuffer::from_slice(device, &rows)?, DeviceBuffer::from_slice(device, &next_rows)?];
+        let first = sampler.queue(buffers[0].view(), &device_rows(&asked))?;
+        let slots = sampler.stage(&device_rows(&abandoned))?.slot(&sampler, 0);
+        let next = sampler.queue(buffers[1].view(), &device_rows(&next_asked))?;
+        equal("slots", &[next.slot(0)], &[slots])?;
+        compare(&read(&mut sampler, first)?, &on_host(&rows, &asked), &asked)?;
+        compare(&read(&mut sampler, next)?, &on_host(&next_rows, &next_asked), &next_asked)?;
     }
     Ok(())
 }
