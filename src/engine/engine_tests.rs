@@ -166,6 +166,7 @@ at_each_depth! {
     a_deadline_ends_running_and_waiting_requests_with_their_tokens
     invalid_numbers_fail_only_their_own_request
     invalid_numbers_are_not_cached
+    who_finds_no_block_gets_one_within_a_step_of_being_alone_in_flight
     an_end_by_length_wastes_no_step_and_a_stop_at_most_the_one_in_flight
     a_request_that_does_not_fit_into_memory_alone_fails
     the_probe_answers_the_same_under_full_load_as_alone
@@ -245,8 +246,9 @@ fn equal_again_when_the_pool_is_so_small_that_everything_preempts(depth: usize) 
 
 fn equal_again_without_enough_memory_for_a_batch(depth: usize) {
     let model = FakeModel { num_blocks: 256, memory_tokens: 3, ..model(depth) };
-    let harness = assert_load_equals_alone(&config(), model, &mixed_load(20));
-    assert!(harness.shared.counters.snapshot().out_of_memory > 0);
+    let harness = assert_load_equals_alone(&config(), model, &mixed_load(64));
+    // Batches grow again in between, so that memory also runs out behind a step in flight.
+    assert!(harness.shared.counters.snapshot().out_of_memory > 5);
 }
 
 fn a_stream_cut_anywhere_and_resumed_goes_on_as_if_nothing_had_happened(depth: usize) {
@@ -392,6 +394,22 @@ fn invalid_numbers_fail_only_their_own_request(depth: usize) {
     assert!(matches!(failure, GenerationEvent::Failed(failure) if failure.kind == FailureKind::NumericsInvalid));
     assert_eq!(harness.outputs(healthy).len(), 2);
     assert!(harness.shared.counters.snapshot().numerics_invalid >= 1);
+}
+
+fn who_finds_no_block_gets_one_within_a_step_of_being_alone_in_flight(depth: usize) {
+    let config = Config { max_num_batched_tokens: 128, ..config() };
+    let mut harness = Harness::new(&config, FakeModel { block_size: 16, num_blocks: 6, ..model(depth) });
+    let sampling = SamplingParams { max_tokens: 30, ignore_eos: true, ..Default::default() };
+    // The second takes the last block for its third token. The first needs another for its sixth, when the second has room
+    // for many more.
+    harness.submit(request(&[1; 44], sampling.clone()));
+    harness.submit(request(&[2; 31], sampling));
+    for _ in 0..10 {
+        harness.step();
+    }
+    assert_eq!(harness.shared.counters.snapshot().preemptions, 1);
+    assert_eq!(harness.shared.status().waiting, 1);
+    harness.run();
 }
 
 fn invalid_numbers_are_not_cached(depth: usize) {
