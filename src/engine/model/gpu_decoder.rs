@@ -3,6 +3,12 @@
 //! Everything a step needs is allocated at load, for the largest step that may come, so that a step allocates nothing and
 //! its launches can be captured into a graph. The residual stream is f32. Between the products, activations have the 16-bit
 //! type of the weights; with quantized weights they are f32, as on the CPU, and the products are of eight-bit integers.
+//!
+//! Several GPUs for one model (tensor parallelism) would plug in here and nowhere above: `Weights::load` takes the rows of a
+//! rank's heads and intermediate features of `qkv` and `gate_up`, and the columns of them of `output` and `down`; what these
+//! two add is summed over the ranks, in rank order, before it is added to `hidden`; the cache holds a rank's KV heads. Each
+//! rank is a thread with a device of its own that gets the same step, the first one samples, and the degree is part of the
+//! fingerprint.
 
 use outrigger_kernels::gpu::attention::{
     AttentionOperands, AttentionPlan, AttentionWorkspace, GpuKvCache, GpuRopeTable, HeadNorm, QueryShape, rope_append,
