@@ -79,6 +79,14 @@ impl Config {
         self.set_step_limits(on_gpu);
         let mut problems = Vec::new();
         self.engine.validate(&mut problems);
+        let (utilization, mark) = (self.compute.gpu_memory_utilization, self.health.memory_removal_mark);
+        // The driver counts a little of its own as used.
+        if on_gpu && utilization + 0.02 > mark {
+            problems.push(format!(
+                "gpu_memory_utilization ({utilization}) must be 0.02 or more below memory_removal_mark ({mark}), or a full KV pool \
+                 makes the node unready"
+            ));
+        }
         match problems.is_empty() {
             true => Ok(self),
             false => Err(ConfigError::Problems(problems)),

@@ -119,6 +119,14 @@ pub enum RunnerLoadError {
     Device(#[from] DeviceError),
     #[error("kv_cache_dtype {asked} is not for device {device}, which keeps {known}")]
     KvCacheDType { asked: &'static str, device: &'static str, known: &'static str },
+    #[error(
+        "after the weights and the activations of {tokens} tokens (max_num_batched_tokens), gpu_memory_utilization {utilization} \
+         leaves {left} bytes for the KV pool, and {needed} are needed: raise it, free the device, or lower max_model_len or \
+         max_num_batched_tokens"
+    )]
+    GpuMemory { left: u64, needed: u64, utilization: f64, tokens: usize },
+    #[error("{name} is {value}; on a GPU it may be {most} at most")]
+    GpuLimit { name: &'static str, value: usize, most: usize },
     #[error("quantization fp8 is for device cuda; processors take weights that are quantized in the file")]
     Quantization,
     #[error("block_size is {0}; 16, 32 or a multiple of 64 is needed")]

@@ -291,8 +291,10 @@ unsafe impl Driver for CudaDriver {
 
     fn new_event(&self) -> Result<EventId, DeviceError> {
         let mut event = std::ptr::null_mut();
+        // Whoever waits sleeps: the engine's thread must not burn a core while the device computes.
+        const BLOCKING_SYNC: u32 = 1;
         // SAFETY: the event is written.
-        self.call("cuEventCreate", 0, |cuda| unsafe { cuda.event_create(&raw mut event, 0) })?;
+        self.call("cuEventCreate", 0, |cuda| unsafe { cuda.event_create(&raw mut event, BLOCKING_SYNC) })?;
         let mut events = lock(&self.events);
         events.push(event);
         Ok(EventId(events.len() - 1))

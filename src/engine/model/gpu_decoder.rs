@@ -13,7 +13,7 @@
 use outrigger_kernels::gpu::attention::{
     AttentionOperands, AttentionPlan, AttentionWorkspace, GpuKvCache, GpuRopeTable, HeadNorm, QueryShape, rope_append,
 };
-use outrigger_kernels::gpu::rows::{gated_activation, gather_rms_norm, rms_norm};
+use outrigger_kernels::gpu::rows::{gather_rms_norm, rms_norm};
 use outrigger_kernels::gpu::{Activations, Device, DeviceBuffer, DeviceError, Element, Output, View};
 use outrigger_kernels::rows::RopeTable;
 
@@ -207,15 +207,14 @@ impl Step<'_> {
 
     /// Norm and gated feed-forward: adds to `hidden`.
     fn feed_forward(&mut self) -> Result<(), DeviceError> {
-        let Self { config, device, layer, scratch, hidden } = self;
+        let Self { config, layer, scratch, hidden, .. } = self;
         let (rows, element) = (hidden.rows, scratch.precision.activations);
         let normed = Activations::new(&scratch.normed, element, rows, config.hidden_size);
         let gate_up = Activations::new(&scratch.gate_up, element, rows, 2 * config.intermediate_size);
         let norm = Norm { weight: layer.post_attention_norm.view(), epsilon: config.rms_norm_eps };
         scratch.products.store_normed(&layer.gate_up, *hidden, norm, normed, gate_up)?;
         let activated = Activations::new(&scratch.activated, element, rows, config.intermediate_size);
-        gated_activation(device, config.hidden_act.into(), gate_up, activated)?;
-        scratch.products.add(&layer.down, activated, *hidden)
+        scratch.products.add_gated(&layer.down, config.hidden_act.into(), gate_up, activated, *hidden)
     }
 }
 

@@ -4,6 +4,7 @@ use outrigger_kernels::gpu::gemm::Gemm;
 use outrigger_kernels::gpu::quantized::{self, QuantizedRows};
 use outrigger_kernels::gpu::rows::{self, Fp8Rows};
 use outrigger_kernels::gpu::{Activations, Device, DeviceBuffer, DeviceError, Element, Output, View, Write};
+use outrigger_kernels::rows::Activation;
 
 use super::gpu_weights::{Matrix, Precision, Projection, Quantization};
 
@@ -53,7 +54,8 @@ impl Products {
         })
     }
 
-    /// `out = norm(x) · wᵀ + bias`, with room for the normed rows in `normed`.
+    /// `out = norm(x) · wᵀ + bias`, with room for the normed rows in `normed`. Weights of eight bits get them straight from f32,
+    /// without rounding to sixteen on the way.
     pub fn store_normed(
         &mut self,
         projection: &Projection,
@@ -62,19 +64,44 @@ impl Products {
         normed: Activations,
         out: Activations,
     ) -> Result<(), DeviceError> {
-        if projection.parts.iter().all(|part| part.form() == Form::Fp8) {
-            // Straight from f32 to eight bits, without rounding to sixteen on the way.
-            rows::rms_norm_fp8(&self.device, x, norm.weight, norm.epsilon, self.fp8_rows(x))?;
-            let output = |first, rows| Output::store(out, first, rows);
-            return self.apply(projection, normed, Some(Form::Fp8), output);
+        let form = projection.form();
+        match form {
+            Some(Form::Fp8) => {
+                rows::rms_norm_fp8(&self.device, x, norm.weight, norm.epsilon, self.fp8_rows(x))?;
+            }
+            Some(Form::Quantized) => {
+                let rows = self.quantized.as_mut().expect(HAS_QUANTIZED);
+                quantized::rms_norm(&self.device, x, norm.weight, norm.epsilon, rows)?;
+            }
+            Some(Form::Dense(_)) | None => {
+                rows::rms_norm(&self.device, x, norm.weight, norm.epsilon, normed)?;
+                return self.apply(projection, normed, None, |first, rows| Output::store(out, first, rows));
+            }
         }
-        rows::rms_norm(&self.device, x, norm.weight, norm.epsilon, normed)?;
-        self.apply(projection, normed, None, |first, rows| Output::store(out, first, rows))
+        self.apply(projection, normed, form, |first, rows| Output::store(out, first, rows))
+    }
+
+    /// `out += activation(gate) * up · wᵀ + bias`, with room for the products of gate and up in `activated`; `out` is f32.
+    pub fn add_gated(
+        &mut self,
+        projection: &Projection,
+        activation: Activation,
+        gate_up: Activations,
+        activated: Activations,
+        out: Activations,
+    ) -> Result<(), DeviceError> {
+        if projection.form() != Some(Form::Quantized) {
+            rows::gated_activation(&self.device, activation, gate_up, activated)?;
+            return self.add(projection, activated, out);
+        }
+        let rows = self.quantized.as_mut().expect(HAS_QUANTIZED);
+        quantized::gated_activation(&self.device, activation, gate_up, rows)?;
+        self.apply(projection, activated, Some(Form::Quantized), |first, rows| added(out, first, rows))
     }
 
     /// `out += x · wᵀ + bias`; `out` is f32.
     pub fn add(&mut self, projection: &Projection, x: Activations, out: Activations) -> Result<(), DeviceError> {
-        self.apply(projection, x, None, |first, rows| Output { write: Write::Add, ..Output::store(out, first, rows) })
+        self.apply(projection, x, None, |first, rows| added(out, first, rows))
     }
 
     /// One matrix alone.
@@ -140,4 +167,8 @@ impl Products {
     fn fp8_rows(&self, x: Activations) -> Fp8Rows {
         Fp8Rows::new(self.fp8.view(), self.fp8_scales.view(), x.rows, x.cols)
     }
+}
+
+fn added(out: Activations, first: usize, rows: usize) -> Output {
+    Output { write: Write::Add, ..Output::store(out, first, rows) }
 }

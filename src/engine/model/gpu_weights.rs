@@ -322,6 +322,12 @@ impl Projection {
     pub fn rows(&self) -> usize {
         self.parts.iter().map(Matrix::rows).sum()
     }
+
+    /// The form in which all parts take their input, if it is one.
+    pub(super) fn form(&self) -> Option<Form> {
+        let first = self.parts.first()?.form();
+        self.parts.iter().all(|part| part.form() == first).then_some(first)
+    }
 }
 
 impl Matrix {

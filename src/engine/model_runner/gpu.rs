@@ -24,7 +24,7 @@ use crate::engine::batch::{
 use crate::engine::model::gpu_decoder::{Caps, GpuDecoder, query_shape};
 use crate::engine::model::gpu_weights::{Precision, Weights};
 use crate::engine::model::{ModelConfig, TensorSource};
-use crate::engine::sampler::{NumericsInvalid, Sampled};
+use crate::engine::sampler::{MAX_VOCAB_SIZE, NumericsInvalid, Sampled};
 use crate::types::{Fingerprint, TokenLogprobs};
 use graphs::Graphs;
 use rows::{RowLimits, RowsEntry, StepRows};
@@ -34,6 +34,10 @@ const DEPTH: usize = 2;
 
 /// Device memory that is left alone beside weights, activations and the pool: for graphs and what the driver takes later.
 const HEADROOM: u64 = 256 << 20;
+
+/// Rows of logits and of tokens that a step may have: what grids and page-locked memory are made for.
+const MAX_SEQS: usize = 1 << 14;
+const MAX_ROWS: usize = 1 << 20;
 
 /// Log-probabilities of other tokens that a request may ask for at most.
 const MAX_LOGPROBS: usize = 20;
@@ -74,6 +78,7 @@ impl GpuModelRunner {
         progress: &dyn Fn(f32),
     ) -> Result<Self, RunnerLoadError> {
         config.check(&model)?;
+        check_limits(config, &model)?;
         let precision = Precision::choose(device, config.dtype, config.quantization, &model, tensors)?;
         let kv_type = kv_type(config.kv_cache_dtype, precision)?;
         let caps = caps(config, &model);
@@ -88,7 +93,7 @@ impl GpuModelRunner {
         let sampler = DeviceSampler::new(device, model.vocab_size, caps.output_rows, MAX_LOGPROBS)?;
         let mut decoder = GpuDecoder::new(device, model.clone(), weights, caps)?;
         warm_up(device, &mut decoder, warm_up_plan, GpuKvCache::new(device, shape, kv_type)?, config, caps)?;
-        let num_blocks = config.num_blocks(pool_bytes(device, config)?, kv_type.block_bytes(&shape) as u64)?;
+        let num_blocks = num_blocks(device, config, kv_type.block_bytes(&shape) as u64)?;
         let cache = GpuKvCache::new(device, config.kv_shape(&model, num_blocks), kv_type)?;
         let mut runner = Self {
             device: device.clone(),
@@ -118,11 +123,17 @@ impl GpuModelRunner {
 
     fn capture(&mut self, max_rows: usize) -> Result<Graphs, DeviceError> {
         let Self { device, decoder, cache, sampler, rows, .. } = self;
-        Graphs::capture(device, max_rows, |num_rows| {
+        let mut step = |rows: &StepRows, num_rows: usize| {
             let views = rows.views(num_rows, None);
             next_tokens(device, sampler.sampled(), views.sources, views.rows.tokens)?;
             decoder.forward(&views.rows, rows.attention(), cache, &|| ())
-        })
+        };
+        // Run once, so that no kernel is loaded while a graph is recorded.
+        for num_rows in Graphs::sizes(max_rows) {
+            rows.upload(&[], num_rows)?;
+            step(rows, num_rows)?;
+        }
+        Graphs::capture(device, max_rows, |num_rows| step(rows, num_rows))
     }
 
     /// Queues one step up to its logits, a row for each output.
@@ -160,8 +171,11 @@ impl GpuModelRunner {
             let (tokens, start, block_table) = (entry.tokens, entry.start, entry.block_table);
             entries.push(RowsEntry { tokens, start, block_table, source, is_output });
         }
+        // What is asked of the rows goes first: it may need memory, and its copy need not stand between logits and sampler.
+        let staged = self.sampler.stage(&rows)?;
         let logits = self.compute(&entries, progress)?;
-        Ok(Step { ticket: self.sampler.queue(logits, &rows)?, positions })
+        self.sampler.launch(logits, staged.rows(), staged.passes())?;
+        Ok(Step { ticket: self.sampler.collect(staged)?, positions })
     }
 }
 
@@ -169,6 +183,8 @@ impl ModelRunner for GpuModelRunner {
     fn launch(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
         assert!(self.in_flight.len() < DEPTH, "a step is collected before a third is launched");
         let step = self.queue(batch, progress).map_err(|error| {
+            // Whatever was queued is done with the memory that the next step is laid out in; a lost device is told already.
+            let _ = self.device.synchronize();
             let tokens = batch.iter().map(|entry| entry.tokens.len()).sum();
             failed(error, tokens)
         })?;
@@ -217,7 +233,8 @@ impl LogitsRunner for GpuModelRunner {
 impl PagedModel for GpuModelRunner {
     fn copy_block(&mut self, from: u32, to: u32) {
         if let Err(error) = self.cache.copy_blocks(&self.device, &[(from as usize, to as usize)]) {
-            self.broken = Some(error);
+            // Not a lack of memory, which smaller steps could cure: what is launched from now on would read wrong blocks.
+            self.broken = Some(DeviceError::Failed { operation: "the copy of a block", message: error.to_string() });
         }
     }
 
@@ -242,11 +259,11 @@ impl PagedModel for GpuModelRunner {
     }
 
     fn corrupt(&mut self) {
-        self.broken = self.decoder.corrupt().err();
+        self.broken = self.decoder.corrupt().err().or(self.broken.take());
     }
 
     fn spoil(&mut self) {
-        self.broken = self.decoder.spoil().err();
+        self.broken = self.decoder.spoil().err().or(self.broken.take());
     }
 }
 
@@ -311,6 +328,33 @@ fn warm_up(
     let views = rows.views(caps.rows, Some(caps.output_rows));
     decoder.forward(&views.rows, rows.attention(), &mut cache, &|| ())?;
     device.synchronize()
+}
+
+/// What the device's sampler can take, asked before gigabytes are read.
+fn check_limits(config: &RunnerConfig, model: &ModelConfig) -> Result<(), RunnerLoadError> {
+    let limits = [
+        ("vocab_size", model.vocab_size, MAX_VOCAB_SIZE),
+        ("max_num_seqs", config.max_num_seqs, MAX_SEQS),
+        ("max_num_batched_tokens", config.max_num_batched_tokens, MAX_ROWS),
+    ];
+    match limits.into_iter().find(|(_, value, most)| value > most) {
+        Some((name, value, most)) => Err(RunnerLoadError::GpuLimit { name, value, most }),
+        None => Ok(()),
+    }
+}
+
+/// Blocks of the KV pool.
+fn num_blocks(device: &Device, config: &RunnerConfig, block_bytes: u64) -> Result<usize, RunnerLoadError> {
+    let pool = pool_bytes(device, config)?;
+    config.num_blocks(pool, block_bytes).map_err(|error| match (config.kv_cache_memory, error) {
+        (None, RunnerLoadError::KvCacheMemory { memory, needed, .. }) => RunnerLoadError::GpuMemory {
+            left: memory,
+            needed,
+            utilization: config.gpu_memory_utilization,
+            tokens: config.max_num_batched_tokens,
+        },
+        (_, error) => error,
+    })
 }
 
 /// What of the device's memory the pool may take: what `gpu_memory_utilization` leaves beside all that is there already, of

@@ -48,7 +48,7 @@ fn attend(bench: &mut Bench<'_>, kernel: &str, ty: GpuKvType, batch: Batch) -> R
     cache.fill(device, 0x3c)?;
     // Neighbours in a sequence are not neighbours in memory.
     let scattered = |index: usize| (index * 7919 % num_blocks) as u32;
-    let tables: Vec<u32> = if num_blocks % 7919 == 0 {
+    let tables: Vec<u32> = if num_blocks.is_multiple_of(7919) {
         (0..num_blocks as u32).collect()
     } else {
         (0..num_blocks).map(scattered).collect()

@@ -32,6 +32,11 @@ impl Graphs {
         SIZES.iter().copied().find(|size| *size >= num_rows).unwrap_or(num_rows)
     }
 
+    /// The sizes that up to `max_rows` sequences need.
+    pub fn sizes(max_rows: usize) -> impl Iterator<Item = usize> {
+        SIZES.iter().copied().take_while(move |size| *size <= Self::padded(max_rows))
+    }
+
     /// Records `step` for every size up to what `max_rows` sequences need. `step` queues the work of so many rows and gives
     /// where its logits will be.
     pub fn capture(
@@ -40,7 +45,7 @@ impl Graphs {
         mut step: impl FnMut(usize) -> Result<View<f32>, DeviceError>,
     ) -> Result<Self, DeviceError> {
         let mut graphs = Self::none(device);
-        for &num_rows in SIZES.iter().take_while(|size| **size <= Self::padded(max_rows)) {
+        for num_rows in Self::sizes(max_rows) {
             device.driver().begin_capture()?;
             // The recording is ended whatever came of it, or the stream stays unusable.
             let logits = step(num_rows);
