@@ -46,13 +46,9 @@ fn attend(bench: &mut Bench<'_>, kernel: &str, ty: GpuKvType, batch: Batch) -> R
     let mut cache = GpuKvCache::new(device, kv, ty)?;
     // Small numbers: what is measured is how they are fetched.
     cache.fill(device, 0x3c)?;
-    // Neighbours in a sequence are not neighbours in memory.
-    let scattered = |index: usize| (index * 7919 % num_blocks) as u32;
-    let tables: Vec<u32> = if num_blocks.is_multiple_of(7919) {
-        (0..num_blocks as u32).collect()
-    } else {
-        (0..num_blocks).map(scattered).collect()
-    };
+    // Sequences that have grown side by side: neighbours in one are not neighbours in memory.
+    let block_of = |index: usize| index % blocks_each * batch.sequences + index / blocks_each;
+    let tables: Vec<u32> = (0..num_blocks).map(|index| block_of(index) as u32).collect();
     let entries: Vec<AttentionEntry> = (0..batch.sequences)
         .map(|index| AttentionEntry {
             first_row: (index * batch.new) as u32,
