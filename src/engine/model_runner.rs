@@ -88,7 +88,7 @@ pub struct RunnerConfig {
     /// Of dense weights, on a GPU.
     pub quantization: Quantization,
     pub kv_cache_dtype: KvCacheDType,
-    /// Bytes of the KV pool, rounded down to whole blocks. By default [`CPU_KV_CACHE_MEMORY`], or on a GPU what
+    /// Bytes of the KV pool, rounded down to whole blocks. By default 1 GiB, or on a GPU what
     /// `gpu_memory_utilization` leaves beside the weights.
     pub kv_cache_memory: Option<u64>,
     /// Fraction of a GPU's memory that may be in use.

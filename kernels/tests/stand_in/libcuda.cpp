@@ -352,7 +352,7 @@ CUresult cuGraphExecDestroy(CUgraphExec exec) {
 
 CUresult cuEventCreate(CUevent* event, unsigned flags) {
     TRY("cuEventCreate");
-    if (flags != CU_EVENT_DEFAULT) return CUDA_ERROR_INVALID_VALUE;
+    if ((flags & ~unsigned(CU_EVENT_BLOCKING_SYNC)) != 0) return CUDA_ERROR_INVALID_VALUE;
     *event = reinterpret_cast<CUevent>(made(new Event));
     return CUDA_SUCCESS;
 }

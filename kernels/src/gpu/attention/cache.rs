@@ -55,7 +55,7 @@ pub struct GpuKvCache {
 
 impl GpuKvCache {
     /// # Panics
-    /// When the shape is not one that [`check_shape`] accepts.
+    /// When the shape is not one that `check_shape` accepts.
     pub fn new(device: &Device, shape: KvShape, ty: GpuKvType) -> Result<Self, DeviceError> {
         if let Err(error) = check_shape(&shape) {
             panic!("{error}");

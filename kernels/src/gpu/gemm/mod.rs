@@ -3,7 +3,7 @@
 //!
 //! An output element is one f32 sum over ascending k in steps of one instruction. The instruction is fixed by the device
 //! (see [`Arithmetic`]), and tiles only say which elements are computed together; so a row's bits depend on its own
-//! activations and the weights, and [`tiles::choose`] may follow the number of rows freely.
+//! activations and the weights, and `tiles::choose` may follow the number of rows freely.
 
 mod matrix;
 mod tiles;
