@@ -5,11 +5,10 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use outrigger::engine::model::decoder::DType;
-use outrigger::engine::model::gpu_weights::Quantization;
+use outrigger::config::Compute;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
-use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
-use outrigger::engine::{LogitsEntry, LogitsRunner};
+use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
+use outrigger::engine::{self, LogitsEntry, LogitsRunner};
 use outrigger::hub;
 
 fn main() {
@@ -39,16 +38,11 @@ fn main() {
 fn load(path: PathBuf) -> (CpuModelRunner, String) {
     let files = ModelFiles::open(&path, LoadFormat::Auto).expect("the model opens");
     let config = RunnerConfig {
-        dtype: DType::Auto,
-        quantization: Quantization::None,
-        kv_cache_dtype: KvCacheDType::Auto,
         kv_cache_memory: Some(2 << 30),
-        gpu_memory_utilization: 0.9,
         block_size: 16,
         max_model_len: Some(4096),
-        max_num_seqs: 64,
-        max_num_batched_tokens: 512,
         threads: std::thread::available_parallelism().map_or(1, usize::from),
+        ..Compute::default().runner(&engine::Config::default())
     };
     let start = Instant::now();
     let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &config, &|_| {}).expect("the model loads");

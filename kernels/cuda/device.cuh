@@ -27,7 +27,6 @@ DEVICE float uint_as_float(uint32_t x) { return __uint_as_float(x); }
 DEVICE uint32_t float_as_uint(float x) { return __float_as_uint(x); }
 DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float max_(float a, float b) { return fmaxf(a, b); }
-DEVICE float min_(float a, float b) { return fminf(a, b); }
 DEVICE float round_even(float x) { return rintf(x); }
 DEVICE double ceiling(double x) { return ceil(x); }
 // To the nearest integer, ties to even; x is in [0, 2^63).
@@ -79,23 +78,7 @@ DEVICE float from_fp8(fp8 x) {
     return from_f16(f16{uint16_t(halves)});
 }
 #else
-// Without the conversion instructions: the same values by integer arithmetic.
-DEVICE fp8 to_fp8(float x) {
-    uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return fp8{uint8_t(0x7f)};
-    if (magnitude >= 0x43e00000) return fp8{uint8_t(sign | 0x7e)};
-    if (magnitude < 0x3c800000) {  // below 2^-6: subnormal, a multiple of 2^-9
-        return fp8{uint8_t(sign | uint32_t(rintf(__uint_as_float(magnitude) * 512.0f)))};
-    }
-    uint32_t rounded = magnitude + 0x7ffff + (magnitude >> 20 & 1);
-    return fp8{uint8_t(sign | ((rounded >> 20) - (120 << 3)))};
-}
-DEVICE float from_fp8(fp8 x) {
-    uint32_t sign = uint32_t(x.bits & 0x80) << 24, exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-    if ((x.bits & 0x7f) == 0x7f) return __uint_as_float(0x7fffffff);
-    if (exponent == 0) return __uint_as_float(sign | __float_as_uint(float(mantissa) * 0.001953125f));
-    return __uint_as_float(sign | (exponent + 120) << 23 | mantissa << 20);
-}
+#include "fp8.cuh"
 #endif
 
 // Two bytes (E4M3) in the low half of a word, widened; exact.
@@ -160,7 +143,6 @@ DEVICE uint32_t atomic_max(uint32_t* to, uint32_t x) { return atomicMax(to, x); 
 DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) {
     return atomicMax(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
 }
-DEVICE uint32_t atomic_min(uint32_t* to, uint32_t x) { return atomicMin(to, x); }
 // Makes this thread's writes to global memory visible to other blocks before its later ones.
 DEVICE void global_fence() { __threadfence(); }
 // The upper half of a product.

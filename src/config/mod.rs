@@ -76,7 +76,7 @@ impl Config {
 
     /// With the limits of a step that suit the device, where none are set.
     pub fn for_device(mut self, on_gpu: bool) -> Result<Self, ConfigError> {
-        self.set_step_limits(on_gpu);
+        self.engine = self.engine_on(on_gpu);
         let mut problems = Vec::new();
         self.engine.validate(&mut problems);
         let (utilization, mark) = (self.compute.gpu_memory_utilization, self.health.memory_removal_mark);
@@ -93,16 +93,16 @@ impl Config {
         }
     }
 
-    fn set_step_limits(&mut self, on_gpu: bool) {
-        (self.engine.max_num_seqs, self.engine.max_num_batched_tokens) = self.compute.step_limits(on_gpu);
+    fn engine_on(&self, on_gpu: bool) -> engine::Config {
+        let (max_num_seqs, max_num_batched_tokens) = self.compute.step_limits(on_gpu);
+        engine::Config { max_num_seqs, max_num_batched_tokens, ..self.engine.clone() }
     }
 
     /// Limits that no device that may be chosen could keep.
     fn validate_step(&self, problems: &mut Vec<String>) {
         let on_device = |on_gpu: &bool| {
-            let (mut config, mut found) = (self.clone(), Vec::new());
-            config.set_step_limits(*on_gpu);
-            config.engine.validate(&mut found);
+            let mut found = Vec::new();
+            self.engine_on(*on_gpu).validate(&mut found);
             found
         };
         let found: Vec<_> = self.compute.possible_devices().iter().map(on_device).collect();

@@ -3,7 +3,6 @@
 mod device;
 mod gpu;
 
-use std::str::FromStr;
 use std::sync::Arc;
 
 use outrigger_kernels::Pool;
@@ -22,20 +21,15 @@ pub use device::{ComputeDevice, DeviceChoice};
 pub use gpu::GpuModelRunner;
 
 /// Number type of the KV cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum KvCacheDType {
     /// float32 and bfloat16 where `dtype` is, else float16.
     #[default]
     Auto,
-    #[serde(alias = "f32", alias = "float")]
     Float32,
-    #[serde(alias = "f16", alias = "half")]
     Float16,
-    #[serde(alias = "bf16")]
     BFloat16,
     /// Eight bits (E4M3), on a GPU.
-    #[serde(alias = "fp8_e4m3")]
     Fp8,
 }
 
@@ -60,23 +54,6 @@ impl KvCacheDType {
                 device: "cpu",
                 known: "float32, float16 and bfloat16",
             }),
-        }
-    }
-}
-
-impl FromStr for KvCacheDType {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if matches!(text, "fp8" | "fp8_e4m3") {
-            return Ok(KvCacheDType::Fp8);
-        }
-        match text.parse::<DType>() {
-            Ok(DType::Auto) => Ok(KvCacheDType::Auto),
-            Ok(DType::Float32) => Ok(KvCacheDType::Float32),
-            Ok(DType::Float16) => Ok(KvCacheDType::Float16),
-            Ok(DType::BFloat16) => Ok(KvCacheDType::BFloat16),
-            Err(expected) => Err(expected),
         }
     }
 }

@@ -4,11 +4,11 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use outrigger::engine::EngineHandle;
-use outrigger::engine::model::decoder::DType;
+use outrigger::config::Compute;
 use outrigger::engine::model::gpu_weights::Quantization;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{ComputeDevice, DeviceChoice, GpuModelRunner, KvCacheDType, RunnerConfig};
+use outrigger::engine::{self, EngineHandle};
 use outrigger::types::Backend;
 
 use crate::fixtures::{self, Golden, PROMPT_LENGTH, relative_error};
@@ -57,16 +57,14 @@ fn device() -> Option<ComputeDevice> {
 
 fn config(kv_cache_dtype: KvCacheDType) -> RunnerConfig {
     RunnerConfig {
-        dtype: DType::Auto,
-        quantization: Quantization::None,
         kv_cache_dtype,
         kv_cache_memory: Some(16 << 20),
-        gpu_memory_utilization: 0.9,
         block_size: 16,
         max_model_len: Some(512),
         max_num_seqs: 8,
         max_num_batched_tokens: 512,
         threads: 1,
+        ..Compute::default().runner(&engine::Config::default())
     }
 }
 

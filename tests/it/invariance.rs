@@ -7,10 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use outrigger::engine::model::decoder::DType;
-use outrigger::engine::model::gpu_weights::Quantization;
+use outrigger::config::Compute;
 use outrigger::engine::model::{LoadFormat, ModelConfig, ModelFiles, TensorSource, TokenizerSource};
-use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
+use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
 use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling, ModelRunner};
 use outrigger::tokenizer::Tokenizer;
 use outrigger::types::{
@@ -55,16 +54,13 @@ pub const TOGETHER: Setup = Setup {
 impl Setup {
     fn runner(&self, model: &ModelConfig) -> RunnerConfig {
         RunnerConfig {
-            dtype: DType::Auto,
-            quantization: Quantization::None,
-            kv_cache_dtype: KvCacheDType::Auto,
             kv_cache_memory: Some(self.kv_cache_memory),
-            gpu_memory_utilization: 0.9,
             block_size: self.block_size,
             max_model_len: Some(self.max_model_len.min(model.max_position_embeddings)),
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             threads: self.threads,
+            ..Compute::default().runner(&engine::Config::default())
         }
     }
 }

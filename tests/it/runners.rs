@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use outrigger::engine::LogitsRunner;
+use outrigger::config::Compute;
 use outrigger::engine::model::decoder::DType;
-use outrigger::engine::model::gpu_weights::Quantization;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
-use outrigger::engine::model_runner::{CpuModelRunner, KvCacheDType, RunnerConfig};
+use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
+use outrigger::engine::{self, LogitsRunner};
 
 use crate::{fixtures, real_model};
 
@@ -49,15 +49,11 @@ fn load(path: &Path, setup: Setup, kv_cache_memory: u64) -> Box<dyn LogitsRunner
             Numbers::Float32 => DType::Float32,
             Numbers::Default => DType::Auto,
         },
-        quantization: Quantization::None,
-        kv_cache_dtype: KvCacheDType::Auto,
         kv_cache_memory: Some(kv_cache_memory),
-        gpu_memory_utilization: 0.9,
         block_size: setup.block_size,
         max_model_len: Some(files.config.max_position_embeddings.min(2048)),
-        max_num_seqs: 64,
-        max_num_batched_tokens: 512,
         threads: setup.threads,
+        ..Compute::default().runner(&engine::Config::default())
     };
     let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &config, &|_| ());
     Box::new(runner.unwrap_or_else(|error| panic!("{}: {error}", path.display())))

@@ -17,7 +17,6 @@ DEVICE uint32_t float_as_uint(float x) {
 DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
 // Of a number and NaN, the number.
 DEVICE float max_(float a, float b) { return fmaxf(a, b); }
-DEVICE float min_(float a, float b) { return fminf(a, b); }
 DEVICE float round_even(float x) { return rintf(x); }
 DEVICE double ceiling(double x) { return ceil(x); }
 DEVICE uint64_t round_to_u64(float x) { return uint64_t(rint(double(x))); }
@@ -52,22 +51,7 @@ DEVICE float from_f16(f16 x) {
 }
 DEVICE uint32_t pack_bf16(float low, float high) { return to_bf16(low).bits | uint32_t(to_bf16(high).bits) << 16; }
 DEVICE uint32_t pack_f16(float low, float high) { return to_f16(low).bits | uint32_t(to_f16(high).bits) << 16; }
-DEVICE fp8 to_fp8(float x) {
-    uint32_t bits = float_as_uint(x), sign = bits >> 24 & 0x80, magnitude = bits & 0x7fffffff;
-    if (magnitude > 0x7f800000) return fp8{uint8_t(0x7f)};
-    if (magnitude >= 0x43e00000) return fp8{uint8_t(sign | 0x7e)};
-    if (magnitude < 0x3c800000) {  // below 2^-6: subnormal, a multiple of 2^-9
-        return fp8{uint8_t(sign | uint32_t(rintf(uint_as_float(magnitude) * 512.0f)))};
-    }
-    uint32_t rounded = magnitude + 0x7ffff + (magnitude >> 20 & 1);
-    return fp8{uint8_t(sign | ((rounded >> 20) - (120 << 3)))};
-}
-DEVICE float from_fp8(fp8 x) {
-    uint32_t sign = uint32_t(x.bits & 0x80) << 24, exponent = x.bits >> 3 & 15, mantissa = x.bits & 7;
-    if ((x.bits & 0x7f) == 0x7f) return uint_as_float(0x7fffffff);
-    if (exponent == 0) return uint_as_float(sign | float_as_uint(float(mantissa) * 0.001953125f));
-    return uint_as_float(sign | (exponent + 120) << 23 | mantissa << 20);
-}
+#include "../fp8.cuh"
 
 // Two bytes (E4M3) in the low half of a word, widened; exact.
 DEVICE uint32_t unpack_fp8_f16(uint32_t two) {

@@ -75,20 +75,19 @@ DEVICE uint32_t atomic_add(uint32_t* to, uint32_t x) { return __atomic_fetch_add
 DEVICE uint64_t atomic_add(uint64_t* to, uint64_t x) { return __atomic_fetch_add(to, x, __ATOMIC_RELAXED); }
 
 namespace emulation {
-// Puts `x` where the value there is smaller (or larger), and returns the old value.
-template <bool LARGER, typename T>
-T atomic_extreme(T* to, T x) {
+// Puts `x` where the value there is smaller, and returns the old value.
+template <typename T>
+T atomic_larger(T* to, T x) {
     T old = __atomic_load_n(to, __ATOMIC_RELAXED);
-    while (LARGER ? old < x : x < old) {
+    while (old < x) {
         if (__atomic_compare_exchange_n(to, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) break;
     }
     return old;
 }
 }  // namespace emulation
 
-DEVICE uint32_t atomic_max(uint32_t* to, uint32_t x) { return emulation::atomic_extreme<true>(to, x); }
-DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) { return emulation::atomic_extreme<true>(to, x); }
-DEVICE uint32_t atomic_min(uint32_t* to, uint32_t x) { return emulation::atomic_extreme<false>(to, x); }
+DEVICE uint32_t atomic_max(uint32_t* to, uint32_t x) { return emulation::atomic_larger(to, x); }
+DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) { return emulation::atomic_larger(to, x); }
 DEVICE void global_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // Launches run one after another here. Of a launch that may overlap the one before, one block runs with what earlier kernels

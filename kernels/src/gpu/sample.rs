@@ -311,11 +311,6 @@ impl DeviceSampler {
         self.collect(staged)
     }
 
-    /// Whether [`read`](Self::read) would not wait.
-    pub fn is_done(&self, ticket: &Ticket) -> Result<bool, DeviceError> {
-        self.device.driver().is_done(self.turns[(ticket.number % 2) as usize].event)
-    }
-
     /// Waits for a step and gives a result for each of its rows.
     ///
     /// # Panics

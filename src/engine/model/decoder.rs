@@ -3,10 +3,9 @@
 //! One data flow for the whole family; what differs between models is data in `ModelConfig`. It knows rows, positions and
 //! block tables, but no sequence, no scheduler and no sampling.
 
-use std::str::FromStr;
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use half::{bf16, f16};
 use outrigger_kernels::attention::{Attention, AttentionEntry, KvCache, MAX_HEAD_DIM, QueryShape, Slot};
 use outrigger_kernels::matrix::{DenseType, Input, Matrix, MatrixSource, PackError, QuantType, Write};
 use outrigger_kernels::rows::{
@@ -18,21 +17,17 @@ use sha2::{Digest, Sha256};
 use super::config::{Activation, ModelConfig};
 use super::load::LoadError;
 use super::reader::{EMBEDDINGS, FINAL_NORM, HEAD, LayerNames, TensorReader, hex};
-use super::weights::{RawTensor, TensorSource, TensorType};
+use super::weights::{RawTensor, TensorSource, TensorType, packed_type};
 use crate::types::TokenId;
 
 /// Number type of the weights in memory, and so of the arithmetic.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DType {
     /// As the file has them: dense types are multiplied in f32, quantized ones in eight-bit integers.
     #[default]
     Auto,
-    #[serde(alias = "f32", alias = "float")]
     Float32,
-    #[serde(alias = "f16", alias = "half")]
     Float16,
-    #[serde(alias = "bf16")]
     BFloat16,
 }
 
@@ -43,20 +38,6 @@ impl DType {
             DType::Float32 => "float32",
             DType::Float16 => "float16",
             DType::BFloat16 => "bfloat16",
-        }
-    }
-}
-
-impl FromStr for DType {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "auto" => Ok(DType::Auto),
-            "float32" | "f32" | "float" => Ok(DType::Float32),
-            "float16" | "f16" | "half" => Ok(DType::Float16),
-            "bfloat16" | "bf16" => Ok(DType::BFloat16),
-            _ => Err("one of auto, float32, float16, bfloat16 is expected".to_owned()),
         }
     }
 }
@@ -393,14 +374,14 @@ impl Loader<'_> {
 
 /// A tensor in the type that it will be multiplied in.
 enum Converted<'a> {
-    AsStored(MatrixSource<'a>),
-    Dense(DenseType, Vec<u8>),
+    Packed(QuantType, &'a [u8]),
+    Dense(DenseType, Cow<'a, [u8]>),
 }
 
 impl Converted<'_> {
     fn source(&self) -> MatrixSource<'_> {
         match self {
-            Converted::AsStored(source) => *source,
+            Converted::Packed(ty, bytes) => MatrixSource::Quantized(*ty, bytes),
             Converted::Dense(ty, bytes) => MatrixSource::Dense(*ty, bytes),
         }
     }
@@ -408,37 +389,11 @@ impl Converted<'_> {
 
 /// Chooses the type: what `dtype` names; for `auto` the stored one, or f16 where the kernels lack it.
 fn convert<'a>(tensor: &'a RawTensor<'_>, dtype: DType) -> Result<Converted<'a>, LoadError> {
-    let stored = match tensor.ty {
-        TensorType::F32 => Some(MatrixSource::Dense(DenseType::F32, &tensor.data)),
-        TensorType::F16 => Some(MatrixSource::Dense(DenseType::F16, &tensor.data)),
-        TensorType::BF16 => Some(MatrixSource::Dense(DenseType::BF16, &tensor.data)),
-        TensorType::Q4_0 => Some(MatrixSource::Quantized(QuantType::Q4_0, &tensor.data)),
-        TensorType::Q4_1 => Some(MatrixSource::Quantized(QuantType::Q4_1, &tensor.data)),
-        TensorType::Q8_0 => Some(MatrixSource::Quantized(QuantType::Q8_0, &tensor.data)),
-        TensorType::Q4K => Some(MatrixSource::Quantized(QuantType::Q4K, &tensor.data)),
-        TensorType::Q6K => Some(MatrixSource::Quantized(QuantType::Q6K, &tensor.data)),
-        TensorType::Q5_0 | TensorType::Q5_1 | TensorType::Q2K | TensorType::Q3K | TensorType::Q5K => None,
+    let ty = match (dtype, tensor.ty, packed_type(tensor.ty)) {
+        (DType::Auto, _, Some(packed)) => return Ok(Converted::Packed(packed, &tensor.data)),
+        (DType::Float32, _, _) | (DType::Auto, TensorType::F32, None) => DenseType::F32,
+        (DType::BFloat16, _, _) | (DType::Auto, TensorType::BF16, None) => DenseType::BF16,
+        (DType::Float16, _, _) | (DType::Auto, _, None) => DenseType::F16,
     };
-    let wanted = match (dtype, &stored) {
-        (DType::Auto, Some(_)) => None,
-        (DType::Auto | DType::Float16, _) => Some(DenseType::F16),
-        (DType::Float32, _) => Some(DenseType::F32),
-        (DType::BFloat16, _) => Some(DenseType::BF16),
-    };
-    match (wanted, stored) {
-        (None, Some(stored)) => Ok(Converted::AsStored(stored)),
-        (Some(ty), Some(MatrixSource::Dense(stored, bytes))) if ty == stored => {
-            Ok(Converted::AsStored(MatrixSource::Dense(stored, bytes)))
-        }
-        (wanted, _) => {
-            let ty = wanted.unwrap_or(DenseType::F16);
-            let values = tensor.dequantize()?;
-            let bytes = match ty {
-                DenseType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
-                DenseType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
-                DenseType::BF16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
-            };
-            Ok(Converted::Dense(ty, bytes))
-        }
-    }
+    Ok(Converted::Dense(ty, tensor.dense_bytes(ty)?))
 }

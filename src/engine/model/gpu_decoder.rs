@@ -110,10 +110,6 @@ impl GpuDecoder {
         &self.config
     }
 
-    pub fn weights(&self) -> &Weights {
-        &self.weights
-    }
-
     /// Overwrites part of the weights, for tests of the health probes.
     pub fn corrupt(&mut self) -> Result<(), DeviceError> {
         self.weights.corrupt()

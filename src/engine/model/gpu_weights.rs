@@ -1,13 +1,10 @@
 //! Weights in device memory: read, hashed and uploaded tensor by tensor, so that the host never holds a model.
 
-use std::borrow::Cow;
-
-use half::{bf16, f16};
 use outrigger_kernels::Pool;
 use outrigger_kernels::gpu::gemm::{Arithmetic, DenseMatrix, DenseType, MatrixError};
 use outrigger_kernels::gpu::quantized::{self, QuantMatrix, QuantMatrixError};
 use outrigger_kernels::gpu::{Activations, Device, DeviceBuffer, DeviceError, Element, View, rows};
-use outrigger_kernels::matrix::QuantType;
+use outrigger_kernels::matrix::{self, QuantType};
 
 use super::config::ModelConfig;
 use super::decoder::DType;
@@ -15,7 +12,7 @@ use super::expected::expected_tensors;
 use super::gpu_products::Form;
 use super::load::LoadError;
 use super::reader::{EMBEDDINGS, FINAL_NORM, HEAD, LayerNames, TensorReader};
-use super::weights::{RawTensor, TensorSource, TensorType};
+use super::weights::{RawTensor, TensorSource, TensorType, packed_type};
 
 /// What becomes of dense projections on their way to the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -140,15 +137,7 @@ enum Kind {
 
 impl Kind {
     fn of(stored: TensorType, precision: Precision) -> Self {
-        let quantized = match stored {
-            TensorType::Q4_0 => Some(QuantType::Q4_0),
-            TensorType::Q4_1 => Some(QuantType::Q4_1),
-            TensorType::Q8_0 => Some(QuantType::Q8_0),
-            TensorType::Q4K => Some(QuantType::Q4K),
-            TensorType::Q6K => Some(QuantType::Q6K),
-            _ => None,
-        };
-        match (precision.activations, quantized, stored) {
+        match (precision.activations, packed_type(stored), stored) {
             (Element::F32, Some(ty), _) => Kind::Quantized(ty),
             // Within a quantized model, what is dense keeps its type as far as the tensor cores know it.
             (Element::F32, None, TensorType::BF16 | TensorType::F32) => Kind::Dense(Element::BF16),
@@ -191,13 +180,6 @@ impl Weights {
     pub(super) fn spoil(&mut self) -> Result<(), DeviceError> {
         let weights = vec![f32::NAN; self.norm.len()];
         self.norm.upload(0, &weights)
-    }
-
-    /// Device memory of all matrices.
-    pub fn bytes(&self) -> usize {
-        let projections = self.layers.iter().flat_map(|layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down]);
-        let matrices = projections.flat_map(|projection| &projection.parts).chain([&self.embeddings]).chain(&self.head);
-        matrices.map(Matrix::bytes).sum()
     }
 }
 
@@ -276,7 +258,7 @@ impl Loader<'_> {
             Kind::Fp8 => {
                 let mut matrix = DenseMatrix::new(self.device, DenseType::Fp8, rows, cols).map_err(failed)?;
                 for tensor in tensors {
-                    let values = dense_bytes(tensor, self.precision.dense)?;
+                    let values = tensor.dense_bytes(dense_type(self.precision.dense))?;
                     let unquantized = DeviceBuffer::from_slice(self.device, &values)?;
                     let part = Activations::new(&unquantized, self.precision.dense, tensor.shape[0], cols);
                     matrix.quantize_rows(first, part)?;
@@ -288,7 +270,7 @@ impl Loader<'_> {
                 let ty = if element == Element::BF16 { DenseType::BF16 } else { DenseType::F16 };
                 let mut matrix = DenseMatrix::new(self.device, ty, rows, cols).map_err(failed)?;
                 for tensor in tensors {
-                    matrix.upload_rows(first, &dense_bytes(tensor, element)?)?;
+                    matrix.upload_rows(first, &tensor.dense_bytes(dense_type(element))?)?;
                     first += tensor.shape[0];
                 }
                 Ok(Matrix::Dense(matrix))
@@ -303,17 +285,12 @@ impl Loader<'_> {
     }
 }
 
-/// The values in `element`: as stored where that is their type.
-fn dense_bytes<'a>(tensor: &'a RawTensor<'_>, element: Element) -> Result<Cow<'a, [u8]>, LoadError> {
-    match (tensor.ty, element) {
-        (TensorType::BF16, Element::BF16) | (TensorType::F16, Element::F16) => Ok(Cow::Borrowed(&tensor.data)),
-        (_, Element::F16) => {
-            Ok(tensor.dequantize()?.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect())
-        }
-        (_, Element::BF16) => {
-            Ok(tensor.dequantize()?.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect())
-        }
-        (_, Element::F32) => unreachable!("weights on a GPU have sixteen bits"),
+/// The type of sixteen bits that weights on a GPU have.
+fn dense_type(element: Element) -> matrix::DenseType {
+    match element {
+        Element::F16 => matrix::DenseType::F16,
+        Element::BF16 => matrix::DenseType::BF16,
+        Element::F32 => unreachable!("weights on a GPU have sixteen bits"),
     }
 }
 
@@ -336,13 +313,6 @@ impl Matrix {
         match self {
             Matrix::Dense(matrix) => matrix.n(),
             Matrix::Quantized(matrix) => matrix.rows(),
-        }
-    }
-
-    pub fn bytes(&self) -> usize {
-        match self {
-            Matrix::Dense(matrix) => matrix.bytes(),
-            Matrix::Quantized(matrix) => matrix.bytes(),
         }
     }
 

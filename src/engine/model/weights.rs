@@ -6,6 +6,7 @@ use std::borrow::Cow;
 use candle_core::Device;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
 use half::{bf16, f16};
+use outrigger_kernels::matrix::{DenseType, QuantType};
 
 use super::load::LoadError;
 pub use crate::formats::TensorType;
@@ -68,10 +69,39 @@ impl RawTensor<'_> {
         }
     }
 
+    /// The values as `ty`, little-endian: as stored where that is their type, else rounded to nearest.
+    pub fn dense_bytes(&self, ty: DenseType) -> Result<Cow<'_, [u8]>, LoadError> {
+        match (self.ty, ty) {
+            (TensorType::F32, DenseType::F32)
+            | (TensorType::F16, DenseType::F16)
+            | (TensorType::BF16, DenseType::BF16) => return Ok(Cow::Borrowed(&self.data)),
+            _ => {}
+        }
+        let values = self.dequantize()?;
+        Ok(match ty {
+            DenseType::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            DenseType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),
+            DenseType::BF16 => values.iter().flat_map(|value| bf16::from_f32(*value).to_le_bytes()).collect(),
+        })
+    }
+
     fn dequantize_with_candle(&self, ty: GgmlDType) -> Result<Vec<f32>, LoadError> {
         let storage = QStorage::from_data(Cow::Borrowed(&aligned(&self.data)), &Device::Cpu, ty)?;
         let tensor = QTensor::new(storage, self.shape.as_slice())?;
         Ok(tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1()?)
+    }
+}
+
+/// The type in which the kernels multiply stored blocks as they are; `None` for dense types, and for blocks that they lack.
+pub(super) fn packed_type(stored: TensorType) -> Option<QuantType> {
+    match stored {
+        TensorType::Q4_0 => Some(QuantType::Q4_0),
+        TensorType::Q4_1 => Some(QuantType::Q4_1),
+        TensorType::Q8_0 => Some(QuantType::Q8_0),
+        TensorType::Q4K => Some(QuantType::Q4K),
+        TensorType::Q6K => Some(QuantType::Q6K),
+        TensorType::F32 | TensorType::F16 | TensorType::BF16 => None,
+        TensorType::Q5_0 | TensorType::Q5_1 | TensorType::Q2K | TensorType::Q3K | TensorType::Q5K => None,
     }
 }
 

@@ -7,8 +7,6 @@
 mod graphs;
 mod rows;
 
-use std::sync::Arc;
-
 use outrigger_kernels::Pool;
 use outrigger_kernels::gpu::attention::{AttentionLimits, AttentionPlan, GpuKvCache, GpuKvType, UnsupportedAttention};
 use outrigger_kernels::gpu::gemm::Arithmetic;
@@ -82,12 +80,12 @@ impl GpuModelRunner {
         let precision = Precision::choose(device, config.dtype, config.quantization, &model, tensors)?;
         let kv_type = kv_type(config.kv_cache_dtype, precision)?;
         let caps = caps(config, &model);
-        let plan = |num_blocks: usize| attention_plan(device, &model, config, kv_type, num_blocks);
+        let plan = |num_blocks: usize| attention_plan(device, &model, config, caps, kv_type, num_blocks);
         // Heads that cannot be computed are refused before gigabytes are read.
         let (warm_up_plan, shape) = (plan(1)?, config.kv_shape(&model, 1));
         let total = tensors.total_bytes().max(1);
         let report = |bytes: u64| progress((bytes as f64 / total as f64).min(1.0) as f32);
-        let pool = Arc::new(Pool::new(config.threads));
+        let pool = Pool::new(config.threads);
         let weights = Weights::load(device, &model, tensors, precision, &pool, &report)?;
         let fingerprint = fingerprint(device, &model, &weights, kv_type);
         let sampler = DeviceSampler::new(device, model.vocab_size, caps.output_rows, MAX_LOGPROBS)?;
@@ -114,11 +112,6 @@ impl GpuModelRunner {
 
     pub fn fingerprint(&self) -> Fingerprint {
         self.fingerprint.clone()
-    }
-
-    /// Bytes of the weights in device memory.
-    pub fn weight_bytes(&self) -> usize {
-        self.decoder.weights().bytes()
     }
 
     fn capture(&mut self, max_rows: usize) -> Result<Graphs, DeviceError> {
@@ -306,10 +299,11 @@ fn attention_plan(
     device: &Device,
     model: &ModelConfig,
     config: &RunnerConfig,
+    caps: Caps,
     kv_type: GpuKvType,
     num_blocks: usize,
 ) -> Result<AttentionPlan, UnsupportedAttention> {
-    let limits = AttentionLimits { max_rows: caps(config, model).rows, max_entries: max_entries(config) };
+    let limits = AttentionLimits { max_rows: caps.rows, max_entries: max_entries(config) };
     AttentionPlan::new(device, config.kv_shape(model, num_blocks), kv_type, query_shape(model), limits)
 }
 
