@@ -346,7 +346,7 @@ impl GameDay {
             if !is_time {
                 return false;
             }
-            victims = self.choose_victims(exercise.injury(), ids).await;
+            victims = self.choose_victims(exercise.injury(), ids, flight.records.len()).await;
             !victims.is_empty() || flight.is_over()
         })
         .await;
@@ -358,26 +358,32 @@ impl GameDay {
     }
 
     /// Empty while the node to hit does nothing that would be missed.
-    async fn choose_victims(&self, injury: Injury, ids: &[Option<NodeId>]) -> Vec<usize> {
+    async fn choose_victims(&self, injury: Injury, ids: &[Option<NodeId>], streams: usize) -> Vec<usize> {
         let others = || (0..self.arena.nodes.len()).filter(|index| *index != ENTRY);
         match injury {
             Injury::Entry(_) | Injury::EntryFault(_) => vec![ENTRY],
             Injury::None | Injury::Rolling => Vec::from_iter(others().take(1)),
-            Injury::AllButEntry(_) => match self.busiest_generator(ids).await {
+            Injury::AllButEntry(_) => match self.busiest_generator(ids, streams).await {
                 Some(_) => others().collect(),
                 None => Vec::new(),
             },
-            Injury::Generator(_) | Injury::GeneratorFault(_) => self.busiest_generator(ids).await.into_iter().collect(),
+            Injury::Generator(_) | Injury::GeneratorFault(_) => {
+                self.busiest_generator(ids, streams).await.into_iter().collect()
+            }
         }
     }
 
-    /// The node, other than the entry, that computes most of its streams.
-    async fn busiest_generator(&self, ids: &[Option<NodeId>]) -> Option<usize> {
+    /// The node, other than the entry, that computes most of its streams, once these are not just the first to arrive.
+    async fn busiest_generator(&self, ids: &[Option<NodeId>], streams: usize) -> Option<usize> {
+        let fair_share = streams / self.arena.nodes.len();
         let Some(overview) = self.arena.overview(ENTRY).await else {
             // Without an admin address the next one is as good as any.
             return Some((ENTRY + 1) % self.arena.nodes.len());
         };
-        let busiest = overview.peers.iter().filter(|peer| peer.streams > 0).max_by_key(|peer| peer.streams)?;
+        let busiest = overview.peers.iter().max_by_key(|peer| peer.streams)?;
+        if busiest.streams < (fair_share as u64 / 2).max(1) {
+            return None;
+        }
         (0..ids.len()).find(|&index| index != ENTRY && ids[index].as_ref() == Some(&busiest.node.id))
     }
 

@@ -380,10 +380,10 @@ impl FailoverStream {
     }
 
     fn opened(&mut self, result: Result<PeerStream, Failure>) {
-        let Opening { node, cursor, attempt, since, in_flight, .. } = self.opening.take().expect("it was opened");
+        let Opening { node, cursor, attempt, since, mut in_flight, .. } = self.opening.take().expect("it was opened");
         match result {
             Ok(stream) => {
-                self.shared.ledger.answered(&node, now() - since);
+                in_flight.accepted(now() - since);
                 self.entered(Source::peer(node, stream, attempt, in_flight, cursor, now()));
             }
             Err(failure) => self.refused(Replica::At(node), attempt, failure),

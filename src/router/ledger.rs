@@ -22,7 +22,10 @@ pub struct Ledger(Arc<Mutex<BTreeMap<NodeId, Account>>>);
 struct Account {
     breaker: Breaker,
     sent: VecDeque<Sent>,
+    /// Streams on their way there and under way there.
     open: u32,
+    /// Of these, the ones that it has taken.
+    accepted: u32,
     last_failure: Option<(FailureKind, Instant)>,
     last_call: Instant,
     /// From a call to its acceptance, the last time.
@@ -45,8 +48,8 @@ pub struct Standing {
     pub breaker: BreakerState,
     pub sent_choices: u32,
     pub sent_tokens: u64,
-    /// Streams that this node has there.
-    pub open: u32,
+    /// Streams of this node that it has taken and not ended.
+    pub accepted: u32,
     pub last_failure: Option<(FailureKind, Instant)>,
     pub round_trip: Option<Duration>,
 }
@@ -56,12 +59,25 @@ pub struct InFlight {
     ledger: Ledger,
     node: NodeId,
     attempt: Option<Attempt>,
+    is_accepted: bool,
+}
+
+impl InFlight {
+    /// The peer took the stream after this time.
+    pub fn accepted(&mut self, round_trip: Duration) {
+        if let Some(account) = self.ledger.0.lock().get_mut(&self.node) {
+            account.round_trip = Some(round_trip);
+            account.accepted += u32::from(!self.is_accepted);
+            self.is_accepted = true;
+        }
+    }
 }
 
 impl Drop for InFlight {
     fn drop(&mut self) {
         if let Some(account) = self.ledger.0.lock().get_mut(&self.node) {
             account.open = account.open.saturating_sub(1);
+            account.accepted = account.accepted.saturating_sub(self.is_accepted.into());
             if let Some(attempt) = self.attempt {
                 account.breaker.abandoned(attempt);
             }
@@ -72,7 +88,15 @@ impl Drop for InFlight {
 impl Account {
     fn new(peer: &Peer, now: Instant) -> Self {
         let breaker = Breaker::new(peer.incarnation, now);
-        Self { breaker, sent: VecDeque::new(), open: 0, last_failure: None, last_call: now, round_trip: None }
+        Self {
+            breaker,
+            sent: VecDeque::new(),
+            open: 0,
+            accepted: 0,
+            last_failure: None,
+            last_call: now,
+            round_trip: None,
+        }
     }
 }
 
@@ -88,7 +112,7 @@ impl Ledger {
                 breaker: breaker.state(now),
                 sent_choices: 0,
                 sent_tokens: 0,
-                open: 0,
+                accepted: 0,
                 last_failure: None,
                 round_trip: None,
             };
@@ -104,7 +128,7 @@ impl Ledger {
             breaker: account.breaker.state(now),
             sent_choices: account.sent.iter().map(|sent| sent.choices).sum(),
             sent_tokens: account.sent.iter().map(|sent| sent.tokens).sum(),
-            open: account.open,
+            accepted: account.accepted,
             last_failure: account.last_failure,
             round_trip: account.round_trip,
         }
@@ -128,14 +152,12 @@ impl Ledger {
             let oldest = idle.min_by_key(|(_, account)| account.last_call).map(|(node, _)| node.clone());
             oldest.and_then(|node| accounts.remove(&node));
         }
-        (attempt, InFlight { ledger: self.clone(), node: peer.id.clone(), attempt })
+        (attempt, InFlight { ledger: self.clone(), node: peer.id.clone(), attempt, is_accepted: false })
     }
 
-    /// The peer took a call after this time.
-    pub fn answered(&self, node: &NodeId, round_trip: Duration) {
-        if let Some(account) = self.0.lock().get_mut(node) {
-            account.round_trip = Some(round_trip);
-        }
+    /// Streams on their way to any peer and under way there.
+    pub fn open(&self) -> u64 {
+        self.0.lock().values().map(|account| u64::from(account.open)).sum()
     }
 
     pub fn succeeded(&self, node: &NodeId, attempt: Attempt, now: Instant) {
@@ -149,5 +171,40 @@ impl Ledger {
             account.last_failure = Some((kind, now));
             account.breaker.failed(attempt, kind, now, random);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cluster::{LoadReport, NodeDescription};
+
+    #[test]
+    fn a_stream_is_there_from_its_acceptance_to_its_end() {
+        let (ledger, now) = (Ledger::default(), Instant::now());
+        let peer = Peer {
+            id: NodeId::new("b"),
+            incarnation: 1,
+            description: NodeDescription {
+                protocol: 1,
+                version: String::new(),
+                peer_addr: "127.0.0.1:7000".parse().expect("an address"),
+                zone: String::new(),
+                models: Vec::new(),
+            },
+            report: LoadReport::default(),
+            reported_at: now,
+            stability: 1.0,
+        };
+        let (_, mut taken) = ledger.send(&peer, 1, 8, now);
+        let (_, refused) = ledger.send(&peer, 1, 8, now);
+        assert_eq!((ledger.open(), ledger.standing(&peer, now).accepted), (2, 0));
+        taken.accepted(Duration::from_millis(3));
+        drop(refused);
+        let standing = ledger.standing(&peer, now);
+        assert_eq!((ledger.open(), standing.accepted), (1, 1));
+        assert_eq!(standing.round_trip, Some(Duration::from_millis(3)));
+        drop(taken);
+        assert_eq!((ledger.open(), ledger.standing(&peer, now).accepted), (0, 0));
     }
 }

@@ -55,7 +55,7 @@ pub struct PeerOverview {
     pub weight: f64,
     /// 1 for a node that stays, less for one that comes and goes.
     pub stability: f64,
-    /// Streams of this node's clients that are computed there.
+    /// Streams of this node's clients that it has taken and not ended.
     pub streams: u64,
     /// Of the last call that it answered.
     pub round_trip_seconds: Option<f64>,
@@ -144,7 +144,7 @@ impl Router {
             },
             streams: StreamCounts {
                 open,
-                local: open.saturating_sub(peers.iter().map(|peer| peer.streams).sum()),
+                local: open.saturating_sub(shared.ledger.open()),
                 for_peers: u64::try_from(metrics.streams_served.get()).unwrap_or(0),
                 failovers: failovers.filter(|(_, count)| *count > 0).collect(),
                 hand_overs: metrics.hand_overs.get(),
@@ -181,7 +181,7 @@ impl Shared {
             },
             weight: standing.weight * peer.stability,
             stability: peer.stability,
-            streams: standing.open.into(),
+            streams: standing.accepted.into(),
             round_trip_seconds: standing.round_trip.map(|time| time.as_secs_f64()),
             last_failure: standing.last_failure.map(|(kind, at)| PeerFailure {
                 kind: kind.label().to_owned(),
