@@ -46,8 +46,10 @@ pub fn path(name: &str) -> PathBuf {
     }
 }
 
+/// Cargo says it when it runs the tests, and the GPU suite when it runs them far from where they were built.
 fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/fixtures")
+    let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
+    PathBuf::from(package).join("models/fixtures")
 }
 
 /// What transformers computes in float32 for a fixture.

@@ -1,5 +1,5 @@
-//! The runner on a GPU: on the first CUDA device where there is one, else on the emulator in builds that have it, else
-//! skipped, and said to be.
+//! The runner on a GPU: on the one that OUTRIGGER_DEVICE names, which has to be there then; else on the first CUDA device where
+//! there is one, else on the emulator in builds that have it, else skipped, and said to be.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -45,6 +45,12 @@ const FP8_TOLERANCE: f32 = 0.6;
 
 /// What runs the tests.
 fn device() -> Option<ComputeDevice> {
+    if let Ok(asked) = std::env::var("OUTRIGGER_DEVICE") {
+        let choice: DeviceChoice = asked.parse().unwrap_or_else(|error| panic!("OUTRIGGER_DEVICE {error}"));
+        let device = ComputeDevice::open(choice).unwrap_or_else(|error| panic!("{asked}: {error}"));
+        assert!(device.gpu().is_some(), "OUTRIGGER_DEVICE={asked} is no GPU");
+        return Some(device);
+    }
     let opened = ComputeDevice::open(DeviceChoice::Cuda(0)).or_else(|_| ComputeDevice::open(DeviceChoice::Emulator));
     match opened {
         Ok(device) => Some(device),

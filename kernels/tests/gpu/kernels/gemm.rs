@@ -7,6 +7,15 @@ use outrigger_kernels::gpu::{Activations, DeviceBuffer, DeviceError, Element, Ou
 
 use super::Bench;
 
+/// How often a forward pass of Llama-3.1-8B does each product: in each of its layers, and once.
+pub const PER_PASS: &[(&str, f64)] = &[
+    ("dense product, bf16, qkv", 32.0),
+    ("dense product, bf16, o", 32.0),
+    ("dense product, bf16, gate and up", 32.0),
+    ("dense product, bf16, down", 32.0),
+    ("dense product, bf16, head", 1.0),
+];
+
 /// Weights `[n, k]`, and what becomes of the sums.
 #[derive(Clone, Copy)]
 struct Projection {

@@ -121,7 +121,11 @@ pub fn run(device: &Device, is_real: bool, arguments: &Arguments) -> bool {
         .map_err(|error| error.to_string())
         .and_then(|copy| Ceilings::new(copy, arguments.ceilings.as_deref()));
     match ceilings {
-        Ok(ceilings) => publish(&table::markdown(&bench.rows, ceilings), arguments, &mut bench.problems),
+        Ok(ceilings) => {
+            let tables = table::markdown(&bench.rows, &ceilings)
+                + &table::cost_of_invariance(&bench.rows, &ceilings, gemm::PER_PASS);
+            publish(&tables, arguments, &mut bench.problems);
+        }
         Err(problem) => bench.problems.push(problem),
     }
     if !is_real {
