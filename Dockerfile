@@ -46,7 +46,9 @@ CMD ["serve"]
 # NVIDIA's CUDA runtime images are not needed, which saves gigabytes: the kernels are inside the binary, and all that it loads
 # is the driver's library, which NVIDIA's container toolkit mounts when the container is given a GPU.
 FROM runtime AS cuda
-ENV NVIDIA_VISIBLE_DEVICES=all \
+# A container that was meant to have a GPU and has none ends with the reason. OUTRIGGER_DEVICE=auto takes what there is.
+ENV OUTRIGGER_DEVICE=cuda \
+    NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /out/outrigger /usr/local/bin/outrigger
 

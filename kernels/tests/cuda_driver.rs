@@ -107,6 +107,14 @@ fn why_unavailable() -> String {
     }
 }
 
+fn why_unusable() -> String {
+    match Device::cuda(0) {
+        Err(DeviceError::Unusable(reason)) => reason,
+        Err(other) => panic!("unusable, not {other}"),
+        Ok(_) => panic!("there is a usable device"),
+    }
+}
+
 fn launch(device: &Device, launch: &Launch) -> Result<(), DeviceError> {
     // SAFETY: the stand-in's kernel reads nothing.
     unsafe { device.launch("the_kernel", launch, &ARGUMENT) }
@@ -149,9 +157,26 @@ fn what_is_missing_is_said() {
     stand_in.fail("cuInit", 100);
     let reason = why_unavailable();
     assert!(reason.contains("MIG") && reason.ends_with("(CUDA_ERROR_NO_DEVICE)"), "{reason}");
+    assert_eq!(stand_in.call("stand_in_alive"), 0);
+}
+
+/// A machine that should have a GPU is told from one that has none: what fell off the bus is not replaced by processors.
+#[test]
+fn what_is_broken_is_not_missing() {
+    let stand_in = StandIn::new();
+    for (status, word) in
+        [(802, "fabric manager"), (803, "reboot"), (304, "device files"), (999, "could not be started")]
+    {
+        stand_in.fail("cuInit", status);
+        let reason = why_unusable();
+        assert!(reason.contains(word), "{reason}");
+    }
     stand_in.fail("cuInit", 0);
-    stand_in.fail("cuDevicePrimaryCtxRetain", 46);
-    assert!(why_unavailable().contains("another process has it for itself"));
+    for (status, word) in [(46, "another process has it for itself"), (2, "in use"), (214, "needs a reset")] {
+        stand_in.fail("cuDevicePrimaryCtxRetain", status);
+        let reason = why_unusable();
+        assert!(reason.contains(word), "{reason}");
+    }
     assert_eq!(stand_in.call("stand_in_alive"), 0);
 }
 

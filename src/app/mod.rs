@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 
 use crate::config::{Config, Invocation, KEYS};
-use crate::engine::model_runner::ComputeDevice;
+use crate::engine::model_runner::{ComputeDevice, DeviceChoice};
 use crate::observability::trace;
 use ending::Ending;
 use front::Front;
@@ -92,7 +92,10 @@ async fn open_device(config: &Config) -> anyhow::Result<ComputeDevice> {
     let opened = tokio::task::spawn_blocking(move || ComputeDevice::open(choice))
         .await
         .context("opening the device panicked")?;
-    let device = opened.with_context(|| format!("device {choice} cannot be used"))?;
+    let device = opened.with_context(|| match choice {
+        DeviceChoice::Auto => "there is a GPU, and it is not well (device = cpu computes on the processors)".to_owned(),
+        _ => format!("device {choice} cannot be used"),
+    })?;
     tracing::info!(%device, "computing");
     Ok(device)
 }

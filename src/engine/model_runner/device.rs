@@ -8,7 +8,7 @@ use outrigger_kernels::gpu::{Device, DeviceError};
 /// What to compute on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum DeviceChoice {
-    /// The first GPU that can be used, else the processors.
+    /// The first GPU, and the processors where there is none for us.
     #[default]
     Auto,
     Cpu,
@@ -63,7 +63,9 @@ impl ComputeDevice {
         Self { gpu: None, reason: reason.into() }
     }
 
-    /// Opens what was asked for. With [`DeviceChoice::Auto`] a GPU that cannot be used is no error. Blocks.
+    /// Opens what was asked for. With [`DeviceChoice::Auto`] it is no error that there is no GPU; that there is one which is
+    /// broken or taken is, since a replica that computes a hundred times slower than its siblings would do more harm than one
+    /// that is restarted until its GPU is back. Blocks.
     pub fn open(choice: DeviceChoice) -> Result<Self, DeviceError> {
         match choice {
             DeviceChoice::Cpu => Ok(Self::cpu("cpu, as `device` says")),
@@ -71,7 +73,8 @@ impl ComputeDevice {
             DeviceChoice::Emulator => Self::with_gpu(Device::emulator()?, "as `device` says"),
             DeviceChoice::Auto => match Device::cuda(0) {
                 Ok(gpu) => Self::with_gpu(gpu, "the first GPU"),
-                Err(error) => Ok(Self::cpu(format!("cpu, since {error}"))),
+                Err(error @ DeviceError::Unavailable(_)) => Ok(Self::cpu(format!("cpu, since {error}"))),
+                Err(error) => Err(error),
             },
         }
     }

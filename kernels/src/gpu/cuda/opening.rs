@@ -29,12 +29,12 @@ pub struct PrimaryContext {
 impl PrimaryContext {
     pub fn open(index: u32) -> Result<(Self, Properties), DeviceError> {
         let library = Library::get().map_err(DeviceError::Unavailable)?;
-        let (device, properties) = find_device(library, index).map_err(DeviceError::Unavailable)?;
+        let (device, properties) = find_device(library, index)?;
         let mut context = std::ptr::null_mut();
         // SAFETY: a device that was found.
         let status = unsafe { library.primary_context_retain(&raw mut context, device) };
         if status != Status::SUCCESS {
-            return Err(DeviceError::Unavailable(why_no_context(library, index, status)));
+            return Err(DeviceError::Unusable(why_no_context(library, index, status)));
         }
         static SERIALS: AtomicU64 = AtomicU64::new(1);
         let serial = SERIALS.fetch_add(1, Ordering::Relaxed);
@@ -63,14 +63,14 @@ impl Drop for PrimaryContext {
     }
 }
 
-fn find_device(library: &Library, index: u32) -> Result<(DeviceOrdinal, Properties), String> {
+fn find_device(library: &Library, index: u32) -> Result<(DeviceOrdinal, Properties), DeviceError> {
     let version = number(|to| unsafe { library.driver_version(to) }).unwrap_or(0);
     if version < MIN_DRIVER_VERSION {
-        return Err(format!(
+        return Err(DeviceError::Unavailable(format!(
             "the NVIDIA driver here supports CUDA {}.{}, and this build needs 13.0: install driver {MIN_DRIVER} or later",
             version / 1000,
             version % 1000 / 10
-        ));
+        )));
     }
     // SAFETY: the flags are 0, as they must be.
     let status = unsafe { library.init(0) };
@@ -81,21 +81,21 @@ fn find_device(library: &Library, index: u32) -> Result<(DeviceOrdinal, Properti
     let count = number(|to| unsafe { library.device_count(to) }).map_err(|status| why_no_driver(library, status))?;
     let ordinal = c_int::try_from(index).ok().filter(|ordinal| *ordinal < count);
     let Some(ordinal) = ordinal else {
-        return Err(format!(
+        return Err(DeviceError::Unavailable(format!(
             "device {index} was asked for, and the driver shows {count} (numbered from 0; CUDA_VISIBLE_DEVICES can hide some)"
-        ));
+        )));
     };
     // SAFETY: as above.
     let device = number(|to| unsafe { library.device_get(to, ordinal) });
     let device = device.map_err(|status| why_no_driver(library, status))?;
     let properties = properties(library, device).map_err(|status| why_no_driver(library, status))?;
     if properties.capability < MIN_CAPABILITY {
-        return Err(format!(
+        return Err(DeviceError::Unavailable(format!(
             "{} has compute capability {}.{}, and the kernels need 8.0 (Ampere) or later",
             properties.name,
             properties.capability / 10,
             properties.capability % 10
-        ));
+        )));
     }
     Ok((device, properties))
 }
@@ -122,7 +122,7 @@ fn properties(library: &Library, device: DeviceOrdinal) -> Result<Properties, St
     })
 }
 
-fn why_no_driver(library: &Library, status: Status) -> String {
+fn why_no_driver(library: &Library, status: Status) -> DeviceError {
     let advice = match status {
         Status::NO_DEVICE => {
             "the driver shows no GPU: it may be hidden by CUDA_VISIBLE_DEVICES, not given to the container, or in MIG mode \
@@ -137,7 +137,13 @@ fn why_no_driver(library: &Library, status: Status) -> String {
         }
         _ => "the NVIDIA driver could not be started",
     };
-    format!("{advice} ({})", library.describe(status))
+    let reason = format!("{advice} ({})", library.describe(status));
+    match status {
+        Status::NO_DEVICE | Status::STUB_LIBRARY | Status::COMPAT_NOT_SUPPORTED_ON_DEVICE => {
+            DeviceError::Unavailable(reason)
+        }
+        _ => DeviceError::Unusable(reason),
+    }
 }
 
 fn why_no_context(library: &Library, index: u32, status: Status) -> String {
