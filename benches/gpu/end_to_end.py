@@ -81,6 +81,11 @@ class Server:
         response = connection.getresponse()
         return response.status, response.read().decode()
 
+    def device_busy(self):
+        """Seconds; 0 where processors compute."""
+        found = re.search(r"^outrigger_device_busy_seconds_total (\S+)", self.get("/metrics")[1], re.MULTILINE)
+        return float(found.group(1)) if found else 0.0
+
     def complete(self, prompt, max_tokens, **more):
         """Seconds, and the one choice."""
         body = {"model": "default", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
@@ -145,18 +150,24 @@ def check_invariant(server, shape, sizes, table):
 
 
 def one_stream(server, shape, name, sizes, copy, table):
-    """Decoding alone: what the first token takes is measured apart and taken off."""
+    """Decoding alone: what the first token takes is measured apart and taken off. The device idles when the host is late with
+    the next step; what lies between the kernels of a step is the device's time."""
     def rate():
         first = server.complete(prompt(sizes["in"]), 1)[0]
-        rest = server.complete(prompt(sizes["in"]), sizes["out"])[0] - first
-        return (sizes["out"] - 1) / max(rest, 1e-6)
+        busy = server.device_busy()
+        whole = server.complete(prompt(sizes["in"]), sizes["out"])[0]
+        idle.append(1 - (server.device_busy() - busy) / whole)
+        return (sizes["out"] - 1) / max(whole - first, 1e-6)
 
+    idle = []
     server.complete(prompt(sizes["in"]), 8)
     rates = [rate() for _ in range(3)]
     value = statistics.median(rates)
     limit = copy / shape.weight_bytes if copy else None
     step = 1e3 / value
     table.row(f"{name}, one stream, {sizes['in']} in / {sizes['out']} out", f"{value:.1f} tok/s ({step:.2f} ms a step)", of_limit(value, limit))
+    if server.device_busy():
+        table.row(f"{name}, one stream, the device waits for the host", f"{statistics.median(idle) * 100:.1f} % of the time", "10 %")
 
 
 def many_streams(server, shape, name, sizes, ceilings, table):

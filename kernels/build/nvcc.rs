@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::sources::{self, Source};
 
 /// Machine code runs on its own generation only, at the same minor version or a later one: sm_80 serves 8.6, too. `90a` has
-/// Hopper's own instructions (wgmma) and runs on 9.0 alone, so the PTX of 9.0 is what later generations compile.
+/// Hopper's own instructions (wgmma) and runs on 9.0 alone, so the PTX of 9.0 is what later generations compile. It must not
+/// be older than that: launches overlap from 9.0 on, and in older PTX a kernel's wait for the one before it is empty.
 const TARGETS: &[&str] = &[
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_89,code=sm_89",
@@ -112,8 +113,8 @@ impl Compiler {
             // Should it be cleared away, this runs again.
             println!("cargo::rerun-if-changed={}", self.image(source).display());
             let (name, hopper_only, image) = (&source.name, source.is_hopper_only(), self.image(source));
-            let entry =
-                format!("Image {{ name: {name:?}, hopper_only: {hopper_only}, bytes: include_bytes!({image:?}) }}");
+            let bytes = format!("&Aligned(*include_bytes!({image:?})).0");
+            let entry = format!("Image {{ name: {name:?}, hopper_only: {hopper_only}, bytes: {bytes} }}");
             writeln!(table, "    {entry},").expect("a string grows");
         }
         table.push(']');

@@ -4,6 +4,8 @@
 //! A runner on a device samples there, and computes one step while the engine plans the next; a runner on the host gives
 //! rows of logits ([`LogitsRunner`]), from which `host_sampling` samples.
 
+use std::time::Duration;
+
 use super::sampler::{NumericsInvalid, Sampled, SequenceSampler};
 use crate::types::TokenId;
 
@@ -81,6 +83,11 @@ pub trait ModelRunner: PagedModel {
     /// row without a valid token stands for an arbitrary token of the vocabulary where it is pending in a later step. Any
     /// error is final.
     fn collect(&mut self, rows: &mut Vec<RowResult>, progress: &dyn Fn()) -> Result<(), RunnerError>;
+
+    /// What the collected steps took on a device of their own; nothing for a runner that computes on the host.
+    fn device_time(&self) -> Duration {
+        Duration::ZERO
+    }
 
     /// Steps that may be in flight at one time: 1 when each is computed by its launch, 2 when the next can be planned
     /// meanwhile.

@@ -191,12 +191,14 @@ impl Engine {
 
     pub(super) fn publish_status(&mut self) {
         let (scheduler, meter) = (&self.scheduler, &self.drain_meter);
+        let device_time = self.runner.device_time();
         let preemptions = self.shared.counters.preemptions.load(Ordering::Relaxed);
         self.shared.update(|status| {
             status.running = scheduler.running().len() as u32;
             status.waiting = scheduler.num_waiting() as u32;
             status.waiting_tokens = scheduler.waiting_tokens();
             status.preemptions = preemptions;
+            status.device_time = device_time;
             status.kv_blocks_used = scheduler.blocks().num_used();
             status.drain_tokens_per_second = meter.tokens_per_second();
         });

@@ -1,6 +1,6 @@
 //! A backend without an engine: answers every request at once, on the caller's thread. It measures the front alone.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::types::{
     Backend, EngineStatus, Failure, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
@@ -50,6 +50,7 @@ impl Backend for NullEngine {
             preemptions: 0,
             kv_blocks_total: 1,
             kv_blocks_used: 0,
+            device_time: Duration::ZERO,
             drain_tokens_per_second: 0.0,
         }
     }

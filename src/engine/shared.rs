@@ -37,6 +37,7 @@ impl Shared {
             preemptions: 0,
             kv_blocks_total,
             kv_blocks_used: 0,
+            device_time: Duration::ZERO,
             drain_tokens_per_second: 0.0,
         };
         Self {

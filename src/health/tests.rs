@@ -39,6 +39,7 @@ impl FakeEngine {
             preemptions: 0,
             kv_blocks_total: 10,
             kv_blocks_used: 4,
+            device_time: Duration::ZERO,
             drain_tokens_per_second: 0.0,
         };
         Arc::new(Self {

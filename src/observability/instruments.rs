@@ -2,6 +2,7 @@
 //! otherwise choose them, so the number of series is bounded by the program text.
 
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use prometheus_client::metrics::counter::Counter as PrometheusCounter;
 use prometheus_client::metrics::family::{Family, MetricConstructor};
@@ -32,6 +33,12 @@ fn labels<const N: usize>(names: &'static [&'static str], values: [&'static str;
 /// Sets a counter that is kept elsewhere (the engine's own count) to its current value. Never lets it go back.
 pub fn store_counter(counter: &Counter, value: u64) {
     counter.inner().fetch_max(value, Ordering::Relaxed);
+}
+
+/// The same of time.
+pub fn store_seconds(counter: &CounterF64, value: Duration) {
+    // Numbers that are not negative are ordered as their bits are.
+    counter.inner().fetch_max(value.as_secs_f64().to_bits(), Ordering::Relaxed);
 }
 
 /// How an instrument comes from its row of the table.

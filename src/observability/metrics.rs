@@ -12,7 +12,7 @@ use prometheus_client::registry::Registry;
 
 use super::instruments::{
     Counter, CounterF64, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, Instrument, LabelledValue,
-    store_counter,
+    store_counter, store_seconds,
 };
 use super::process;
 use crate::types::{EngineStatus, FailureKind, NodeState};
@@ -200,6 +200,8 @@ metrics! {
         "Memory in use over memory available, free KV blocks counted as free";
     device_temperature: GaugeVec<1> = Gauge "outrigger_device_temperature_celsius" ["device"] []
         "Temperature of the device that computes";
+    device_busy: CounterF64 = Counter "outrigger_device_busy_seconds_total" [] []
+        "Seconds that the engine's steps took on the device; beside the clock, how busy the engine keeps it";
     device_utilization: GaugeVec<1> = Gauge "outrigger_device_utilization_ratio" ["device"] []
         "Share of the last moments in which the device computed anything, as its driver tells";
     device_memory_used: GaugeVec<1> = Gauge "outrigger_device_memory_used_bytes" ["device"] []
@@ -293,6 +295,7 @@ impl Metrics {
         self.engine_alive.set(status.alive.into());
         self.engine_heartbeat_age.set(status.heartbeat.elapsed().as_secs_f64());
         store_counter(&self.num_preemptions, status.preemptions);
+        store_seconds(&self.device_busy, status.device_time);
     }
 
     /// Shows the node in `state`. Transitions are counted by whoever makes them.
@@ -415,7 +418,7 @@ impl<T: Instrument> RegisterNext for T {}
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
-    use std::time::Instant;
+    use std::time::{Duration, Instant};
 
     use super::*;
 
@@ -429,6 +432,7 @@ mod tests {
             preemptions: 5,
             kv_blocks_total: 8,
             kv_blocks_used: 2,
+            device_time: Duration::from_millis(1500),
             drain_tokens_per_second: 12.5,
         }
     }
@@ -489,7 +493,7 @@ mod tests {
     fn engine_status_appears_with_the_labels_that_dashboards_select() {
         let metrics = Metrics::new("smol");
         metrics.observe_engine(&status());
-        metrics.observe_engine(&EngineStatus { preemptions: 4, ..status() });
+        metrics.observe_engine(&EngineStatus { preemptions: 4, device_time: Duration::from_secs(1), ..status() });
         let text = metrics.prometheus_text();
         for line in [
             "vllm:num_requests_running{model_name=\"smol\",engine=\"0\"} 3",
@@ -497,6 +501,7 @@ mod tests {
             "vllm:kv_cache_usage_perc{model_name=\"smol\",engine=\"0\"} 0.25",
             "vllm:num_preemptions_total{model_name=\"smol\",engine=\"0\"} 5",
             "outrigger_drain_tokens_per_second 12.5",
+            "outrigger_device_busy_seconds_total 1.5",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }

@@ -1,6 +1,6 @@
 //! What a node and its engine say of themselves.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,8 @@ pub struct EngineStatus {
     pub kv_blocks_total: u32,
     /// Blocks that hold a live sequence (cached but unreferenced blocks count as free).
     pub kv_blocks_used: u32,
+    /// What steps took on the device, since the start; zero when the processors compute.
+    pub device_time: Duration,
     /// Tokens through the model (prefill and decode) per second, averaged over recent busy time; 0 until measured.
     pub drain_tokens_per_second: f64,
 }

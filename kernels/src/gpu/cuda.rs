@@ -233,7 +233,7 @@ unsafe impl Driver for CudaDriver {
             attributes[num_attributes] = LaunchAttribute::cluster(launch.cluster);
             num_attributes += 1;
         }
-        // Devices before 9.0 refuse the attribute; there the kernel's wait does nothing either.
+        // Devices before 9.0 refuse the attribute; code that was compiled for them does not wait either (build/nvcc.rs).
         if launch.overlap && self.properties.capability >= 90 {
             attributes[num_attributes] = LaunchAttribute::overlap();
             num_attributes += 1;

@@ -10,7 +10,7 @@ mod streams;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::http::{HeaderMap, Request, StatusCode};
@@ -64,6 +64,7 @@ impl Backend for ScriptedBackend {
             preemptions: 0,
             kv_blocks_total: 10,
             kv_blocks_used: 1,
+            device_time: Duration::ZERO,
             drain_tokens_per_second: 0.0,
         }
     }

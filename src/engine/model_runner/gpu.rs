@@ -7,12 +7,14 @@
 mod graphs;
 mod rows;
 
+use std::time::Duration;
+
 use outrigger_kernels::Pool;
 use outrigger_kernels::gpu::attention::{AttentionLimits, AttentionPlan, GpuKvCache, GpuKvType, UnsupportedAttention};
 use outrigger_kernels::gpu::gemm::Arithmetic;
 use outrigger_kernels::gpu::rows::next_tokens;
 use outrigger_kernels::gpu::sample::{DeviceRow, DeviceSampler, Ticket};
-use outrigger_kernels::gpu::{Device, DeviceError, Element, GPU_NUMERICS_VERSION, View};
+use outrigger_kernels::gpu::{Device, DeviceError, Element, EventId, GPU_NUMERICS_VERSION, View};
 use sha2::{Digest, Sha256};
 
 use super::{KvCacheDType, RunnerConfig, RunnerLoadError};
@@ -52,6 +54,10 @@ pub struct GpuModelRunner {
     fingerprint: Fingerprint,
     /// The oldest first; at most `DEPTH`.
     in_flight: Vec<Step>,
+    /// One for each step in flight, in turn.
+    clocks: [StepClock; DEPTH],
+    turn: usize,
+    device_time: Duration,
     /// A copy that failed: what is launched after it would read wrong blocks.
     broken: Option<DeviceError>,
     /// Of the last `forward`.
@@ -63,6 +69,25 @@ struct Step {
     ticket: Ticket,
     /// Generated tokens before each sampled one.
     positions: Vec<usize>,
+    clock: StepClock,
+}
+
+/// Reached by the device when it begins with a step, and when it has done with it.
+#[derive(Clone, Copy)]
+struct StepClock {
+    begin: EventId,
+    end: EventId,
+}
+
+impl StepClock {
+    fn new(device: &Device) -> Result<Self, DeviceError> {
+        Ok(Self { begin: device.driver().new_event()?, end: device.driver().new_event()? })
+    }
+
+    /// Once both were reached.
+    fn elapsed(self, device: &Device) -> Result<Duration, DeviceError> {
+        device.driver().elapsed(self.begin, self.end).map(|seconds| Duration::from_secs_f64(seconds.max(0.0)))
+    }
 }
 
 impl GpuModelRunner {
@@ -103,6 +128,9 @@ impl GpuModelRunner {
             max_model_len: caps.positions.min(num_blocks * config.block_size),
             fingerprint,
             in_flight: Vec::with_capacity(DEPTH),
+            clocks: [StepClock::new(device)?, StepClock::new(device)?],
+            turn: 0,
+            device_time: Duration::ZERO,
             broken: None,
             logits: Vec::new(),
         };
@@ -119,12 +147,14 @@ impl GpuModelRunner {
         let mut step = |rows: &StepRows, num_rows: usize| {
             let views = rows.views(num_rows, None);
             next_tokens(device, sampler.sampled(), views.sources, views.rows.tokens)?;
-            decoder.forward(&views.rows, rows.attention(), cache, &|| ())
+            decoder.forward(&views.rows, rows.attention(num_rows), cache, &|| ())
         };
         // Run once, so that no kernel is loaded while a graph is recorded.
         for num_rows in Graphs::sizes(max_rows) {
             rows.upload(&[], num_rows)?;
             step(rows, num_rows)?;
+            // The next size is laid out in memory that this one's upload may still be read from.
+            device.synchronize()?;
         }
         Graphs::capture(device, max_rows, |num_rows| step(rows, num_rows))
     }
@@ -143,7 +173,7 @@ impl GpuModelRunner {
         let layout = self.rows.upload(batch, 0)?;
         let views = self.rows.views(layout.num_rows, Some(layout.num_outputs));
         next_tokens(&self.device, self.sampler.sampled(), views.sources, views.rows.tokens)?;
-        self.decoder.forward(&views.rows, self.rows.attention(), &mut self.cache, progress)
+        self.decoder.forward(&views.rows, self.rows.attention(layout.num_rows), &mut self.cache, progress)
     }
 
     /// Where the step launched last leaves the token of its sampled row of this number.
@@ -153,6 +183,8 @@ impl GpuModelRunner {
 
     /// Queues one step and the sampling of its rows.
     fn queue(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<Step, DeviceError> {
+        self.turn = (self.turn + 1) % DEPTH;
+        let clock = self.clocks[self.turn];
         let (mut entries, mut rows, mut positions) = (Vec::with_capacity(batch.len()), Vec::new(), Vec::new());
         for entry in batch {
             let source = entry.pending_row.map(|row| self.slot(row));
@@ -165,10 +197,13 @@ impl GpuModelRunner {
             entries.push(RowsEntry { tokens, start, block_table, source, is_output });
         }
         // What is asked of the rows goes first: it may need memory, and its copy need not stand between logits and sampler.
+        self.device.driver().record(clock.begin)?;
         let staged = self.sampler.stage(&rows)?;
         let logits = self.compute(&entries, progress)?;
         self.sampler.launch(logits, staged.rows(), staged.passes())?;
-        Ok(Step { ticket: self.sampler.collect(staged)?, positions })
+        let ticket = self.sampler.collect(staged)?;
+        self.device.driver().record(clock.end)?;
+        Ok(Step { ticket, positions, clock })
     }
 }
 
@@ -186,9 +221,12 @@ impl ModelRunner for GpuModelRunner {
     }
 
     fn collect(&mut self, rows: &mut Vec<RowResult>, _progress: &dyn Fn()) -> Result<(), RunnerError> {
-        let Step { ticket, positions } = self.in_flight.remove(0);
+        let Step { ticket, positions, clock } = self.in_flight.remove(0);
         // What was queued is beyond shrinking: any failure is one of the device.
-        let results = self.sampler.read(ticket).map_err(|error| RunnerError::Device(error.to_string()))?;
+        let device_failed = |error: DeviceError| RunnerError::Device(error.to_string());
+        let results = self.sampler.read(ticket).map_err(device_failed)?;
+        self.device.driver().wait(clock.end).map_err(device_failed)?;
+        self.device_time += clock.elapsed(&self.device).map_err(device_failed)?;
         rows.clear();
         rows.extend(results.into_iter().zip(positions).map(|(result, position)| {
             let row = result.map_err(|_| NumericsInvalid { position })?;
@@ -196,6 +234,10 @@ impl ModelRunner for GpuModelRunner {
             Ok(Sampled { token: row.token, logprobs })
         }));
         Ok(())
+    }
+
+    fn device_time(&self) -> Duration {
+        self.device_time
     }
 
     fn depth(&self) -> usize {
@@ -320,7 +362,7 @@ fn warm_up(
     let mut rows = StepRows::new(device, row_limits(config, caps), plan, 1)?;
     rows.upload(&[], caps.rows)?;
     let views = rows.views(caps.rows, Some(caps.output_rows));
-    decoder.forward(&views.rows, rows.attention(), &mut cache, &|| ())?;
+    decoder.forward(&views.rows, rows.attention(caps.rows), &mut cache, &|| ())?;
     device.synchronize()
 }
 

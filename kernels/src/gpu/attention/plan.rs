@@ -22,6 +22,8 @@ const ITEMS_PER_BLOCK: usize = 4;
 /// As `WHOLE` in attention.cuh.
 const WHOLE: u32 = u32::MAX;
 const ITEM_WORDS: usize = size_of::<Item>() / size_of::<u32>();
+/// Where among them `table` stands.
+const TABLE_WORD: usize = std::mem::offset_of!(Item, table) / size_of::<u32>();
 
 /// New tokens of one sequence in a batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -222,6 +224,16 @@ impl AttentionPlan {
         // Long ones first, so that the last to finish are short.
         self.tiles.sort_by_key(|tile| std::cmp::Reverse(tile.stretches()));
         self.write_words();
+    }
+
+    /// Says that on the device the block tables that were planned with stand behind `offset` other words.
+    pub fn place_tables(&mut self, offset: usize) {
+        let first_item = self.first_item() as usize;
+        let shift = u32::try_from(offset).expect("a step is described in less than 2^32 words");
+        for item in self.words[first_item..].chunks_exact_mut(ITEM_WORDS) {
+            item[TABLE_WORD] += shift;
+        }
+        self.table_len += offset;
     }
 
     fn check_entry(&mut self, entry: &AttentionEntry, block_tables: &[u32]) {

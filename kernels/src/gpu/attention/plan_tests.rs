@@ -107,6 +107,29 @@ fn a_table_beyond_the_pool_is_refused() {
 }
 
 #[test]
+fn tables_may_stand_behind_other_words() {
+    let mut plan = plan(32, 8, None, 3);
+    // One of few rows and one of many; the second's table begins at the first's end.
+    let entries = [(700, 1, 0), (0, 300, 11)].map(|(start, num_tokens, table_offset)| AttentionEntry {
+        first_row: if start == 700 { 0 } else { 1 },
+        num_tokens,
+        start,
+        table_offset,
+    });
+    plan.plan(&entries, &[0; 16]);
+    let (words, len, first) = (plan.words().to_vec(), plan.table_len(), plan.first_item() as usize);
+    plan.place_tables(1000);
+    assert_eq!((len, plan.table_len(), &plan.words()[..first]), (16, 1016, &words[..first]));
+    let items = |words: &[u32]| words[first..].as_chunks::<ITEM_WORDS>().0.to_vec();
+    assert!(plan.num_tiles() > 0 && items(&words).len() > plan.num_tiles() as usize);
+    for (before, after) in items(&words).iter().zip(items(plan.words())) {
+        let mut expected = *before;
+        expected[4] += 1000;
+        assert_eq!(after, expected);
+    }
+}
+
+#[test]
 #[should_panic(expected = "end before")]
 fn a_short_table_is_refused() {
     plan(32, 8, None, 1).plan(&[AttentionEntry { first_row: 0, num_tokens: 1, start: 64, table_offset: 0 }], &[0]);

@@ -32,6 +32,7 @@ impl Status {
     pub const NO_BINARY_FOR_GPU: Self = Self(209);
     pub const ECC_UNCORRECTABLE: Self = Self(214);
     pub const NVLINK_UNCORRECTABLE: Self = Self(220);
+    pub const CONTAINED: Self = Self(226);
     pub const OPERATING_SYSTEM: Self = Self(304);
     pub const NOT_FOUND: Self = Self(500);
     pub const NOT_READY: Self = Self(600);
@@ -40,9 +41,11 @@ impl Status {
     pub const ASSERT: Self = Self(710);
     pub const HARDWARE_STACK_ERROR: Self = Self(714);
     pub const LAUNCH_FAILED: Self = Self(719);
+    pub const TENSOR_MEMORY_LEAK: Self = Self(721);
     pub const SYSTEM_NOT_READY: Self = Self(802);
     pub const SYSTEM_DRIVER_MISMATCH: Self = Self(803);
     pub const COMPAT_NOT_SUPPORTED_ON_DEVICE: Self = Self(804);
+    pub const MPS_CLIENT_TERMINATED: Self = Self(810);
     pub const EXTERNAL_DEVICE: Self = Self(911);
     pub const UNKNOWN: Self = Self(999);
 
@@ -51,7 +54,8 @@ impl Status {
         matches!(
             self,
             Self::ILLEGAL_ADDRESS | Self::LAUNCH_TIMEOUT | Self::ASSERT | Self::EXTERNAL_DEVICE | Self::UNKNOWN
-        ) || matches!(self, Self::ECC_UNCORRECTABLE | Self::NVLINK_UNCORRECTABLE)
+        ) || matches!(self, Self::ECC_UNCORRECTABLE | Self::NVLINK_UNCORRECTABLE | Self::CONTAINED)
+            || matches!(self, Self::TENSOR_MEMORY_LEAK | Self::MPS_CLIENT_TERMINATED)
             || (Self::HARDWARE_STACK_ERROR.0..=Self::LAUNCH_FAILED.0).contains(&self.0)
     }
 }
@@ -84,15 +88,15 @@ pub const CAPTURE_MODE_RELAXED: c_uint = 2;
 
 /// One thing asked of a launch besides its shape.
 #[derive(Clone, Copy)]
-#[repr(C)]
+#[repr(C, align(8))]
 pub struct LaunchAttribute {
     id: c_uint,
     padding: c_uint,
-    /// A union of 64 bytes, aligned to 8; ours are up to three 32-bit numbers at its start.
+    /// A union of 64 bytes that may hold pointers; ours are up to three 32-bit numbers at its start.
     value: [u32; 16],
 }
 
-const _: () = assert!(size_of::<LaunchAttribute>() == 72);
+const _: () = assert!(size_of::<LaunchAttribute>() == 72 && align_of::<LaunchAttribute>() == 8);
 
 impl LaunchAttribute {
     pub const NONE: Self = Self { id: 0, padding: 0, value: [0; 16] };

@@ -17,6 +17,10 @@ struct Image {
     bytes: &'static [u8],
 }
 
+/// As the toolkit's own programs lay fatbins out; the driver is promised nothing less.
+#[repr(C, align(16))]
+struct Aligned<T: ?Sized>(T);
+
 static IMAGES: &[Image] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 
 /// A kernel that may be launched.

@@ -106,14 +106,17 @@ impl DenseMatrix {
         self.scales.as_mut().expect("only fp8 weights have scales").upload(first_row, scales)
     }
 
-    /// Quantizes rows of a wider type to the fp8 rows from `first_row` on, each with the scale of its largest value.
+    /// Quantizes rows of a wider type to the fp8 rows from `first_row` on, each with the scale of its largest value, and waits
+    /// for it: products read weights before they wait for the kernels launched before them.
     ///
     /// # Panics
     /// When the weights are of another type, or have no such rows.
     pub fn quantize_rows(&mut self, first_row: usize, rows: Activations) -> Result<(), DeviceError> {
         let scales = self.scales.as_ref().expect("only fp8 weights have scales").slice(first_row, rows.rows);
         let values = self.values.slice(first_row * self.k, rows.rows * self.k);
-        quantize_fp8(self.values.device(), rows, Fp8Rows::new(values, scales, rows.rows, self.k))
+        let device = self.values.device();
+        quantize_fp8(device, rows, Fp8Rows::new(values, scales, rows.rows, self.k))?;
+        device.synchronize()
     }
 
     /// The weights as rows of an embedding's table, which a tied head shares.

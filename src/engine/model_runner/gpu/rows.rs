@@ -38,21 +38,14 @@ pub(super) struct RowLimits {
 pub(super) struct StepRows {
     limits: RowLimits,
     plan: AttentionPlan,
-    /// One for each step that may be in flight: a copy may still be reading the other.
-    host: Vec<Host>,
+    /// Page-locked; one for each step that may be in flight: a copy may still be reading the other.
+    host: Vec<HostBuffer<u32>>,
     turn: usize,
-    rows: DeviceBuffer<u32>,
-    tables: DeviceBuffer<u32>,
+    /// Arrays of rows, the plan, and block tables, behind one another, so that one copy brings them.
     words: DeviceBuffer<u32>,
-    /// Memory for the next step's entries.
+    /// Memory for the next step's entries and their tables.
     entries: Vec<AttentionEntry>,
-}
-
-/// Page-locked.
-struct Host {
-    rows: HostBuffer<u32>,
-    tables: HostBuffer<u32>,
-    words: HostBuffer<u32>,
+    tables: Vec<u32>,
 }
 
 /// A step as it was laid out.
@@ -72,62 +65,60 @@ pub(super) struct RowViews {
 impl StepRows {
     /// For `depth` steps in flight.
     pub fn new(device: &Device, limits: RowLimits, plan: AttentionPlan, depth: usize) -> Result<Self, DeviceError> {
-        let (rows, tables, words) = (ARRAYS * limits.rows, limits.entries * limits.blocks, plan.max_words());
-        let host = |_| -> Result<Host, DeviceError> {
-            Ok(Host {
-                rows: HostBuffer::zeroed(device, rows)?,
-                tables: HostBuffer::zeroed(device, tables)?,
-                words: HostBuffer::zeroed(device, words)?,
-            })
-        };
+        let words = plan_offset(limits.rows) + plan.max_words() + limits.entries * limits.blocks;
         let mut step = Self {
             limits,
             plan,
-            host: (0..depth).map(host).collect::<Result<_, _>>()?,
+            host: (0..depth).map(|_| HostBuffer::zeroed(device, words)).collect::<Result<_, _>>()?,
             turn: 0,
-            rows: DeviceBuffer::zeroed(device, rows)?,
-            tables: DeviceBuffer::zeroed(device, tables)?,
             words: DeviceBuffer::zeroed(device, words)?,
             entries: Vec::with_capacity(limits.entries),
+            tables: Vec::new(),
         };
         step.upload(&[], 0)?;
         Ok(step)
     }
 
-    /// Lays out a batch in rows, and those up to `padded` for nothing; plans its attention, and queues the uploads.
+    /// Lays out a batch in rows, and those up to `padded` for nothing; plans its attention, and queues the upload.
     pub fn upload(&mut self, batch: &[RowsEntry<'_>], padded: usize) -> Result<Layout, DeviceError> {
         let num_rows: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
         let padded = padded.max(num_rows);
         assert!(padded <= self.limits.rows, "a step of {padded} rows, where {} were planned for", self.limits.rows);
+        self.plan_attention(batch);
         self.turn = (self.turn + 1) % self.host.len();
         let host = &mut self.host[self.turn];
-        let num_outputs = fill_rows(&mut host.rows[..ARRAYS * padded], padded, self.limits.block_size, batch);
+        let num_outputs = fill_rows(&mut host[..ARRAYS * padded], padded, self.limits.block_size, batch);
+        let plan_offset = plan_offset(padded);
+        let table_offset = plan_offset + self.plan.words().len();
+        self.plan.place_tables(table_offset);
+        host[plan_offset..table_offset].copy_from_slice(self.plan.words());
+        let end = table_offset + self.tables.len();
+        host[table_offset..end].copy_from_slice(&self.tables);
+        host.upload(&mut self.words, end)?;
+        Ok(Layout { num_rows: padded, num_outputs })
+    }
+
+    fn plan_attention(&mut self, batch: &[RowsEntry<'_>]) {
         self.entries.clear();
-        let (mut first_row, mut table_offset) = (0, 0);
+        self.tables.clear();
+        let mut first_row = 0;
         for entry in batch {
             let blocks = (entry.start + entry.tokens.len()).div_ceil(self.limits.block_size);
-            host.tables[table_offset..table_offset + blocks].copy_from_slice(&entry.block_table[..blocks]);
             self.entries.push(AttentionEntry {
                 first_row: first_row as u32,
                 num_tokens: entry.tokens.len() as u32,
                 start: entry.start as u32,
-                table_offset: table_offset as u32,
+                table_offset: self.tables.len() as u32,
             });
+            self.tables.extend_from_slice(&entry.block_table[..blocks]);
             first_row += entry.tokens.len();
-            table_offset += blocks;
         }
-        self.plan.plan(&self.entries, &host.tables[..table_offset]);
-        let words = self.plan.words();
-        host.words[..words.len()].copy_from_slice(words);
-        host.rows.upload(&mut self.rows, ARRAYS * padded)?;
-        host.tables.upload(&mut self.tables, table_offset)?;
-        host.words.upload(&mut self.words, words.len())?;
-        Ok(Layout { num_rows: padded, num_outputs })
+        self.plan.plan(&self.entries, &self.tables);
     }
 
     /// Where a step of `num_rows` rows lies. With `num_outputs`, the logits of so many listed rows are wanted, else of all.
     pub fn views(&self, num_rows: usize, num_outputs: Option<usize>) -> RowViews {
-        let array = |index: usize, len: usize| self.rows.slice(index * num_rows, len);
+        let array = |index: usize, len: usize| self.words.slice(index * num_rows, len);
         RowViews {
             sources: array(3, num_rows),
             rows: DeviceRows {
@@ -140,10 +131,17 @@ impl StepRows {
         }
     }
 
-    /// What the step uploaded last attends to.
-    pub fn attention(&self) -> DeviceAttention<'_> {
-        DeviceAttention { plan: &self.plan, words: self.words.view(), block_tables: self.tables.view() }
+    /// What the step uploaded last, of `num_rows` rows, attends to.
+    pub fn attention(&self, num_rows: usize) -> DeviceAttention<'_> {
+        let offset = plan_offset(num_rows);
+        let words = self.words.slice(offset, self.words.len() - offset);
+        DeviceAttention { plan: &self.plan, words, block_tables: self.words.view() }
     }
+}
+
+/// Where the plan of a step of `num_rows` rows stands: at a multiple of 16 bytes.
+fn plan_offset(num_rows: usize) -> usize {
+    (ARRAYS * num_rows).next_multiple_of(4)
 }
 
 /// Writes the arrays, `[rows]` each, and gives the number of outputs.
