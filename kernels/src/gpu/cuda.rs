@@ -18,8 +18,8 @@ use super::{
     TensorMapShape,
 };
 use library::{
-    CAPTURE_MODE_RELAXED, Event, GraphExec, LaunchAttribute, LaunchConfig, Library, RawTensorMap, STREAM_NON_BLOCKING,
-    Status, Stream, tensor_map,
+    CaptureMode, Event, GraphExec, LaunchConfig, Library, RawTensorMap, STREAM_NON_BLOCKING, Status, Stream,
+    TensorMapElement, TensorMapFill, TensorMapInterleave, TensorMapPromotion, TensorMapSwizzle,
 };
 use modules::{LoadedFunction, Modules};
 use opening::{PrimaryContext, succeed};
@@ -227,24 +227,25 @@ unsafe impl Driver for CudaDriver {
                 format!("the kernel takes {} bytes, and was given {}", function.parameter_bytes, params.len());
             return Err(DeviceError::Failed { operation: "cuLaunchKernelEx", message });
         }
-        let mut attributes = [LaunchAttribute::NONE; 2];
-        let mut num_attributes = 0;
-        if launch.cluster > 1 {
-            attributes[num_attributes] = LaunchAttribute::cluster(launch.cluster);
-            num_attributes += 1;
-        }
         // Devices before 9.0 refuse the attribute; code that was compiled for them does not wait either (build/nvcc.rs).
-        if launch.overlap && self.properties.capability >= 90 {
-            attributes[num_attributes] = LaunchAttribute::overlap();
+        let overlaps = launch.overlap && self.properties.capability >= 90;
+        let (mut attributes, mut num_attributes) = ([library::overlap(); 2], usize::from(overlaps));
+        if launch.cluster > 1 {
+            attributes[num_attributes] = library::cluster(launch.cluster);
             num_attributes += 1;
         }
+        let ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]) = (launch.grid, launch.block);
         let config = LaunchConfig {
-            grid: launch.grid,
-            block: launch.block,
-            shared_bytes: launch.shared_bytes,
-            stream: self.stream,
-            attributes: attributes.as_mut_ptr(),
-            num_attributes: num_attributes as u32,
+            gridDimX: grid_x,
+            gridDimY: grid_y,
+            gridDimZ: grid_z,
+            blockDimX: block_x,
+            blockDimY: block_y,
+            blockDimZ: block_z,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: num_attributes as u32,
         };
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         // SAFETY: the driver copies the argument, whose size was checked; the rest is the caller's promise.
@@ -255,15 +256,15 @@ unsafe impl Driver for CudaDriver {
 
     fn tensor_map(&self, shape: &TensorMapShape) -> Result<TensorMap, DeviceError> {
         let element = match shape.element_bytes {
-            1 => tensor_map::UINT8,
-            2 => tensor_map::UINT16,
-            4 => tensor_map::UINT32,
+            1 => TensorMapElement::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+            2 => TensorMapElement::CU_TENSOR_MAP_DATA_TYPE_UINT16,
+            4 => TensorMapElement::CU_TENSOR_MAP_DATA_TYPE_UINT32,
             other => panic!("a tensor map of elements of {other} bytes"),
         };
         let sizes = [shape.cols, shape.rows];
         let strides = [shape.row_stride_bytes];
         let boxes = [shape.box_cols, shape.box_rows];
-        let mut map = RawTensorMap([0; 128]);
+        let mut map = RawTensorMap { opaque: [0; 16] };
         // SAFETY: a matrix has two sizes and box sides, and one stride between rows; the map is aligned.
         self.call("cuTensorMapEncodeTiled", 0, |cuda| unsafe {
             cuda.tensor_map(
@@ -275,13 +276,13 @@ unsafe impl Driver for CudaDriver {
                 strides.as_ptr(),
                 boxes.as_ptr(),
                 [1, 1].as_ptr(),
-                tensor_map::INTERLEAVE_NONE,
-                tensor_map::SWIZZLE_128B,
-                tensor_map::L2_PROMOTION_256B,
-                tensor_map::OOB_FILL_ZEROS,
+                TensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                TensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                TensorMapPromotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                TensorMapFill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             )
         })?;
-        Ok(TensorMap(map.0))
+        Ok(TensorMap(std::array::from_fn(|byte| map.opaque[byte / 8].to_ne_bytes()[byte % 8])))
     }
 
     fn synchronize(&self) -> Result<(), DeviceError> {
@@ -336,7 +337,7 @@ unsafe impl Driver for CudaDriver {
         // Relaxed: what other threads do with the driver meanwhile must not spoil the recording.
         // SAFETY: our stream.
         self.call("cuStreamBeginCapture", 0, |cuda| unsafe {
-            cuda.stream_begin_capture(self.stream, CAPTURE_MODE_RELAXED)
+            cuda.stream_begin_capture(self.stream, CaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
         })?;
         self.capturing.store(true, Ordering::Relaxed);
         Ok(())

@@ -1,21 +1,29 @@
 //! The functions of `libcuda` that we call, found at run time: one binary serves machines with and without a driver.
 //!
-//! Bound by hand, because a status that this build does not know must be a number rather than an invalid enum, and a
-//! missing library or function an error rather than a panic. Names and numbers are those of `cuda.h` 13.0; the tests
-//! run against a stand-in that is compiled with that header.
+//! Types and numbers are those of cudarc's bindings. Its functions are not called, because they panic where the library or one
+//! of its functions is missing, which is an ordinary error here; and because they give a status as an enum, which must not
+//! hold what a later driver may say. So functions are looked up below, and a [`Status`] is a number.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::sync::OnceLock;
 
-pub type DeviceOrdinal = c_int;
-pub type Handle = *mut c_void;
-pub type Context = Handle;
-pub type Stream = Handle;
-pub type Event = Handle;
-pub type Module = Handle;
-pub type RawFunction = Handle;
-pub type Graph = Handle;
-pub type GraphExec = Handle;
+use cudarc::driver::sys;
+
+pub use sys::{
+    CUcontext as Context, CUdevice as DeviceOrdinal, CUdevice_attribute as DeviceAttribute, CUevent as Event,
+    CUfunction as RawFunction, CUfunction_attribute as FunctionAttribute, CUgraph as Graph, CUgraphExec as GraphExec,
+    CUjit_option as JitOption, CUlaunchAttribute as LaunchAttribute, CUlaunchConfig as LaunchConfig,
+    CUmodule as Module, CUstream as Stream, CUstreamCaptureMode as CaptureMode, CUtensorMap as RawTensorMap,
+    CUtensorMapDataType as TensorMapElement, CUtensorMapFloatOOBfill as TensorMapFill,
+    CUtensorMapInterleave as TensorMapInterleave, CUtensorMapL2promotion as TensorMapPromotion,
+    CUtensorMapSwizzle as TensorMapSwizzle,
+};
+use sys::{
+    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUresult,
+    CUstream_flags,
+};
+
+pub const STREAM_NON_BLOCKING: c_uint = CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
 
 /// What every call answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,31 +31,35 @@ pub type GraphExec = Handle;
 pub struct Status(pub c_uint);
 
 impl Status {
-    pub const SUCCESS: Self = Self(0);
-    pub const OUT_OF_MEMORY: Self = Self(2);
-    pub const STUB_LIBRARY: Self = Self(34);
-    pub const DEVICE_UNAVAILABLE: Self = Self(46);
-    pub const NO_DEVICE: Self = Self(100);
-    pub const INVALID_DEVICE: Self = Self(101);
-    pub const NO_BINARY_FOR_GPU: Self = Self(209);
-    pub const ECC_UNCORRECTABLE: Self = Self(214);
-    pub const NVLINK_UNCORRECTABLE: Self = Self(220);
-    pub const CONTAINED: Self = Self(226);
-    pub const OPERATING_SYSTEM: Self = Self(304);
-    pub const NOT_FOUND: Self = Self(500);
-    pub const NOT_READY: Self = Self(600);
-    pub const ILLEGAL_ADDRESS: Self = Self(700);
-    pub const LAUNCH_TIMEOUT: Self = Self(702);
-    pub const ASSERT: Self = Self(710);
-    pub const HARDWARE_STACK_ERROR: Self = Self(714);
-    pub const LAUNCH_FAILED: Self = Self(719);
-    pub const TENSOR_MEMORY_LEAK: Self = Self(721);
-    pub const SYSTEM_NOT_READY: Self = Self(802);
-    pub const SYSTEM_DRIVER_MISMATCH: Self = Self(803);
-    pub const COMPAT_NOT_SUPPORTED_ON_DEVICE: Self = Self(804);
-    pub const MPS_CLIENT_TERMINATED: Self = Self(810);
-    pub const EXTERNAL_DEVICE: Self = Self(911);
-    pub const UNKNOWN: Self = Self(999);
+    pub const SUCCESS: Self = Self::of(CUresult::CUDA_SUCCESS);
+    pub const OUT_OF_MEMORY: Self = Self::of(CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+    pub const STUB_LIBRARY: Self = Self::of(CUresult::CUDA_ERROR_STUB_LIBRARY);
+    pub const DEVICE_UNAVAILABLE: Self = Self::of(CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE);
+    pub const NO_DEVICE: Self = Self::of(CUresult::CUDA_ERROR_NO_DEVICE);
+    pub const INVALID_DEVICE: Self = Self::of(CUresult::CUDA_ERROR_INVALID_DEVICE);
+    pub const NO_BINARY_FOR_GPU: Self = Self::of(CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
+    pub const ECC_UNCORRECTABLE: Self = Self::of(CUresult::CUDA_ERROR_ECC_UNCORRECTABLE);
+    pub const NVLINK_UNCORRECTABLE: Self = Self::of(CUresult::CUDA_ERROR_NVLINK_UNCORRECTABLE);
+    pub const CONTAINED: Self = Self::of(CUresult::CUDA_ERROR_CONTAINED);
+    pub const OPERATING_SYSTEM: Self = Self::of(CUresult::CUDA_ERROR_OPERATING_SYSTEM);
+    pub const NOT_FOUND: Self = Self::of(CUresult::CUDA_ERROR_NOT_FOUND);
+    pub const NOT_READY: Self = Self::of(CUresult::CUDA_ERROR_NOT_READY);
+    pub const ILLEGAL_ADDRESS: Self = Self::of(CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    pub const LAUNCH_TIMEOUT: Self = Self::of(CUresult::CUDA_ERROR_LAUNCH_TIMEOUT);
+    pub const ASSERT: Self = Self::of(CUresult::CUDA_ERROR_ASSERT);
+    pub const HARDWARE_STACK_ERROR: Self = Self::of(CUresult::CUDA_ERROR_HARDWARE_STACK_ERROR);
+    pub const LAUNCH_FAILED: Self = Self::of(CUresult::CUDA_ERROR_LAUNCH_FAILED);
+    pub const TENSOR_MEMORY_LEAK: Self = Self::of(CUresult::CUDA_ERROR_TENSOR_MEMORY_LEAK);
+    pub const SYSTEM_NOT_READY: Self = Self::of(CUresult::CUDA_ERROR_SYSTEM_NOT_READY);
+    pub const SYSTEM_DRIVER_MISMATCH: Self = Self::of(CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH);
+    pub const COMPAT_NOT_SUPPORTED_ON_DEVICE: Self = Self::of(CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE);
+    pub const MPS_CLIENT_TERMINATED: Self = Self::of(CUresult::CUDA_ERROR_MPS_CLIENT_TERMINATED);
+    pub const EXTERNAL_DEVICE: Self = Self::of(CUresult::CUDA_ERROR_EXTERNAL_DEVICE);
+    pub const UNKNOWN: Self = Self::of(CUresult::CUDA_ERROR_UNKNOWN);
+
+    const fn of(result: CUresult) -> Self {
+        Self(result as c_uint)
+    }
 
     /// After these, every later call in this process fails the same way.
     pub fn loses_the_context(self) -> bool {
@@ -60,87 +72,25 @@ impl Status {
     }
 }
 
-/// Attributes of devices.
-pub mod device_attribute {
-    use std::ffi::c_uint;
-
-    pub const MULTIPROCESSOR_COUNT: c_uint = 16;
-    pub const L2_CACHE_SIZE: c_uint = 38;
-    pub const COMPUTE_CAPABILITY_MAJOR: c_uint = 75;
-    pub const COMPUTE_CAPABILITY_MINOR: c_uint = 76;
-    pub const MAX_SHARED_MEMORY_PER_BLOCK_OPTIN: c_uint = 97;
+/// Blocks that form a cluster, along x.
+pub fn cluster(blocks: c_uint) -> LaunchAttribute {
+    attribute(
+        CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
+        CUlaunchAttributeValue { clusterDim: ClusterDim { x: blocks, y: 1, z: 1 } },
+    )
 }
 
-/// Attributes of functions.
-pub mod function_attribute {
-    use std::ffi::c_uint;
-
-    pub const SHARED_SIZE_BYTES: c_uint = 1;
-    pub const MAX_DYNAMIC_SHARED_SIZE_BYTES: c_uint = 8;
+/// Programmatic stream serialization: the launch need not wait for the end of the kernel before it.
+pub fn overlap() -> LaunchAttribute {
+    attribute(
+        CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+    )
 }
 
-/// Options of `cuModuleLoadDataEx`.
-pub const JIT_ERROR_LOG_BUFFER: c_uint = 5;
-pub const JIT_ERROR_LOG_BUFFER_SIZE_BYTES: c_uint = 6;
-
-pub const STREAM_NON_BLOCKING: c_uint = 1;
-pub const CAPTURE_MODE_RELAXED: c_uint = 2;
-
-/// One thing asked of a launch besides its shape.
-#[derive(Clone, Copy)]
-#[repr(C, align(8))]
-pub struct LaunchAttribute {
-    id: c_uint,
-    padding: c_uint,
-    /// A union of 64 bytes that may hold pointers; ours are up to three 32-bit numbers at its start.
-    value: [u32; 16],
+fn attribute(id: CUlaunchAttributeID, value: CUlaunchAttributeValue) -> LaunchAttribute {
+    LaunchAttribute { id, pad: [0; 4], value }
 }
-
-const _: () = assert!(size_of::<LaunchAttribute>() == 72 && align_of::<LaunchAttribute>() == 8);
-
-impl LaunchAttribute {
-    pub const NONE: Self = Self { id: 0, padding: 0, value: [0; 16] };
-
-    pub fn cluster(blocks: u32) -> Self {
-        let mut value = [0; 16];
-        value[..3].copy_from_slice(&[blocks, 1, 1]);
-        Self { id: 4, padding: 0, value }
-    }
-
-    /// Programmatic stream serialization: the launch need not wait for the end of the kernel before it.
-    pub fn overlap() -> Self {
-        let mut value = [0; 16];
-        value[0] = 1;
-        Self { id: 6, padding: 0, value }
-    }
-}
-
-#[repr(C)]
-pub struct LaunchConfig {
-    pub grid: [c_uint; 3],
-    pub block: [c_uint; 3],
-    pub shared_bytes: c_uint,
-    pub stream: Stream,
-    pub attributes: *mut LaunchAttribute,
-    pub num_attributes: c_uint,
-}
-
-/// What `cuTensorMapEncodeTiled` is told in numbers of enums.
-pub mod tensor_map {
-    use std::ffi::c_uint;
-
-    pub const UINT8: c_uint = 0;
-    pub const UINT16: c_uint = 1;
-    pub const UINT32: c_uint = 2;
-    pub const INTERLEAVE_NONE: c_uint = 0;
-    pub const SWIZZLE_128B: c_uint = 3;
-    pub const L2_PROMOTION_256B: c_uint = 3;
-    pub const OOB_FILL_ZEROS: c_uint = 0;
-}
-
-/// The encoder writes 128 bytes and wants them aligned.
-#[repr(C, align(128))]
-pub struct RawTensorMap(pub [u8; 128]);
 
 macro_rules! functions {
     ($($name:ident = $symbol:literal ($($argument:ident: $type:ty),* $(,)?);)*) => {
@@ -174,7 +124,7 @@ functions! {
     device_count = c"cuDeviceGetCount" (count: *mut c_int);
     device_get = c"cuDeviceGet" (device: *mut DeviceOrdinal, index: c_int);
     device_name = c"cuDeviceGetName" (name: *mut c_char, len: c_int, device: DeviceOrdinal);
-    device_attribute = c"cuDeviceGetAttribute" (value: *mut c_int, attribute: c_uint, device: DeviceOrdinal);
+    device_attribute = c"cuDeviceGetAttribute" (value: *mut c_int, attribute: DeviceAttribute, device: DeviceOrdinal);
     device_memory = c"cuDeviceTotalMem_v2" (bytes: *mut usize, device: DeviceOrdinal);
     device_pci_bus_id = c"cuDeviceGetPCIBusId" (id: *mut c_char, len: c_int, device: DeviceOrdinal);
     primary_context_retain = c"cuDevicePrimaryCtxRetain" (context: *mut Context, device: DeviceOrdinal);
@@ -195,13 +145,13 @@ functions! {
         module: *mut Module,
         image: *const c_void,
         num_options: c_uint,
-        options: *mut c_uint,
+        options: *mut JitOption,
         values: *mut *mut c_void,
     );
     module_unload = c"cuModuleUnload" (module: Module);
     module_function = c"cuModuleGetFunction" (function: *mut RawFunction, module: Module, name: *const c_char);
-    function_attribute = c"cuFuncGetAttribute" (value: *mut c_int, attribute: c_uint, function: RawFunction);
-    function_set_attribute = c"cuFuncSetAttribute" (function: RawFunction, attribute: c_uint, value: c_int);
+    function_attribute = c"cuFuncGetAttribute" (value: *mut c_int, attribute: FunctionAttribute, function: RawFunction);
+    function_set_attribute = c"cuFuncSetAttribute" (function: RawFunction, attribute: FunctionAttribute, value: c_int);
     function_parameter = c"cuFuncGetParamInfo" (function: RawFunction, index: usize, offset: *mut usize, bytes: *mut usize);
     function_load = c"cuFuncLoad" (function: RawFunction);
     launch = c"cuLaunchKernelEx" (
@@ -212,23 +162,23 @@ functions! {
     );
     tensor_map = c"cuTensorMapEncodeTiled" (
         map: *mut RawTensorMap,
-        element: c_uint,
+        element: TensorMapElement,
         rank: c_uint,
         address: *mut c_void,
         sizes: *const u64,
         strides: *const u64,
         box_sizes: *const u32,
         element_strides: *const u32,
-        interleave: c_uint,
-        swizzle: c_uint,
-        promotion: c_uint,
-        fill: c_uint,
+        interleave: TensorMapInterleave,
+        swizzle: TensorMapSwizzle,
+        promotion: TensorMapPromotion,
+        fill: TensorMapFill,
     );
 
     stream_create = c"cuStreamCreate" (stream: *mut Stream, flags: c_uint);
     stream_destroy = c"cuStreamDestroy_v2" (stream: Stream);
     stream_synchronize = c"cuStreamSynchronize" (stream: Stream);
-    stream_begin_capture = c"cuStreamBeginCapture_v2" (stream: Stream, mode: c_uint);
+    stream_begin_capture = c"cuStreamBeginCapture_v2" (stream: Stream, mode: CaptureMode);
     stream_end_capture = c"cuStreamEndCapture" (stream: Stream, graph: *mut Graph);
     event_create = c"cuEventCreate" (event: *mut Event, flags: c_uint);
     event_destroy = c"cuEventDestroy_v2" (event: Event);
@@ -236,7 +186,7 @@ functions! {
     event_synchronize = c"cuEventSynchronize" (event: Event);
     event_query = c"cuEventQuery" (event: Event);
     event_elapsed = c"cuEventElapsedTime_v2" (milliseconds: *mut f32, from: Event, to: Event);
-    graph_instantiate = c"cuGraphInstantiateWithFlags" (exec: *mut GraphExec, graph: Graph, flags: u64);
+    graph_instantiate = c"cuGraphInstantiateWithFlags" (exec: *mut GraphExec, graph: Graph, flags: c_ulonglong);
     graph_destroy = c"cuGraphDestroy" (graph: Graph);
     graph_upload = c"cuGraphUpload" (exec: GraphExec, stream: Stream);
     graph_launch = c"cuGraphLaunch" (exec: GraphExec, stream: Stream);
@@ -268,7 +218,7 @@ impl Library {
     }
 }
 
-fn open_library() -> Result<Handle, String> {
+fn open_library() -> Result<*mut c_void, String> {
     // SAFETY: the driver's library may be loaded at any time; its initializers expect nothing.
     let handle = unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     if handle.is_null() {
@@ -283,7 +233,7 @@ fn open_library() -> Result<Handle, String> {
 
 /// # Safety
 /// `F` is a function pointer of the symbol's signature.
-unsafe fn symbol<F: Copy>(library: Handle, name: &CStr) -> Result<F, String> {
+unsafe fn symbol<F: Copy>(library: *mut c_void, name: &CStr) -> Result<F, String> {
     // SAFETY: a loaded library and a name.
     let address = unsafe { libc::dlsym(library, name.as_ptr()) };
     if address.is_null() {
@@ -292,7 +242,7 @@ unsafe fn symbol<F: Copy>(library: Handle, name: &CStr) -> Result<F, String> {
             name.to_string_lossy()
         ));
     }
-    const { assert!(size_of::<F>() == size_of::<Handle>()) };
+    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
     // SAFETY: function pointers are as large as addresses here, and the signature is the caller's promise.
     Ok(unsafe { std::mem::transmute_copy(&address) })
 }

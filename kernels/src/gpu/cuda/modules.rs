@@ -1,12 +1,10 @@
 //! The embedded kernels: loaded when the device is opened, looked up by name.
 
-use std::ffi::{CStr, CString, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_int, c_void};
 
 use super::super::{DeviceError, Properties};
 use super::failure;
-use super::library::{
-    JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES, Library, Module, RawFunction, Status, function_attribute,
-};
+use super::library::{FunctionAttribute, JitOption, Library, Module, RawFunction, Status};
 use super::opening::{PrimaryContext, succeed};
 
 /// The compiled form of one source file, for every generation that it supports.
@@ -74,12 +72,16 @@ impl Modules {
             succeed(status).map_err(|status| failed("cuFuncLoad", status))?;
             let status = library.function_parameter(raw, 0, &raw mut offset, &raw mut parameter_bytes);
             succeed(status).map_err(|status| failed("cuFuncGetParamInfo", status))?;
-            let status = library.function_attribute(&raw mut static_shared, function_attribute::SHARED_SIZE_BYTES, raw);
+            let status = library.function_attribute(
+                &raw mut static_shared,
+                FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+                raw,
+            );
             succeed(status).map_err(|status| failed("cuFuncGetAttribute", status))?;
         }
         let dynamic = self.shared_memory_per_block.saturating_sub(usize::try_from(static_shared).unwrap_or(0));
         let dynamic = c_int::try_from(dynamic).unwrap_or(c_int::MAX);
-        let attribute = function_attribute::MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let attribute = FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
         // SAFETY: as above.
         succeed(unsafe { library.function_set_attribute(raw, attribute, dynamic) })
             .map_err(|status| failed("cuFuncSetAttribute", status))?;
@@ -99,7 +101,7 @@ fn find(library: &Library, module: Module, symbol: &CStr) -> Result<Option<RawFu
 
 fn load(library: &Library, image: &Image) -> Result<Module, DeviceError> {
     let mut log = [0u8; 4096];
-    let mut options: [c_uint; 2] = [JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut options = [JitOption::CU_JIT_ERROR_LOG_BUFFER, JitOption::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     let mut values: [*mut c_void; 2] = [log.as_mut_ptr().cast(), std::ptr::without_provenance_mut(log.len() - 1)];
     let mut module = std::ptr::null_mut();
     // SAFETY: the image is a whole fatbin; option values are passed as pointers, numbers among them too.

@@ -1,11 +1,11 @@
 //! From a device's number to its context, or to the reason why there is none, in words that say what to do.
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::super::{DeviceError, Properties};
-use super::library::{Context, DeviceOrdinal, Library, Status, device_attribute};
+use super::library::{Context, DeviceAttribute, DeviceOrdinal, Library, Status};
 
 /// CUDA 13.0: what compiled our kernels.
 const MIN_DRIVER_VERSION: c_int = 13_000;
@@ -102,20 +102,21 @@ fn find_device(library: &Library, index: u32) -> Result<(DeviceOrdinal, Properti
 
 fn properties(library: &Library, device: DeviceOrdinal) -> Result<Properties, Status> {
     // SAFETY: a device that was found, and an attribute of the list.
-    let attribute = |which: c_uint| number(|to| unsafe { library.device_attribute(to, which, device) });
-    let unsigned = |which: c_uint| attribute(which).map(|value| u32::try_from(value).unwrap_or(0));
+    let attribute = |which: DeviceAttribute| number(|to| unsafe { library.device_attribute(to, which, device) });
+    let unsigned = |which: DeviceAttribute| attribute(which).map(|value| u32::try_from(value).unwrap_or(0));
     let mut memory_bytes = 0usize;
     // SAFETY: as above.
     succeed(unsafe { library.device_memory(&raw mut memory_bytes, device) })?;
-    let major = unsigned(device_attribute::COMPUTE_CAPABILITY_MAJOR)?;
-    let minor = unsigned(device_attribute::COMPUTE_CAPABILITY_MINOR)?;
+    let major = unsigned(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = unsigned(DeviceAttribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
     Ok(Properties {
         // SAFETY: the driver writes at most `len` bytes, with a zero at the end.
         name: text(|to, len| unsafe { library.device_name(to, len, device) })?,
         capability: major * 10 + minor,
-        multiprocessors: unsigned(device_attribute::MULTIPROCESSOR_COUNT)?,
-        shared_memory_per_block: unsigned(device_attribute::MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
-        l2_bytes: unsigned(device_attribute::L2_CACHE_SIZE)? as usize,
+        multiprocessors: unsigned(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
+        shared_memory_per_block: unsigned(DeviceAttribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+            as usize,
+        l2_bytes: unsigned(DeviceAttribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)? as usize,
         memory_bytes: memory_bytes as u64,
         // SAFETY: as for the name.
         pci_bus_id: text(|to, len| unsafe { library.device_pci_bus_id(to, len, device) })?,
