@@ -5,6 +5,7 @@
 //! padded to the next size for which there is one.
 
 mod graphs;
+mod limits;
 mod rows;
 
 use std::time::Duration;
@@ -14,30 +15,24 @@ use outrigger_kernels::gpu::attention::{AttentionLimits, AttentionPlan, GpuKvCac
 use outrigger_kernels::gpu::gemm::Arithmetic;
 use outrigger_kernels::gpu::rows::next_tokens;
 use outrigger_kernels::gpu::sample::{DeviceRow, DeviceSampler, Ticket};
-use outrigger_kernels::gpu::{Device, DeviceError, Element, EventId, GPU_NUMERICS_VERSION, View};
+use outrigger_kernels::gpu::{Device, DeviceError, EventId, GPU_NUMERICS_VERSION, View};
 use sha2::{Digest, Sha256};
 
-use super::{KvCacheDType, RunnerConfig, RunnerLoadError};
+use super::{RunnerConfig, RunnerLoadError};
 use crate::engine::batch::{
     BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError, SampleSpec,
 };
 use crate::engine::model::gpu_decoder::{Caps, GpuDecoder, query_shape};
 use crate::engine::model::gpu_weights::{Precision, Weights};
 use crate::engine::model::{ModelConfig, TensorSource};
-use crate::engine::sampler::{MAX_VOCAB_SIZE, NumericsInvalid, Sampled};
+use crate::engine::sampler::{NumericsInvalid, Sampled};
 use crate::types::{Fingerprint, TokenLogprobs};
 use graphs::Graphs;
-use rows::{RowLimits, RowsEntry, StepRows};
+use limits::{caps, check_limits, kv_type, max_entries, num_blocks, row_limits};
+use rows::{RowsEntry, StepRows};
 
 /// Steps in flight: one computes while the next is planned.
 const DEPTH: usize = 2;
-
-/// Device memory that is left alone beside weights, activations and the pool: for graphs and what the driver takes later.
-const HEADROOM: u64 = 256 << 20;
-
-/// Rows of logits and of tokens that a step may have: what grids and page-locked memory are made for.
-const MAX_SEQS: usize = 1 << 14;
-const MAX_ROWS: usize = 1 << 20;
 
 /// Log-probabilities of other tokens that a request may ask for at most.
 const MAX_LOGPROBS: usize = 20;
@@ -314,29 +309,6 @@ fn failed(error: DeviceError, tokens: usize) -> RunnerError {
     }
 }
 
-/// The synthetic inference has a row beside those of the sequences.
-fn max_entries(config: &RunnerConfig) -> usize {
-    config.max_num_seqs + 1
-}
-
-fn caps(config: &RunnerConfig, model: &ModelConfig) -> Caps {
-    let output_rows = Graphs::padded(max_entries(config));
-    Caps {
-        output_rows,
-        rows: config.max_num_batched_tokens.max(output_rows),
-        positions: config.max_model_len.unwrap_or(model.max_position_embeddings),
-    }
-}
-
-fn row_limits(config: &RunnerConfig, caps: Caps) -> RowLimits {
-    RowLimits {
-        rows: caps.rows,
-        entries: max_entries(config),
-        block_size: config.block_size,
-        blocks: caps.positions.div_ceil(config.block_size),
-    }
-}
-
 fn attention_plan(
     device: &Device,
     model: &ModelConfig,
@@ -364,62 +336,6 @@ fn warm_up(
     let views = rows.views(caps.rows, Some(caps.output_rows));
     decoder.forward(&views.rows, rows.attention(caps.rows), &mut cache, &|| ())?;
     device.synchronize()
-}
-
-/// What the device's sampler can take, asked before gigabytes are read.
-fn check_limits(config: &RunnerConfig, model: &ModelConfig) -> Result<(), RunnerLoadError> {
-    let limits = [
-        ("vocab_size", model.vocab_size, MAX_VOCAB_SIZE),
-        ("max_num_seqs", config.max_num_seqs, MAX_SEQS),
-        ("max_num_batched_tokens", config.max_num_batched_tokens, MAX_ROWS),
-    ];
-    match limits.into_iter().find(|(_, value, most)| value > most) {
-        Some((name, value, most)) => Err(RunnerLoadError::GpuLimit { name, value, most }),
-        None => Ok(()),
-    }
-}
-
-/// Blocks of the KV pool.
-fn num_blocks(device: &Device, config: &RunnerConfig, block_bytes: u64) -> Result<usize, RunnerLoadError> {
-    let pool = pool_bytes(device, config)?;
-    config.num_blocks(pool, block_bytes).map_err(|error| match (config.kv_cache_memory, error) {
-        (None, RunnerLoadError::KvCacheMemory { memory, needed, .. }) => RunnerLoadError::GpuMemory {
-            left: memory,
-            needed,
-            utilization: config.gpu_memory_utilization,
-            tokens: config.max_num_batched_tokens,
-        },
-        (_, error) => error,
-    })
-}
-
-/// What of the device's memory the pool may take: what `gpu_memory_utilization` leaves beside all that is there already, of
-/// this process and of others.
-fn pool_bytes(device: &Device, config: &RunnerConfig) -> Result<u64, DeviceError> {
-    if let Some(bytes) = config.kv_cache_memory {
-        return Ok(bytes);
-    }
-    device.synchronize()?;
-    let memory = device.driver().memory()?;
-    let usable = (memory.total as f64 * config.gpu_memory_utilization) as u64;
-    Ok(usable.saturating_sub(memory.total - memory.free).saturating_sub(HEADROOM))
-}
-
-fn kv_type(asked: KvCacheDType, precision: Precision) -> Result<GpuKvType, RunnerLoadError> {
-    match (asked, precision.attention) {
-        (KvCacheDType::Fp8, _) => Ok(GpuKvType::Fp8),
-        (KvCacheDType::Auto | KvCacheDType::BFloat16, Element::BF16) => Ok(GpuKvType::BF16),
-        (KvCacheDType::Auto | KvCacheDType::Float16, Element::F16) => Ok(GpuKvType::F16),
-        (asked, element) => Err(RunnerLoadError::KvCacheDType {
-            asked: asked.name(),
-            device: "cuda",
-            known: if element == Element::BF16 {
-                "bfloat16 and fp8 beside these weights"
-            } else {
-                "float16 and fp8 beside these weights"
-            },
-        }),
-    }
 }
 
 /// Everything that decides the numbers.
