@@ -1,23 +1,21 @@
 //! Runs exercises: references first, then streams in flight, the injury at its moment, the comparison, and the repair.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures::future::join_all;
 use serde_json::json;
-use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
 use super::DrillError;
 use super::arena::{Action, Arena, ArenaError, EXIT_PATIENCE};
-use super::client::{DrillClient, SharedRecord, StreamRecord};
+use super::client::{DrillClient, StreamRecord};
 use super::exercise::{Clients, Exercise, Injury, Moment};
+use super::flight::Flight;
 use super::measure::{Gaps, Outcome, seen_by_moved};
+use super::moves::{Moves, Watch, total_of_others};
+use super::served_model::ServedModel;
 use super::transcript::Transcript;
-use super::workload::{CHAT, COMPLETIONS, Kind, PlannedStream, Shape, plan, with_stop_string};
-use crate::router::ClusterOverview;
+use super::workload::{COMPLETIONS, Kind, PlannedStream, Shape, plan, with_stop_string};
 use crate::types::NodeId;
 
 /// Through which clients come that do not spread.
@@ -31,8 +29,6 @@ const PAUSE: Duration = Duration::from_secs(3);
 /// In a rolling restart, for load to be there before the next node goes.
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(500);
 const DECODE_PROMPT_WORDS: usize = 24;
-/// Tokens by which one prompt may be longer than another of as many words, and what a chat template adds.
-const CONTEXT_MARGIN: u64 = 64;
 
 /// How much load.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,60 +54,10 @@ struct Rehearsed {
     reference: Transcript,
 }
 
-/// How often streams changed their node.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Moves {
-    /// By the kind of the loss.
-    failovers: BTreeMap<String, u64>,
-    hand_overs: u64,
-    resumed: u64,
-}
-
-impl Moves {
-    fn of(overview: &ClusterOverview) -> Self {
-        let streams = &overview.streams;
-        Self { failovers: streams.failovers.clone(), hand_overs: streams.hand_overs, resumed: streams.resumed }
-    }
-
-    fn total(&self) -> u64 {
-        self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed
-    }
-
-    fn add(&mut self, other: &Self) {
-        for (kind, count) in &other.failovers {
-            *self.failovers.entry(kind.clone()).or_default() += count;
-        }
-        self.hand_overs += other.hand_overs;
-        self.resumed += other.resumed;
-    }
-
-    /// What has come since `before`. Counters that went backwards are of a new process: nothing is taken away then.
-    fn since(&self, before: &Self) -> Self {
-        let since = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
-        let of_kind = |(kind, count): (&String, &u64)| {
-            let count = since(*count, before.failovers.get(kind).copied().unwrap_or_default());
-            (count > 0).then(|| (kind.clone(), count))
-        };
-        Self {
-            failovers: self.failovers.iter().filter_map(of_kind).collect(),
-            hand_overs: since(self.hand_overs, before.hand_overs),
-            resumed: since(self.resumed, before.resumed),
-        }
-    }
-}
-
-/// The streams of an exercise, under way.
-struct Flight {
-    records: Vec<SharedRecord>,
-    players: JoinSet<Vec<(usize, StreamRecord)>>,
-    /// Whether streams that end begin again.
-    goes_on: Arc<AtomicBool>,
-}
-
 impl GameDay {
     /// Plays every stream undisturbed. The arena is whole.
     pub async fn rehearse(arena: Arena, load: &Load) -> Result<Self, DrillError> {
-        let model = ServedModel::look(&arena).await?;
+        let model = ServedModel::look(&arena, ENTRY).await?;
         let shape = |prompt_words, salt| Shape {
             model: model.name.clone(),
             has_chat: model.has_chat,
@@ -120,8 +66,8 @@ impl GameDay {
             prompt_words,
             salt,
         };
-        let short = model.fit(&arena, shape(DECODE_PROMPT_WORDS, 1)).await?;
-        let long = model.fit(&arena, shape(load.prefill_words, 2)).await?;
+        let short = model.fit(&arena, ENTRY, shape(DECODE_PROMPT_WORDS, 1)).await?;
+        let long = model.fit(&arena, ENTRY, shape(load.prefill_words, 2)).await?;
         let mut day = Self { arena, decode: Vec::new(), prefill: Vec::new(), is_broken: false };
         day.decode = day.references(plan(&short)).await?;
         day.prefill = day.references(plan(&long)).await?;
@@ -158,30 +104,12 @@ impl GameDay {
     }
 
     fn take_off(&self, streams: &[PlannedStream], clients: Clients, may_reconnect: bool, repeats: bool) -> Flight {
-        let records: Vec<SharedRecord> = streams.iter().map(|_| SharedRecord::default()).collect();
-        let goes_on = Arc::new(AtomicBool::new(repeats));
-        let mut players = JoinSet::new();
-        for (index, (stream, shown)) in streams.iter().zip(&records).enumerate() {
-            let urls = match clients {
-                Clients::OneEntry => vec![self.arena.nodes[ENTRY].url.clone()],
-                Clients::Reconnecting => self.arena.urls_from(ENTRY),
-                Clients::Spread => self.arena.urls_from(index),
-            };
-            let (client, stream) = (self.arena.client.clone(), stream.clone());
-            let (shown, goes_on) = (shown.clone(), goes_on.clone());
-            players.spawn(async move {
-                let mut ended = Vec::new();
-                loop {
-                    *shown.lock() = StreamRecord::new();
-                    client.play(&stream, &urls, may_reconnect, &shown).await;
-                    ended.push((index, shown.lock().clone()));
-                    if !goes_on.load(Ordering::Relaxed) {
-                        return ended;
-                    }
-                }
-            });
-        }
-        Flight { records, players, goes_on }
+        let urls_of = |index| match clients {
+            Clients::OneEntry => vec![self.arena.nodes[ENTRY].url.clone()],
+            Clients::Reconnecting => self.arena.urls_from(ENTRY),
+            Clients::Spread => self.arena.urls_from(index),
+        };
+        Flight::take_off(&self.arena.client, streams, urls_of, may_reconnect, repeats)
     }
 
     /// Runs one exercise on a whole cluster and repairs the cluster afterwards.
@@ -207,7 +135,7 @@ impl GameDay {
         let mut flight = self.take_off(&streams, clients, clients != Clients::OneEntry, is_rolling);
         let mut outcome = Outcome { exercise: exercise.name(), ..Outcome::default() };
         let injury = self.injure(exercise, &flight, Before { moves: before, ids }, &mut outcome).await;
-        flight.goes_on.store(false, Ordering::Relaxed);
+        flight.descend();
         let records = flight.land().await;
         outcome.seconds = began.elapsed().as_secs_f64();
         let Injured { fault, victims, watch, harvested } = injury?;
@@ -297,14 +225,14 @@ impl GameDay {
             return Ok(Injured {
                 fault: None,
                 victims: Vec::new(),
-                watch: self.watch(&[], &before),
+                watch: Watch::new(&self.arena, &[], &before.moves),
                 harvested: Moves::default(),
             });
         }
         let victims = self.wait_for_moment(exercise, flight, &before.ids, outcome).await;
         // A node whose engine dies still counts what it does about it.
         let silent: &[usize] = if matches!(injury, Injury::EntryFault(_)) { &[] } else { &victims };
-        let mut watch = self.watch(silent, &before);
+        let mut watch = Watch::new(&self.arena, silent, &before.moves);
         let fault = Instant::now();
         watch.start(fault);
         let mut harvested = Moves::default();
@@ -346,7 +274,7 @@ impl GameDay {
             if !is_time {
                 return false;
             }
-            victims = self.choose_victims(exercise.injury(), ids, flight.records.len()).await;
+            victims = self.choose_victims(exercise.injury(), ids, flight.streams()).await;
             !victims.is_empty() || flight.is_over()
         })
         .await;
@@ -449,21 +377,6 @@ impl GameDay {
             .map(|overview| overview.map(|overview| Moves::of(&overview)).unwrap_or_default())
             .collect()
     }
-
-    fn watch(&self, silent: &[usize], before: &Before) -> Watch {
-        let nodes = self.arena.nodes.iter().enumerate().filter(|(index, _)| !silent.contains(index));
-        let admins = nodes.filter_map(|(_, node)| node.admin.clone()).collect();
-        let before = total_of_others(&before.moves, silent);
-        Watch { client: self.arena.client.clone(), admins, silent: silent.to_vec(), before, task: None }
-    }
-}
-
-/// The sum but for the silent ones.
-fn total_of_others(moves: &[Moves], silent: &[usize]) -> Moves {
-    let mut sum = Moves::default();
-    let heard = moves.iter().enumerate().filter(|(index, _)| !silent.contains(index));
-    heard.for_each(|(_, moves)| sum.add(moves));
-    sum
 }
 
 /// How the cluster was before the exercise.
@@ -479,109 +392,6 @@ struct Injured {
     watch: Watch,
     /// Counts of processes that are gone.
     harvested: Moves,
-}
-
-/// Looks out for the first stream that changes its node.
-struct Watch {
-    client: DrillClient,
-    admins: Vec<String>,
-    /// Nodes that are not asked.
-    silent: Vec<usize>,
-    before: Moves,
-    task: Option<tokio::task::JoinHandle<Duration>>,
-}
-
-impl Watch {
-    fn start(&mut self, fault: Instant) {
-        let (client, admins, before) = (self.client.clone(), self.admins.clone(), self.before.total());
-        self.task = Some(tokio::spawn(async move {
-            loop {
-                let mut total = 0;
-                for admin in &admins {
-                    let overview = client.overview(admin).await;
-                    total += overview.map_or(0, |overview| Moves::of(&overview).total());
-                }
-                if total > before {
-                    return fault.elapsed();
-                }
-                sleep(WATCH_POLL).await;
-            }
-        }));
-    }
-
-    /// When it was seen, if it was.
-    async fn finish(self) -> Option<Duration> {
-        let task = self.task?;
-        if !task.is_finished() {
-            task.abort();
-        }
-        task.await.ok()
-    }
-}
-
-impl Flight {
-    /// Waits for all streams; the records with the numbers of their streams.
-    async fn land(&mut self) -> Vec<(usize, StreamRecord)> {
-        let mut records = Vec::new();
-        while let Some(ended) = self.players.join_next().await {
-            // A player does not panic; were one to, its stream is missing from the count and the drill fails on that.
-            records.extend(ended.unwrap_or_default());
-        }
-        records.sort_by_key(|(index, _)| *index);
-        records
-    }
-
-    fn half_have_tokens(&self) -> bool {
-        const SOME: usize = 4;
-        let begun = self.records.iter().filter(|record| record.lock().token_times.len() >= SOME).count();
-        2 * begun >= self.records.len()
-    }
-
-    fn is_over(&self) -> bool {
-        self.records.iter().all(|record| record.lock().end.is_some())
-    }
-}
-
-/// What the drill has to know of the model.
-struct ServedModel {
-    name: String,
-    has_chat: bool,
-    /// Prompt and output together.
-    context: u64,
-}
-
-impl ServedModel {
-    /// Asks the entry for its first model.
-    async fn look(arena: &Arena) -> Result<Self, DrillError> {
-        let url = &arena.nodes[ENTRY].url;
-        let models = arena.client.get(url, "/v1/models").await.map_err(DrillError::Rehearsal)?;
-        let card = &models["data"][0];
-        let (Some(name), Some(context)) = (card["id"].as_str(), card["max_model_len"].as_u64()) else {
-            return Err(DrillError::Rehearsal("no model is served".into()));
-        };
-        let question = json!({"model": name, "messages": [{"role": "user", "content": "?"}], "max_tokens": 1});
-        let has_chat = arena.client.post(url, CHAT, &question).await.is_ok();
-        Ok(Self { name: name.to_owned(), has_chat, context })
-    }
-
-    /// Shortens the prompts until they and their answers fit into the context.
-    async fn fit(&self, arena: &Arena, mut shape: Shape) -> Result<Shape, DrillError> {
-        loop {
-            // The last number is the longest.
-            let last = plan(&shape).pop().map(|stream| stream.body).unwrap_or_default();
-            let body = json!({"model": self.name, "prompt": last["prompt"], "messages": last["messages"]});
-            let answer = arena.client.post(&arena.nodes[ENTRY].url, "/tokenize", &body).await;
-            let count = answer.map_err(DrillError::Rehearsal)?["count"].as_u64().unwrap_or(u64::MAX);
-            if count.saturating_add(shape.tokens.into()).saturating_add(CONTEXT_MARGIN) <= self.context {
-                return Ok(shape);
-            }
-            if shape.prompt_words == 0 {
-                let why = format!("streams of {} tokens do not fit into a context of {}", shape.tokens, self.context);
-                return Err(DrillError::Rehearsal(why));
-            }
-            shape.prompt_words = shape.prompt_words * 3 / 4;
-        }
-    }
 }
 
 impl From<ArenaError> for DrillError {

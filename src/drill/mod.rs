@@ -7,10 +7,13 @@
 pub mod arena;
 pub mod client;
 pub mod exercise;
+mod flight;
 pub mod game_day;
 pub mod measure;
+mod moves;
 pub mod process;
 pub mod report;
+mod served_model;
 pub mod sse;
 pub mod transcript;
 pub mod workload;

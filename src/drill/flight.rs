@@ -1,0 +1,78 @@
+//! The streams of an exercise, under way.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::task::JoinSet;
+
+use super::client::{DrillClient, SharedRecord, StreamRecord};
+use super::workload::PlannedStream;
+
+/// The streams of an exercise, under way.
+pub(super) struct Flight {
+    records: Vec<SharedRecord>,
+    players: JoinSet<Vec<(usize, StreamRecord)>>,
+    /// Whether streams that end begin again.
+    goes_on: Arc<AtomicBool>,
+}
+
+impl Flight {
+    /// Begins to play the streams, each through the nodes that `urls_of` its number gives, in this order.
+    pub(super) fn take_off(
+        client: &DrillClient,
+        streams: &[PlannedStream],
+        urls_of: impl Fn(usize) -> Vec<String>,
+        may_reconnect: bool,
+        repeats: bool,
+    ) -> Self {
+        let records: Vec<SharedRecord> = streams.iter().map(|_| SharedRecord::default()).collect();
+        let goes_on = Arc::new(AtomicBool::new(repeats));
+        let mut players = JoinSet::new();
+        for (index, (stream, shown)) in streams.iter().zip(&records).enumerate() {
+            let (client, stream, urls) = (client.clone(), stream.clone(), urls_of(index));
+            let (shown, goes_on) = (shown.clone(), goes_on.clone());
+            players.spawn(async move {
+                let mut ended = Vec::new();
+                loop {
+                    *shown.lock() = StreamRecord::new();
+                    client.play(&stream, &urls, may_reconnect, &shown).await;
+                    ended.push((index, shown.lock().clone()));
+                    if !goes_on.load(Ordering::Relaxed) {
+                        return ended;
+                    }
+                }
+            });
+        }
+        Self { records, players, goes_on }
+    }
+
+    pub(super) fn streams(&self) -> usize {
+        self.records.len()
+    }
+
+    /// Streams that end from now on do not begin again.
+    pub(super) fn descend(&self) {
+        self.goes_on.store(false, Ordering::Relaxed);
+    }
+
+    /// Waits for all streams; the records with the numbers of their streams.
+    pub(super) async fn land(&mut self) -> Vec<(usize, StreamRecord)> {
+        let mut records = Vec::new();
+        while let Some(ended) = self.players.join_next().await {
+            // A player does not panic; were one to, its stream is missing from the count and the drill fails on that.
+            records.extend(ended.unwrap_or_default());
+        }
+        records.sort_by_key(|(index, _)| *index);
+        records
+    }
+
+    pub(super) fn half_have_tokens(&self) -> bool {
+        const SOME: usize = 4;
+        let begun = self.records.iter().filter(|record| record.lock().token_times.len() >= SOME).count();
+        2 * begun >= self.records.len()
+    }
+
+    pub(super) fn is_over(&self) -> bool {
+        self.records.iter().all(|record| record.lock().end.is_some())
+    }
+}
