@@ -5,11 +5,14 @@
 //! calls of peers (`service`). Knows the engine as a `Backend` and the other nodes through `cluster`; no HTTP, no text.
 
 pub mod breaker;
+mod choosing;
 pub mod config;
 pub mod dispatch;
 mod failover;
 pub mod hot_prefixes;
 mod ledger;
+mod load;
+mod no_peers;
 pub mod overview;
 pub mod placement;
 mod replicator;

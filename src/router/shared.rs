@@ -16,32 +16,28 @@ use tokio_util::sync::CancellationToken;
 
 use super::breaker::Attempt;
 use super::config::Config;
-use super::dispatch::{Choice, Want};
+use super::dispatch::Want;
 use super::failover::now;
 use super::hot_prefixes::HotPrefixes;
 use super::ledger::{InFlight, Ledger};
-use super::placement::{Candidate, Placement, PlacementRequest, place};
+use super::load::Latencies;
+use super::no_peers::NoPeers;
 use super::replicator::Replicator;
 use super::retry_budget::{self, RetryBudget};
 use super::source::{Replica, Source};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::admission::AdmissionController;
 use crate::cluster::{
-    ClusterView, FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal, JournalStore,
-    LoadReport, ModelReport, Peer, PeerStream, PeerTransport, rendezvous,
+    ClusterView, GenerateCall, JournalKey, JournalRecord, JournalStore, LoadReport, ModelReport, Peer, PeerStream,
+    PeerTransport, rendezvous,
 };
-use crate::health::{Health, QueueView};
+use crate::health::Health;
 use crate::observability::Metrics;
-use crate::types::{
-    Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerationEvent, NodeId, NodeState, watch,
-};
+use crate::types::{Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerationEvent, NodeId, watch};
 
 /// Peers that are asked for a journal, in the order of the key's rendezvous.
 const LOOKUPS: usize = 8;
 const LOOKUP_TIMEOUT: Duration = Duration::from_millis(250);
-/// Weight of the newest measurement in the moving averages.
-const NEWEST: f32 = 0.1;
-
 /// The model that this node serves, and the engine that does.
 pub struct LocalReplica {
     pub engine: Arc<dyn Backend>,
@@ -88,7 +84,7 @@ pub struct Shared {
     pub(super) own: NodeId,
     pub(super) identity: NodeIdentity,
     is_clustered: bool,
-    admission: AdmissionController,
+    pub(super) admission: AdmissionController,
     pub(super) health: Health,
     pub(super) metrics: Arc<Metrics>,
     pub(super) transport: Arc<dyn PeerTransport>,
@@ -100,8 +96,8 @@ pub struct Shared {
     pub(super) ledger: Ledger,
     retry_budget: Mutex<RetryBudget>,
     pub(super) hot_prefixes: Mutex<HotPrefixes>,
-    own_report: Mutex<LoadReport>,
-    latencies: Mutex<Latencies>,
+    pub(super) own_report: Mutex<LoadReport>,
+    pub(super) latencies: Mutex<Latencies>,
     draws: AtomicU64,
     open_streams: AtomicU32,
     /// The last stream has ended.
@@ -109,12 +105,6 @@ pub struct Shared {
     is_closed: AtomicBool,
     pub(super) is_leaving: watch::Sender<bool>,
     pub(super) is_cut: watch::Sender<bool>,
-}
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Latencies {
-    first_token: f32,
-    inter_token: f32,
 }
 
 impl Router {
@@ -212,27 +202,6 @@ impl Router {
         self.shared.replicator.clone().run(shutdown).await;
     }
 
-    /// Looks at this node anew, and says what there is to say of it.
-    pub fn refresh(&self) -> LoadReport {
-        let report = self.shared.assess();
-        *self.shared.own_report.lock() = report.clone();
-        let mut journals = self.shared.journals.lock();
-        journals.expire(now());
-        self.shared.metrics.journals_held.set(journals.len() as i64);
-        self.shared.metrics.journal_bytes.set(i64::try_from(journals.bytes()).unwrap_or(i64::MAX));
-        report
-    }
-
-    /// What this node says of itself, as it is now.
-    pub fn report(&self) -> LoadReport {
-        self.shared.own_report_now()
-    }
-
-    /// The queue as the readiness verdict looks at it.
-    pub fn queue(&self) -> QueueView {
-        self.shared.queue()
-    }
-
     /// Streams for which this node answers to clients.
     pub fn open_streams(&self) -> u32 {
         self.shared.open_streams.load(Ordering::Relaxed)
@@ -303,108 +272,6 @@ impl Shared {
 
     pub(super) fn leaves(&self) -> bool {
         *self.is_leaving.borrow()
-    }
-
-    /// Where the request goes, among the replicas for which `is_free` holds.
-    pub(super) fn choose(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Choice {
-        let (view, now) = (self.view.borrow().clone(), now());
-        let here = self.local.get().filter(|local| self.suits(want, &local.model));
-        let peers: Vec<(&Arc<Peer>, &ModelReport)> = view
-            .peers
-            .values()
-            .filter_map(|peer| {
-                let mut models = peer.description.models.iter().filter(|model| self.suits(want, model));
-                Some((peer, models.next()?))
-            })
-            .collect();
-        if here.is_some() && peers.is_empty() {
-            return match self.may_serve_here() && is_free(&Replica::Here) {
-                true => Choice::Here,
-                false => Choice::Nowhere(self.unavailable()),
-            };
-        }
-        let own_report = here.map(|_| self.own_report_now());
-        let mut candidates = Vec::with_capacity(peers.len() + 1);
-        candidates.extend(own_report.as_ref().map(|report| Candidate {
-            report,
-            age: Duration::ZERO,
-            is_here: true,
-            is_same_zone: true,
-            sent_choices: 0,
-            sent_tokens: 0,
-            weight: 1.0,
-            may_serve: self.may_serve_here() && is_free(&Replica::Here),
-        }));
-        let num_here = candidates.len();
-        candidates.extend(peers.iter().map(|(peer, _)| {
-            let standing = self.ledger.standing(peer, now);
-            Candidate {
-                report: &peer.report,
-                age: peer.report_age(now),
-                is_here: false,
-                is_same_zone: peer.description.zone == self.identity.zone,
-                sent_choices: standing.sent_choices,
-                sent_tokens: standing.sent_tokens,
-                weight: standing.weight * peer.stability,
-                may_serve: standing.allows && is_free(&Replica::At(peer.id.clone())),
-            }
-        }));
-        let request = PlacementRequest {
-            prompt_tokens: want.prompt.len() as u64,
-            choices: want.sampling.n,
-            prefix_hashes: &want.prefixes,
-            remaining: want.deadline.map(|deadline| deadline.saturating_duration_since(now)),
-            is_continuation,
-        };
-        let mut placement = place(want.strategy, &request, &candidates, self.draw());
-        if placement == Placement::Nowhere && !is_continuation {
-            // A fresh request would fail at once: better a peer that has lately failed than nobody. A stream that has begun
-            // can wait for the breaker.
-            for (candidate, (peer, _)) in candidates[num_here..].iter_mut().zip(&peers) {
-                let is_trusted = self.ledger.standing(peer, now).is_trusted;
-                candidate.may_serve = is_trusted && is_free(&Replica::At(peer.id.clone()));
-            }
-            placement = place(want.strategy, &request, &candidates, self.draw());
-        }
-        match placement {
-            Placement::Serve(index) if index < num_here => Choice::Here,
-            Placement::Serve(index) => {
-                let (peer, model) = peers[index - num_here];
-                Choice::Peer(peer.clone(), model.fingerprint.clone())
-            }
-            Placement::Shed { retry_after } => {
-                let message = "Every node is busy: the queues of all replicas of the model are full.";
-                Choice::Shed(Failure::new(FailureKind::Overloaded, message).with_retry_after(retry_after))
-            }
-            Placement::Nowhere => Choice::Nowhere(self.unavailable()),
-        }
-    }
-
-    fn suits(&self, want: &Want, model: &ModelReport) -> bool {
-        let has_same_numbers = want.fingerprint.as_ref() == Some(&model.fingerprint);
-        let may_differ = want.fingerprint.is_none() || want.allows_other_fingerprint;
-        model.tokenizer == want.tokenizer
-            && want.length() <= u64::from(model.max_model_len)
-            && (has_same_numbers || (may_differ && model.names.contains(&want.model)))
-    }
-
-    pub(super) fn may_serve_here(&self) -> bool {
-        let is_up = matches!(self.health.lifecycle().state(), NodeState::Ready | NodeState::Degraded);
-        is_up && self.local.get().is_some() && !self.leaves()
-    }
-
-    fn unavailable(&self) -> Failure {
-        let (message, code) = match self.health.lifecycle().state() {
-            NodeState::Ready | NodeState::Degraded if !self.leaves() => {
-                ("No replica of the model can take the request now.", "no_replica")
-            }
-            NodeState::Starting | NodeState::Warming => ("The model is still loading. See /startupz.", "model_loading"),
-            NodeState::Failed => ("The engine has failed. See /livez.", "engine_failed"),
-            NodeState::Ready | NodeState::Degraded | NodeState::Draining | NodeState::Stopped => {
-                ("The server is shutting down.", "shutting_down")
-            }
-        };
-        Failure::new(FailureKind::EngineFailed, message).with_code(code).with_retry_after(Duration::from_secs(2))
     }
 
     /// Starts the generation in this node's engine.
@@ -561,65 +428,8 @@ impl Shared {
         records
     }
 
-    pub(super) fn note_latency(&self, first: Duration, between: Option<Duration>) {
-        let mut latencies = self.latencies.lock();
-        let Latencies { first_token, inter_token } = &mut *latencies;
-        average(first_token, first);
-        between.into_iter().for_each(|between| average(inter_token, between));
-    }
-
-    pub(super) fn queue(&self) -> QueueView {
-        let mark = self.health.config().queue_saturation_mark as f32;
-        let is_below = |peer: &Arc<Peer>| peer.report.ready && peer.report.queue_saturation < mark;
-        QueueView {
-            saturation: self.admission.status().saturation,
-            other_ready_peer_below_mark: self.view.borrow().peers.values().any(is_below),
-        }
-    }
-
-    /// The last assessment, with what changes from request to request as it is now.
-    fn own_report_now(&self) -> LoadReport {
-        let report = self.own_report.lock().clone();
-        let state = self.health.lifecycle().state();
-        // The assessment may be a moment older than the state.
-        let ready = if report.state == state { report.ready } else { self.may_serve_here() };
-        self.with_load(LoadReport { state, ready, ..report })
-    }
-
-    fn with_load(&self, report: LoadReport) -> LoadReport {
-        let Some(local) = self.local.get() else { return report };
-        let (status, door) = (local.engine.status(), self.admission.status());
-        let total = status.kv_blocks_total.max(1) as f32;
-        LoadReport {
-            running: status.running,
-            waiting: status.waiting.max(door.queued_requests),
-            waiting_tokens: status.waiting_tokens.max(door.queued_tokens),
-            seats: local.seats,
-            queue_saturation: door.saturation as f32,
-            kv_usage: status.kv_blocks_used as f32 / total,
-            drain_tokens_per_second: status.drain_tokens_per_second as f32,
-            free_token_budget: self.admission.free_token_budget(),
-            ..report
-        }
-    }
-
-    fn assess(&self) -> LoadReport {
-        let readiness = self.health.readiness(self.queue());
-        let Latencies { first_token, inter_token } = *self.latencies.lock();
-        self.with_load(LoadReport {
-            state: self.health.lifecycle().state(),
-            ready: readiness.ready && !self.leaves(),
-            reasons: readiness.reasons.iter().map(|reason| reason.code.to_string()).collect(),
-            memory_pressure: readiness.memory_pressure.unwrap_or(0.0) as f32,
-            time_to_first_token: first_token,
-            inter_token_latency: inter_token,
-            hot_prefixes: self.hot_prefixes.lock().digest(),
-            ..LoadReport::default()
-        })
-    }
-
     /// A number that nobody else draws.
-    fn draw(&self) -> u64 {
+    pub(super) fn draw(&self) -> u64 {
         // SplitMix64 (Steele, Lea and Flood, 2014).
         let state = self.draws.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
         let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -629,42 +439,5 @@ impl Shared {
 
     pub(super) fn admission(&self) -> &AdmissionController {
         &self.admission
-    }
-}
-
-fn average(mean: &mut f32, time: Duration) {
-    let seconds = time.as_secs_f32();
-    *mean = if *mean == 0.0 { seconds } else { *mean + NEWEST * (seconds - *mean) };
-}
-
-/// The way to the peers of a node that has none.
-struct NoPeers;
-
-impl NoPeers {
-    fn refuse<T: Send + 'static>() -> BoxFuture<'static, Result<T, Failure>> {
-        let failure = Failure::new(FailureKind::PeerUnreachable, "This node has no peers.");
-        Box::pin(std::future::ready(Err(failure)))
-    }
-}
-
-impl PeerTransport for NoPeers {
-    fn generate(&self, _: &Peer, _: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        Self::refuse()
-    }
-
-    fn follow(&self, _: &Peer, _: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        Self::refuse()
-    }
-
-    fn journal(&self, _: &Peer, _: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {
-        Self::refuse()
-    }
-
-    fn lookup(&self, _: &Peer, _: JournalKey) -> BoxFuture<'static, Result<Option<JournalRecord>, Failure>> {
-        Self::refuse()
-    }
-
-    fn tokenizer(&self, _: &Peer, _: String) -> BoxFuture<'static, Result<Bytes, Failure>> {
-        Self::refuse()
     }
 }

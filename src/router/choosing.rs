@@ -1,0 +1,116 @@
+//! Which replica a request may go to: what is known of this node and its peers, put before `placement`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::dispatch::{Choice, Want};
+use super::failover::now;
+use super::placement::{Candidate, Placement, PlacementRequest, place};
+use super::shared::Shared;
+use super::source::Replica;
+use crate::cluster::{ModelReport, Peer};
+use crate::types::{Failure, FailureKind, NodeState};
+
+impl Shared {
+    /// Where the request goes, among the replicas for which `is_free` holds.
+    pub(super) fn choose(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Choice {
+        let (view, now) = (self.view.borrow().clone(), now());
+        let here = self.local().filter(|local| self.suits(want, &local.model));
+        let peers: Vec<(&Arc<Peer>, &ModelReport)> = view
+            .peers
+            .values()
+            .filter_map(|peer| {
+                let mut models = peer.description.models.iter().filter(|model| self.suits(want, model));
+                Some((peer, models.next()?))
+            })
+            .collect();
+        if here.is_some() && peers.is_empty() {
+            return match self.may_serve_here() && is_free(&Replica::Here) {
+                true => Choice::Here,
+                false => Choice::Nowhere(self.unavailable()),
+            };
+        }
+        let own_report = here.map(|_| self.own_report_now());
+        let mut candidates = Vec::with_capacity(peers.len() + 1);
+        candidates.extend(own_report.as_ref().map(|report| Candidate {
+            report,
+            age: Duration::ZERO,
+            is_here: true,
+            is_same_zone: true,
+            sent_choices: 0,
+            sent_tokens: 0,
+            weight: 1.0,
+            may_serve: self.may_serve_here() && is_free(&Replica::Here),
+        }));
+        let num_here = candidates.len();
+        candidates.extend(peers.iter().map(|(peer, _)| {
+            let standing = self.ledger.standing(peer, now);
+            Candidate {
+                report: &peer.report,
+                age: peer.report_age(now),
+                is_here: false,
+                is_same_zone: peer.description.zone == self.identity.zone,
+                sent_choices: standing.sent_choices,
+                sent_tokens: standing.sent_tokens,
+                weight: standing.weight * peer.stability,
+                may_serve: standing.allows && is_free(&Replica::At(peer.id.clone())),
+            }
+        }));
+        let request = PlacementRequest {
+            prompt_tokens: want.prompt.len() as u64,
+            choices: want.sampling.n,
+            prefix_hashes: &want.prefixes,
+            remaining: want.deadline.map(|deadline| deadline.saturating_duration_since(now)),
+            is_continuation,
+        };
+        let mut placement = place(want.strategy, &request, &candidates, self.draw());
+        if placement == Placement::Nowhere && !is_continuation {
+            // A fresh request would fail at once: better a peer that has lately failed than nobody. A stream that has begun
+            // can wait for the breaker.
+            for (candidate, (peer, _)) in candidates[num_here..].iter_mut().zip(&peers) {
+                let is_trusted = self.ledger.standing(peer, now).is_trusted;
+                candidate.may_serve = is_trusted && is_free(&Replica::At(peer.id.clone()));
+            }
+            placement = place(want.strategy, &request, &candidates, self.draw());
+        }
+        match placement {
+            Placement::Serve(index) if index < num_here => Choice::Here,
+            Placement::Serve(index) => {
+                let (peer, model) = peers[index - num_here];
+                Choice::Peer(peer.clone(), model.fingerprint.clone())
+            }
+            Placement::Shed { retry_after } => {
+                let message = "Every node is busy: the queues of all replicas of the model are full.";
+                Choice::Shed(Failure::new(FailureKind::Overloaded, message).with_retry_after(retry_after))
+            }
+            Placement::Nowhere => Choice::Nowhere(self.unavailable()),
+        }
+    }
+
+    fn suits(&self, want: &Want, model: &ModelReport) -> bool {
+        let has_same_numbers = want.fingerprint.as_ref() == Some(&model.fingerprint);
+        let may_differ = want.fingerprint.is_none() || want.allows_other_fingerprint;
+        model.tokenizer == want.tokenizer
+            && want.length() <= u64::from(model.max_model_len)
+            && (has_same_numbers || (may_differ && model.names.contains(&want.model)))
+    }
+
+    pub(super) fn may_serve_here(&self) -> bool {
+        let is_up = matches!(self.health.lifecycle().state(), NodeState::Ready | NodeState::Degraded);
+        is_up && self.local().is_some() && !self.leaves()
+    }
+
+    pub(super) fn unavailable(&self) -> Failure {
+        let (message, code) = match self.health.lifecycle().state() {
+            NodeState::Ready | NodeState::Degraded if !self.leaves() => {
+                ("No replica of the model can take the request now.", "no_replica")
+            }
+            NodeState::Starting | NodeState::Warming => ("The model is still loading. See /startupz.", "model_loading"),
+            NodeState::Failed => ("The engine has failed. See /livez.", "engine_failed"),
+            NodeState::Ready | NodeState::Degraded | NodeState::Draining | NodeState::Stopped => {
+                ("The server is shutting down.", "shutting_down")
+            }
+        };
+        Failure::new(FailureKind::EngineFailed, message).with_code(code).with_retry_after(Duration::from_secs(2))
+    }
+}
