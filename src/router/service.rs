@@ -38,17 +38,9 @@ impl PeerService for Router {
             priority: call.priority,
             deadline: call.remaining.map(|remaining| now() + remaining),
         };
-        let permit = match call.is_continuation {
-            true => shared.admission().admit_continuation(demand),
-            false => {
-                let rate = local.engine.status().drain_tokens_per_second;
-                shared.admission().try_admit(demand, rate).map_err(Failure::from)?
-            }
-        };
-        shared.hot_prefixes.lock().record(&hot_prefixes::hashes(&call.prompt));
+        let prefixes = hot_prefixes::hashes(&call.prompt);
         let unfinished = call.choices.len();
-        let cursor = Cursor::fresh(0);
-        let stream = local.engine.generate(GenerateRequest {
+        let request = GenerateRequest {
             id: call.id,
             prompt: call.prompt,
             choices: call.choices,
@@ -57,8 +49,8 @@ impl PeerService for Router {
             deadline: demand.deadline,
             bypass_prefix_cache: false,
             is_probe: false,
-        })?;
-        let source = Source::engine(stream, local.engine.clone(), permit, cursor, now());
+        };
+        let source = shared.admit(local, demand, request, &prefixes, Cursor::fresh(0), call.is_continuation)?;
         let (frames, answer) = PeerStream::channel();
         let is_leaving = shared.is_leaving.subscribe();
         if shared.leaves() {

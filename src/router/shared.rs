@@ -26,14 +26,16 @@ use super::replicator::Replicator;
 use super::retry_budget::{self, RetryBudget};
 use super::source::{Replica, Source};
 use super::stream_log::{Cursor, News, StreamLog};
-use crate::admission::AdmissionController;
+use crate::admission::{AdmissionController, Demand};
 use crate::cluster::{
     ClusterView, GenerateCall, JournalKey, JournalRecord, JournalStore, LoadReport, ModelReport, Peer, PeerStream,
     PeerTransport, rendezvous,
 };
 use crate::health::Health;
 use crate::observability::Metrics;
-use crate::types::{Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerationEvent, NodeId, watch};
+use crate::types::{
+    Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent, NodeId, watch,
+};
 
 /// Peers that are asked for a journal, in the order of the key's rendezvous.
 const LOOKUPS: usize = 8;
@@ -283,16 +285,31 @@ impl Shared {
         is_continuation: bool,
     ) -> Result<Source, Failure> {
         let local = self.local.get().filter(|_| self.may_serve_here()).ok_or_else(|| self.unavailable())?;
+        let request = want.request(starts, is_continuation);
+        self.admit(local, want.demand(), request, &want.prefixes, cursor, is_continuation)
+    }
+
+    /// Admits a request at this node's door, whoever brings it, and starts its generation. What was accepted once is not
+    /// refused for load.
+    pub(super) fn admit(
+        &self,
+        local: &LocalReplica,
+        demand: Demand,
+        request: GenerateRequest,
+        prefixes: &[u32],
+        cursor: Cursor,
+        is_continuation: bool,
+    ) -> Result<Source, Failure> {
         let engine = local.engine.clone();
         let permit = match is_continuation {
-            true => self.admission.admit_continuation(want.demand()),
+            true => self.admission.admit_continuation(demand),
             false => {
                 let rate = engine.status().drain_tokens_per_second;
-                self.admission.try_admit(want.demand(), rate).map_err(Failure::from)?
+                self.admission.try_admit(demand, rate).map_err(Failure::from)?
             }
         };
-        let stream = engine.generate(want.request(starts, is_continuation))?;
-        self.hot_prefixes.lock().record(&want.prefixes);
+        let stream = engine.generate(request)?;
+        self.hot_prefixes.lock().record(prefixes);
         Ok(Source::engine(stream, engine, permit, cursor, now()))
     }
 
@@ -435,9 +452,5 @@ impl Shared {
         let mixed = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
-    }
-
-    pub(super) fn admission(&self) -> &AdmissionController {
-        &self.admission
     }
 }
