@@ -48,7 +48,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        keys = {"port": self.port, "device": arguments.device, "load_format": "dummy", **keys}
+        keys = {"port": self.port, "device": arguments.device, "load_format": "dummy", "shutdown_timeout": "1s", **keys}
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in keys.items()]
         self.log = open(os.path.join(os.path.dirname(os.path.abspath(arguments.out)), "server.log"), "ab")
         self.process = subprocess.Popen([arguments.server, "serve", shape.folder, *flags], stderr=self.log, stdout=self.log)

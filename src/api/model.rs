@@ -23,7 +23,6 @@ pub struct ServedModel {
     pub max_model_len: usize,
     /// Seconds since the epoch.
     pub created: u64,
-    pub fingerprint: String,
 }
 
 impl ServedModel {
@@ -42,7 +41,6 @@ impl ServedModel {
             eos_token_ids,
             max_model_len: report.max_model_len as usize,
             created: report.created,
-            fingerprint: report.fingerprint.as_str().to_owned(),
         }
     }
 

@@ -22,6 +22,8 @@ use crate::types::NodeId;
 const ENTRY: usize = 0;
 /// From one look to the next, while something is about to happen.
 const WATCH_POLL: Duration = Duration::from_millis(4);
+/// Until then the node to hit has to have a share of the streams; afterwards any number will do.
+const SHARE_PATIENCE: Duration = Duration::from_secs(10);
 /// For the moment of the injury to come.
 const MOMENT_PATIENCE: Duration = Duration::from_secs(60);
 /// For which a paused node is paused: longer than the default `peer_stall_timeout`.
@@ -264,7 +266,8 @@ impl GameDay {
         ids: &[Option<NodeId>],
         outcome: &mut Outcome,
     ) -> Vec<usize> {
-        let deadline = Instant::now() + MOMENT_PATIENCE;
+        let began = Instant::now();
+        let deadline = began + MOMENT_PATIENCE;
         let mut victims = Vec::new();
         let came = DrillClient::until(deadline, WATCH_POLL, async || {
             let is_time = match exercise.moment() {
@@ -274,7 +277,9 @@ impl GameDay {
             if !is_time {
                 return false;
             }
-            victims = self.choose_victims(exercise.injury(), ids, flight.streams()).await;
+            let fair_share = flight.streams() / self.arena.nodes.len();
+            let enough = if began.elapsed() < SHARE_PATIENCE { (fair_share as u64 / 2).max(1) } else { 1 };
+            victims = self.choose_victims(exercise.injury(), ids, enough).await;
             !victims.is_empty() || flight.is_over()
         })
         .await;
@@ -286,30 +291,29 @@ impl GameDay {
     }
 
     /// Empty while the node to hit does nothing that would be missed.
-    async fn choose_victims(&self, injury: Injury, ids: &[Option<NodeId>], streams: usize) -> Vec<usize> {
+    async fn choose_victims(&self, injury: Injury, ids: &[Option<NodeId>], enough: u64) -> Vec<usize> {
         let others = || (0..self.arena.nodes.len()).filter(|index| *index != ENTRY);
         match injury {
             Injury::Entry(_) | Injury::EntryFault(_) => vec![ENTRY],
             Injury::None | Injury::Rolling => Vec::from_iter(others().take(1)),
-            Injury::AllButEntry(_) => match self.busiest_generator(ids, streams).await {
+            Injury::AllButEntry(_) => match self.busiest_generator(ids, enough).await {
                 Some(_) => others().collect(),
                 None => Vec::new(),
             },
             Injury::Generator(_) | Injury::GeneratorFault(_) => {
-                self.busiest_generator(ids, streams).await.into_iter().collect()
+                self.busiest_generator(ids, enough).await.into_iter().collect()
             }
         }
     }
 
-    /// The node, other than the entry, that computes most of its streams, once these are not just the first to arrive.
-    async fn busiest_generator(&self, ids: &[Option<NodeId>], streams: usize) -> Option<usize> {
-        let fair_share = streams / self.arena.nodes.len();
+    /// The node, other than the entry, that computes most of its streams, once these are enough.
+    async fn busiest_generator(&self, ids: &[Option<NodeId>], enough: u64) -> Option<usize> {
         let Some(overview) = self.arena.overview(ENTRY).await else {
             // Without an admin address the next one is as good as any.
             return Some((ENTRY + 1) % self.arena.nodes.len());
         };
         let busiest = overview.peers.iter().max_by_key(|peer| peer.streams)?;
-        if busiest.streams < (fair_share as u64 / 2).max(1) {
+        if busiest.streams < enough {
             return None;
         }
         (0..ids.len()).find(|&index| index != ENTRY && ids[index].as_ref() == Some(&busiest.node.id))

@@ -7,7 +7,7 @@ use super::Shared;
 use super::failover::{Beginning, FailoverStream, now};
 use super::hot_prefixes::{self, PrefixHashes};
 use super::source::{Replica, Source};
-use super::stream_log::{Cursor, StreamLog};
+use super::stream_log::{Cursor, StreamFingerprint, StreamLog};
 use super::{Router, Strategy};
 use crate::admission::Demand;
 use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalHead, JournalKey, JournalRecord, Peer};
@@ -57,9 +57,11 @@ pub struct Dispatched {
     pub stream: GenerationStream,
     pub id: RequestId,
     pub created: u64,
+    pub fingerprint: StreamFingerprint,
 }
 
 /// What a stream needs to be generated, wherever that is.
+#[derive(Clone)]
 pub(super) struct Want {
     pub(super) id: RequestId,
     pub(super) model: String,
@@ -107,6 +109,11 @@ impl Want {
             deadline: dispatch.deadline,
             strategy: dispatch.strategy.unwrap_or(shared.config.placement),
         }
+    }
+
+    /// The same, of whatever numbers.
+    pub(super) fn without_fingerprint(&self) -> Self {
+        Self { fingerprint: None, ..self.clone() }
     }
 
     pub(super) fn demand(&self) -> Demand {
@@ -264,13 +271,12 @@ impl Router {
             let record = log.record(&self.shared.own);
             let known = truncated(&record.choices, have);
             let mut want = Want::new(dispatch, &self.shared);
-            want.fingerprint = Some(log.head.fingerprint.clone());
+            want.fingerprint = Some(record.head.fingerprint.clone());
             want.sampling = log.head.sampling.clone();
-            let twin = Arc::new(StreamLog::new(log.head.clone(), log.epoch(), known, false, false));
+            let twin = Arc::new(StreamLog::new(record.head, log.epoch(), known, false, false));
             return Ok(Some(self.launch(twin, want, None, Beginning::Anywhere)));
         }
-        let joined =
-            log.listen(&[]).map(|stream| Dispatched { stream, id: log.head.id.clone(), created: log.head.created });
+        let joined = log.listen(&[]).map(|stream| dispatched(log, stream));
         if joined.is_some() {
             self.shared.metrics.streams_resumed.with(["running"]).inc();
         }
@@ -285,10 +291,10 @@ impl Router {
         beginning: Beginning,
     ) -> Dispatched {
         let stream = log.listen(&[]).expect("the stream is new");
-        let (id, created) = (log.head.id.clone(), log.head.created);
+        let dispatched = dispatched(&log, stream);
         self.shared.stream_began();
         tokio::spawn(FailoverStream::new(self.shared.clone(), log, want, gate).run(beginning));
-        Dispatched { stream, id, created }
+        dispatched
     }
 
     /// Asks this node and, in the order of the key's rendezvous, the others.
@@ -355,6 +361,11 @@ impl Dispatch {
     fn key(&self) -> JournalKey {
         self.name.as_ref().map_or_else(|| JournalKey::new("", self.id.as_str(), 0), |name| name.key)
     }
+}
+
+fn dispatched(log: &StreamLog, stream: GenerationStream) -> Dispatched {
+    let (id, created, fingerprint) = (log.head.id.clone(), log.head.created, log.shown_fingerprint());
+    Dispatched { stream, id, created, fingerprint }
 }
 
 fn forgotten() -> Failure {

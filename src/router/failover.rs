@@ -22,7 +22,7 @@ use super::source::{Replica, Sign, Source};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
-use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeId, NodeState, watch};
+use crate::types::{Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, NodeState, watch};
 
 /// A replica that failed a stream is not asked again by it for this long.
 const EXCLUSION: Duration = Duration::from_secs(1);
@@ -46,6 +46,8 @@ pub(super) struct FailoverStream {
     follows: bool,
     /// Some replica has accepted the stream before this node ran it.
     was_accepted: bool,
+    /// Nobody but this node can know any token of it, unless it knows them too.
+    began_here: bool,
     has_ended: bool,
     /// Of the sources that were lost.
     failovers: u32,
@@ -128,6 +130,7 @@ impl FailoverStream {
             excluded: BTreeMap::new(),
             follows: false,
             was_accepted: false,
+            began_here: false,
             has_ended: false,
             failovers: 0,
             attempts: 0,
@@ -141,6 +144,7 @@ impl FailoverStream {
 
     /// Runs until every choice has ended, the stream has failed, or nobody listens.
     pub(super) async fn run(mut self, beginning: Beginning) {
+        self.began_here = matches!(beginning, Beginning::Source(_) | Beginning::Place(_));
         match beginning {
             // A journal may hold the whole stream.
             _ if self.log.is_complete() => {}
@@ -342,8 +346,44 @@ impl FailoverStream {
         }
         let (excluded, now) = (&self.excluded, now());
         let is_free = |replica: &Replica| excluded.get(replica).is_none_or(|until| *until <= now);
-        let choice = self.shared.choose(&self.want, &is_free, self.is_continuation());
+        let mut choice = self.shared.choose(&self.want, &is_free, self.is_continuation());
+        if matches!(choice, Choice::Nowhere(_)) && self.began_here && !self.log.has_begun() {
+            choice = self.choose_other_numbers(choice, &is_free);
+        }
         self.open_chosen(choice);
+    }
+
+    /// No replica of the stream's fingerprint is left, and it has no token yet: any replica of the model will do.
+    fn choose_other_numbers(&self, nowhere: Choice, is_free: &dyn Fn(&Replica) -> bool) -> Choice {
+        match self.shared.choose(&self.want.without_fingerprint(), is_free, self.is_continuation()) {
+            Choice::Nowhere(_) | Choice::Shed(_) => nowhere,
+            found => found,
+        }
+    }
+
+    /// The stream's tokens will be those of another fingerprint. Its holders are told before the first.
+    fn adopt(&mut self, fingerprint: Fingerprint) {
+        let is_gated = self.log.is_named && self.shared.has_peers();
+        info!(request = %self.log.head.id, %fingerprint, "a stream begins anew with other numbers");
+        self.log.adopt(&fingerprint, is_gated);
+        self.gate = is_gated.then(|| self.shared.clone().replicate(self.log.clone()));
+        self.want.fingerprint = Some(fingerprint);
+    }
+
+    /// Looks at whose numbers the chosen replica has.
+    fn note_numbers(&mut self, choice: &Choice) {
+        let fingerprint = match choice {
+            Choice::Here => self.shared.local().map(|local| local.model.fingerprint.clone()),
+            Choice::Peer(_, fingerprint) => Some(fingerprint.clone()),
+            Choice::Shed(_) | Choice::Nowhere(_) => None,
+        };
+        let Some(fingerprint) = fingerprint else { return };
+        let differs = self.want.fingerprint.as_ref().is_some_and(|wanted| *wanted != fingerprint);
+        if differs && self.began_here && !self.log.has_begun() {
+            self.adopt(fingerprint);
+        } else if self.primary.is_none() {
+            self.log.show(&fingerprint);
+        }
     }
 
     /// Whatever was accepted once is carried through; only a fresh request may be refused.
@@ -352,6 +392,7 @@ impl FailoverStream {
     }
 
     fn open_chosen(&mut self, choice: Choice) {
+        self.note_numbers(&choice);
         let is_continuation = self.is_continuation();
         let (starts, cursor) = self.log.continuation();
         self.attempts += 1;

@@ -26,5 +26,6 @@ pub use config::{Config, Strategy};
 pub use dispatch::{Dispatch, Dispatched, StreamName};
 pub use overview::{ClusterOverview, NodeOverview, PeerOverview, StreamCounts};
 pub use shared::{LocalReplica, NodeIdentity, Router, RouterParts};
+pub use stream_log::StreamFingerprint;
 
 use shared::Shared;

@@ -4,13 +4,24 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, mpsc};
 
 use crate::cluster::{ChoiceProgress, JournalHead, JournalKey, JournalRecord};
 use crate::types::{
-    ChoiceStart, Failure, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId, TokenLogprobs,
+    ChoiceStart, Failure, Fingerprint, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId, TokenLogprobs,
 };
+
+/// Whose numbers a stream has, as its clients are told. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct StreamFingerprint(Arc<RwLock<Fingerprint>>);
+
+impl StreamFingerprint {
+    /// Of the replica that generates now, or did last.
+    pub fn get(&self) -> Fingerprint {
+        self.0.read().clone()
+    }
+}
 
 /// Where one source is in each choice.
 #[derive(Clone, Debug)]
@@ -46,7 +57,11 @@ pub enum News {
 }
 
 pub struct StreamLog {
+    /// As the stream was begun; see [`StreamLog::record`].
     pub head: Arc<JournalHead>,
+    /// Whose numbers its tokens have, and any that follow must have.
+    numbers: Mutex<Fingerprint>,
+    shown: StreamFingerprint,
     /// The client named the stream, or was told its name: a holder keeps its journal.
     pub is_named: bool,
     epoch: AtomicU64,
@@ -86,7 +101,10 @@ impl StreamLog {
         choices.resize_with(head.sampling.n as usize, Choice::default);
         let state =
             State { choices, scheduled: None, failure: None, listeners: Vec::new(), is_gated, is_closed: false };
+        let fingerprint = head.fingerprint.clone();
         Self {
+            numbers: Mutex::new(fingerprint.clone()),
+            shown: StreamFingerprint(Arc::new(RwLock::new(fingerprint))),
             head,
             is_named,
             epoch: epoch.into(),
@@ -142,6 +160,32 @@ impl StreamLog {
             state.listeners.push(listener);
         }
         Some(stream.guarded_by(Departure(self.clone())))
+    }
+
+    pub fn fingerprint(&self) -> Fingerprint {
+        self.numbers.lock().clone()
+    }
+
+    pub fn shown_fingerprint(&self) -> StreamFingerprint {
+        self.shown.clone()
+    }
+
+    /// A replica with these numbers generates from now on.
+    pub fn show(&self, fingerprint: &Fingerprint) {
+        if *self.shown.0.read() != *fingerprint {
+            *self.shown.0.write() = fingerprint.clone();
+        }
+    }
+
+    /// Nothing has been emitted, and what will be has other numbers than those the stream was begun for. With `is_gated`
+    /// nothing leaves before its holders know it.
+    pub fn adopt(&self, fingerprint: &Fingerprint, is_gated: bool) {
+        let mut state = self.state.lock();
+        assert!(state.choices.iter().all(|choice| choice.progress.tokens.is_empty()), "a stream keeps its numbers");
+        state.is_gated = is_gated;
+        *self.numbers.lock() = fingerprint.clone();
+        self.set_epoch(self.epoch() + 1);
+        self.show(fingerprint);
     }
 
     /// Lets out what was held back.
@@ -244,9 +288,13 @@ impl StreamLog {
 
     /// As another node would have to know it.
     pub fn record(&self, own: &NodeId) -> JournalRecord {
-        let state = self.state.lock();
+        let (state, fingerprint) = (self.state.lock(), self.fingerprint());
+        let head = match fingerprint == self.head.fingerprint {
+            true => self.head.clone(),
+            false => Arc::new(JournalHead { fingerprint, ..(*self.head).clone() }),
+        };
         JournalRecord {
-            head: self.head.clone(),
+            head,
             epoch: self.epoch(),
             entry: self.followed.lock().clone().unwrap_or_else(|| own.clone()),
             choices: state.choices.iter().map(|choice| choice.progress.lasting()).collect(),

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use outrigger::drill::arena::{Arena, ArenaNode};
 use outrigger::drill::client::DrillClient;
-use outrigger::drill::process::{ClusterPlan, NodeAddresses, plan_nodes};
+use outrigger::drill::process::{ClusterPlan, NodeAddresses, NodeProcess, plan_nodes};
 use outrigger::drill::sse::{SseEvent, SseParser};
 use outrigger::drill::transcript::Transcript;
 use reqwest::header::HeaderMap;
@@ -104,10 +104,22 @@ impl Drop for Folder {
 impl Cluster {
     /// Three nodes with the slow model, whole.
     pub async fn slow() -> Self {
+        Self::slow_of(3).await
+    }
+
+    pub async fn slow_of(nodes: usize) -> Self {
         let folder = Folder::new();
         let flags = slow_model(folder.path());
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
-        Self::start_in(folder, 3, &flags).await
+        Self::start_in(folder, nodes, &flags).await
+    }
+
+    /// A node that comes later, with the folder's key and these flags.
+    pub fn newcomer(&mut self, name: &str, flags: &[String]) -> ArenaNode {
+        let peer = self.nodes[0].process().expect("its own").addresses.peer;
+        let plan = plan(self.folder().to_owned(), &[]);
+        let addresses = NodeAddresses::free().expect("free ports");
+        ArenaNode::own(NodeProcess::new(plan, name.to_owned(), addresses, vec![peer]).with_flags(flags.iter().cloned()))
     }
 
     /// Nodes with these flags, whole.

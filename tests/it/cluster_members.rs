@@ -2,27 +2,19 @@
 
 use std::time::Duration;
 
-use outrigger::drill::arena::{Action, ArenaNode};
+use outrigger::drill::arena::Action;
 use outrigger::drill::client::DrillClient;
-use outrigger::drill::process::{NodeAddresses, NodeProcess};
+use outrigger::drill::process::NodeAddresses;
 use outrigger::drill::transcript::Transcript;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::cluster::{Cluster, FIXTURE, Reader, model_flag, plan, post, whole};
+use crate::cluster::{Cluster, FIXTURE, Reader, model_flag, post, whole};
 use crate::real_server::{CHAT, COMPLETIONS};
 use crate::server::{PATIENCE, outrigger};
 
 const OTHER_FIXTURE: &str = "mistral-window-f16";
 const POLL: Duration = Duration::from_millis(20);
-
-/// A node that comes later, with the folder's key and these flags.
-fn newcomer(cluster: &mut Cluster, name: &str, flags: &[String]) -> ArenaNode {
-    let peer = cluster.nodes[0].process().expect("its own").addresses.peer;
-    let plan = plan(cluster.folder().to_owned(), &[]);
-    let addresses = NodeAddresses::free().expect("free ports");
-    ArenaNode::own(NodeProcess::new(plan, name.to_owned(), addresses, vec![peer]).with_flags(flags.iter().cloned()))
-}
 
 async fn model_names(cluster: &Cluster, node: usize) -> Vec<String> {
     let models = cluster.client.get(cluster.url(node), "/v1/models").await.expect("the models");
@@ -36,7 +28,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
     let unknown = json!({"model": "beta", "prompt": "x", "max_tokens": 1});
     assert_eq!(post(cluster.url(0), COMPLETIONS, &unknown, &[]).await.status(), 404);
 
-    let mut node = newcomer(&mut cluster, "n2", &[model_flag(OTHER_FIXTURE), "--served-model-name=beta".into()]);
+    let mut node = cluster.newcomer("n2", &[model_flag(OTHER_FIXTURE), "--served-model-name=beta".into()]);
     node.act(Action::Restart).await.expect("it starts");
     cluster.nodes.push(node);
     cluster.wait_until_whole().await.expect("it joins");
@@ -89,7 +81,7 @@ async fn a_node_with_a_wrong_key_is_not_heard_and_sees_nothing() {
     let wrong = cluster.folder().join("wrong.key");
     std::fs::write(&wrong, [7; 32]).expect("written");
     let flags = [model_flag(FIXTURE), format!("--cluster-key-file={}", wrong.display())];
-    let mut stranger = newcomer(&mut cluster, "stranger", &flags);
+    let mut stranger = cluster.newcomer("stranger", &flags);
     stranger.act(Action::Restart).await.expect("it starts");
     let (url, admin) = (stranger.url.clone(), stranger.admin.clone().expect("its own"));
     let client = cluster.client.clone();

@@ -10,6 +10,7 @@ use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{ComputeDevice, DeviceChoice, GpuModelRunner, KvCacheDType, RunnerConfig};
 use outrigger::engine::{self, EngineHandle};
 use outrigger::types::Backend;
+use outrigger_kernels::gpu::DeviceError;
 
 use crate::fixtures::{self, Golden, PROMPT_LENGTH, relative_error};
 use crate::invariance::{
@@ -51,13 +52,17 @@ fn device() -> Option<ComputeDevice> {
         assert!(device.gpu().is_some(), "OUTRIGGER_DEVICE={asked} is no GPU");
         return Some(device);
     }
-    let opened = ComputeDevice::open(DeviceChoice::Cuda(0)).or_else(|_| ComputeDevice::open(DeviceChoice::Emulator));
+    let opened = match ComputeDevice::open(DeviceChoice::Cuda(0)) {
+        Err(DeviceError::Unavailable(_)) => ComputeDevice::open(DeviceChoice::Emulator),
+        opened => opened,
+    };
     match opened {
         Ok(device) => Some(device),
-        Err(error) => {
-            eprintln!("skipped: no GPU, and {error}");
+        Err(DeviceError::Unavailable(reason)) => {
+            eprintln!("skipped: no GPU, and {reason}");
             None
         }
+        Err(error) => panic!("{error}"),
     }
 }
 

@@ -5,6 +5,7 @@ mod cluster;
 mod cluster_drills;
 mod cluster_members;
 mod cluster_network;
+mod cluster_numbers;
 mod cluster_resumption;
 mod edges;
 mod fixtures;

@@ -48,10 +48,10 @@ pub struct DeviceMemory {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
     /// This machine has none for us, and a later start finds none either.
-    #[error("no CUDA device can be used: {0}")]
+    #[error("{0}")]
     Unavailable(String),
     /// There should be one: it is broken, taken or not set up.
-    #[error("the CUDA device cannot be used: {0}")]
+    #[error("{0}")]
     Unusable(String),
     #[error("the device has no memory left for {bytes} bytes")]
     OutOfMemory { bytes: usize },

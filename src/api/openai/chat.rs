@@ -23,6 +23,7 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
+use crate::router::StreamFingerprint;
 use crate::types::{Failure, RequestId, TokenId, TokenLogprobs};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
@@ -82,7 +83,7 @@ struct Message {
 }
 
 async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiError> {
-    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
     let (choices, counts) = collect(generation, n as usize).await?;
     let wants_ids = body.return_token_ids.unwrap_or(false);
     let wants_logprobs = matches!(body.logprobs, Some(super::body::LogprobsInput::Wanted(true)));
@@ -94,13 +95,14 @@ async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiEr
         message: Message { role: "assistant", content: choice.text, refusal: None },
         token_ids: wants_ids.then_some(choice.tokens),
     };
+    let fingerprint = fingerprint.get();
     let response = ChatCompletion {
         head: Head {
             id: id.as_str(),
             object: "chat.completion",
             created,
             model: model.name(),
-            system_fingerprint: &model.fingerprint,
+            system_fingerprint: fingerprint.as_str(),
         },
         choices: choices.into_iter().enumerate().map(choice).collect(),
         usage: counts.into(),
@@ -118,13 +120,14 @@ fn chat_logprobs(model: &ServedModel, choice: &Collected) -> ChatLogprobs {
 }
 
 async fn stream(prepared: Prepared, body: &RequestBody, keep_alive: Duration) -> Result<Response, ApiError> {
-    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
     let format = ChatChunks {
         id,
         model,
         prompt: prompts.into_iter().next(),
         n,
         created,
+        fingerprint,
         wants_ids: body.return_token_ids.unwrap_or(false),
         options: body.stream_options.unwrap_or_default(),
     };
@@ -138,6 +141,7 @@ struct ChatChunks {
     prompt: Option<Prompt>,
     n: u32,
     created: u64,
+    fingerprint: StreamFingerprint,
     wants_ids: bool,
     options: StreamOptions,
 }
@@ -181,7 +185,7 @@ impl ChatChunks {
                 object: "chat.completion.chunk",
                 created: self.created,
                 model: self.model.name(),
-                system_fingerprint: &self.model.fingerprint,
+                system_fingerprint: self.fingerprint.get().as_str(),
             },
             choices,
             usage,

@@ -23,7 +23,8 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{Failure, RequestId, TokenId};
+use crate::router::StreamFingerprint;
+use crate::types::{Failure, Fingerprint, RequestId, TokenId};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     state.check_serving()?;
@@ -85,7 +86,7 @@ struct Choice<'a> {
 fn completion<'a>(
     id: &'a RequestId,
     model: &'a ServedModel,
-    created: u64,
+    (created, fingerprint): (u64, &'a Fingerprint),
     choices: &'a [Choice<'a>],
     usage: Option<Usage>,
 ) -> Completion<'a> {
@@ -94,7 +95,7 @@ fn completion<'a>(
         object: "text_completion",
         created,
         model: model.name(),
-        system_fingerprint: &model.fingerprint,
+        system_fingerprint: fingerprint.as_str(),
         choices,
         usage,
     }
@@ -106,7 +107,7 @@ fn prompt_text(model: &ServedModel, prompt: &Prompt) -> String {
 }
 
 async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
-    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
     let (collected, counts) = collect(generation, prompts.len() * n as usize).await?;
     let choice = |(index, choice): (usize, Collected)| {
         let prompt = &prompts[index / n as usize];
@@ -123,7 +124,8 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
         }
     };
     let choices: Vec<Choice> = collected.into_iter().enumerate().map(choice).collect();
-    let response = Json(completion(&id, &model, created, &choices, Some(counts.into())));
+    let fingerprint = fingerprint.get();
+    let response = Json(completion(&id, &model, (created, &fingerprint), &choices, Some(counts.into())));
     Ok(resumption.mark(response.into_response()))
 }
 
@@ -141,7 +143,7 @@ async fn stream(
     shape: Shape,
     keep_alive: Duration,
 ) -> Result<Response, ApiError> {
-    let Prepared { id, created, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
     let choices = prompts.len() * n as usize;
     let format = CompletionChunks {
         id,
@@ -149,6 +151,7 @@ async fn stream(
         prompts,
         n,
         created,
+        fingerprint,
         shape,
         options: body.stream_options.unwrap_or_default(),
         begun: resumption.begun(choices),
@@ -162,6 +165,7 @@ struct CompletionChunks {
     prompts: Vec<Prompt>,
     n: u32,
     created: u64,
+    fingerprint: StreamFingerprint,
     shape: Shape,
     options: StreamOptions,
     /// By choice: whether its first chunk, which carries the prompt where that was asked for, has been written.
@@ -204,12 +208,18 @@ impl ChunkFormat for CompletionChunks {
                 chunk.stop_reason = StopReason::of(&reason);
             }
         }
-        out.push(&completion(&self.id, &self.model, self.created, &[chunk], usage));
+        out.push(&completion(&self.id, &self.model, (self.created, &self.fingerprint.get()), &[chunk], usage));
     }
 
     fn closing(&mut self, counts: TokenCounts, out: &mut EventBuffer) {
         if self.options.include_usage.unwrap_or(false) {
-            out.push(&completion(&self.id, &self.model, self.created, &[], Some(counts.into())));
+            out.push(&completion(
+                &self.id,
+                &self.model,
+                (self.created, &self.fingerprint.get()),
+                &[],
+                Some(counts.into()),
+            ));
         }
     }
 }

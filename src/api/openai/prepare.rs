@@ -15,7 +15,7 @@ use crate::api::config::Config;
 use crate::api::error::ApiError;
 use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::ApiState;
-use crate::router::{Dispatch, Strategy, StreamName};
+use crate::router::{Dispatch, Strategy, StreamFingerprint, StreamName};
 use crate::types::{Failure, RequestId, SamplingParams, TokenId};
 
 /// Relative, in milliseconds; what cannot finish in it is refused or cut short.
@@ -44,6 +44,8 @@ pub struct Prepared {
     pub id: RequestId,
     /// Seconds since the epoch.
     pub created: u64,
+    /// Whose numbers the first prompt's choices have.
+    pub fingerprint: StreamFingerprint,
     pub model: Arc<ServedModel>,
     pub prompts: Vec<Prompt>,
     /// Choices per prompt.
@@ -101,7 +103,7 @@ pub async fn prepare(
         is_named,
         must_exist: resumption.is_given_name() && !is_derivable,
     };
-    let (mut id, mut created) = (resumption.id.clone(), unix_seconds());
+    let mut first = None;
     let mut parts = Vec::with_capacity(prompts.len());
     for (index, prompt) in prompts.iter().enumerate() {
         let max_tokens = max_tokens(&state.config, &model, endpoint, prompt.tokens.len(), requested)?;
@@ -109,17 +111,16 @@ pub async fn prepare(
         let sampling = Arc::new(SamplingParams { max_tokens, ..sampling.clone() });
         let (part, found) = start.part(index, prompt, sampling).await?;
         parts.push(part);
-        if index == 0 {
-            // A stream that is taken up again keeps its name and its time.
-            (id, created) = found;
-        }
+        // A stream that is taken up again keeps its name and its time.
+        first.get_or_insert(found);
     }
+    let (id, created, fingerprint) = first.expect("a request has a prompt");
     let mut generation = Generation::new(parts, deadline, state.metrics.clone());
     if let Some(marks) = &resumption.has {
         generation.skip(marks);
     }
     resumption.is_offered = is_named;
-    Ok(Prepared { id, created, n: sampling.n, prompts, generation, model, resumption })
+    Ok(Prepared { id, created, fingerprint, n: sampling.n, prompts, generation, model, resumption })
 }
 
 struct Start<'a> {
@@ -144,7 +145,7 @@ impl Start<'_> {
         index: usize,
         prompt: &Prompt,
         sampling: Arc<SamplingParams>,
-    ) -> Result<(Part, (RequestId, u64)), Failure> {
+    ) -> Result<(Part, (RequestId, u64, StreamFingerprint)), Failure> {
         let id = &self.resumption.id;
         let first_choice = index as u32 * sampling.n;
         let dispatched = self.state.router.dispatch(Dispatch {
@@ -176,7 +177,7 @@ impl Start<'_> {
         let prompt_tokens = prompt.tokens.len();
         let model = self.model.clone();
         let part = Part::new(dispatched.stream, model, sampling, first_choice, prompt_tokens, self.arrived);
-        Ok((part, (dispatched.id, dispatched.created)))
+        Ok((part, (dispatched.id, dispatched.created, dispatched.fingerprint)))
     }
 }
 

@@ -154,18 +154,26 @@ impl GpuModelRunner {
         Graphs::capture(device, max_rows, |num_rows| step(rows, num_rows))
     }
 
-    /// Queues one step up to its logits, a row for each output.
-    fn compute(&mut self, batch: &[RowsEntry<'_>], progress: &dyn Fn()) -> Result<View<f32>, DeviceError> {
+    /// Queues one step up to its logits, a row for each output. The device reaches `begin` when it begins with it.
+    fn compute(
+        &mut self,
+        batch: &[RowsEntry<'_>],
+        begin: Option<EventId>,
+        progress: &dyn Fn(),
+    ) -> Result<View<f32>, DeviceError> {
         if let Some(error) = &self.broken {
             return Err(error.clone());
         }
         // A graph gives the logits of every row.
         let is_decode = batch.iter().all(|entry| entry.tokens.len() == 1 && entry.is_output);
-        if is_decode && let Some(num_rows) = self.graphs.size_for(batch.len()) {
-            self.rows.upload(batch, num_rows)?;
+        let graph = self.graphs.size_for(batch.len()).filter(|_| is_decode);
+        let layout = self.rows.lay_out(batch, graph.unwrap_or(0));
+        // Not before: what the host does meanwhile is no time of the device's.
+        begin.map_or(Ok(()), |begin| self.device.driver().record(begin))?;
+        self.rows.send(layout)?;
+        if let Some(num_rows) = graph {
             return self.graphs.launch(num_rows);
         }
-        let layout = self.rows.upload(batch, 0)?;
         let views = self.rows.views(layout.num_rows, Some(layout.num_outputs));
         next_tokens(&self.device, self.sampler.sampled(), views.sources, views.rows.tokens)?;
         self.decoder.forward(&views.rows, self.rows.attention(layout.num_rows), &mut self.cache, progress)
@@ -178,7 +186,6 @@ impl GpuModelRunner {
 
     /// Queues one step and the sampling of its rows.
     fn queue(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<Step, DeviceError> {
-        self.turn = (self.turn + 1) % DEPTH;
         let clock = self.clocks[self.turn];
         let (mut entries, mut rows, mut positions) = (Vec::with_capacity(batch.len()), Vec::new(), Vec::new());
         for entry in batch {
@@ -192,9 +199,8 @@ impl GpuModelRunner {
             entries.push(RowsEntry { tokens, start, block_table, source, is_output });
         }
         // What is asked of the rows goes first: it may need memory, and its copy need not stand between logits and sampler.
-        self.device.driver().record(clock.begin)?;
         let staged = self.sampler.stage(&rows)?;
-        let logits = self.compute(&entries, progress)?;
+        let logits = self.compute(&entries, Some(clock.begin), progress)?;
         self.sampler.launch(logits, staged.rows(), staged.passes())?;
         let ticket = self.sampler.collect(staged)?;
         self.device.driver().record(clock.end)?;
@@ -212,6 +218,7 @@ impl ModelRunner for GpuModelRunner {
             failed(error, tokens)
         })?;
         self.in_flight.push(step);
+        self.turn = (self.turn + 1) % DEPTH;
         Ok(())
     }
 
@@ -246,7 +253,7 @@ impl LogitsRunner for GpuModelRunner {
         assert!(self.in_flight.is_empty(), "nothing is in flight while logits are asked for");
         let entries: Vec<RowsEntry<'_>> = batch.iter().map(known_tokens).collect();
         let outputs = entries.iter().filter(|entry| entry.is_output).count();
-        let logits = self.compute(&entries, progress).and_then(|_| self.decoder.read_logits(outputs));
+        let logits = self.compute(&entries, None, progress).and_then(|_| self.decoder.read_logits(outputs));
         self.logits = logits.map_err(|error| {
             let tokens = batch.iter().map(|entry| entry.tokens.len()).sum();
             failed(error, tokens)

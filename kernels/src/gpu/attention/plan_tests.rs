@@ -110,12 +110,9 @@ fn a_table_beyond_the_pool_is_refused() {
 fn tables_may_stand_behind_other_words() {
     let mut plan = plan(32, 8, None, 3);
     // One of few rows and one of many; the second's table begins at the first's end.
-    let entries = [(700, 1, 0), (0, 300, 11)].map(|(start, num_tokens, table_offset)| AttentionEntry {
-        first_row: if start == 700 { 0 } else { 1 },
-        num_tokens,
-        start,
-        table_offset,
-    });
+    let few = AttentionEntry { first_row: 0, num_tokens: 1, start: 700, table_offset: 0 };
+    let many = AttentionEntry { first_row: 1, num_tokens: 300, start: 0, table_offset: 11 };
+    let entries = [few, many];
     plan.plan(&entries, &[0; 16]);
     let (words, len, first) = (plan.words().to_vec(), plan.table_len(), plan.first_item() as usize);
     plan.place_tables(1000);

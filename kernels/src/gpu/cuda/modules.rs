@@ -17,7 +17,7 @@ struct Image {
 
 /// As the toolkit's own programs lay fatbins out; the driver is promised nothing less.
 #[repr(C, align(16))]
-struct Aligned<T: ?Sized>(T);
+struct Aligned<T>(T);
 
 static IMAGES: &[Image] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 

@@ -34,7 +34,7 @@ impl PrimaryContext {
         // SAFETY: a device that was found.
         let status = unsafe { library.primary_context_retain(&raw mut context, device) };
         if status != Status::SUCCESS {
-            return Err(DeviceError::Unusable(why_no_context(library, index, status)));
+            return Err(DeviceError::Unusable(why_no_context(library, status)));
         }
         static SERIALS: AtomicU64 = AtomicU64::new(1);
         let serial = SERIALS.fetch_add(1, Ordering::Relaxed);
@@ -147,7 +147,7 @@ fn why_no_driver(library: &Library, status: Status) -> DeviceError {
     }
 }
 
-fn why_no_context(library: &Library, index: u32, status: Status) -> String {
+fn why_no_context(library: &Library, status: Status) -> String {
     let advice = match status {
         Status::DEVICE_UNAVAILABLE => "another process has it for itself (compute mode), or it is prohibited",
         Status::OUT_OF_MEMORY => "its memory is in use by other processes",
@@ -155,7 +155,7 @@ fn why_no_context(library: &Library, index: u32, status: Status) -> String {
         Status::ECC_UNCORRECTABLE => "its memory has an uncorrectable error: it needs a reset",
         _ => "the driver gives no access",
     };
-    format!("device {index} cannot be used: {advice} ({})", library.describe(status))
+    format!("{advice} ({})", library.describe(status))
 }
 
 pub fn succeed(status: Status) -> Result<(), Status> {

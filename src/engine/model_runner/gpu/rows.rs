@@ -53,6 +53,7 @@ pub(super) struct StepRows {
 pub(super) struct Layout {
     pub num_rows: usize,
     pub num_outputs: usize,
+    num_words: usize,
 }
 
 /// Where a step of `num_rows` rows lies: the same for every such step, so that a graph can name it.
@@ -79,8 +80,15 @@ impl StepRows {
         Ok(step)
     }
 
-    /// Lays out a batch in rows, and those up to `padded` for nothing; plans its attention, and queues the upload.
+    /// [`Self::lay_out`] and [`Self::send`].
     pub fn upload(&mut self, batch: &[RowsEntry<'_>], padded: usize) -> Result<Layout, DeviceError> {
+        let layout = self.lay_out(batch, padded);
+        self.send(layout)?;
+        Ok(layout)
+    }
+
+    /// Lays out a batch in rows, and those up to `padded` for nothing, and plans its attention.
+    pub fn lay_out(&mut self, batch: &[RowsEntry<'_>], padded: usize) -> Layout {
         let num_rows: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
         let padded = padded.max(num_rows);
         assert!(padded <= self.limits.rows, "a step of {padded} rows, where {} were planned for", self.limits.rows);
@@ -94,8 +102,12 @@ impl StepRows {
         host[plan_offset..table_offset].copy_from_slice(self.plan.words());
         let end = table_offset + self.tables.len();
         host[table_offset..end].copy_from_slice(&self.tables);
-        host.upload(&mut self.words, end)?;
-        Ok(Layout { num_rows: padded, num_outputs })
+        Layout { num_rows: padded, num_outputs, num_words: end }
+    }
+
+    /// Queues the upload of what was laid out last.
+    pub fn send(&mut self, layout: Layout) -> Result<(), DeviceError> {
+        self.host[self.turn].upload(&mut self.words, layout.num_words)
     }
 
     fn plan_attention(&mut self, batch: &[RowsEntry<'_>]) {

@@ -1,0 +1,126 @@
+//! Nodes of one model whose numbers differ, as those of processors and of GPUs do: every response says whose it has, and no
+//! stream mixes them.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use futures::future::join_all;
+use outrigger::drill::arena::Action;
+use outrigger::drill::client::DrillClient;
+use serde_json::{Value, json};
+use tokio::time::Instant;
+
+use crate::cluster::{Cluster, post, slow_model};
+use crate::real_server::COMPLETIONS;
+use crate::server::PATIENCE;
+
+const POLL: Duration = Duration::from_millis(4);
+const ANYWHERE: &[(&str, &str)] = &[("x-outrigger-placement", "random")];
+/// Among two nodes, for each to be chosen once.
+const ATTEMPTS: usize = 60;
+
+/// Two nodes of the slow model: the second computes in float32.
+async fn cluster() -> Cluster {
+    let mut cluster = Cluster::slow_of(1).await;
+    let mut flags = slow_model(cluster.folder());
+    flags.push("--dtype=float32".into());
+    let mut node = cluster.newcomer("n1", &flags);
+    node.act(Action::Restart).await.expect("it starts");
+    cluster.nodes.push(node);
+    cluster.wait_until_whole().await.expect("it joins");
+    cluster
+}
+
+/// What is compared: log-probabilities show the numbers where the tokens happen to be the same.
+fn request(prompt: &Value, tokens: u32, is_stream: bool) -> Value {
+    json!({
+        "model": "slow", "prompt": prompt, "max_tokens": tokens, "seed": 5, "logprobs": 1, "ignore_eos": true,
+        "stream": is_stream, "return_token_ids": true
+    })
+}
+
+/// The fingerprint that the answer names, and its tokens with their log-probabilities. Chunks may name several only before
+/// the first token.
+async fn ask(url: &str, body: &Value, headers: &[(&str, &str)]) -> (String, Vec<Value>) {
+    let response = post(url, COMPLETIONS, body, headers).await;
+    let status = response.status();
+    let text = response.text().await.expect("a body");
+    assert_eq!(status, 200, "{text}");
+    let events = text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]");
+    let pieces: Vec<&str> = if body["stream"] == true { events.collect() } else { vec![text.as_str()] };
+    let (mut fingerprints, mut numbers) = (BTreeSet::new(), Vec::new());
+    for piece in pieces {
+        let piece: Value = serde_json::from_str(piece).expect("JSON");
+        assert!(piece["error"].is_null(), "{piece}");
+        let choice = &piece["choices"][0];
+        let tokens = choice["token_ids"].as_array().cloned().unwrap_or_default();
+        let logprobs = choice["logprobs"]["token_logprobs"].as_array().cloned().unwrap_or_default();
+        if !tokens.is_empty() {
+            fingerprints.insert(piece["system_fingerprint"].as_str().expect("a fingerprint").to_owned());
+        }
+        numbers.extend(tokens.into_iter().zip(logprobs).map(|(token, logprob)| json!([token, logprob])));
+    }
+    assert_eq!(fingerprints.len(), 1, "{fingerprints:?}");
+    (fingerprints.pop_first().expect("one"), numbers)
+}
+
+#[tokio::test]
+async fn a_response_says_whose_numbers_it_has() {
+    let cluster = cluster().await;
+    for is_stream in [false, true] {
+        let body = request(&json!("The sea"), 12, is_stream);
+        // While nobody else asks, a node computes what it is asked.
+        let own = [ask(cluster.url(0), &body, &[]).await, ask(cluster.url(1), &body, &[]).await];
+        assert!(own[0].0 != own[1].0 && own[0].1 != own[1].1, "{own:?}");
+        let mut seen = BTreeSet::new();
+        for _ in 0..ATTEMPTS {
+            let (fingerprint, numbers) = ask(cluster.url(0), &body, ANYWHERE).await;
+            let node =
+                own.iter().position(|(of_node, _)| *of_node == fingerprint).expect("a fingerprint of the cluster");
+            assert_eq!(numbers, own[node].1, "n{node}, stream: {is_stream}");
+            seen.insert(node);
+            if seen.len() == own.len() {
+                break;
+            }
+        }
+        assert_eq!(seen.len(), own.len(), "stream: {is_stream}: nothing was placed on another node");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_without_a_token_begins_anew_where_the_numbers_differ() {
+    const STREAMS: usize = 12;
+    let mut cluster = cluster().await;
+    // Long enough that no stream has a token when its replica dies.
+    let prompt = |number: usize| json!((0..1500).map(|place| 10 + (place * 7 + number) % 250).collect::<Vec<usize>>());
+    let url = cluster.url(0).to_owned();
+    let (own, _) = ask(&url, &request(&prompt(STREAMS), 6, true), &[]).await;
+    let bodies: Vec<Value> = (0..STREAMS).map(|number| request(&prompt(number), 6, true)).collect();
+    let streams: Vec<_> = bodies
+        .iter()
+        .cloned()
+        .map(|body| {
+            let url = url.clone();
+            tokio::spawn(async move { ask(&url, &body, ANYWHERE).await })
+        })
+        .collect();
+    let client = cluster.client.clone();
+    let admin = cluster.admin(0).to_owned();
+    let has_some = async || {
+        let overview = client.overview(&admin).await;
+        overview.is_some_and(|overview| overview.peers.iter().any(|peer| peer.streams >= 2))
+    };
+    assert!(
+        DrillClient::until(Instant::now() + PATIENCE, POLL, has_some).await,
+        "nothing was placed on the other node"
+    );
+    cluster.nodes[1].act(Action::Kill).await.expect("killed");
+    let answers = join_all(streams).await;
+    for (number, (answer, body)) in answers.into_iter().zip(&bodies).enumerate() {
+        let (fingerprint, numbers) = answer.expect("no panic");
+        assert_eq!(fingerprint, own, "stream {number}");
+        assert_eq!(numbers, ask(&url, body, &[]).await.1, "stream {number}");
+    }
+    let overview = cluster.overview(0).await.expect("it answers");
+    assert!(overview.streams.failovers_total() >= 2, "{:?}", overview.streams);
+}
