@@ -558,8 +558,11 @@ impl FailoverStream {
         self.primary = None;
         self.successor = None;
         self.opening = None;
-        let message = "The node is shutting down. Send the request again to another node, with the headers \
-                       `idempotency-key` and `last-event-id`, to get the rest.";
+        let why = if self.has_failed { "The node's engine has failed." } else { "The node is shutting down." };
+        let message = format!(
+            "{why} Send the request again to another node, with the headers `idempotency-key` and `last-event-id`, to get \
+             the rest."
+        );
         self.log.fail(Failure::new(FailureKind::EngineFailed, message).with_code("stream_interrupted"));
     }
 
