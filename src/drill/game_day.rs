@@ -22,8 +22,10 @@ use crate::types::NodeId;
 const ENTRY: usize = 0;
 /// From one look to the next, while something is about to happen.
 const WATCH_POLL: Duration = Duration::from_millis(4);
-/// Until then the node to hit has to have a share of the streams; afterwards any number will do.
-const SHARE_PATIENCE: Duration = Duration::from_secs(10);
+/// For the node to hit to get its share of the streams, once it is time; afterwards one will do.
+const SHARE_PATIENCE: Duration = Duration::from_millis(300);
+/// For the entry to hear that its peers are done with what was before.
+const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
 /// For the moment of the injury to come.
 const MOMENT_PATIENCE: Duration = Duration::from_secs(60);
 /// For which a paused node is paused: longer than the default `peer_stall_timeout`.
@@ -127,6 +129,7 @@ impl GameDay {
             }
             Err(error) => return Err(error.into()),
         }
+        self.settle().await;
         let before = self.moves_of_each().await;
         let ids = self.arena.ids().await;
         let began = Instant::now();
@@ -166,6 +169,17 @@ impl GameDay {
         }
         self.repair(exercise, &victims, &mut outcome).await?;
         Ok(outcome)
+    }
+
+    /// Waits until the entry has heard that nobody is busy: by what it heard before, it would keep most streams to itself. On a
+    /// cluster that others use, that may not come.
+    async fn settle(&self) {
+        let deadline = Instant::now() + SETTLE_PATIENCE;
+        DrillClient::until(deadline, WATCH_POLL, async || {
+            let Some(overview) = self.arena.overview(ENTRY).await else { return true };
+            overview.nodes().all(|node| node.report.running + node.report.waiting == 0)
+        })
+        .await;
     }
 
     /// Has the nodes that are left compute these tokens, all at one time; how long each took.
@@ -266,9 +280,8 @@ impl GameDay {
         ids: &[Option<NodeId>],
         outcome: &mut Outcome,
     ) -> Vec<usize> {
-        let began = Instant::now();
-        let deadline = began + MOMENT_PATIENCE;
-        let mut victims = Vec::new();
+        let deadline = Instant::now() + MOMENT_PATIENCE;
+        let (mut victims, mut time_since) = (Vec::new(), None);
         let came = DrillClient::until(deadline, WATCH_POLL, async || {
             let is_time = match exercise.moment() {
                 Moment::Decode => flight.half_have_tokens(),
@@ -277,8 +290,9 @@ impl GameDay {
             if !is_time {
                 return false;
             }
-            let fair_share = flight.streams() / self.arena.nodes.len();
-            let enough = if began.elapsed() < SHARE_PATIENCE { (fair_share as u64 / 2).max(1) } else { 1 };
+            let is_early = time_since.get_or_insert_with(Instant::now).elapsed() < SHARE_PATIENCE;
+            let fair_share = (flight.streams() / self.arena.nodes.len()) as u64;
+            let enough = if is_early { (fair_share / 2).max(1) } else { 1 };
             victims = self.choose_victims(exercise.injury(), ids, enough).await;
             !victims.is_empty() || flight.is_over()
         })
