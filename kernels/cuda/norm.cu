@@ -28,7 +28,15 @@ struct NormRow {
     uint32_t cols;
     float inverse;
 
-    // Weights may be read before the kernel ahead has ended.
+    // Reads the weights, which may be done before the kernel ahead has ended; then the row, and sums its squares over the
+    // block.
+    DEVICE void load(const RmsNormParams& p, float (&scratch)[ROW_WARPS]) {
+        grid_dependency_launch();
+        load_weights(p);
+        grid_dependency_wait();
+        load_row(p, scratch);
+    }
+
     DEVICE void load_weights(const RmsNormParams& p) {
         weights = p.weight;
         cols = p.cols;
@@ -39,8 +47,7 @@ struct NormRow {
         }
     }
 
-    // Reads the row, and sums its squares over the block.
-    DEVICE void load(const RmsNormParams& p, float (&scratch)[ROW_WARPS]) {
+    DEVICE void load_row(const RmsNormParams& p, float (&scratch)[ROW_WARPS]) {
         uint32_t source = p.sources ? p.sources[blockIdx.x] : blockIdx.x;
         if (source >= p.rows) source = 0;
         row = p.hidden + size_t(source) * cols;
@@ -102,10 +109,7 @@ struct NormRow {
 template <typename T>
 DEVICE void rms_norm(const RmsNormParams& p) {
     SHARED(float, sums, [ROW_WARPS]);
-    grid_dependency_launch();
     NormRow row;
-    row.load_weights(p);
-    grid_dependency_wait();
     row.load(p, sums);
     T* out = static_cast<T*>(p.out) + size_t(blockIdx.x) * p.cols;
     row.each([&](uint32_t at, const float (&y)[4]) {
@@ -121,10 +125,7 @@ KERNEL(rms_norm_bf16, RmsNormParams, ROW_THREADS) { rms_norm<bf16>(p); }
 KERNEL(rms_norm_fp8, RmsNormParams, ROW_THREADS) {
     SHARED(float, sums, [ROW_WARPS]);
     SHARED(uint32_t, maxima, [ROW_WARPS]);
-    grid_dependency_launch();
     NormRow row;
-    row.load_weights(p);
-    grid_dependency_wait();
     row.load(p, sums);
     uint32_t largest = 0;
     row.each([&](uint32_t, const float (&y)[4]) {

@@ -4,6 +4,8 @@
 //! A source that is only silent, or that asks to be relieved, goes on until its successor speaks: whichever token comes first
 //! counts, and since a generation is a pure function it does not matter whose it is.
 
+mod opening;
+
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::pin::Pin;
@@ -17,12 +19,12 @@ use tracing::{info, warn};
 use super::Shared;
 use super::breaker::Attempt;
 use super::dispatch::{Choice, Want};
-use super::ledger::InFlight;
 use super::source::{Replica, Sign, Source};
-use super::stream_log::{Cursor, News, StreamLog};
+use super::stream_log::{News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
-use crate::types::{Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, NodeState, watch};
+use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeState, watch};
+use opening::Opening;
 
 /// A replica that failed a stream is not asked again by it for this long.
 const EXCLUSION: Duration = Duration::from_secs(1);
@@ -64,15 +66,6 @@ pub(super) struct FailoverStream {
     phases: watch::Receiver<NodePhase>,
     /// The node's failure has been heard of.
     has_failed: bool,
-}
-
-struct Opening {
-    node: NodeId,
-    cursor: Cursor,
-    attempt: Option<Attempt>,
-    since: Instant,
-    stream: BoxFuture<'static, Result<PeerStream, Failure>>,
-    in_flight: InFlight,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -337,134 +330,6 @@ impl FailoverStream {
         let lies = failure.kind == FailureKind::NumericsInvalid;
         let until = if lies { now() + Duration::from_secs(86_400) } else { now() + EXCLUSION };
         self.excluded.insert(replica, until);
-    }
-
-    /// Looks for a replica and begins to open it. Without one, the stream waits.
-    fn open(&mut self) {
-        if self.opening.is_some() || self.not_before.is_some_and(|time| time > now()) {
-            return;
-        }
-        let (excluded, now) = (&self.excluded, now());
-        let is_free = |replica: &Replica| excluded.get(replica).is_none_or(|until| *until <= now);
-        let mut choice = self.shared.choose(&self.want, &is_free, self.is_continuation());
-        if matches!(choice, Choice::Nowhere(_)) && self.began_here && !self.log.has_begun() {
-            choice = self.choose_other_numbers(choice, &is_free);
-        }
-        self.open_chosen(choice);
-    }
-
-    /// No replica of the stream's fingerprint is left, and it has no token yet: any replica of the model will do.
-    fn choose_other_numbers(&self, nowhere: Choice, is_free: &dyn Fn(&Replica) -> bool) -> Choice {
-        match self.shared.choose(&self.want.without_fingerprint(), is_free, self.is_continuation()) {
-            Choice::Nowhere(_) | Choice::Shed(_) => nowhere,
-            found => found,
-        }
-    }
-
-    /// The stream's tokens will be those of another fingerprint. Its holders are told before the first.
-    fn adopt(&mut self, fingerprint: Fingerprint) {
-        let is_gated = self.log.is_named && self.shared.has_peers();
-        info!(request = %self.log.head.id, %fingerprint, "a stream begins anew with other numbers");
-        self.log.adopt(&fingerprint, is_gated);
-        self.gate = is_gated.then(|| self.shared.clone().replicate(self.log.clone()));
-        self.want.fingerprint = Some(fingerprint);
-    }
-
-    /// Looks at whose numbers the chosen replica has.
-    fn note_numbers(&mut self, choice: &Choice) {
-        let fingerprint = match choice {
-            Choice::Here => self.shared.local().map(|local| local.model.fingerprint.clone()),
-            Choice::Peer(_, fingerprint) => Some(fingerprint.clone()),
-            Choice::Shed(_) | Choice::Nowhere(_) => None,
-        };
-        let Some(fingerprint) = fingerprint else { return };
-        let differs = self.want.fingerprint.as_ref().is_some_and(|wanted| *wanted != fingerprint);
-        if differs && self.began_here && !self.log.has_begun() {
-            self.adopt(fingerprint);
-        } else if self.primary.is_none() {
-            self.log.show(&fingerprint);
-        }
-    }
-
-    /// Whatever was accepted once is carried through; only a fresh request may be refused.
-    fn is_continuation(&self) -> bool {
-        self.failovers > 0 || self.was_accepted || self.primary.is_some() || self.log.has_begun()
-    }
-
-    fn open_chosen(&mut self, choice: Choice) {
-        self.note_numbers(&choice);
-        let is_continuation = self.is_continuation();
-        let (starts, cursor) = self.log.continuation();
-        self.attempts += 1;
-        match choice {
-            Choice::Here => match self.shared.open_here(&self.want, starts, cursor, is_continuation) {
-                Ok(source) => self.entered(source),
-                Err(failure) => self.refused(Replica::Here, None, failure),
-            },
-            Choice::Peer(peer, fingerprint) => {
-                let call = self.want.call(starts, &fingerprint, is_continuation, now());
-                let (attempt, in_flight) = self.shared.send_to(&peer, &self.want);
-                let stream = self.shared.open_peer(&peer, call);
-                self.opening =
-                    Some(Opening { node: peer.id.clone(), cursor, attempt, since: now(), stream, in_flight });
-            }
-            // That all are full is for the client to know, whatever else went wrong on the way.
-            Choice::Shed(failure) if !is_continuation => self.log.fail(failure),
-            Choice::Shed(failure) | Choice::Nowhere(failure) => {
-                if !is_continuation {
-                    return self.log.fail(self.last_failure.take().unwrap_or(failure));
-                }
-                self.not_before = Some(now() + SEARCH_INTERVAL);
-                self.last_failure.get_or_insert(failure);
-            }
-        }
-    }
-
-    fn opened(&mut self, result: Result<PeerStream, Failure>) {
-        let Opening { node, cursor, attempt, since, mut in_flight, .. } = self.opening.take().expect("it was opened");
-        match result {
-            Ok(stream) => {
-                in_flight.accepted(now() - since);
-                self.entered(Source::peer(node, stream, attempt, in_flight, cursor, now()));
-            }
-            Err(failure) => self.refused(Replica::At(node), attempt, failure),
-        }
-        self.set_alarm();
-    }
-
-    fn entered(&mut self, source: Source) {
-        self.searching_since = None;
-        self.not_before = None;
-        if self.primary.is_some() {
-            self.successor = Some(source);
-        } else {
-            self.primary = Some(source);
-            self.relief = None;
-        }
-    }
-
-    /// The replica did not take the stream. A fresh request may try elsewhere within the retry budget.
-    fn refused(&mut self, replica: Replica, attempt: Option<Attempt>, failure: Failure) {
-        let is_continuation = self.is_continuation();
-        self.exclude(replica, attempt, &failure);
-        if !is_survivable(&failure, is_continuation) || !self.shared.can_move() {
-            if self.primary.is_none() {
-                self.log.fail(failure);
-            }
-            return;
-        }
-        let is_load =
-            matches!(failure.kind, FailureKind::Overloaded | FailureKind::RateLimited | FailureKind::Internal);
-        let tries_too_often = self.attempts > self.shared.config.max_failovers + 1;
-        if !is_continuation && (tries_too_often || (is_load && !self.shared.may_retry())) {
-            return self.log.fail(failure);
-        }
-        self.shared.metrics.placement_retries.inc();
-        self.last_failure = Some(failure);
-        self.not_before = is_continuation.then(|| now() + self.shared.backoff(self.attempts));
-        if self.primary.is_none() && self.successor.is_none() {
-            self.open();
-        }
     }
 
     /// Checks everything that time may have changed.

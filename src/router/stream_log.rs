@@ -59,8 +59,6 @@ pub enum News {
 pub struct StreamLog {
     /// As the stream was begun; see [`StreamLog::record`].
     pub head: Arc<JournalHead>,
-    /// Whose numbers its tokens have, and any that follow must have.
-    numbers: Mutex<Fingerprint>,
     shown: StreamFingerprint,
     /// The client named the stream, or was told its name: a holder keeps its journal.
     pub is_named: bool,
@@ -75,6 +73,8 @@ pub struct StreamLog {
 }
 
 struct State {
+    /// Whose numbers its tokens have, and any that follow must have.
+    fingerprint: Fingerprint,
     choices: Vec<Choice>,
     scheduled: Option<GenerationEvent>,
     failure: Option<Failure>,
@@ -99,12 +99,17 @@ impl StreamLog {
             known.into_iter().map(|progress| Choice { logprobs: vec![None; progress.tokens.len()], progress });
         let mut choices: Vec<Choice> = choices.collect();
         choices.resize_with(head.sampling.n as usize, Choice::default);
-        let state =
-            State { choices, scheduled: None, failure: None, listeners: Vec::new(), is_gated, is_closed: false };
-        let fingerprint = head.fingerprint.clone();
+        let state = State {
+            fingerprint: head.fingerprint.clone(),
+            choices,
+            scheduled: None,
+            failure: None,
+            listeners: Vec::new(),
+            is_gated,
+            is_closed: false,
+        };
         Self {
-            numbers: Mutex::new(fingerprint.clone()),
-            shown: StreamFingerprint(Arc::new(RwLock::new(fingerprint))),
+            shown: StreamFingerprint(Arc::new(RwLock::new(head.fingerprint.clone()))),
             head,
             is_named,
             epoch: epoch.into(),
@@ -162,10 +167,6 @@ impl StreamLog {
         Some(stream.guarded_by(Departure(self.clone())))
     }
 
-    pub fn fingerprint(&self) -> Fingerprint {
-        self.numbers.lock().clone()
-    }
-
     pub fn shown_fingerprint(&self) -> StreamFingerprint {
         self.shown.clone()
     }
@@ -183,7 +184,7 @@ impl StreamLog {
         let mut state = self.state.lock();
         assert!(state.choices.iter().all(|choice| choice.progress.tokens.is_empty()), "a stream keeps its numbers");
         state.is_gated = is_gated;
-        *self.numbers.lock() = fingerprint.clone();
+        state.fingerprint = fingerprint.clone();
         self.set_epoch(self.epoch() + 1);
         self.show(fingerprint);
     }
@@ -288,10 +289,10 @@ impl StreamLog {
 
     /// As another node would have to know it.
     pub fn record(&self, own: &NodeId) -> JournalRecord {
-        let (state, fingerprint) = (self.state.lock(), self.fingerprint());
-        let head = match fingerprint == self.head.fingerprint {
+        let state = self.state.lock();
+        let head = match state.fingerprint == self.head.fingerprint {
             true => self.head.clone(),
-            false => Arc::new(JournalHead { fingerprint, ..(*self.head).clone() }),
+            false => Arc::new(JournalHead { fingerprint: state.fingerprint.clone(), ..(*self.head).clone() }),
         };
         JournalRecord {
             head,

@@ -18,8 +18,8 @@ use super::{
     TensorMapShape,
 };
 use library::{
-    CaptureMode, Event, GraphExec, LaunchConfig, Library, RawTensorMap, STREAM_NON_BLOCKING, Status, Stream,
-    TensorMapElement, TensorMapFill, TensorMapInterleave, TensorMapPromotion, TensorMapSwizzle,
+    CaptureMode, EVENT_BLOCKING_SYNC, Event, GraphExec, LaunchConfig, Library, RawTensorMap, STREAM_NON_BLOCKING,
+    Status, Stream, TensorMapElement, TensorMapFill, TensorMapInterleave, TensorMapPromotion, TensorMapSwizzle,
 };
 use modules::{LoadedFunction, Modules};
 use opening::{PrimaryContext, succeed};
@@ -292,10 +292,8 @@ unsafe impl Driver for CudaDriver {
 
     fn new_event(&self) -> Result<EventId, DeviceError> {
         let mut event = std::ptr::null_mut();
-        // Whoever waits sleeps: the engine's thread must not burn a core while the device computes.
-        const BLOCKING_SYNC: u32 = 1;
         // SAFETY: the event is written.
-        self.call("cuEventCreate", 0, |cuda| unsafe { cuda.event_create(&raw mut event, BLOCKING_SYNC) })?;
+        self.call("cuEventCreate", 0, |cuda| unsafe { cuda.event_create(&raw mut event, EVENT_BLOCKING_SYNC) })?;
         let mut events = lock(&self.events);
         events.push(event);
         Ok(EventId(events.len() - 1))

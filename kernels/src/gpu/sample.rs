@@ -340,6 +340,11 @@ impl DeviceSampler {
         Ok(headers[..ticket.rows].iter().enumerate().map(|(row, header)| result(row, header)).collect())
     }
 
+    /// What the device reaches when the step's results are on the host.
+    pub fn done(&self, ticket: &Ticket) -> EventId {
+        self.turns[(ticket.number % 2) as usize].event
+    }
+
     fn slot(&self, number: u64, row: usize) -> u32 {
         ((number % 2) as usize * self.max_rows + row) as u32
     }

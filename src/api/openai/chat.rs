@@ -1,6 +1,5 @@
 //! `POST /v1/chat/completions`.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -13,6 +12,7 @@ use serde::Serialize;
 use super::body::{RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
 use super::generation::{StopReason, Update, finish_label};
+use super::head::{Head, HeadFields};
 use super::logprobs::ChatLogprobs;
 use super::prepare::{Prepared, Prompt, prepare};
 use super::sampling::Endpoint;
@@ -23,8 +23,7 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::router::StreamFingerprint;
-use crate::types::{Failure, RequestId, TokenId, TokenLogprobs};
+use crate::types::{Failure, TokenId, TokenLogprobs};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     state.check_serving()?;
@@ -44,20 +43,10 @@ pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Bod
     }
 }
 
-/// What is the same in every chunk, or in the one response.
-#[derive(Serialize)]
-struct Head<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
-}
-
 #[derive(Serialize)]
 struct ChatCompletion<'a> {
     #[serde(flatten)]
-    head: Head<'a>,
+    head: HeadFields<'a>,
     choices: Vec<ChatChoice>,
     usage: Usage,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -83,27 +72,20 @@ struct Message {
 }
 
 async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiError> {
-    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { head, prompts, n, generation, resumption } = prepared;
     let (choices, counts) = collect(generation, n as usize).await?;
     let wants_ids = body.return_token_ids.unwrap_or(false);
     let wants_logprobs = matches!(body.logprobs, Some(super::body::LogprobsInput::Wanted(true)));
     let choice = |(index, choice): (usize, Collected)| ChatChoice {
         index,
-        logprobs: wants_logprobs.then(|| chat_logprobs(&model, &choice)),
+        logprobs: wants_logprobs.then(|| chat_logprobs(&head.model, &choice)),
         finish_reason: choice.reason.as_ref().map(finish_label),
         stop_reason: choice.reason.as_ref().and_then(StopReason::of),
         message: Message { role: "assistant", content: choice.text, refusal: None },
         token_ids: wants_ids.then_some(choice.tokens),
     };
-    let fingerprint = fingerprint.get();
     let response = ChatCompletion {
-        head: Head {
-            id: id.as_str(),
-            object: "chat.completion",
-            created,
-            model: model.name(),
-            system_fingerprint: fingerprint.as_str(),
-        },
+        head: head.of("chat.completion"),
         choices: choices.into_iter().enumerate().map(choice).collect(),
         usage: counts.into(),
         prompt_token_ids: wants_ids.then_some(&prompts[0].tokens),
@@ -120,14 +102,11 @@ fn chat_logprobs(model: &ServedModel, choice: &Collected) -> ChatLogprobs {
 }
 
 async fn stream(prepared: Prepared, body: &RequestBody, keep_alive: Duration) -> Result<Response, ApiError> {
-    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { head, prompts, n, generation, resumption } = prepared;
     let format = ChatChunks {
-        id,
-        model,
+        head,
         prompt: prompts.into_iter().next(),
         n,
-        created,
-        fingerprint,
         wants_ids: body.return_token_ids.unwrap_or(false),
         options: body.stream_options.unwrap_or_default(),
     };
@@ -135,13 +114,10 @@ async fn stream(prepared: Prepared, body: &RequestBody, keep_alive: Duration) ->
 }
 
 struct ChatChunks {
-    id: RequestId,
-    model: Arc<ServedModel>,
+    head: Head,
     /// Given out with the first chunk.
     prompt: Option<Prompt>,
     n: u32,
-    created: u64,
-    fingerprint: StreamFingerprint,
     wants_ids: bool,
     options: StreamOptions,
 }
@@ -149,7 +125,7 @@ struct ChatChunks {
 #[derive(Serialize)]
 struct ChatChunk<'a> {
     #[serde(flatten)]
-    head: Head<'a>,
+    head: HeadFields<'a>,
     choices: &'a [ChunkChoice],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
@@ -180,13 +156,7 @@ struct Delta {
 impl ChatChunks {
     fn push(&self, choices: &[ChunkChoice], usage: Option<Usage>, prompt: Option<&Prompt>, out: &mut EventBuffer) {
         out.push(&ChatChunk {
-            head: Head {
-                id: self.id.as_str(),
-                object: "chat.completion.chunk",
-                created: self.created,
-                model: self.model.name(),
-                system_fingerprint: self.fingerprint.get().as_str(),
-            },
+            head: self.head.of("chat.completion.chunk"),
             choices,
             usage,
             prompt_token_ids: prompt.map(|prompt| &*prompt.tokens),
@@ -200,7 +170,7 @@ impl ChatChunks {
     fn token(&self, index: u32, token: TokenId, text: String, logprobs: Option<Box<TokenLogprobs>>) -> ChunkChoice {
         let logprobs = logprobs.map(|of_token| {
             let mut logprobs = ChatLogprobs::default();
-            logprobs.push(&self.model.tokenizer, token, &of_token);
+            logprobs.push(&self.head.model.tokenizer, token, &of_token);
             logprobs
         });
         ChunkChoice {

@@ -1,6 +1,5 @@
 //! `POST /v1/completions`.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
@@ -13,6 +12,7 @@ use serde::Serialize;
 use super::body::{LogprobsInput, RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
 use super::generation::{StopReason, Update, finish_label};
+use super::head::{Head, HeadFields};
 use super::logprobs::CompletionLogprobs;
 use super::prepare::{Prepared, Prompt, prepare};
 use super::sampling::Endpoint;
@@ -23,8 +23,7 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::router::StreamFingerprint;
-use crate::types::{Failure, Fingerprint, RequestId, TokenId};
+use crate::types::{Failure, TokenId};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     state.check_serving()?;
@@ -60,11 +59,8 @@ struct Shape {
 /// A response, or a chunk of one: both have the same shape.
 #[derive(Serialize)]
 struct Completion<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: &'a str,
+    #[serde(flatten)]
+    head: HeadFields<'a>,
     choices: &'a [Choice<'a>],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
@@ -83,22 +79,8 @@ struct Choice<'a> {
     prompt_token_ids: Option<&'a [TokenId]>,
 }
 
-fn completion<'a>(
-    id: &'a RequestId,
-    model: &'a ServedModel,
-    (created, fingerprint): (u64, &'a Fingerprint),
-    choices: &'a [Choice<'a>],
-    usage: Option<Usage>,
-) -> Completion<'a> {
-    Completion {
-        id: id.as_str(),
-        object: "text_completion",
-        created,
-        model: model.name(),
-        system_fingerprint: fingerprint.as_str(),
-        choices,
-        usage,
-    }
+fn completion<'a>(head: &'a Head, choices: &'a [Choice<'a>], usage: Option<Usage>) -> Completion<'a> {
+    Completion { head: head.of("text_completion"), choices, usage }
 }
 
 /// The prompt as text, for `echo`.
@@ -107,12 +89,12 @@ fn prompt_text(model: &ServedModel, prompt: &Prompt) -> String {
 }
 
 async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
-    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { head, prompts, n, generation, resumption } = prepared;
     let (collected, counts) = collect(generation, prompts.len() * n as usize).await?;
     let choice = |(index, choice): (usize, Collected)| {
         let prompt = &prompts[index / n as usize];
-        let logprobs = shape.wants_logprobs.then(|| completion_logprobs(&model, &choice));
-        let echo = if shape.echoes { prompt_text(&model, prompt) } else { String::new() };
+        let logprobs = shape.wants_logprobs.then(|| completion_logprobs(&head.model, &choice));
+        let echo = if shape.echoes { prompt_text(&head.model, prompt) } else { String::new() };
         Choice {
             index: index as u32,
             text: echo + &choice.text,
@@ -124,8 +106,7 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
         }
     };
     let choices: Vec<Choice> = collected.into_iter().enumerate().map(choice).collect();
-    let fingerprint = fingerprint.get();
-    let response = Json(completion(&id, &model, (created, &fingerprint), &choices, Some(counts.into())));
+    let response = Json(completion(&head, &choices, Some(counts.into())));
     Ok(resumption.mark(response.into_response()))
 }
 
@@ -143,15 +124,12 @@ async fn stream(
     shape: Shape,
     keep_alive: Duration,
 ) -> Result<Response, ApiError> {
-    let Prepared { id, created, fingerprint, model, prompts, n, generation, resumption } = prepared;
+    let Prepared { head, prompts, n, generation, resumption } = prepared;
     let choices = prompts.len() * n as usize;
     let format = CompletionChunks {
-        id,
-        model,
+        head,
         prompts,
         n,
-        created,
-        fingerprint,
         shape,
         options: body.stream_options.unwrap_or_default(),
         begun: resumption.begun(choices),
@@ -160,12 +138,9 @@ async fn stream(
 }
 
 struct CompletionChunks {
-    id: RequestId,
-    model: Arc<ServedModel>,
+    head: Head,
     prompts: Vec<Prompt>,
     n: u32,
-    created: u64,
-    fingerprint: StreamFingerprint,
     shape: Shape,
     options: StreamOptions,
     /// By choice: whether its first chunk, which carries the prompt where that was asked for, has been written.
@@ -184,7 +159,7 @@ impl ChunkFormat for CompletionChunks {
         let slot = index as usize;
         let prompt = &self.prompts[slot / self.n as usize];
         let is_first = !std::mem::replace(&mut self.begun[slot], true);
-        let echo = if is_first && self.shape.echoes { prompt_text(&self.model, prompt) } else { String::new() };
+        let echo = if is_first && self.shape.echoes { prompt_text(&self.head.model, prompt) } else { String::new() };
         let mut chunk = Choice {
             index,
             text: echo + text,
@@ -199,7 +174,7 @@ impl ChunkFormat for CompletionChunks {
                 chunk.token_ids = self.shape.wants_ids.then(|| vec![token]);
                 chunk.logprobs = logprobs.map(|of_token| {
                     let mut logprobs = CompletionLogprobs::default();
-                    logprobs.push(&self.model.tokenizer, token, &of_token, offset);
+                    logprobs.push(&self.head.model.tokenizer, token, &of_token, offset);
                     logprobs
                 });
             }
@@ -208,18 +183,12 @@ impl ChunkFormat for CompletionChunks {
                 chunk.stop_reason = StopReason::of(&reason);
             }
         }
-        out.push(&completion(&self.id, &self.model, (self.created, &self.fingerprint.get()), &[chunk], usage));
+        out.push(&completion(&self.head, &[chunk], usage));
     }
 
     fn closing(&mut self, counts: TokenCounts, out: &mut EventBuffer) {
         if self.options.include_usage.unwrap_or(false) {
-            out.push(&completion(
-                &self.id,
-                &self.model,
-                (self.created, &self.fingerprint.get()),
-                &[],
-                Some(counts.into()),
-            ));
+            out.push(&completion(&self.head, &[], Some(counts.into())));
         }
     }
 }

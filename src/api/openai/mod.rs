@@ -6,6 +6,7 @@ mod choice;
 mod collect;
 pub mod completions;
 mod generation;
+mod head;
 mod logprobs;
 mod messages;
 pub mod models;

@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 
 use super::body::{PromptInput, RequestBody};
 use super::generation::{Generation, Part};
+use super::head::Head;
 use super::messages;
 use super::resumption::Resumption;
 use super::sampling::{self, Endpoint};
@@ -15,7 +16,7 @@ use crate::api::config::Config;
 use crate::api::error::ApiError;
 use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::ApiState;
-use crate::router::{Dispatch, Strategy, StreamFingerprint, StreamName};
+use crate::router::{Dispatch, Dispatched, Strategy, StreamName};
 use crate::types::{Failure, RequestId, SamplingParams, TokenId};
 
 /// Relative, in milliseconds; what cannot finish in it is refused or cut short.
@@ -41,12 +42,7 @@ pub struct Prompt {
 
 /// What a handler needs to answer.
 pub struct Prepared {
-    pub id: RequestId,
-    /// Seconds since the epoch.
-    pub created: u64,
-    /// Whose numbers the first prompt's choices have.
-    pub fingerprint: StreamFingerprint,
-    pub model: Arc<ServedModel>,
+    pub head: Head,
     pub prompts: Vec<Prompt>,
     /// Choices per prompt.
     pub n: u32,
@@ -109,18 +105,17 @@ pub async fn prepare(
         let max_tokens = max_tokens(&state.config, &model, endpoint, prompt.tokens.len(), requested)?;
         check_min_tokens(&sampling, max_tokens)?;
         let sampling = Arc::new(SamplingParams { max_tokens, ..sampling.clone() });
-        let (part, found) = start.part(index, prompt, sampling).await?;
+        let (part, head) = start.part(index, prompt, sampling).await?;
         parts.push(part);
-        // A stream that is taken up again keeps its name and its time.
-        first.get_or_insert(found);
+        first.get_or_insert(head);
     }
-    let (id, created, fingerprint) = first.expect("a request has a prompt");
+    let head = first.expect("a request has a prompt");
     let mut generation = Generation::new(parts, deadline, state.metrics.clone());
     if let Some(marks) = &resumption.has {
         generation.skip(marks);
     }
     resumption.is_offered = is_named;
-    Ok(Prepared { id, created, fingerprint, n: sampling.n, prompts, generation, model, resumption })
+    Ok(Prepared { head, n: sampling.n, prompts, generation, resumption })
 }
 
 struct Start<'a> {
@@ -145,7 +140,7 @@ impl Start<'_> {
         index: usize,
         prompt: &Prompt,
         sampling: Arc<SamplingParams>,
-    ) -> Result<(Part, (RequestId, u64, StreamFingerprint)), Failure> {
+    ) -> Result<(Part, Head), Failure> {
         let id = &self.resumption.id;
         let first_choice = index as u32 * sampling.n;
         let dispatched = self.state.router.dispatch(Dispatch {
@@ -176,8 +171,10 @@ impl Start<'_> {
         let dispatched = dispatched.await?;
         let prompt_tokens = prompt.tokens.len();
         let model = self.model.clone();
-        let part = Part::new(dispatched.stream, model, sampling, first_choice, prompt_tokens, self.arrived);
-        Ok((part, (dispatched.id, dispatched.created, dispatched.fingerprint)))
+        // A stream that is taken up again keeps its name and its time.
+        let Dispatched { stream, id, created, fingerprint } = dispatched;
+        let part = Part::new(stream, model.clone(), sampling, first_choice, prompt_tokens, self.arrived);
+        Ok((part, Head { id, created, model, fingerprint }))
     }
 }
 

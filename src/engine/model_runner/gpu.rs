@@ -49,8 +49,8 @@ pub struct GpuModelRunner {
     fingerprint: Fingerprint,
     /// The oldest first; at most `DEPTH`.
     in_flight: Vec<Step>,
-    /// One for each step in flight, in turn.
-    clocks: [StepClock; DEPTH],
+    /// One for each step in flight, in turn: reached by the device when it begins with the step.
+    begins: [EventId; DEPTH],
     turn: usize,
     device_time: Duration,
     /// A copy that failed: what is launched after it would read wrong blocks.
@@ -64,25 +64,7 @@ struct Step {
     ticket: Ticket,
     /// Generated tokens before each sampled one.
     positions: Vec<usize>,
-    clock: StepClock,
-}
-
-/// Reached by the device when it begins with a step, and when it has done with it.
-#[derive(Clone, Copy)]
-struct StepClock {
     begin: EventId,
-    end: EventId,
-}
-
-impl StepClock {
-    fn new(device: &Device) -> Result<Self, DeviceError> {
-        Ok(Self { begin: device.driver().new_event()?, end: device.driver().new_event()? })
-    }
-
-    /// Once both were reached.
-    fn elapsed(self, device: &Device) -> Result<Duration, DeviceError> {
-        device.driver().elapsed(self.begin, self.end).map(|seconds| Duration::from_secs_f64(seconds.max(0.0)))
-    }
 }
 
 impl GpuModelRunner {
@@ -123,7 +105,7 @@ impl GpuModelRunner {
             max_model_len: caps.positions.min(num_blocks * config.block_size),
             fingerprint,
             in_flight: Vec::with_capacity(DEPTH),
-            clocks: [StepClock::new(device)?, StepClock::new(device)?],
+            begins: [device.driver().new_event()?, device.driver().new_event()?],
             turn: 0,
             device_time: Duration::ZERO,
             broken: None,
@@ -169,7 +151,9 @@ impl GpuModelRunner {
         let graph = self.graphs.size_for(batch.len()).filter(|_| is_decode);
         let layout = self.rows.lay_out(batch, graph.unwrap_or(0));
         // Not before: what the host does meanwhile is no time of the device's.
-        begin.map_or(Ok(()), |begin| self.device.driver().record(begin))?;
+        if let Some(begin) = begin {
+            self.device.driver().record(begin)?;
+        }
         self.rows.send(layout)?;
         if let Some(num_rows) = graph {
             return self.graphs.launch(num_rows);
@@ -186,7 +170,7 @@ impl GpuModelRunner {
 
     /// Queues one step and the sampling of its rows.
     fn queue(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<Step, DeviceError> {
-        let clock = self.clocks[self.turn];
+        let begin = self.begins[self.turn];
         let (mut entries, mut rows, mut positions) = (Vec::with_capacity(batch.len()), Vec::new(), Vec::new());
         for entry in batch {
             let source = entry.pending_row.map(|row| self.slot(row));
@@ -200,11 +184,9 @@ impl GpuModelRunner {
         }
         // What is asked of the rows goes first: it may need memory, and its copy need not stand between logits and sampler.
         let staged = self.sampler.stage(&rows)?;
-        let logits = self.compute(&entries, Some(clock.begin), progress)?;
+        let logits = self.compute(&entries, Some(begin), progress)?;
         self.sampler.launch(logits, staged.rows(), staged.passes())?;
-        let ticket = self.sampler.collect(staged)?;
-        self.device.driver().record(clock.end)?;
-        Ok(Step { ticket, positions, clock })
+        Ok(Step { ticket: self.sampler.collect(staged)?, positions, begin })
     }
 }
 
@@ -223,12 +205,13 @@ impl ModelRunner for GpuModelRunner {
     }
 
     fn collect(&mut self, rows: &mut Vec<RowResult>, _progress: &dyn Fn()) -> Result<(), RunnerError> {
-        let Step { ticket, positions, clock } = self.in_flight.remove(0);
+        let Step { ticket, positions, begin } = self.in_flight.remove(0);
+        let done = self.sampler.done(&ticket);
         // What was queued is beyond shrinking: any failure is one of the device.
         let device_failed = |error: DeviceError| RunnerError::Device(error.to_string());
         let results = self.sampler.read(ticket).map_err(device_failed)?;
-        self.device.driver().wait(clock.end).map_err(device_failed)?;
-        self.device_time += clock.elapsed(&self.device).map_err(device_failed)?;
+        let seconds = self.device.driver().elapsed(begin, done).map_err(device_failed)?;
+        self.device_time += Duration::from_secs_f64(seconds.max(0.0));
         rows.clear();
         rows.extend(results.into_iter().zip(positions).map(|(result, position)| {
             let row = result.map_err(|_| NumericsInvalid { position })?;

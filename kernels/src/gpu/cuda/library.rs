@@ -19,11 +19,13 @@ pub use sys::{
     CUtensorMapSwizzle as TensorMapSwizzle,
 };
 use sys::{
-    CUlaunchAttributeID, CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUresult,
-    CUstream_flags,
+    CUevent_flags, CUlaunchAttributeID, CUlaunchAttributeValue,
+    CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUresult, CUstream_flags,
 };
 
 pub const STREAM_NON_BLOCKING: c_uint = CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
+/// Whoever waits sleeps: the engine's thread must not burn a core while the device computes.
+pub const EVENT_BLOCKING_SYNC: c_uint = CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint;
 
 /// What every call answers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,10 +67,17 @@ impl Status {
     pub fn loses_the_context(self) -> bool {
         matches!(
             self,
-            Self::ILLEGAL_ADDRESS | Self::LAUNCH_TIMEOUT | Self::ASSERT | Self::EXTERNAL_DEVICE | Self::UNKNOWN
-        ) || matches!(self, Self::ECC_UNCORRECTABLE | Self::NVLINK_UNCORRECTABLE | Self::CONTAINED)
-            || matches!(self, Self::TENSOR_MEMORY_LEAK | Self::MPS_CLIENT_TERMINATED)
-            || (Self::HARDWARE_STACK_ERROR.0..=Self::LAUNCH_FAILED.0).contains(&self.0)
+            Self::ILLEGAL_ADDRESS
+                | Self::LAUNCH_TIMEOUT
+                | Self::ASSERT
+                | Self::TENSOR_MEMORY_LEAK
+                | Self::ECC_UNCORRECTABLE
+                | Self::NVLINK_UNCORRECTABLE
+                | Self::CONTAINED
+                | Self::MPS_CLIENT_TERMINATED
+                | Self::EXTERNAL_DEVICE
+                | Self::UNKNOWN
+        ) || (Self::HARDWARE_STACK_ERROR.0..=Self::LAUNCH_FAILED.0).contains(&self.0)
     }
 }
 
