@@ -87,8 +87,8 @@ async fn after_signal(
     code
 }
 
-/// The engine is gone, or no longer to be trusted, and then it is ended here. Its streams go on at peers, through this node, or end with an error; the front stays for a while, so
-/// that probes and scrapers see why.
+/// The engine is gone, or no longer to be trusted, and then it is ended here. Its streams go on at peers, through this node,
+/// or end with an error; the front stays for a while, so that probes and scrapers see why.
 async fn after_failure(
     reason: &str,
     config: &Config,

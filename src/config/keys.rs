@@ -248,6 +248,8 @@ keys! {
             "Tokens of a synthetic inference.";
         probe_recovery: Count => health.probe_recovery,
             "Good synthetic inferences in a row that lift a bad verdict.";
+        probe_failure_threshold: Count => health.probe_failure_threshold,
+            "Synthetic inferences in a row with wrong numbers that make the node failed: restart it; 0 is never.";
         stall_timeout: Time => health.stall_timeout,
             "An engine with work and without progress for this long makes the node unready.";
         liveness_timeout: Time => health.liveness_timeout,

@@ -10,7 +10,7 @@ use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
 use tracing::warn;
 
-use super::batch::{ModelRunner, RunnerError};
+use super::batch::ModelRunner;
 use super::block_manager::BlockManager;
 use super::config::Config;
 use super::counters::add;
@@ -42,6 +42,11 @@ pub(super) struct Request {
     _slot: RequestSlot,
 }
 
+/// Whoever watches the node says that its engine must end, for this reason.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct GivenUp(String);
+
 /// The choice behind a sequence.
 pub(super) struct Choice {
     pub(super) serial: Serial,
@@ -69,7 +74,7 @@ pub(super) struct Engine {
     pub(super) shared: Arc<Shared>,
     pub(super) on_step: Option<Box<dyn FnMut(Duration) + Send>>,
     /// Why no step may be taken any more.
-    broken: Option<RunnerError>,
+    given_up: Option<GivenUp>,
 }
 
 struct Drain {
@@ -105,7 +110,7 @@ impl Engine {
             steps_since_shrink: 0,
             shared,
             on_step,
-            broken: None,
+            given_up: None,
         }
     }
 
@@ -159,15 +164,15 @@ impl Engine {
         self.runner.spoil();
     }
 
-    /// The device cannot be trusted any more, as somebody else has seen: the next step fails as if it had said so itself.
+    /// What it computes cannot be trusted any more, as somebody else has seen: the next step fails.
     pub(super) fn give_up(&mut self, cause: String) {
-        self.broken = Some(RunnerError::Device(cause));
+        self.given_up = Some(GivenUp(cause));
     }
 
     /// One step. An error is final: the engine has failed.
     pub(super) fn step(&mut self, now: Instant) -> Result<(), Failure> {
-        if let Some(error) = self.broken.take() {
-            return Err(engine_failed().with_source(error));
+        if let Some(given_up) = self.given_up.take() {
+            return Err(engine_failed().with_source(given_up));
         }
         self.expire(now);
         self.drop_disconnected();

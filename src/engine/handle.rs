@@ -221,8 +221,8 @@ impl EngineHandle {
         }
     }
 
-    /// Ends every stream as if a step had failed: the device is known to be broken, whatever it still computes. Returns at
-    /// once; an engine that hangs does not listen.
+    /// Ends every stream as if a step had failed: what it computes cannot be trusted any more. Returns at once; an
+    /// engine that hangs does not listen.
     pub fn give_up(&self, cause: String) {
         // An engine that is gone has ended its streams already.
         let _ = self.commands.send(EngineCommand::GiveUp(cause));

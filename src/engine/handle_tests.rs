@@ -162,7 +162,7 @@ async fn an_engine_that_is_told_of_a_broken_device_fails_busy_or_idle_and_says_s
             assert_eq!(failure.kind, FailureKind::EngineFailed);
         }
         wait_until("the status says so", || !engine.status().alive).await;
-        assert_eq!(tells.recv_timeout(PATIENCE).expect("told"), "the device failed: XID 79");
+        assert_eq!(tells.recv_timeout(PATIENCE).expect("told"), "XID 79");
         assert!(tells.recv_timeout(PATIENCE).is_err(), "only once");
     }
 }

@@ -51,6 +51,7 @@ impl Backend for NullEngine {
             kv_blocks_total: 1,
             kv_blocks_used: 0,
             device_time: Duration::ZERO,
+            numerics_invalid: 0,
             drain_tokens_per_second: 0.0,
         }
     }

@@ -38,6 +38,7 @@ impl Shared {
             kv_blocks_total,
             kv_blocks_used: 0,
             device_time: Duration::ZERO,
+            numerics_invalid: 0,
             drain_tokens_per_second: 0.0,
         };
         Self {
@@ -66,7 +67,8 @@ impl Shared {
 
     pub(super) fn status(&self) -> EngineStatus {
         let heartbeat = self.epoch + Duration::from_nanos(self.heartbeat.load(Ordering::Relaxed));
-        EngineStatus { heartbeat, ..self.status.lock().clone() }
+        let numerics_invalid = self.counters.numerics_invalid.load(Ordering::Relaxed);
+        EngineStatus { heartbeat, numerics_invalid, ..self.status.lock().clone() }
     }
 
     pub(super) fn is_alive(&self) -> bool {

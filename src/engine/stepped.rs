@@ -117,7 +117,9 @@ fn obey(engine: &mut Engine, command: EngineCommand) {
         EngineCommand::Cancel(serial) => engine.cancel(serial),
         EngineCommand::Drain { deadline, done } => engine.drain(deadline, done),
         EngineCommand::GiveUp(cause) => engine.give_up(cause),
-        EngineCommand::InjectFault(Fault::Device) => engine.give_up("as fault injection asks".to_owned()),
+        EngineCommand::InjectFault(Fault::Device) => {
+            engine.give_up("the device failed: as fault injection asks".to_owned())
+        }
         EngineCommand::InjectFault(Fault::Hang(time)) => {
             warn!(?time, "standing still, as fault injection asks");
             thread::sleep(time);

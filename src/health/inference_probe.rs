@@ -13,13 +13,17 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::types::{
-    Backend, ChoiceStart, Failure, GenerateRequest, GenerationEvent, NodeState, RequestId, SamplingParams, TokenId,
+    Backend, ChoiceStart, Failure, FailureKind, GenerateRequest, GenerationEvent, NodeState, RequestId, SamplingParams,
+    TokenId,
 };
 
 use super::{Config, Health};
 
-/// While the verdict is bad, the next probe comes after at most this, so that a recovered node does not wait long.
+/// While the verdict is bad, or somebody's numbers were, the next probe comes after this: neither a node that has recovered
+/// nor one that has broken waits long to be known for it.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// From one look at the engine's status to the next.
+const SUSPICION_INTERVAL: Duration = Duration::from_millis(100);
 /// The first inference touches every page of the weights, perhaps from disk.
 const CALIBRATION_SLACK: u32 = 10;
 
@@ -28,7 +32,7 @@ const CALIBRATION_SLACK: u32 = 10;
 pub enum ProbeOutcome {
     /// The expected tokens.
     Right { elapsed: Duration },
-    /// Other numbers than were recorded.
+    /// Other numbers than were recorded, or none that are numbers.
     Wrong { message: String },
     /// No answer within the hard limit.
     TimedOut { limit: Duration },
@@ -42,9 +46,12 @@ pub struct ProbeJudge {
     soft_limit: Duration,
     /// Good probes in a row that lift a verdict.
     recovery: u32,
+    /// Wrong ones in a row that fail the node; `None`: any number may be.
+    failure_threshold: Option<u32>,
     has_passed: bool,
     fault: Option<String>,
     slow: Option<String>,
+    wrong_in_a_row: u32,
     right_in_a_row: u32,
     fast_in_a_row: u32,
 }
@@ -54,9 +61,11 @@ impl ProbeJudge {
         Self {
             soft_limit: config.probe_soft_limit,
             recovery: config.probe_recovery,
+            failure_threshold: Some(config.probe_failure_threshold).filter(|&threshold| threshold > 0),
             has_passed: false,
             fault: None,
             slow: None,
+            wrong_in_a_row: 0,
             right_in_a_row: 0,
             fast_in_a_row: 0,
         }
@@ -67,6 +76,7 @@ impl ProbeJudge {
         let (label, fault) = match outcome {
             ProbeOutcome::Right { elapsed } => return self.observe_right(*elapsed),
             ProbeOutcome::Wrong { message } => {
+                self.wrong_in_a_row = self.wrong_in_a_row.saturating_add(1);
                 ("wrong", format!("the synthetic inference gave wrong numbers: {message}"))
             }
             ProbeOutcome::TimedOut { limit } => {
@@ -82,6 +92,7 @@ impl ProbeJudge {
 
     fn observe_right(&mut self, elapsed: Duration) -> &'static str {
         self.has_passed = true;
+        self.wrong_in_a_row = 0;
         self.right_in_a_row = self.right_in_a_row.saturating_add(1);
         if self.right_in_a_row >= self.recovery {
             self.fault = None;
@@ -106,6 +117,13 @@ impl ProbeJudge {
     /// Makes the node unready while it lasts.
     pub fn fault(&self) -> Option<&str> {
         self.fault.as_deref()
+    }
+
+    /// Fails the node: its numbers have been wrong for so long that only a fresh start may mend them. Slow answers, refusals
+    /// and silence do not count: a busy node is no broken one.
+    pub fn failure(&self) -> Option<String> {
+        let threshold = self.failure_threshold.filter(|&threshold| self.wrong_in_a_row >= threshold)?;
+        Some(format!("{}, {threshold} times in a row", self.fault()?))
     }
 
     /// Degrades the node while it lasts.
@@ -171,9 +189,7 @@ impl InferenceProbe {
 
     async fn probe_forever(&self) {
         loop {
-            let interval = self.health.config().probe_interval;
-            let is_bad = self.health.probe_view().fault.is_some();
-            sleep(if is_bad { interval.min(RETRY_INTERVAL) } else { interval }).await;
+            self.pause().await;
             self.health.probe_started();
             let outcome = self.probe_once().await;
             if !matches!(outcome, ProbeOutcome::Right { .. }) {
@@ -183,11 +199,26 @@ impl InferenceProbe {
         }
     }
 
+    /// Ends early when there is reason to ask.
+    async fn pause(&self) {
+        let (begin, interval) = (Instant::now(), self.health.config().probe_interval);
+        let invalid = self.backend.status().numerics_invalid;
+        sleep(interval.min(RETRY_INTERVAL)).await;
+        let is_suspect =
+            || self.health.probe_view().fault.is_some() || self.backend.status().numerics_invalid != invalid;
+        while begin.elapsed() < interval && !is_suspect() {
+            sleep(SUSPICION_INTERVAL.min(interval.saturating_sub(begin.elapsed()))).await;
+        }
+    }
+
     async fn probe_once(&self) -> ProbeOutcome {
         let limit = self.health.config().probe_hard_limit;
         let started = Instant::now();
         match timeout(limit, self.generate()).await {
             Err(_) => ProbeOutcome::TimedOut { limit },
+            Ok(Err(failure)) if failure.kind == FailureKind::NumericsInvalid => {
+                ProbeOutcome::Wrong { message: failure.message }
+            }
             Ok(Err(failure)) => ProbeOutcome::Failed { message: failure.to_string() },
             Ok(Ok(generated)) => match compare(&self.expected, &generated) {
                 Ok(()) => ProbeOutcome::Right { elapsed: started.elapsed() },
@@ -209,7 +240,7 @@ impl InferenceProbe {
                 GenerationEvent::Failed(failure) => return Err(failure),
             }
         }
-        Err(Failure::new(crate::types::FailureKind::EngineFailed, "the engine went away"))
+        Err(Failure::new(FailureKind::EngineFailed, "the engine went away"))
     }
 
     /// Greedy, of fixed length, outside the queue, the slots and the prefix cache.
@@ -284,6 +315,24 @@ mod tests {
             judge.observe(&right(SLOW));
             assert!(judge.fault().is_none(), "slow but right counts");
         }
+    }
+
+    #[test]
+    fn only_wrong_numbers_in_a_row_are_beyond_recovery() {
+        let wrong = ProbeOutcome::Wrong { message: "token 1".into() };
+        let judged = |threshold, outcomes: &[&ProbeOutcome]| {
+            let config = Config { probe_failure_threshold: threshold, ..Config::default() };
+            let mut judge = ProbeJudge::new(&config);
+            outcomes.iter().for_each(|outcome| _ = judge.observe(outcome));
+            judge.failure().is_some()
+        };
+        assert!(!judged(3, &[&wrong, &wrong]));
+        assert!(judged(3, &[&wrong, &wrong, &wrong]));
+        assert!(!judged(3, &[&wrong, &wrong, &right(SLOW), &wrong]), "in a row");
+        let (late, refused) = (ProbeOutcome::TimedOut { limit: SLOW }, ProbeOutcome::Failed { message: "full".into() });
+        assert!(!judged(1, &[&late, &refused]), "busy is not broken");
+        assert!(judged(2, &[&wrong, &late, &wrong]), "and proves nothing");
+        assert!(!judged(0, &[&wrong, &wrong, &wrong]), "never");
     }
 
     #[test]

@@ -50,6 +50,8 @@ pub struct Config {
     pub probe_max_tokens: u32,
     /// Good synthetic inferences in a row that lift a bad verdict.
     pub probe_recovery: u32,
+    /// Synthetic inferences in a row with wrong numbers that make it failed: restart it; 0 is never.
+    pub probe_failure_threshold: u32,
     /// An engine with work and without progress for this long makes the node unready.
     pub stall_timeout: Duration,
     /// And for this long makes it failed: restart it.
@@ -67,8 +69,8 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// A probe of 4 tokens every 10 s, slow beyond 5 s, lost beyond 30 s, 2 good ones to recover; stall 10 s, liveness
-    /// 30 s; memory every 5 s with marks at 80, 90 and 95 %; a queue is saturated at 90 %.
+    /// A probe of 4 tokens every 10 s, slow beyond 5 s, lost beyond 30 s, 2 good ones to recover, failed after 30 wrong
+    /// ones; stall 10 s, liveness 30 s; memory every 5 s with marks at 80, 90 and 95 %; a queue is saturated at 90 %.
     fn default() -> Self {
         Self {
             probe_interval: Duration::from_secs(10),
@@ -76,6 +78,7 @@ impl Default for Config {
             probe_hard_limit: Duration::from_secs(30),
             probe_max_tokens: 4,
             probe_recovery: 2,
+            probe_failure_threshold: 30,
             stall_timeout: Duration::from_secs(10),
             liveness_timeout: Duration::from_secs(30),
             memory_interval: Duration::from_secs(5),
@@ -114,6 +117,9 @@ impl Config {
         }
         if !(1..=100).contains(&self.probe_recovery) {
             errors.push("probe_recovery must be 1 to 100".into());
+        }
+        if self.probe_failure_threshold > 10_000 {
+            errors.push("probe_failure_threshold must be at most 10000".into());
         }
         let marks = [0.0, self.memory_warn_mark, self.memory_shrink_mark, self.memory_removal_mark, 1.0];
         if !marks.is_sorted() {
@@ -247,6 +253,10 @@ impl Health {
         }
         if fault_before && observed.judge.fault().is_none() {
             info!("the synthetic inference is right again");
+        }
+        if let Some(reason) = observed.judge.failure() {
+            // Refused when the node has failed or stopped already.
+            let _ = lifecycle.fail(reason);
         }
         match observed.judge.slow() {
             Some(reason) => lifecycle.degrade(DegradedBy::SlowProbe, reason.to_string()),

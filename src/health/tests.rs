@@ -15,6 +15,7 @@ enum Conduct {
     Right,
     WrongToken,
     WrongBit,
+    Nan,
     Silent,
     Refuse,
     Slow(Duration),
@@ -40,6 +41,7 @@ impl FakeEngine {
             kv_blocks_total: 10,
             kv_blocks_used: 4,
             device_time: Duration::ZERO,
+            numerics_invalid: 0,
             drain_tokens_per_second: 0.0,
         };
         Arc::new(Self {
@@ -73,6 +75,10 @@ impl Backend for FakeEngine {
         };
         match conduct {
             Conduct::Refuse => return Err(Failure::new(FailureKind::EngineFailed, "no")),
+            Conduct::Nan => {
+                let failure = Failure::new(FailureKind::NumericsInvalid, "no number");
+                let _ = sender.send(GenerationEvent::Failed(failure));
+            }
             Conduct::Silent => self.silent.lock().push(sender),
             Conduct::Slow(delay) => {
                 tokio::spawn(async move {
@@ -102,6 +108,7 @@ fn config() -> Config {
         stall_timeout: Duration::from_millis(800),
         liveness_timeout: Duration::from_secs(2),
         memory_interval: Duration::from_millis(10),
+        probe_failure_threshold: 0,
         ..Config::default()
     }
 }
@@ -122,8 +129,12 @@ impl Drop for Node {
 
 impl Node {
     async fn start() -> Self {
+        Self::start_with(config()).await
+    }
+
+    async fn start_with(config: Config) -> Self {
         let metrics = Arc::new(Metrics::new("m"));
-        let health = Health::new(config(), metrics.clone());
+        let health = Health::new(config, metrics.clone());
         let engine = FakeEngine::new();
         health.attach(engine.clone());
         health.lifecycle().warming("loaded").unwrap();
@@ -163,6 +174,34 @@ async fn wrong_numbers_make_the_node_unready_and_right_ones_ready_again() {
     node.until("ready again", |node| node.codes().is_empty()).await;
     let text = node.metrics.prometheus_text();
     assert!(text.contains("outrigger_probe_results_total{result=\"wrong\"}"), "{text}");
+}
+
+#[tokio::test]
+async fn numbers_that_went_wrong_for_somebody_are_tried_soon() {
+    let node = Node::start_with(Config { probe_interval: Duration::from_secs(3600), ..config() }).await;
+    node.engine.behave(Conduct::Nan);
+    let asked = node.engine.requests.lock().len();
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    assert_eq!(node.engine.requests.lock().len(), asked, "no reason to ask");
+    node.engine.status.lock().numerics_invalid += 1;
+    node.until("unready", |node| node.codes() == ["probe_failed"]).await;
+    node.engine.behave(Conduct::Right);
+    node.until("ready", |node| node.codes().is_empty()).await;
+}
+
+#[tokio::test]
+async fn numbers_that_stay_wrong_fail_the_node() {
+    let node = Node::start_with(Config { probe_failure_threshold: 5, ..config() }).await;
+    let asked = || node.engine.requests.lock().len();
+    node.engine.behave(Conduct::Refuse);
+    let before = asked();
+    node.until("refused often", |_| asked() > before + 10).await;
+    assert!(node.health.liveness().live, "a node that refuses may be full");
+    node.engine.behave(Conduct::Nan);
+    node.until("failed", |node| state(node) == NodeState::Failed).await;
+    let reason = node.health.lifecycle().phase().reason;
+    assert_eq!(reason, "the synthetic inference gave wrong numbers: no number, 5 times in a row");
+    assert!(!node.health.liveness().live);
 }
 
 #[tokio::test]

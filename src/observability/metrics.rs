@@ -433,6 +433,7 @@ mod tests {
             kv_blocks_total: 8,
             kv_blocks_used: 2,
             device_time: Duration::from_millis(1500),
+            numerics_invalid: 0,
             drain_tokens_per_second: 12.5,
         }
     }

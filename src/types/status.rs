@@ -34,6 +34,8 @@ pub struct EngineStatus {
     pub kv_blocks_used: u32,
     /// What steps took on the device, since the start; zero when the processors compute.
     pub device_time: Duration,
+    /// Rows of logits that were no numbers, since the start.
+    pub numerics_invalid: u64,
     /// Tokens through the model (prefill and decode) per second, averaged over recent busy time; 0 until measured.
     pub drain_tokens_per_second: f64,
 }

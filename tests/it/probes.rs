@@ -153,7 +153,7 @@ async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
     assert_eq!(reasons(&server, "/readyz").await, ["probe_failed"]);
     let body = server.get("/readyz").await.body;
     assert!(body["reasons"][0]["message"].as_str().is_some_and(|text| text.contains("wrong numbers")), "{body}");
-    // It stays so, and a restart is not asked for: the engine runs.
+    // It stays so, and a restart is not asked for yet: the engine runs.
     server.until("probed again", async |server| probes(server, "wrong").await >= 3.0).await;
     assert_eq!(server.status("/readyz").await, Some(503));
     assert_eq!(server.status("/livez").await, Some(200));
@@ -161,14 +161,19 @@ async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
 }
 
 #[tokio::test]
-async fn logits_that_are_no_numbers_end_the_stream_with_a_typed_error_and_make_unready() {
-    let server = RealServer::ready(&["--fault-injection", "--probe-interval", "500ms"]).await;
+async fn logits_that_are_no_numbers_end_the_stream_with_a_typed_error_then_make_unready_and_end_the_process() {
+    let flags = ["--probe-interval", "10m", "--probe-failure-threshold", "3", "--failure-linger", "5s"];
+    let mut server = RealServer::ready(&[["--fault-injection"].as_slice(), &flags].concat()).await;
     let mut stream = server.stream(COMPLETIONS, &completion(2000)).await;
     stream.chunks(2).await;
     server.inject(&json!({"fault": "nan_logits"})).await;
     assert_eq!(error_at_the_end(stream).await["code"], "numerics_invalid");
     server.until("unready", async |server| server.status("/readyz").await == Some(503)).await;
-    assert_eq!(server.status("/livez").await, Some(200));
+    server.until("dead", async |server| server.status("/livez").await == Some(503)).await;
+    assert_eq!(probes(&server, "wrong").await, 3.0);
+    let reasons = server.get("/livez").await.body["reasons"].to_string();
+    assert!(reasons.contains("wrong numbers") && reasons.contains("3 times in a row"), "{reasons}");
+    assert!(server.exit().await.code().is_some_and(|code| code != 0));
 }
 
 /// The whole context as one step, several times longer than the bound on a hang.

@@ -65,6 +65,7 @@ impl Backend for ScriptedBackend {
             kv_blocks_total: 10,
             kv_blocks_used: 1,
             device_time: Duration::ZERO,
+            numerics_invalid: 0,
             drain_tokens_per_second: 0.0,
         }
     }
