@@ -25,14 +25,14 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Requests that may wait beyond those for which the batch has room. 0 refuses whatever cannot run at once.
+    /// Choices (a request has `n` for each prompt) that may wait beyond those for which the batch has room. 0 refuses whatever cannot run at once.
     pub max_num_queued_requests: u32,
     /// Prompt tokens that may wait. A prompt larger than this is let in when no other waits.
     pub max_num_queued_tokens: u64,
 }
 
 impl Default for Config {
-    /// 512 requests and 262,144 prompt tokens.
+    /// 512 choices and 262,144 prompt tokens.
     fn default() -> Self {
         Self { max_num_queued_requests: 512, max_num_queued_tokens: 262_144 }
     }
@@ -61,7 +61,7 @@ pub struct Demand {
 /// Why a request was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RejectionReason {
-    /// `max_num_queued_requests` wait already.
+    /// `max_num_queued_requests` choices wait already.
     QueuedRequests { limit: u32 },
     /// The prompt does not fit into what is left of `max_num_queued_tokens`.
     QueuedTokens { limit: u64 },
@@ -95,7 +95,7 @@ impl From<Rejection> for Failure {
         let (kind, message) = match rejection.reason {
             RejectionReason::QueuedRequests { limit } => (
                 FailureKind::Overloaded,
-                format!("The server is busy: {limit} requests wait (max_num_queued_requests)."),
+                format!("The server is busy: {limit} choices wait (max_num_queued_requests)."),
             ),
             RejectionReason::QueuedTokens { limit } => (
                 FailureKind::Overloaded,
@@ -166,6 +166,11 @@ impl AdmissionController {
     pub fn admit_continuation(&self, demand: Demand) -> Permit {
         self.shared.queue.lock().admit_continuation(demand, Instant::now());
         Permit { shared: self.shared.clone(), demand, scheduled: false }
+    }
+
+    /// The most choices that could be let in at once.
+    pub fn max_choices(&self) -> u64 {
+        self.shared.queue.lock().max_choices()
     }
 
     /// Prompt tokens that the queue would still take.

@@ -49,6 +49,11 @@ impl Queue {
         self.enter_queue(demand);
     }
 
+    /// The most choices that could be let in at once.
+    pub fn max_choices(&self) -> u64 {
+        self.seats + u64::from(self.config.max_num_queued_requests)
+    }
+
     pub fn free_token_budget(&self) -> u64 {
         self.config.max_num_queued_tokens.saturating_sub(self.queued_tokens)
     }
@@ -79,13 +84,13 @@ impl Queue {
     }
 
     pub fn status(&self) -> AdmissionStatus {
-        let requests = f64::from(self.requests_in_wait()) / f64::from(self.config.max_num_queued_requests.max(1));
+        let choices = self.choices_in_wait() as f64 / f64::from(self.config.max_num_queued_requests.max(1));
         let tokens = self.queued_tokens as f64 / self.config.max_num_queued_tokens.max(1) as f64;
         AdmissionStatus {
             queued_requests: self.queued_requests,
             queued_tokens: self.queued_tokens,
             admitted_requests: self.queued_requests + self.running_requests,
-            saturation: requests.max(tokens).min(1.0),
+            saturation: choices.max(tokens).min(1.0),
             closed: self.closed,
         }
     }
@@ -95,7 +100,7 @@ impl Queue {
         if self.closed {
             return Some(RejectionReason::Closed);
         }
-        if !self.has_seats_for(demand) && self.requests_in_wait() >= max_num_queued_requests {
+        if !self.has_seats_for(demand) && self.choices_in_wait() >= max_num_queued_requests.into() {
             return Some(RejectionReason::QueuedRequests { limit: max_num_queued_requests });
         }
         if self.queued_tokens > 0 && self.queued_tokens.saturating_add(demand.prompt_tokens) > max_num_queued_tokens {
@@ -113,10 +118,9 @@ impl Queue {
         ahead == 0 || ahead + u64::from(demand.choices) <= self.seats
     }
 
-    /// Queued requests for which the batch has no room. The engine takes the others in its next step.
-    fn requests_in_wait(&self) -> u32 {
-        let free_seats = self.seats.saturating_sub(self.running_choices);
-        self.queued_requests.saturating_sub(u32::try_from(free_seats).unwrap_or(u32::MAX))
+    /// Choices for which the batch has no room. The engine takes the others in its next step.
+    fn choices_in_wait(&self) -> u64 {
+        (self.running_choices + self.queued_choices).saturating_sub(self.seats)
     }
 
     /// The smaller of the estimates: a deadline is refused only when neither lets it be met. A request that overtakes the
@@ -222,6 +226,21 @@ mod tests {
         assert!(queue.admit(demand(1), 0.0, now).is_err());
         queue.release(three, true, now);
         queue.admit(three, 0.0, now).unwrap();
+    }
+
+    #[test]
+    fn choices_that_wait_count_each() {
+        let (mut queue, now) = queue(6, 1000, 4);
+        let eight = Demand { choices: 8, ..demand(1) };
+        queue.admit(eight, 0.0, now).unwrap();
+        assert_eq!(queue.status().saturation, 4.0 / 6.0);
+        // Some choice of it is computed; the others wait for seats as before.
+        queue.schedule(eight, now);
+        assert_eq!(queue.status().saturation, 4.0 / 6.0);
+        queue.admit(Demand { choices: 2, ..demand(1) }, 0.0, now).unwrap();
+        let refused = queue.admit(demand(1), 0.0, now).unwrap_err();
+        assert_eq!(refused.reason, RejectionReason::QueuedRequests { limit: 6 });
+        assert_eq!(queue.max_choices(), 10);
     }
 
     #[test]

@@ -43,7 +43,9 @@ fn status_and_type(kind: FailureKind) -> (StatusCode, &'static str) {
         // Nobody reads it: the client is gone. nginx's number for that keeps the metric apart from real errors.
         FailureKind::Cancelled => (StatusCode::from_u16(499).expect("a status"), "cancelled_error"),
         FailureKind::EngineFailed => (StatusCode::SERVICE_UNAVAILABLE, "engine_error"),
-        FailureKind::NumericsInvalid => (StatusCode::INTERNAL_SERVER_ERROR, "engine_error"),
+        FailureKind::NumericsInvalid | FailureKind::NumericsSuspect => {
+            (StatusCode::INTERNAL_SERVER_ERROR, "engine_error")
+        }
         FailureKind::OutOfMemory => (StatusCode::SERVICE_UNAVAILABLE, "engine_error"),
         FailureKind::PeerUnreachable => (StatusCode::BAD_GATEWAY, "peer_error"),
         FailureKind::PeerDisconnected => (StatusCode::BAD_GATEWAY, "peer_error"),
@@ -121,6 +123,7 @@ fn log(failure: &Failure) {
     match failure.kind {
         FailureKind::EngineFailed
         | FailureKind::NumericsInvalid
+        | FailureKind::NumericsSuspect
         | FailureKind::OutOfMemory
         | FailureKind::PeerUnreachable
         | FailureKind::PeerDisconnected

@@ -49,6 +49,8 @@ pub async fn metrics(State(state): State<ApiState>, headers: HeaderMap) -> Respo
     if let Some(local) = state.router.local() {
         state.metrics.observe_engine(&local.engine.status());
     }
+    let is_ready = state.health.readiness(state.router.queue()).ready;
+    state.metrics.ready.set(is_ready.into());
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let (content_type, text) = if accept.contains("application/openmetrics-text") {
         (OPEN_METRICS, state.metrics.open_metrics())

@@ -97,7 +97,7 @@ async fn after_failure(
     signals: &mut Signals,
 ) -> ExitCode {
     tracing::error!(reason, "the node has failed and will end, to be restarted");
-    model.engine.give_up(reason.to_owned());
+    model.engine.give_up(front.health.engine_failure());
     front.admission.close();
     let deadline = Instant::now() + config.process.shutdown_timeout;
     let relayed = async {

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use axum::extract::State;
+use axum::extract::rejection::JsonRejection;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
@@ -15,6 +16,7 @@ use serde::Deserialize;
 use crate::api::ApiState;
 use crate::api::error::ApiError;
 use crate::engine::{EngineHandle, Fault};
+use crate::types::Failure;
 
 /// The engine, once there is one.
 pub type FaultTarget = Arc<OnceLock<EngineHandle>>;
@@ -59,11 +61,15 @@ pub fn fault_routes(target: FaultTarget, api: ApiState) -> Router {
 async fn inject(
     State((target, api)): State<(FaultTarget, ApiState)>,
     headers: HeaderMap,
-    Json(request): Json<FaultRequest>,
+    request: Result<Json<FaultRequest>, JsonRejection>,
 ) -> Response {
     if let Err(failure) = api.keys.check(&headers) {
         return ApiError::from(failure).into_response();
     }
+    let request = match request {
+        Ok(Json(request)) => request,
+        Err(rejection) => return ApiError::from(Failure::invalid("fault", rejection.body_text())).into_response(),
+    };
     let Some(engine) = target.get() else {
         return (StatusCode::SERVICE_UNAVAILABLE, "There is no engine yet.\n").into_response();
     };

@@ -233,7 +233,7 @@ keys! {
     }
     "Queue" {
         max_num_queued_requests | max_num_queued_reqs: Count => admission.max_num_queued_requests,
-            "Requests that may wait beyond those for which the batch has room; over it they get 429.";
+            "Choices (a request has `n` for each prompt) that may wait beyond those for which the batch has room; over it requests get 429.";
         max_num_queued_tokens: Count => admission.max_num_queued_tokens,
             "Prompt tokens that may wait; over it requests get 429.";
     }
@@ -249,7 +249,7 @@ keys! {
         probe_recovery: Count => health.probe_recovery,
             "Good synthetic inferences in a row that lift a bad verdict.";
         probe_failure_threshold: Count => health.probe_failure_threshold,
-            "Synthetic inferences in a row with wrong numbers that make the node failed: restart it; 0 is never.";
+            "Synthetic inferences with wrong numbers, and no right one between them, that make the node failed: restart it; 0 is never. The second follows the first at once.";
         stall_timeout: Time => health.stall_timeout,
             "An engine with work and without progress for this long makes the node unready.";
         liveness_timeout: Time => health.liveness_timeout,

@@ -39,13 +39,10 @@ pub(super) struct Request {
     /// Of the choices that are not finished.
     sequences: SmallVec<[SequenceId; 1]>,
     has_left_queue: bool,
+    /// Some choice has a token, perhaps from before it came here.
+    pub(super) has_tokens: bool,
     _slot: RequestSlot,
 }
-
-/// Whoever watches the node says that its engine must end, for this reason.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct GivenUp(String);
 
 /// The choice behind a sequence.
 pub(super) struct Choice {
@@ -74,7 +71,7 @@ pub(super) struct Engine {
     pub(super) shared: Arc<Shared>,
     pub(super) on_step: Option<Box<dyn FnMut(Duration) + Send>>,
     /// Why no step may be taken any more.
-    given_up: Option<GivenUp>,
+    given_up: Option<Failure>,
 }
 
 struct Drain {
@@ -130,7 +127,9 @@ impl Engine {
             self.deadlines.insert((deadline, serial));
         }
         let sequences = SmallVec::new();
-        self.requests.insert(serial, Request { request, events, sequences, has_left_queue: false, _slot: slot });
+        let has_tokens = request.choices.iter().any(|choice| !choice.emitted.is_empty());
+        let request = Request { request, events, sequences, has_left_queue: false, has_tokens, _slot: slot };
+        self.requests.insert(serial, request);
         if let Err(failure) = self.add_choices(serial) {
             self.fail(serial, failure);
         } else if self.requests[&serial].sequences.is_empty() {
@@ -164,15 +163,15 @@ impl Engine {
         self.runner.spoil();
     }
 
-    /// What it computes cannot be trusted any more, as somebody else has seen: the next step fails.
-    pub(super) fn give_up(&mut self, cause: String) {
-        self.given_up = Some(GivenUp(cause));
+    /// What it computes cannot be trusted any more, as somebody else has seen: the next step fails so.
+    pub(super) fn give_up(&mut self, failure: Failure) {
+        self.given_up = Some(failure);
     }
 
     /// One step. An error is final: the engine has failed.
     pub(super) fn step(&mut self, now: Instant) -> Result<(), Failure> {
-        if let Some(given_up) = self.given_up.take() {
-            return Err(engine_failed().with_source(given_up));
+        if let Some(failure) = self.given_up.take() {
+            return Err(failure);
         }
         self.expire(now);
         self.drop_disconnected();
@@ -261,13 +260,16 @@ impl Engine {
         let _ = self.requests[&serial].events.send(event);
     }
 
-    /// Ends what is past its deadline.
+    /// Ends what is past its deadline. An answer without a token is none.
     fn expire(&mut self, now: Instant) {
         while let Some(&(deadline, serial)) = self.deadlines.first()
             && deadline <= now
         {
             add(&self.shared.counters.requests_deadline_exceeded, 1);
-            self.finish_all_choices(serial, &FinishReason::Deadline);
+            match self.requests[&serial].has_tokens {
+                true => self.finish_all_choices(serial, &FinishReason::Deadline),
+                false => self.fail(serial, deadline_passed()),
+            }
         }
         if self.drain.as_ref().is_some_and(|drain| drain.deadline <= now) {
             let serials: Vec<Serial> = self.requests.keys().copied().collect();
@@ -370,6 +372,10 @@ pub(super) fn engine_failed() -> Failure {
 
 pub(super) fn draining() -> Failure {
     Failure::new(FailureKind::Overloaded, "this server is shutting down")
+}
+
+fn deadline_passed() -> Failure {
+    Failure::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
 }
 
 fn probe_is_running() -> Failure {

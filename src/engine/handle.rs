@@ -221,11 +221,11 @@ impl EngineHandle {
         }
     }
 
-    /// Ends every stream as if a step had failed: what it computes cannot be trusted any more. Returns at once; an
+    /// Ends every stream with `failure`, as if a step had failed so: what it computes cannot be trusted any more. Returns at once; an
     /// engine that hangs does not listen.
-    pub fn give_up(&self, cause: String) {
+    pub fn give_up(&self, failure: Failure) {
         // An engine that is gone has ended its streams already.
-        let _ = self.commands.send(EngineCommand::GiveUp(cause));
+        let _ = self.commands.send(EngineCommand::GiveUp(failure));
     }
 
     /// For tests and drills; the caller decides who may.

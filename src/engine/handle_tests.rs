@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::batch::RunnerError;
 use super::config::Config;
 use super::fake_runner::FakeModel;
 use super::generation::letters;
@@ -145,7 +146,7 @@ async fn a_device_that_breaks_fails_the_engine_whether_at_the_launch_or_while_th
 }
 
 #[tokio::test]
-async fn an_engine_that_is_told_of_a_broken_device_fails_busy_or_idle_and_says_so_once() {
+async fn an_engine_that_is_told_to_give_up_fails_busy_or_idle_and_says_so_once() {
     for busy in [true, false] {
         let (told, tells) = std::sync::mpsc::channel();
         let on_failure = move |failure: &Failure| told.send(failure.source.as_ref().expect("a cause").to_string());
@@ -155,14 +156,15 @@ async fn an_engine_that_is_told_of_a_broken_device_fails_busy_or_idle_and_says_s
         };
         let engine = spawn(parts, Box::new(|| Ok(FakeModel { depth: 2, ..slow() }.runner().0))).expect("starts");
         let stream = busy.then(|| engine.generate(request(&[1], 250)).expect("accepted"));
-        engine.give_up("XID 79".to_owned());
-        engine.give_up("XID 79".to_owned());
+        let cause = RunnerError::Device("XID 79".to_owned());
+        let failure = Failure::new(FailureKind::NumericsSuspect, "told").with_source(cause);
+        engine.give_up(failure.clone());
+        engine.give_up(failure.clone());
         if let Some(stream) = stream {
-            let GenerationEvent::Failed(failure) = last_event(stream).await else { panic!("the stream fails") };
-            assert_eq!(failure.kind, FailureKind::EngineFailed);
+            assert_eq!(last_event(stream).await, GenerationEvent::Failed(failure));
         }
         wait_until("the status says so", || !engine.status().alive).await;
-        assert_eq!(tells.recv_timeout(PATIENCE).expect("told"), "XID 79");
+        assert_eq!(tells.recv_timeout(PATIENCE).expect("told"), "the device failed: XID 79");
         assert!(tells.recv_timeout(PATIENCE).is_err(), "only once");
     }
 }

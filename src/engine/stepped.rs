@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 use tracing::warn;
 
-use super::batch::ModelRunner;
-use super::engine::{Engine, Serial, Submission};
+use super::batch::{ModelRunner, RunnerError};
+use super::engine::{Engine, Serial, Submission, engine_failed};
 use super::generation::EndRules;
 use super::handle::{EngineHandle, EngineLimits, EngineParts, Fault, OnFailure, SpawnError};
 use super::shared::{Clock, Shared};
@@ -27,8 +27,8 @@ pub(super) enum EngineCommand {
         deadline: Instant,
         done: oneshot::Sender<()>,
     },
-    /// The device cannot be trusted any more, for this reason.
-    GiveUp(String),
+    /// What the engine computes cannot be trusted any more.
+    GiveUp(Failure),
     InjectFault(Fault),
 }
 
@@ -116,9 +116,10 @@ fn obey(engine: &mut Engine, command: EngineCommand) {
         EngineCommand::Submit(submission) => engine.submit(submission),
         EngineCommand::Cancel(serial) => engine.cancel(serial),
         EngineCommand::Drain { deadline, done } => engine.drain(deadline, done),
-        EngineCommand::GiveUp(cause) => engine.give_up(cause),
+        EngineCommand::GiveUp(failure) => engine.give_up(failure),
         EngineCommand::InjectFault(Fault::Device) => {
-            engine.give_up("the device failed: as fault injection asks".to_owned())
+            let error = RunnerError::Device("as fault injection asks".to_owned());
+            engine.give_up(engine_failed().with_source(error));
         }
         EngineCommand::InjectFault(Fault::Hang(time)) => {
             warn!(?time, "standing still, as fault injection asks");

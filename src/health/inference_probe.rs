@@ -19,8 +19,10 @@ use crate::types::{
 
 use super::{Config, Health};
 
-/// While the verdict is bad, or somebody's numbers were, the next probe comes after this: neither a node that has recovered
-/// nor one that has broken waits long to be known for it.
+/// From a probe with wrong numbers to the one that confirms it.
+const DOUBT_INTERVAL: Duration = Duration::from_millis(50);
+/// At least this long lies between other probes, and no more while the verdict is bad or once somebody met NaN: neither a
+/// node that has recovered nor one that has broken waits long to be known for it.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// From one look at the engine's status to the next.
 const SUSPICION_INTERVAL: Duration = Duration::from_millis(100);
@@ -46,12 +48,12 @@ pub struct ProbeJudge {
     soft_limit: Duration,
     /// Good probes in a row that lift a verdict.
     recovery: u32,
-    /// Wrong ones in a row that fail the node; `None`: any number may be.
+    /// Wrong ones without a right one between them that fail the node; `None`: any number may be.
     failure_threshold: Option<u32>,
     has_passed: bool,
     fault: Option<String>,
     slow: Option<String>,
-    wrong_in_a_row: u32,
+    wrong_since_right: u32,
     right_in_a_row: u32,
     fast_in_a_row: u32,
 }
@@ -65,7 +67,7 @@ impl ProbeJudge {
             has_passed: false,
             fault: None,
             slow: None,
-            wrong_in_a_row: 0,
+            wrong_since_right: 0,
             right_in_a_row: 0,
             fast_in_a_row: 0,
         }
@@ -76,7 +78,7 @@ impl ProbeJudge {
         let (label, fault) = match outcome {
             ProbeOutcome::Right { elapsed } => return self.observe_right(*elapsed),
             ProbeOutcome::Wrong { message } => {
-                self.wrong_in_a_row = self.wrong_in_a_row.saturating_add(1);
+                self.wrong_since_right = self.wrong_since_right.saturating_add(1);
                 ("wrong", format!("the synthetic inference gave wrong numbers: {message}"))
             }
             ProbeOutcome::TimedOut { limit } => {
@@ -92,7 +94,7 @@ impl ProbeJudge {
 
     fn observe_right(&mut self, elapsed: Duration) -> &'static str {
         self.has_passed = true;
-        self.wrong_in_a_row = 0;
+        self.wrong_since_right = 0;
         self.right_in_a_row = self.right_in_a_row.saturating_add(1);
         if self.right_in_a_row >= self.recovery {
             self.fault = None;
@@ -122,8 +124,13 @@ impl ProbeJudge {
     /// Fails the node: its numbers have been wrong for so long that only a fresh start may mend them. Slow answers, refusals
     /// and silence do not count: a busy node is no broken one.
     pub fn failure(&self) -> Option<String> {
-        let threshold = self.failure_threshold.filter(|&threshold| self.wrong_in_a_row >= threshold)?;
-        Some(format!("{}, {threshold} times in a row", self.fault()?))
+        let threshold = self.failure_threshold.filter(|&threshold| self.wrong_since_right >= threshold)?;
+        Some(format!("{}, {threshold} times", self.fault()?))
+    }
+
+    /// The numbers were wrong just now, and a few more such answers fail the node.
+    pub fn is_in_doubt(&self) -> bool {
+        self.wrong_since_right > 0 && self.failure_threshold.is_some()
     }
 
     /// Degrades the node while it lasts.
@@ -188,9 +195,12 @@ impl InferenceProbe {
     }
 
     async fn probe_forever(&self) {
+        let mut invalid = 0;
         loop {
-            self.pause().await;
+            self.pause(invalid).await;
             self.health.probe_started();
+            // What a request meets from here on is a reason for the next.
+            invalid = self.backend.status().numerics_invalid;
             let outcome = self.probe_once().await;
             if !matches!(outcome, ProbeOutcome::Right { .. }) {
                 warn!(?outcome, "synthetic inference");
@@ -199,11 +209,15 @@ impl InferenceProbe {
         }
     }
 
-    /// Ends early when there is reason to ask.
-    async fn pause(&self) {
+    /// Until the next probe, which comes soon where there is reason to ask. `invalid`: rows that were no numbers before the
+    /// last probe.
+    async fn pause(&self, invalid: u64) {
         let (begin, interval) = (Instant::now(), self.health.config().probe_interval);
-        let invalid = self.backend.status().numerics_invalid;
-        sleep(interval.min(RETRY_INTERVAL)).await;
+        sleep(interval.min(DOUBT_INTERVAL)).await;
+        if self.health.is_in_doubt() {
+            return;
+        }
+        sleep(interval.min(RETRY_INTERVAL).saturating_sub(begin.elapsed())).await;
         let is_suspect =
             || self.health.probe_view().fault.is_some() || self.backend.status().numerics_invalid != invalid;
         while begin.elapsed() < interval && !is_suspect() {

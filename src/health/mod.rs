@@ -13,16 +13,18 @@ pub mod memory;
 mod monitor;
 pub mod verdict;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::Deserialize;
+use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::observability::Metrics;
-use crate::types::Backend;
+use crate::types::{Backend, Failure, FailureKind};
 
 use device::TroubleJudge;
 pub use device::{DeviceProbe, DeviceReading};
@@ -50,7 +52,7 @@ pub struct Config {
     pub probe_max_tokens: u32,
     /// Good synthetic inferences in a row that lift a bad verdict.
     pub probe_recovery: u32,
-    /// Synthetic inferences in a row with wrong numbers that make it failed: restart it; 0 is never.
+    /// Synthetic inferences with wrong numbers, and no right one between them, that make it failed: restart it; 0 is never.
     pub probe_failure_threshold: u32,
     /// An engine with work and without progress for this long makes the node unready.
     pub stall_timeout: Duration,
@@ -69,7 +71,7 @@ pub struct Config {
 }
 
 impl Default for Config {
-    /// A probe of 4 tokens every 10 s, slow beyond 5 s, lost beyond 30 s, 2 good ones to recover, failed after 30 wrong
+    /// A probe of 4 tokens every 10 s, slow beyond 5 s, lost beyond 30 s, 2 good ones to recover, failed after 2 wrong
     /// ones; stall 10 s, liveness 30 s; memory every 5 s with marks at 80, 90 and 95 %; a queue is saturated at 90 %.
     fn default() -> Self {
         Self {
@@ -78,7 +80,7 @@ impl Default for Config {
             probe_hard_limit: Duration::from_secs(30),
             probe_max_tokens: 4,
             probe_recovery: 2,
-            probe_failure_threshold: 30,
+            probe_failure_threshold: 2,
             stall_timeout: Duration::from_secs(10),
             liveness_timeout: Duration::from_secs(30),
             memory_interval: Duration::from_secs(5),
@@ -130,6 +132,11 @@ impl Config {
         }
     }
 }
+
+/// Why the node has failed.
+#[derive(Debug, Error)]
+#[error("{0}")]
+struct NodeFailed(Cow<'static, str>);
 
 /// Handle to the node's health. Cheap to clone.
 #[derive(Clone)]
@@ -227,6 +234,23 @@ impl Health {
                 queue_saturation_mark: config.queue_saturation_mark,
             },
         }
+    }
+
+    /// What streams of this node's engine end with, once the node has failed.
+    pub fn engine_failure(&self) -> Failure {
+        let is_wrong = self.shared.observed.lock().judge.failure().is_some();
+        let failure = match is_wrong {
+            true => Failure::new(
+                FailureKind::NumericsSuspect,
+                "The replica was found to compute wrong numbers: what it has answered so far may be wrong. Send the request again.",
+            ),
+            false => Failure::new(FailureKind::EngineFailed, "The engine has failed."),
+        };
+        failure.with_source(NodeFailed(self.lifecycle().phase().reason))
+    }
+
+    fn is_in_doubt(&self) -> bool {
+        self.shared.observed.lock().judge.is_in_doubt()
     }
 
     fn probe_view(&self) -> ProbeView {

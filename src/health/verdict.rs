@@ -206,7 +206,7 @@ fn state_trouble(snapshot: &HealthSnapshot) -> Option<Reason> {
 fn engine_trouble(snapshot: &HealthSnapshot, bound: Duration) -> Option<Reason> {
     let engine = snapshot.engine?;
     if !engine.alive {
-        return Some(Reason::new("engine_dead", "the engine thread has ended"));
+        return Some(Reason::new("engine_dead", "the engine has ended"));
     }
     let stalled = engine.stalled_for.filter(|stalled| *stalled > bound)?;
     let message = format!(

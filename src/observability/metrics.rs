@@ -160,6 +160,8 @@ metrics! {
         "1 for the state in which the node is, 0 for the others";
     node_state_transitions: CounterVec<1> = Counter "outrigger_node_state_transitions_total" ["state"] []
         "Transitions of the node, by the state entered";
+    ready: Gauge = Gauge "outrigger_ready" [] []
+        "1 while /readyz answers 200";
     engine_alive: Gauge = Gauge "outrigger_engine_alive" [] []
         "1 while the engine thread runs";
     engine_heartbeat_age: GaugeF64 = Gauge "outrigger_engine_heartbeat_age_seconds" [] []

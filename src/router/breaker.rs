@@ -191,7 +191,7 @@ impl Breaker {
                 self.lack_at = now;
                 self.answered(attempt, now);
             }
-            FailureKind::NumericsInvalid => {
+            FailureKind::NumericsInvalid | FailureKind::NumericsSuspect => {
                 self.has_lied = true;
                 self.open(attempt, WRONG_NUMBERS, now, random);
             }
@@ -293,14 +293,17 @@ mod tests {
                 | FailureKind::OutOfMemory
                 | FailureKind::Internal => (BreakerState::Closed, Duration::ZERO),
                 FailureKind::Overloaded => (BreakerState::Closed, OVERLOADED),
-                FailureKind::NumericsInvalid => (BreakerState::Open, WRONG_NUMBERS.first),
+                FailureKind::NumericsInvalid | FailureKind::NumericsSuspect => {
+                    (BreakerState::Open, WRONG_NUMBERS.first)
+                }
                 FailureKind::PeerUnreachable => (BreakerState::Open, UNREACHABLE.first),
                 FailureKind::PeerDisconnected | FailureKind::PeerStalled | FailureKind::EngineFailed => {
                     (BreakerState::Open, BROKEN.first)
                 }
             };
             assert_eq!((breaker.state(now), closed_for(&breaker, now)), (state, wait), "{kind:?}");
-            assert_eq!(breaker.is_trusted(), kind != FailureKind::NumericsInvalid, "{kind:?}");
+            let lies = matches!(kind, FailureKind::NumericsInvalid | FailureKind::NumericsSuspect);
+            assert_eq!(breaker.is_trusted(), !lies, "{kind:?}");
             assert_eq!(breaker.weight(now), if kind == FailureKind::OutOfMemory { 0.5 } else { 1.0 }, "{kind:?}");
         }
     }

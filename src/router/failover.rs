@@ -2,7 +2,8 @@
 //! another replica from what it has emitted; the client sees a pause, never an error, never a token lost or repeated.
 //!
 //! A source that is only silent, or that asks to be relieved, goes on until its successor speaks: whichever token comes first
-//! counts, and since a generation is a pure function it does not matter whose it is.
+//! counts, and since a generation is a pure function it does not matter whose it is. A source that is found to have given
+//! wrong numbers has spoiled what it gave: then the stream ends with an error.
 
 mod opening;
 
@@ -303,7 +304,8 @@ impl FailoverStream {
             self.open();
             return self.set_alarm();
         }
-        if !is_survivable(&failure, true) || !self.shared.can_move() {
+        let is_tainted = failure.kind == FailureKind::NumericsSuspect && lost.has_spoken();
+        if is_tainted || !is_survivable(&failure, true) || !self.shared.can_move() {
             return self.log.fail(failure);
         }
         self.exclude(lost.replica.clone(), lost.attempt, &failure);
@@ -327,7 +329,7 @@ impl FailoverStream {
     fn exclude(&mut self, replica: Replica, attempt: Option<Attempt>, failure: &Failure) {
         self.shared.failed(&replica, attempt, failure.kind);
         // A replica whose numbers are wrong is never asked again.
-        let lies = failure.kind == FailureKind::NumericsInvalid;
+        let lies = matches!(failure.kind, FailureKind::NumericsInvalid | FailureKind::NumericsSuspect);
         let until = if lies { now() + Duration::from_secs(86_400) } else { now() + EXCLUSION };
         self.excluded.insert(replica, until);
     }
@@ -414,7 +416,7 @@ impl FailoverStream {
     fn node_failed(&mut self) {
         self.has_failed = true;
         if self.primary.as_ref().is_some_and(|primary| primary.replica == Replica::Here) {
-            self.lose_primary(Failure::new(FailureKind::EngineFailed, "The engine has failed."));
+            self.lose_primary(self.shared.health.engine_failure());
         }
     }
 
@@ -466,6 +468,7 @@ fn is_survivable(failure: &Failure, was_accepted: bool) -> bool {
         | FailureKind::Overloaded
         | FailureKind::EngineFailed
         | FailureKind::NumericsInvalid
+        | FailureKind::NumericsSuspect
         | FailureKind::OutOfMemory
         | FailureKind::PeerUnreachable
         | FailureKind::PeerDisconnected

@@ -128,6 +128,11 @@ impl Source {
         self.attempt.filter(|_| !std::mem::replace(&mut self.is_reported, true))
     }
 
+    /// The stream has a token of it, or may have.
+    pub fn has_spoken(&self) -> bool {
+        self.first_token.is_some()
+    }
+
     /// From opening to the first token, and from token to token on average.
     pub fn latencies(&self) -> Option<(Duration, Option<Duration>)> {
         let (first, last) = (self.first_token?, self.last_token?);

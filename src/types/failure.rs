@@ -15,7 +15,10 @@ pub enum FailureKind {
     DeadlineExceeded,
     Cancelled,
     EngineFailed,
+    /// The model gave no numbers.
     NumericsInvalid,
+    /// The replica was found to give wrong numbers, after tokens of this stream.
+    NumericsSuspect,
     OutOfMemory,
     PeerUnreachable,
     PeerDisconnected,
@@ -24,7 +27,7 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
-    pub const ALL: [FailureKind; 13] = [
+    pub const ALL: [FailureKind; 14] = [
         FailureKind::InvalidRequest,
         FailureKind::Unauthenticated,
         FailureKind::RateLimited,
@@ -33,6 +36,7 @@ impl FailureKind {
         FailureKind::Cancelled,
         FailureKind::EngineFailed,
         FailureKind::NumericsInvalid,
+        FailureKind::NumericsSuspect,
         FailureKind::OutOfMemory,
         FailureKind::PeerUnreachable,
         FailureKind::PeerDisconnected,
@@ -51,6 +55,7 @@ impl FailureKind {
             FailureKind::Cancelled => "cancelled",
             FailureKind::EngineFailed => "engine_failed",
             FailureKind::NumericsInvalid => "numerics_invalid",
+            FailureKind::NumericsSuspect => "numerics_suspect",
             FailureKind::OutOfMemory => "out_of_memory",
             FailureKind::PeerUnreachable => "peer_unreachable",
             FailureKind::PeerDisconnected => "peer_disconnected",

@@ -108,9 +108,13 @@ impl Cluster {
     }
 
     pub async fn slow_of(nodes: usize) -> Self {
+        Self::slow_with(nodes, &[]).await
+    }
+
+    pub async fn slow_with(nodes: usize, flags: &[&str]) -> Self {
         let folder = Folder::new();
-        let flags = slow_model(folder.path());
-        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let model = slow_model(folder.path());
+        let flags: Vec<&str> = model.iter().map(String::as_str).chain(flags.iter().copied()).collect();
         Self::start_in(folder, nodes, &flags).await
     }
 

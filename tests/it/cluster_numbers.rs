@@ -1,5 +1,5 @@
-//! Nodes of one model whose numbers differ, as those of processors and of GPUs do: every response says whose it has, and no
-//! stream mixes them.
+//! Nodes of one model whose numbers differ. As those of processors and of GPUs do: every response says whose it has, and no
+//! stream mixes them. As those of a node do whose memory was damaged: once it is known, no stream of it ends as if all were well.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -123,4 +123,56 @@ async fn a_stream_without_a_token_begins_anew_where_the_numbers_differ() {
     }
     let overview = cluster.overview(0).await.expect("it answers");
     assert!(overview.streams.failovers_total() >= 2, "{:?}", overview.streams);
+}
+
+/// Reads a stream to its end: its tokens, and the code of the error with which it ended, if any.
+async fn read_to_any_end(url: &str, body: &Value, headers: &[(&str, &str)]) -> (Vec<Value>, Option<String>) {
+    let response = post(url, COMPLETIONS, body, headers).await;
+    assert_eq!(response.status(), 200);
+    let text = response.text().await.expect("a body");
+    let mut tokens = Vec::new();
+    for data in text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]") {
+        let chunk: Value = serde_json::from_str(data).expect("JSON");
+        if !chunk["error"].is_null() {
+            return (tokens, Some(chunk["error"]["code"].as_str().expect("a code").to_owned()));
+        }
+        tokens.extend(chunk["choices"][0]["token_ids"].as_array().cloned().unwrap_or_default());
+    }
+    (tokens, None)
+}
+
+#[tokio::test]
+async fn streams_of_a_node_whose_numbers_went_wrong_end_with_an_error_and_others_are_right() {
+    const STREAMS: usize = 8;
+    const TOKENS: u32 = 1500;
+    for victim in [1, 0] {
+        let mut cluster = Cluster::slow_with(2, &["--probe-interval=300ms", "--failure-linger=2s"]).await;
+        let url = cluster.url(0).to_owned();
+        let bodies = (0..STREAMS).map(|number| request(&json!([7, number + 10, 9]), TOKENS, true));
+        let streams = bodies.map(|body| {
+            let url = url.clone();
+            async move { (read_to_any_end(&url, &body, ANYWHERE).await, body) }
+        });
+        let streams: Vec<_> = streams.map(tokio::spawn).collect();
+        let is_busy = async || {
+            let overview = cluster.overview(0).await;
+            overview.is_some_and(|overview| overview.streams.local >= 1 && overview.peers[0].streams >= 1)
+        };
+        assert!(DrillClient::until(Instant::now() + PATIENCE, POLL, is_busy).await, "not on both nodes");
+        cluster.client.inject(cluster.url(victim), "corrupt_weights").await.expect("taken");
+        let answers: Vec<_> = join_all(streams).await.into_iter().map(|answer| answer.expect("no panic")).collect();
+        let ended = cluster.nodes[victim].process().expect("its own").exit(PATIENCE).await;
+        assert!(ended.is_some_and(|status| status.code() == Some(1)), "n{victim}: {ended:?}");
+        let spoiled = answers.iter().filter(|((_, error), _)| error.is_some()).count();
+        assert!((1..STREAMS).contains(&spoiled), "n{victim}: {spoiled} of {STREAMS}");
+        for ((tokens, error), body) in &answers {
+            match error.as_deref() {
+                Some(code) => assert_eq!(code, "numerics_suspect", "n{victim}"),
+                None => {
+                    let survivor = cluster.url(1 - victim);
+                    assert_eq!(tokens, &read_to_any_end(survivor, body, &[]).await.0, "n{victim}");
+                }
+            }
+        }
+    }
 }

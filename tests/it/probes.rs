@@ -141,7 +141,8 @@ async fn a_broken_device_fails_the_node_at_once_with_its_reason_and_ends_the_pro
 
 #[tokio::test]
 async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
-    let server = RealServer::ready(&["--fault-injection", "--probe-interval", "500ms"]).await;
+    let flags = ["--probe-interval", "500ms", "--probe-failure-threshold", "0"];
+    let server = RealServer::ready(&[["--fault-injection"].as_slice(), &flags].concat()).await;
     server.until("probed", async |server| probes(server, "ok").await >= 2.0).await;
     assert_eq!(server.status("/readyz").await, Some(200));
     let right_before = probes(&server, "ok").await;
@@ -153,7 +154,7 @@ async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
     assert_eq!(reasons(&server, "/readyz").await, ["probe_failed"]);
     let body = server.get("/readyz").await.body;
     assert!(body["reasons"][0]["message"].as_str().is_some_and(|text| text.contains("wrong numbers")), "{body}");
-    // It stays so, and a restart is not asked for yet: the engine runs.
+    // It stays so, and a restart is not asked for, as it is configured: the engine runs.
     server.until("probed again", async |server| probes(server, "wrong").await >= 3.0).await;
     assert_eq!(server.status("/readyz").await, Some(503));
     assert_eq!(server.status("/livez").await, Some(200));
@@ -172,7 +173,7 @@ async fn logits_that_are_no_numbers_end_the_stream_with_a_typed_error_then_make_
     server.until("dead", async |server| server.status("/livez").await == Some(503)).await;
     assert_eq!(probes(&server, "wrong").await, 3.0);
     let reasons = server.get("/livez").await.body["reasons"].to_string();
-    assert!(reasons.contains("wrong numbers") && reasons.contains("3 times in a row"), "{reasons}");
+    assert!(reasons.contains("wrong numbers") && reasons.contains("3 times"), "{reasons}");
     assert!(server.exit().await.code().is_some_and(|code| code != 0));
 }
 

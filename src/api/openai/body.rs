@@ -27,7 +27,7 @@ pub struct RequestBody {
     pub add_special_tokens: Option<bool>,
 
     // How much.
-    pub n: Option<u32>,
+    pub n: Option<i64>,
     pub max_tokens: Option<u32>,
     pub max_completion_tokens: Option<u32>,
     pub min_tokens: Option<u32>,
@@ -52,7 +52,7 @@ pub struct RequestBody {
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     pub logprobs: Option<LogprobsInput>,
-    pub top_logprobs: Option<u32>,
+    pub top_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
     pub skip_special_tokens: Option<bool>,
 
@@ -60,7 +60,7 @@ pub struct RequestBody {
     pub allowed_token_ids: Option<Value>,
     pub audio: Option<Value>,
     pub bad_words: Option<Value>,
-    pub best_of: Option<u32>,
+    pub best_of: Option<i64>,
     pub cache_salt: Option<Value>,
     pub chat_template: Option<Value>,
     pub continue_final_message: Option<Value>,

@@ -66,6 +66,8 @@ pub struct Part {
     first_choice: u32,
     choices: Vec<Choice>,
     unfinished: u32,
+    /// The deadline has passed, and the backend says nothing more: what is unfinished ends with it.
+    is_expired: bool,
     prompt_tokens: u64,
     cached_tokens: u64,
     times: Times,
@@ -109,6 +111,7 @@ impl Part {
         Self {
             choices: (0..sampling.n).map(|_| choice()).collect(),
             unfinished: sampling.n,
+            is_expired: false,
             stream,
             model,
             sampling,
@@ -124,7 +127,11 @@ impl Part {
     }
 
     fn try_event(&mut self) -> Option<GenerationEvent> {
-        if self.is_finished() { None } else { self.stream.try_next() }
+        let unfinished = self.first_unfinished()?;
+        match self.is_expired {
+            true => Some(GenerationEvent::Finished { choice: unfinished, reason: FinishReason::Deadline }),
+            false => self.stream.try_next(),
+        }
     }
 
     /// Takes one event; not every event is news for the client.
@@ -286,13 +293,13 @@ impl Generation {
             GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, message))
         });
         match self.parts[part].apply(event, &self.metrics)? {
+            Step::Failed(failure) if failure.kind == FailureKind::DeadlineExceeded && self.has_tokens() => {
+                self.parts[part].is_expired = true;
+                None
+            }
             Step::Failed(failure) => Some(self.end(failure)),
             step => Some(step),
         }
-    }
-
-    fn fail(&mut self, kind: FailureKind, message: &str) -> Step {
-        self.end(Failure::new(kind, message))
     }
 
     fn end(&mut self, failure: Failure) -> Step {
@@ -300,14 +307,18 @@ impl Generation {
         Step::Failed(failure)
     }
 
-    /// The deadline has passed and the backend has not said so. What has tokens ends honestly; what has none fails.
+    /// The deadline has passed and the backend has not said so. An answer with tokens ends honestly; one without fails.
     fn expire(&mut self) -> Step {
-        let unfinished = self.parts.iter_mut().find_map(|part| part.first_unfinished().map(|choice| (part, choice)));
-        let Some((part, choice)) = unfinished else { return Step::Done };
-        if part.times.first_token.is_some() {
-            return Step::Update(part.finish(choice, FinishReason::Deadline, &self.metrics));
+        if !self.has_tokens() {
+            let message = "The deadline passed before the first token.";
+            return self.end(Failure::new(FailureKind::DeadlineExceeded, message));
         }
-        self.fail(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
+        self.parts.iter_mut().for_each(|part| part.is_expired = true);
+        self.try_next().expect("what has expired ends without waiting")
+    }
+
+    fn has_tokens(&self) -> bool {
+        self.parts.iter().any(|part| part.times.first_token.is_some())
     }
 
     /// The client has this much of each choice already: it is not told again.

@@ -1,6 +1,7 @@
 //! `GET /v1/models` and `GET /v1/models/{id}`.
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use serde::Serialize;
 
@@ -59,7 +60,11 @@ pub async fn list(State(state): State<ApiState>) -> Json<ModelList> {
 }
 
 /// The id may hold slashes, as hub ids do.
-pub async fn get(State(state): State<ApiState>, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
+pub async fn get(
+    State(state): State<ApiState>,
+    id: Result<Path<String>, PathRejection>,
+) -> Result<Json<ModelCard>, ApiError> {
+    let Path(id) = id.map_err(|_| ApiError::not_found("The id of a model is text in UTF-8. See /v1/models."))?;
     let own =
         state.router.local().filter(|_| id == DEFAULT_ALIAS).map(|local| card(&local.model, &local.model.names[0]));
     let known = own.or_else(|| cards(&state).into_iter().find(|card| card.id == id));

@@ -11,7 +11,7 @@ use super::generation::{Generation, Part};
 use super::head::Head;
 use super::messages;
 use super::resumption::Resumption;
-use super::sampling::{self, Endpoint};
+use super::sampling::{self, Endpoint, MAX_CHOICES};
 use crate::api::config::Config;
 use crate::api::error::ApiError;
 use crate::api::model::{ServedModel, unix_seconds};
@@ -81,11 +81,12 @@ pub async fn prepare(
         Endpoint::Chat => vec![chat_prompt(state, &model, body).await?],
         Endpoint::Completions => completion_prompts(state, &model, body).await?,
     };
+    check_choices(state, prompts.len(), sampling.n)?;
     let requested = sampling::requested_max_tokens(body)?;
     resumption.fit(body.is_stream(), prompts.len() * sampling.n as usize)?;
     let is_derivable = body.seed.is_some() || sampling.temperature == 0.0;
     let strategy = strategy(headers)?;
-    let allows_other_fingerprint = headers.get(OTHER_FINGERPRINT_HEADER).is_some_and(|value| value == "true");
+    let allows_other_fingerprint = allows_other_fingerprint(headers)?;
     let is_named = resumption.is_keyed() || (body.is_stream() && state.router.is_clustered());
     let start = Start {
         state,
@@ -178,6 +179,19 @@ impl Start<'_> {
     }
 }
 
+/// Refuses what could never be let in: all prompts of a request are, or none.
+fn check_choices(state: &ApiState, num_prompts: usize, n: u32) -> Result<(), Failure> {
+    let (choices, limit) = (num_prompts as u64 * u64::from(n), state.admission.max_choices().max(MAX_CHOICES.into()));
+    if choices <= limit {
+        return Ok(());
+    }
+    let message = format!(
+        "The request asks for {choices} choices, `n` for each prompt; this server holds at most {limit} (max_num_seqs and \
+         max_num_queued_requests together)."
+    );
+    Err(Failure::invalid("n", message).with_code("out_of_range"))
+}
+
 fn strategy(headers: &HeaderMap) -> Result<Option<Strategy>, Failure> {
     let Some(value) = headers.get(PLACEMENT_HEADER) else { return Ok(None) };
     let strategy = value.to_str().ok().and_then(|name| Strategy::from_name(name.trim()));
@@ -186,6 +200,17 @@ fn strategy(headers: &HeaderMap) -> Result<Option<Strategy>, Failure> {
         let message = format!("The header `{PLACEMENT_HEADER}` must be one of {names}.");
         Failure::invalid(PLACEMENT_HEADER, message).with_code("out_of_range")
     })
+}
+
+fn allows_other_fingerprint(headers: &HeaderMap) -> Result<bool, Failure> {
+    match headers.get(OTHER_FINGERPRINT_HEADER).map(|value| value.as_bytes().trim_ascii()) {
+        None | Some(b"false") => Ok(false),
+        Some(b"true") => Ok(true),
+        Some(_) => {
+            let message = format!("The header `{OTHER_FINGERPRINT_HEADER}` must be true or false.");
+            Err(Failure::invalid(OTHER_FINGERPRINT_HEADER, message).with_code("out_of_range"))
+        }
+    }
 }
 
 async fn chat_prompt(state: &ApiState, model: &Arc<ServedModel>, body: &mut RequestBody) -> Result<Prompt, Failure> {

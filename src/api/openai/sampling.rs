@@ -34,7 +34,7 @@ pub fn params(
     let defaults = SamplingParams::default();
     let top_k = within("top_k", body.top_k.unwrap_or(0), -1..=i64::from(u32::MAX))?.max(0);
     Ok(SamplingParams {
-        n: within("n", body.n.unwrap_or(1), 1..=MAX_CHOICES)?,
+        n: whole("n", body.n.unwrap_or(1), 1..=MAX_CHOICES)?,
         seed: seed(body, random_seed)?,
         max_tokens: defaults.max_tokens,
         min_tokens: body.min_tokens.unwrap_or(0),
@@ -123,7 +123,7 @@ fn logit_bias(body: &RequestBody, vocab: usize) -> Result<Vec<(TokenId, f32)>, F
 fn logprobs(body: &RequestBody, endpoint: Endpoint) -> Result<Option<u32>, Failure> {
     match (endpoint, body.logprobs, body.top_logprobs) {
         (Endpoint::Chat, Some(LogprobsInput::Wanted(true)), top) => {
-            within("top_logprobs", top.unwrap_or(0), 0..=MAX_LOGPROBS).map(Some)
+            whole("top_logprobs", top.unwrap_or(0), 0..=MAX_LOGPROBS).map(Some)
         }
         (Endpoint::Chat, None | Some(LogprobsInput::Wanted(false)), None | Some(0)) => Ok(None),
         (Endpoint::Chat, None | Some(LogprobsInput::Wanted(false)), Some(_)) => {
@@ -151,6 +151,12 @@ pub fn check_token(field: &'static str, id: TokenId, vocab: usize) -> Result<(),
     }
     let message = format!("`{field}` holds the token id {id}; this model's ids are below {vocab}.");
     Err(Failure::invalid(field, message).with_code("invalid_token_id"))
+}
+
+/// A number of which the body may hold any, so that the range in the message is the true one.
+fn whole(field: &'static str, value: i64, range: RangeInclusive<u32>) -> Result<u32, Failure> {
+    let value = within(field, value, i64::from(*range.start())..=i64::from(*range.end()))?;
+    Ok(u32::try_from(value).expect("it is in a range of such numbers"))
 }
 
 fn within<T: PartialOrd + Display>(field: &'static str, value: T, range: RangeInclusive<T>) -> Result<T, Failure> {

@@ -70,7 +70,7 @@ pub async fn tokenize(
             add_special_tokens: body.add_special_tokens.unwrap_or(false),
         }
         .encode(&worker),
-        _ => Err(Failure::invalid("prompt", "Either `prompt` or `messages` is required, not both.")),
+        _ => Err(Failure::invalid("prompt", "Exactly one of `prompt` and `messages` is required.")),
     });
     let tokens = tokens.await?;
     let text = |&token: &TokenId| String::from_utf8_lossy(&model.tokenizer.token_bytes(token)).into_owned();

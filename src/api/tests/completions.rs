@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::*;
+use crate::types::FailureKind;
 
 const PATH: &str = "/v1/completions";
 
@@ -58,6 +59,27 @@ async fn choices_of_several_prompts_are_numbered_through() {
     }
     assert_eq!(texts, ["a", "a", "b", "b", "c", "c"]);
     assert_eq!(prompts, 6);
+}
+
+/// The engine has come to the first prompt only.
+#[tokio::test]
+async fn a_deadline_leaves_what_has_been_computed_of_several_prompts() {
+    let passed = || Failure::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.");
+    let late = Arc::<[TokenId]>::from(ids("b"));
+    let node = Node::new(move |request, events| {
+        if request.prompt == late {
+            events.send(GenerationEvent::Failed(passed())).expect("somebody listens");
+        } else {
+            play(&events, request, &request.prompt.clone(), FinishReason::Length);
+        }
+        Ok(())
+    });
+    let answer = node.post_json(PATH, json!({"prompt": ["a", "b"], "n": 2})).await.json();
+    let ends = |at: usize| (answer["choices"][at]["text"].clone(), answer["choices"][at]["finish_reason"].clone());
+    assert_eq!([ends(0), ends(1)], [(json!("a"), json!("length")), (json!("a"), json!("length"))]);
+    assert_eq!([ends(2), ends(3)], [(json!(""), json!("deadline")), (json!(""), json!("deadline"))]);
+    let nothing = node.post_json(PATH, json!({"prompt": "b"})).await;
+    assert_eq!((nothing.status, &nothing.error()["code"]), (StatusCode::GATEWAY_TIMEOUT, &json!("deadline_exceeded")));
 }
 
 #[tokio::test]
@@ -116,6 +138,8 @@ async fn models_are_listed_and_looked_up() {
     assert_eq!(node.get("/v1/models/default").await.json()["id"], "tiny");
     let unknown = node.get("/v1/models/other").await;
     assert_eq!((unknown.status, &unknown.error()["code"]), (StatusCode::NOT_FOUND, &json!("model_not_found")));
+    let no_text = node.get("/v1/models/%ff").await;
+    assert_eq!((no_text.status, &no_text.error()["code"]), (StatusCode::NOT_FOUND, &json!("not_found")));
 }
 
 #[tokio::test]

@@ -40,6 +40,8 @@ async fn requests_at_fault_are_400_and_name_the_field() {
         (COMPLETIONS, json!({"prompt": [100_000]}), "prompt"),
         (COMPLETIONS, json!({"prompt": vec!["a"; 257]}), "prompt"),
         (COMPLETIONS, json!({"prompt": "a", "suffix": "b"}), "suffix"),
+        // One seat and 512 that may wait.
+        (COMPLETIONS, json!({"prompt": vec!["a"; 172], "n": 3}), "n"),
     ];
     for (path, body, param) in cases {
         let answer = node.post_json(path, body.clone()).await;
@@ -49,7 +51,7 @@ async fn requests_at_fault_are_400_and_name_the_field() {
     }
     assert!(node.requests.lock().is_empty());
     let metrics = node.state.metrics.prometheus_text();
-    assert!(metrics.contains("outrigger_request_failures_total{kind=\"invalid_request\"} 21\n"), "{metrics}");
+    assert!(metrics.contains("outrigger_request_failures_total{kind=\"invalid_request\"} 22\n"), "{metrics}");
 }
 
 #[tokio::test]
@@ -231,6 +233,16 @@ async fn bad_deadlines_are_refused_and_good_ones_passed_on() {
     let deadline = node.last_request().deadline.expect("a deadline");
     let left = deadline - Instant::now();
     assert!(left > Duration::from_secs(3) && left <= Duration::from_secs(5), "{left:?}");
+}
+
+#[tokio::test]
+async fn a_header_is_true_or_false() {
+    let node = quiet();
+    for (value, status) in [("maybe", StatusCode::BAD_REQUEST), ("true", StatusCode::OK), ("false", StatusCode::OK)] {
+        let body = json!({"prompt": [5]}).to_string();
+        let request = Request::post(COMPLETIONS).header("x-outrigger-allow-other-fingerprint", value);
+        assert_eq!(node.send(request.body(Body::from(body)).expect("a request")).await.status, status, "{value}");
+    }
 }
 
 #[tokio::test]
