@@ -98,6 +98,8 @@ pub enum JournalEntry {
         tokens: Vec<TokenId>,
         finished: Option<FinishReason>,
     },
+    /// The stream has wrong tokens: nobody is to go on with them.
+    Drop { key: JournalKey, epoch: u64 },
 }
 
 /// Why a holder did not take an entry.

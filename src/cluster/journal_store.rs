@@ -69,6 +69,12 @@ impl JournalStore {
                 self.settle(key, now);
                 Ok(())
             }
+            JournalEntry::Drop { key, epoch } => {
+                if self.get(&key).is_some_and(|record| record.epoch <= epoch) {
+                    self.remove(key);
+                }
+                Ok(())
+            }
         }
     }
 
@@ -125,7 +131,7 @@ impl JournalStore {
         }
     }
 
-    fn remove(&mut self, key: JournalKey) {
+    pub fn remove(&mut self, key: JournalKey) {
         if let Some(kept) = self.records.remove(&key) {
             self.ages.remove(&(kept.changed, key));
             self.bytes -= kept.bytes;
@@ -187,6 +193,20 @@ mod tests {
 
     fn tokens(store: &JournalStore, name: &str) -> Option<Vec<u32>> {
         store.get(&JournalKey::new("tenant", name, 0)).map(|record| record.choices[0].tokens.clone())
+    }
+
+    #[test]
+    fn a_spoiled_stream_is_forgotten_but_not_a_later_epoch_of_it() {
+        let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
+        let drop = |epoch| JournalEntry::Drop { key: JournalKey::new("tenant", "a", 0), epoch };
+        store.apply(drop(1), now).expect("nothing to forget");
+        store.apply(JournalEntry::Put(record("a", 2, "x", &[7, 8])), now).expect("kept");
+        store.apply(drop(1), now).expect("late");
+        assert_eq!(tokens(&store, "a"), Some(vec![7, 8]));
+        store.apply(drop(2), now).expect("forgotten");
+        assert_eq!((tokens(&store, "a"), store.bytes()), (None, 0));
+        store.apply(JournalEntry::Put(record("a", 1, "x", &[9])), now).expect("a new stream");
+        assert_eq!(tokens(&store, "a"), Some(vec![9]));
     }
 
     #[test]

@@ -156,7 +156,8 @@ fn journal_batch() -> JournalBatch {
     let choices = vec![ChoiceProgress { tokens: vec![5], finished: Some(FinishReason::Length) }];
     let record = JournalRecord { head: Arc::new(head), epoch: 2, entry: NodeId::new("a"), choices };
     let append = JournalEntry::Append { key, epoch: 2, choice: 0, start: 1, tokens: vec![6], finished: None };
-    JournalBatch { from: NodeId::new("a"), entries: vec![JournalEntry::Put(record), append] }
+    let drop = JournalEntry::Drop { key, epoch: 3 };
+    JournalBatch { from: NodeId::new("a"), entries: vec![JournalEntry::Put(record), append, drop] }
 }
 
 #[test]

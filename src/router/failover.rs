@@ -61,6 +61,8 @@ pub(super) struct FailoverStream {
     not_before: Option<Instant>,
     alarm: Pin<Box<Sleep>>,
     gate: Option<BoxFuture<'static, ()>>,
+    /// With this it ends when the gate opens.
+    spoiled_by: Option<Failure>,
     is_leaving: watch::Receiver<bool>,
     is_cut: watch::Receiver<bool>,
     view: watch::Receiver<Arc<ClusterView>>,
@@ -133,6 +135,7 @@ impl FailoverStream {
             not_before: None,
             alarm: Box::pin(sleep_until(tokio::time::Instant::now())),
             gate,
+            spoiled_by: None,
         }
     }
 
@@ -166,7 +169,10 @@ impl FailoverStream {
                     Step::Cut => self.cut(),
                     Step::GateOpened => {
                         self.gate = None;
-                        self.log.open_gate();
+                        match self.spoiled_by.take() {
+                            Some(failure) => self.log.fail(failure),
+                            None => self.log.open_gate(),
+                        }
                     }
                     Step::Primary(sign) => self.hear_primary(sign),
                     Step::Successor(sign) => self.hear_successor(sign),
@@ -298,14 +304,16 @@ impl FailoverStream {
         self.note_latency();
         let lost = self.primary.take().expect("it was lost");
         self.relief = None;
+        if failure.kind == FailureKind::NumericsSuspect && lost.has_spoken() {
+            return self.spoil(failure);
+        }
         if self.take_over() {
             self.excluded.insert(lost.replica, now() + EXCLUSION);
             self.last_failure = Some(failure);
             self.open();
             return self.set_alarm();
         }
-        let is_tainted = failure.kind == FailureKind::NumericsSuspect && lost.has_spoken();
-        if is_tainted || !is_survivable(&failure, true) || !self.shared.can_move() {
+        if !is_survivable(&failure, true) || !self.shared.can_move() {
             return self.log.fail(failure);
         }
         self.exclude(lost.replica.clone(), lost.attempt, &failure);
@@ -325,6 +333,14 @@ impl FailoverStream {
         self.set_alarm();
     }
 
+    /// What the stream has may be wrong. It ends as soon as nobody can go on with it.
+    fn spoil(&mut self, failure: Failure) {
+        self.successor = None;
+        self.opening = None;
+        self.spoiled_by = Some(failure);
+        self.gate = Some(self.shared.clone().forget(self.log.clone()));
+    }
+
     /// Remembers that the replica failed, here and for everybody.
     fn exclude(&mut self, replica: Replica, attempt: Option<Attempt>, failure: &Failure) {
         self.shared.failed(&replica, attempt, failure.kind);
@@ -336,6 +352,9 @@ impl FailoverStream {
 
     /// Checks everything that time may have changed.
     fn look_around(&mut self) {
+        if self.spoiled_by.is_some() {
+            return self.set_alarm();
+        }
         let (now, stall) = (now(), self.shared.config.peer_stall_timeout);
         let is_silent = |source: &Source| now.saturating_duration_since(source.last_sign()) >= stall;
         let stalled = || Failure::new(FailureKind::PeerStalled, "The replica stopped answering.");

@@ -111,6 +111,21 @@ impl Replicator {
         }
     }
 
+    /// The stream has wrong tokens: nobody is to go on with them. Returns when its holders have forgotten it, or do not answer
+    /// in time.
+    pub async fn forget(&self, log: &StreamLog) {
+        let Some(stream) = self.streams.lock().remove(&log.key()) else { return };
+        let view = self.view.borrow().clone();
+        let tell = |holder: &Holder| {
+            let entries = vec![JournalEntry::Drop { key: log.key(), epoch: log.epoch() }];
+            let batch = JournalBatch { from: self.own.clone(), entries };
+            view.peers.get(&holder.node).map(|peer| timeout(self.ack_timeout, self.transport.journal(peer, batch)))
+        };
+        let mut told: FuturesUnordered<_> = stream.holders.iter().filter_map(tell).collect();
+        // Who does not answer may never: what it holds is gone when it ends, or with time.
+        while told.next().await.is_some() {}
+    }
+
     /// Sends what is new, until `shutdown`.
     pub async fn run(self: Arc<Self>, shutdown: CancellationToken) {
         let mut ticks = interval(FLUSH_INTERVAL);
@@ -272,6 +287,7 @@ fn weight(entry: &JournalEntry) -> usize {
             1024 + 4 * (record.head.prompt.len() + tokens)
         }
         JournalEntry::Append { tokens, .. } => 64 + 4 * tokens.len(),
+        JournalEntry::Drop { .. } => 64,
     }
 }
 

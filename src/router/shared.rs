@@ -401,6 +401,10 @@ impl Shared {
         Box::pin(async move { replicator.place(log).await })
     }
 
+    pub(super) fn forget(self: Arc<Self>, log: Arc<StreamLog>) -> BoxFuture<'static, ()> {
+        Box::pin(async move { self.replicator.forget(&log).await })
+    }
+
     /// The journal that this node keeps of a stream.
     pub(super) fn kept(&self, key: &JournalKey) -> Option<JournalRecord> {
         let mut journals = self.journals.lock();
@@ -416,8 +420,11 @@ impl Shared {
     /// The stream runs no more; what is known of it is kept for a while.
     pub(super) fn stream_ended(&self, log: &Arc<StreamLog>) {
         if log.is_named {
-            // A later epoch than ours may be kept already.
-            let _ = self.journals.lock().put(log.record(&self.own), now());
+            match log.is_spoiled() {
+                true => self.journals.lock().remove(log.key()),
+                // A later epoch than ours may be kept already.
+                false => _ = self.journals.lock().put(log.record(&self.own), now()),
+            }
             let mut streams = self.streams.lock();
             if streams.get(&log.key()).is_some_and(|running| Arc::ptr_eq(running, log)) {
                 streams.remove(&log.key());

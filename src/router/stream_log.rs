@@ -9,7 +9,8 @@ use tokio::sync::{Notify, mpsc};
 
 use crate::cluster::{ChoiceProgress, JournalHead, JournalKey, JournalRecord};
 use crate::types::{
-    ChoiceStart, Failure, Fingerprint, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId, TokenLogprobs,
+    ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId,
+    TokenLogprobs,
 };
 
 /// Whose numbers a stream has, as its clients are told. Cheap to clone.
@@ -255,6 +256,12 @@ impl StreamLog {
         state.publish(GenerationEvent::Failed(failure.clone()));
         state.failure = Some(failure);
         state.listeners.clear();
+    }
+
+    /// It has ended because its tokens may be wrong: nobody is to go on with them.
+    pub fn is_spoiled(&self) -> bool {
+        let state = self.state.lock();
+        state.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::NumericsSuspect)
     }
 
     pub fn is_complete(&self) -> bool {

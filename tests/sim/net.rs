@@ -381,7 +381,7 @@ impl PeerTransport for SimTransport {
         let (net, holder) = (self.net.clone(), Self::process(peer));
         let of = |entry: &JournalEntry| match entry {
             JournalEntry::Put(record) => (record.head.key, record.epoch),
-            JournalEntry::Append { key, epoch, .. } => (*key, *epoch),
+            JournalEntry::Append { key, epoch, .. } | JournalEntry::Drop { key, epoch } => (*key, *epoch),
         };
         let entries: Vec<_> = batch.entries.iter().map(of).collect();
         self.call("journal", peer, move |router| {
