@@ -25,7 +25,8 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Choices (a request has `n` for each prompt) that may wait beyond those for which the batch has room. 0 refuses whatever cannot run at once.
+    /// Choices (a request has `n` for each prompt) that may wait beyond those for which the batch has room. 0 refuses
+    /// whatever cannot run at once.
     pub max_num_queued_requests: u32,
     /// Prompt tokens that may wait. A prompt larger than this is let in when no other waits.
     pub max_num_queued_tokens: u64,

@@ -63,7 +63,7 @@ pub(super) fn flags() -> Vec<Arg> {
             .value_name("NAME")
             .value_delimiter(',')
             .value_parser(NonEmptyStringValueParser::new())
-            .help("Exercises to run, in this order [default: all]"),
+            .help("Exercises to run, in this order [default: all]; an unknown name lists them"),
         count("nodes", 16).default_value("3").help("Nodes to start"),
         count("streams", 1024).default_value("32").help("Streams in flight at one time"),
         count("tokens", 100_000).default_value("128").help("Tokens of each stream"),

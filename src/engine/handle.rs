@@ -221,8 +221,8 @@ impl EngineHandle {
         }
     }
 
-    /// Ends every stream with `failure`, as if a step had failed so: what it computes cannot be trusted any more. Returns at once; an
-    /// engine that hangs does not listen.
+    /// Ends every stream with `failure`, as if a step had failed so: what it computes cannot be trusted any more. Returns at
+    /// once; an engine that hangs does not listen.
     pub fn give_up(&self, failure: Failure) {
         // An engine that is gone has ended its streams already.
         let _ = self.commands.send(EngineCommand::GiveUp(failure));
