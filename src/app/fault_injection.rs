@@ -5,18 +5,18 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use axum::Router;
+use axum::body::Body;
 use axum::extract::State;
-use axum::extract::rejection::JsonRejection;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use axum::{Json, Router};
 use serde::Deserialize;
 
 use crate::api::ApiState;
+use crate::api::body::read_json;
 use crate::api::error::ApiError;
 use crate::engine::{EngineHandle, Fault};
-use crate::types::Failure;
 
 /// The engine, once there is one.
 pub type FaultTarget = Arc<OnceLock<EngineHandle>>;
@@ -61,18 +61,13 @@ pub fn fault_routes(target: FaultTarget, api: ApiState) -> Router {
 async fn inject(
     State((target, api)): State<(FaultTarget, ApiState)>,
     headers: HeaderMap,
-    request: Result<Json<FaultRequest>, JsonRejection>,
-) -> Response {
-    if let Err(failure) = api.keys.check(&headers) {
-        return ApiError::from(failure).into_response();
-    }
-    let request = match request {
-        Ok(Json(request)) => request,
-        Err(rejection) => return ApiError::from(Failure::invalid("fault", rejection.body_text())).into_response(),
-    };
+    body: Body,
+) -> Result<Response, ApiError> {
+    api.keys.check(&headers)?;
+    let request: FaultRequest = read_json(&api.config, &headers, body).await?;
     let Some(engine) = target.get() else {
-        return (StatusCode::SERVICE_UNAVAILABLE, "There is no engine yet.\n").into_response();
+        return Ok((StatusCode::SERVICE_UNAVAILABLE, "There is no engine yet.\n").into_response());
     };
     engine.inject_fault(request.into());
-    StatusCode::ACCEPTED.into_response()
+    Ok(StatusCode::ACCEPTED.into_response())
 }

@@ -40,7 +40,7 @@ pub(super) struct Request {
     sequences: SmallVec<[SequenceId; 1]>,
     has_left_queue: bool,
     /// Some choice has a token, perhaps from before it came here.
-    pub(super) has_tokens: bool,
+    has_tokens: bool,
     _slot: RequestSlot,
 }
 
@@ -255,12 +255,14 @@ impl Engine {
         Generation::new(&self.rules, &request.sampling, choice, &request.prompt)
     }
 
-    pub(super) fn send(&self, serial: Serial, event: GenerationEvent) {
+    pub(super) fn send(&mut self, serial: Serial, event: GenerationEvent) {
+        let request = self.requests.get_mut(&serial).expect("the request is known");
+        request.has_tokens |= matches!(event, GenerationEvent::Token { .. });
         // A closed channel is noticed at the next step.
-        let _ = self.requests[&serial].events.send(event);
+        let _ = request.events.send(event);
     }
 
-    /// Ends what is past its deadline. An answer without a token is none.
+    /// Ends what is past its deadline.
     fn expire(&mut self, now: Instant) {
         while let Some(&(deadline, serial)) = self.deadlines.first()
             && deadline <= now
@@ -268,7 +270,7 @@ impl Engine {
             add(&self.shared.counters.requests_deadline_exceeded, 1);
             match self.requests[&serial].has_tokens {
                 true => self.finish_all_choices(serial, &FinishReason::Deadline),
-                false => self.fail(serial, deadline_passed()),
+                false => self.fail(serial, Failure::deadline_passed()),
             }
         }
         if self.drain.as_ref().is_some_and(|drain| drain.deadline <= now) {
@@ -372,10 +374,6 @@ pub(super) fn engine_failed() -> Failure {
 
 pub(super) fn draining() -> Failure {
     Failure::new(FailureKind::Overloaded, "this server is shutting down")
-}
-
-fn deadline_passed() -> Failure {
-    Failure::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
 }
 
 fn probe_is_running() -> Failure {

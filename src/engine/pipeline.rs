@@ -173,7 +173,6 @@ impl Engine {
         self.scheduler.sampled(entry, sampled.token);
         add(&self.shared.counters.generation_tokens, 1);
         let logprobs = sampled.logprobs.map(Box::new);
-        self.requests.get_mut(&serial).expect("the request is known").has_tokens = true;
         self.send(serial, GenerationEvent::Token { choice: index, token: sampled.token, logprobs });
         if let Some(reason) = reason {
             self.finish(entry.id, reason);

@@ -397,7 +397,7 @@ impl FailoverStream {
         if self.want.deadline.is_some_and(|deadline| deadline <= now) {
             return match self.log.has_begun() {
                 true => self.log.finish_all(&FinishReason::Deadline),
-                false => self.log.fail(deadline_passed()),
+                false => self.log.fail(Failure::deadline_passed()),
             };
         }
         if now.saturating_duration_since(since) >= self.shared.config.failover_timeout {
@@ -494,10 +494,6 @@ fn is_survivable(failure: &Failure, was_accepted: bool) -> bool {
         | FailureKind::PeerStalled
         | FailureKind::Internal => true,
     }
-}
-
-pub(super) fn deadline_passed() -> Failure {
-    Failure::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
 }
 
 pub(super) fn now() -> Instant {

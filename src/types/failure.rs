@@ -88,6 +88,11 @@ impl Failure {
         Self { param: Some(param.into()), ..Self::new(FailureKind::InvalidRequest, message) }
     }
 
+    /// Without a token by its deadline, a request has no answer.
+    pub fn deadline_passed() -> Self {
+        Self::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
+    }
+
     pub fn with_code(mut self, code: &'static str) -> Self {
         self.code = Some(code);
         self

@@ -10,7 +10,7 @@ use outrigger::drill::client::DrillClient;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::cluster::{Cluster, post, slow_model};
+use crate::cluster::{Cluster, Reader, post, slow_model};
 use crate::real_server::COMPLETIONS;
 use crate::server::PATIENCE;
 
@@ -127,12 +127,10 @@ async fn a_stream_without_a_token_begins_anew_where_the_numbers_differ() {
 
 /// Reads a stream to its end: its tokens, and the code of the error with which it ended, if any.
 async fn read_to_any_end(url: &str, body: &Value, headers: &[(&str, &str)]) -> (Vec<Value>, Option<String>) {
-    let response = post(url, COMPLETIONS, body, headers).await;
-    assert_eq!(response.status(), 200);
-    let text = response.text().await.expect("a body");
+    let mut reader = Reader::open(url, COMPLETIONS, body, headers).await;
     let mut tokens = Vec::new();
-    for data in text.lines().filter_map(|line| line.strip_prefix("data: ")).filter(|data| *data != "[DONE]") {
-        let chunk: Value = serde_json::from_str(data).expect("JSON");
+    while let Some(event) = reader.next().await.filter(|event| event.data != "[DONE]") {
+        let chunk: Value = serde_json::from_str(&event.data).expect("JSON");
         if !chunk["error"].is_null() {
             return (tokens, Some(chunk["error"]["code"].as_str().expect("a code").to_owned()));
         }

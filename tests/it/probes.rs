@@ -141,8 +141,8 @@ async fn a_broken_device_fails_the_node_at_once_with_its_reason_and_ends_the_pro
 
 #[tokio::test]
 async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
-    let flags = ["--probe-interval", "500ms", "--probe-failure-threshold", "0"];
-    let server = RealServer::ready(&[["--fault-injection"].as_slice(), &flags].concat()).await;
+    let server =
+        RealServer::ready(&["--fault-injection", "--probe-interval", "500ms", "--probe-failure-threshold", "0"]).await;
     server.until("probed", async |server| probes(server, "ok").await >= 2.0).await;
     assert_eq!(server.status("/readyz").await, Some(200));
     let right_before = probes(&server, "ok").await;
@@ -163,8 +163,8 @@ async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
 
 #[tokio::test]
 async fn logits_that_are_no_numbers_end_the_stream_with_a_typed_error_then_make_unready_and_end_the_process() {
-    let flags = ["--probe-interval", "10m", "--probe-failure-threshold", "3", "--failure-linger", "5s"];
-    let mut server = RealServer::ready(&[["--fault-injection"].as_slice(), &flags].concat()).await;
+    let flags = ["--fault-injection", "--probe-interval=10m", "--probe-failure-threshold=3", "--failure-linger=5s"];
+    let mut server = RealServer::ready(&flags).await;
     let mut stream = server.stream(COMPLETIONS, &completion(2000)).await;
     stream.chunks(2).await;
     server.inject(&json!({"fault": "nan_logits"})).await;

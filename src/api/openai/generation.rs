@@ -310,8 +310,7 @@ impl Generation {
     /// The deadline has passed and the backend has not said so. An answer with tokens ends honestly; one without fails.
     fn expire(&mut self) -> Step {
         if !self.has_tokens() {
-            let message = "The deadline passed before the first token.";
-            return self.end(Failure::new(FailureKind::DeadlineExceeded, message));
+            return self.end(Failure::deadline_passed());
         }
         self.parts.iter_mut().for_each(|part| part.is_expired = true);
         self.try_next().expect("what has expired ends without waiting")

@@ -3,7 +3,6 @@
 use serde_json::json;
 
 use super::*;
-use crate::types::FailureKind;
 
 const PATH: &str = "/v1/completions";
 
@@ -64,11 +63,10 @@ async fn choices_of_several_prompts_are_numbered_through() {
 /// The engine has come to the first prompt only.
 #[tokio::test]
 async fn a_deadline_leaves_what_has_been_computed_of_several_prompts() {
-    let passed = || Failure::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.");
     let late = Arc::<[TokenId]>::from(ids("b"));
     let node = Node::new(move |request, events| {
         if request.prompt == late {
-            events.send(GenerationEvent::Failed(passed())).expect("somebody listens");
+            events.send(GenerationEvent::Failed(Failure::deadline_passed())).expect("somebody listens");
         } else {
             play(&events, request, &request.prompt.clone(), FinishReason::Length);
         }
