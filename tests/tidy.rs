@@ -4,6 +4,11 @@
 //! `crate::api::…` in the middle of a function counts as much as one in a `use` line. It does not resolve re-exports.
 //! The checks take text and give findings; the tests at the end break each of them once.
 
+#[path = "tidy/documents.rs"]
+mod documents;
+#[path = "tidy/links.rs"]
+mod links;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -375,61 +380,6 @@ fn files_have_a_head_and_a_bearable_length() {
     assert_none(files.iter().flat_map(|(file, source)| shape_findings(file, source)).collect());
 }
 
-/// The text of `document` with what stands between the marks of `name` replaced by `table`.
-fn with_table(document: &str, name: &str, table: &str) -> Option<String> {
-    let (start, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
-    let (before, rest) = document.split_once(&start)?;
-    let (_, after) = rest.split_once(&end)?;
-    Some(format!("{before}{start}{table}{end}{after}"))
-}
-
-/// The document holds the table that the code gives. `UPDATE_DOCS=1 cargo test --test tidy` rewrites it.
-fn assert_documented(file: &str, name: &str, table: &str) {
-    let path = root().join(file);
-    let document = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{file}: {error}"));
-    let wanted =
-        with_table(&document, name, table).unwrap_or_else(|| panic!("{file}: the marks of `{name}` are missing"));
-    if std::env::var_os("UPDATE_DOCS").is_some() {
-        fs::write(&path, wanted).unwrap();
-    } else {
-        assert!(document == wanted, "{file} is behind the code: UPDATE_DOCS=1 cargo test --test tidy");
-    }
-}
-
-#[test]
-fn the_readme_has_every_key() {
-    assert_documented("README.md", "keys", &outrigger::config::markdown_table());
-}
-
-#[test]
-fn the_metrics_page_has_every_metric() {
-    assert_documented("deploy/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table());
-}
-
-/// Words of the text that look like a series of ours: `vllm:…` or `outrigger_…`.
-fn series_names(text: &str) -> Vec<&str> {
-    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
-    let words = text.split(|c| !is_part(c));
-    words.filter(|word| word.starts_with("vllm:") || word.starts_with("outrigger_")).collect()
-}
-
-/// Series that no row of the metric table produces; a histogram produces three.
-fn unknown_series(text: &str, metrics_table: &str) -> Vec<String> {
-    let is_known = |name: &str| {
-        let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
-        metrics_table.contains(&format!("| `{name}` |"))
-            || family.is_some_and(|family| metrics_table.contains(&format!("| `{family}` | histogram |")))
-    };
-    series_names(text).into_iter().filter(|name| !is_known(name)).map(str::to_owned).collect()
-}
-
-#[test]
-fn alerts_name_series_that_exist() {
-    let alerts = fs::read_to_string(root().join("deploy/alerts.yaml")).expect("the alerts");
-    assert!(!series_names(&alerts).is_empty(), "no series in the alerts");
-    assert_none(unknown_series(&alerts, &outrigger::observability::metrics::markdown_table()));
-}
-
 /// The number behind `label`, at its first place in the text.
 fn number_after(text: &str, label: &str) -> u64 {
     let (_, rest) = text.split_once(label).unwrap_or_else(|| panic!("no `{label}`"));
@@ -563,25 +513,6 @@ mod broken_on_purpose {
         assert_eq!(fence_findings("hub/mod.rs", "let version = env!(\"CARGO_PKG_VERSION\");").len(), 0);
         assert_eq!(fence_findings("engine/model_runner.rs", "use outrigger_kernels::matmul;").len(), 0);
         assert_eq!(fence_findings("engine/scheduler.rs", "use outrigger_kernels as kernels;").len(), 1);
-    }
-
-    #[test]
-    fn a_document_behind_the_code_is_found() {
-        let document = "a\n<!-- keys: begin -->\nold\n<!-- keys: end -->\nz\n";
-        let renewed = with_table(document, "keys", "new\n").unwrap();
-        assert_eq!(renewed, "a\n<!-- keys: begin -->\nnew\n<!-- keys: end -->\nz\n");
-        assert_eq!(with_table(&renewed, "keys", "new\n").as_ref(), Some(&renewed));
-        assert_eq!(with_table(document, "metrics", ""), None);
-    }
-
-    #[test]
-    fn an_unknown_series_is_found() {
-        let table = "| `vllm:a_seconds` | histogram | |\n| `outrigger_b_total` | counter | |\n";
-        assert_eq!(unknown_series("rate(vllm:a_seconds_bucket[5m]) > outrigger_b_total", table), Vec::<String>::new());
-        assert_eq!(
-            unknown_series("outrigger_b_total_bucket + outrigger_c{x=\"y\"}", table),
-            ["outrigger_b_total_bucket", "outrigger_c"]
-        );
     }
 
     #[test]

@@ -1,5 +1,5 @@
 //! The table of keys: one row gives a key its name, its aliases, its syntax, its place in the sections and its help.
-//! The file, the environment, the flags, `--help`, `outrigger config` and the README's table all follow from it.
+//! The file, the environment, the flags, `--help`, `outrigger config` and the tables of docs/configuration.md all follow from it.
 //!
 //! Defaults are the sections' own; they are not repeated here.
 
@@ -72,16 +72,24 @@ pub fn nearest(name: &str) -> Option<&'static str> {
     names.filter(|known| similarity(known) > 0.85).max_by(|a, b| similarity(a).total_cmp(&similarity(b)))
 }
 
-/// The README's table.
-pub fn markdown_table() -> String {
+/// The tables of docs/configuration.md, one for each group.
+pub fn markdown_tables() -> String {
     let defaults = Config::default();
-    let mut table = String::from("| key | value | default | meaning |\n|---|---|---|---|\n");
+    let (mut table, mut group) = (String::new(), "");
     for key in KEYS {
+        if key.group != group {
+            group = key.group;
+            table += &format!("\n### {group}\n\n| key | value | default | meaning |\n|---|---|---|---|\n");
+        }
         let names: Vec<String> = key.names().map(|name| format!("`{name}`")).collect();
+        let default = match key.text(&defaults) {
+            text if text.is_empty() => "none".to_owned(),
+            text => format!("`{text}`"),
+        };
         let hint = key.hint.replace('|', " \\| ");
-        table += &format!("| {} | {hint} | `{}` | {} |\n", names.join(", "), key.text(&defaults), key.help);
+        table += &format!("| {} | {hint} | {default} | {} |\n", names.join(", "), key.help);
     }
-    table
+    table + "\n"
 }
 
 macro_rules! keys {
@@ -163,172 +171,172 @@ keys! {
         host: Text => api.host,
             "Address to listen on.";
         port: Count => api.port,
-            "Port to listen on; 0 takes a free one.";
+            "Port to listen on; 0 picks a free port.";
         api_keys | api_key: Secrets => api.api_keys,
-            "Keys that clients present, plain or as `sha256:` and 64 hexadecimal digits; without any, everybody may come in.";
+            "API keys that clients may present, in plain text or as `sha256:` and 64 hexadecimal digits. Without any, no key is asked for.";
         max_connections: Count => api.max_connections,
-            "Connections served at once; more get 503, but for health and metrics.";
+            "Most connections served at once. Further connections get 503, except for health and metrics.";
         max_body_bytes: Size => api.max_body_bytes,
-            "Longest body of a request.";
+            "Largest request body.";
         header_read_timeout | header_timeout: Time => api.header_read_timeout,
-            "Time in which the head of a request has to arrive, and for which an idle connection is kept.";
+            "Close a connection that has not sent a request's headers after this long, or that is idle for this long.";
         body_read_timeout | body_timeout: Time => api.body_read_timeout,
-            "Time in which the body of a request has to arrive.";
+            "Refuse a request whose body has not arrived after this long.";
         write_timeout: Time => api.write_timeout,
-            "Time for which a client may take nothing of what is sent to it; then its connection is cut.";
+            "Disconnect a client that reads nothing for this long.";
         stream_keep_alive: Time => api.stream_keep_alive,
-            "Silence on a stream after which a comment line is sent.";
+            "Send a comment line on a stream that has been silent for this long.";
         max_input_tokens: Auto<Count> => api.max_input_tokens,
-            "Longest prompt, in tokens; `auto` is what the model's context holds.";
+            "Longest prompt in tokens; `auto` is the model's context length.";
         max_output_tokens: Auto<Count> => api.max_output_tokens,
-            "Tokens generated per choice at most; `auto` is what the model's context holds.";
+            "Most tokens generated per choice; `auto` is the model's context length.";
     }
     "Model" {
         model: Text => process.model,
-            "What to serve: a name of the catalog, a hub id (`owner/name`), a directory, or a `.gguf` file.";
+            "Model to serve: a name from the catalog, a hub id (`owner/name`), a directory, or a `.gguf` file.";
         served_model_name: List => process.served_model_name,
-            "Names under which the API serves the model, the first in its answers; without any, the model's own name.";
+            "Names under which the API serves the model; responses carry the first. Without any, the model's own name.";
         load_format: Choice<LoadFormat> => process.load_format,
-            "Which files to load; `dummy` makes random weights in the shapes of a `config.json`, for measuring.";
+            "Which files to load. `dummy` fills the shapes of a `config.json` with random weights, for benchmarks.";
     }
     "Downloads" {
         home | download_dir: Auto<Location> => process.home,
-            "Where downloads are kept; `auto` is `outrigger` in the XDG cache folder.";
+            "Folder for downloads; `auto` is `outrigger` in the XDG cache folder.";
         revision: Text => hub.revision,
-            "Branch, tag or commit of a hub id.";
+            "Branch, tag or commit of a hub model.";
         hub_endpoint: Auto<Text> => hub.endpoint,
-            "Address of the model hub; `auto` is the public one. HF_ENDPOINT is understood as well.";
+            "URL of the model hub; `auto` is the public one. The variable HF_ENDPOINT also sets it.";
         hub_token | hf_token: Auto<Token> => hub.token,
-            "Access token for models that ask for one. HF_TOKEN is understood as well.";
+            "Access token for gated models. The variable HF_TOKEN also sets it.";
     }
     "Engine" {
         max_model_len: Auto<Count> => engine.max_model_len,
-            "Longest prompt and output together, in tokens; `auto` is the model's own limit.";
+            "Most tokens of prompt and output together; `auto` is the model's own limit.";
         max_num_seqs: Auto<Count> => compute.max_num_seqs,
-            "Sequences that are computed at one time; `auto` is 64, and 256 on a GPU.";
+            "Most sequences in a batch; `auto` is 64 on a CPU and 256 on a GPU.";
         max_num_batched_tokens: Auto<Count> => compute.max_num_batched_tokens,
-            "Tokens in one step; bounds the pause that a long prompt causes to others. `auto` is 512, and 8192 on a GPU.";
+            "Most tokens computed in one step. Less makes a long prompt delay other requests less. `auto` is 512 on a CPU and 8192 on a GPU.";
         max_num_requests: Count => engine.max_num_requests,
-            "Requests in the engine, running and waiting: a last bound on memory.";
+            "Most requests in the engine, running and waiting. A last bound on memory.";
         enable_prefix_caching: Switch => engine.enable_prefix_caching,
-            "Keeps the KV blocks of past prompts, and reuses them for prompts that begin alike.";
+            "Keep the KV blocks of past prompts and reuse them for prompts that start with the same tokens.";
     }
     "Compute" {
         device: Device => compute.device,
-            "What computes; `auto` is the first GPU where there is one, else the processors.";
+            "Device that computes; `auto` is the first GPU if there is one, else the CPU.";
         gpu_memory_utilization: Number => compute.gpu_memory_utilization,
-            "Fraction of the GPU's memory that this process may use: weights, activations, and the KV pool with what is left.";
+            "Fraction of the GPU's memory that this process may use for weights, activations and the KV cache.";
         dtype: Choice<DType> => compute.dtype,
-            "Number type of the weights in memory, and so of the arithmetic; `auto` is as the file has them.";
+            "Number type of the weights in memory and of the arithmetic; `auto` is the type in the model's files.";
         quantization: Choice<Quantization> => compute.quantization,
-            "What dense projections become on a GPU; `fp8` is E4M3 for weights (a scale a row) and for what they multiply.";
+            "Quantize dense weights when loading them on a GPU. `fp8` is E4M3, with one scale per row, for weights and activations.";
         kv_cache_dtype: Choice<KvCacheDType> => compute.kv_cache_dtype,
-            "Number type of the KV cache; `auto` follows `dtype`, and is float16 where that is `auto`.";
+            "Number type of the KV cache. `auto` is the same as `dtype`, or float16 if `dtype` is `auto`.";
         kv_cache_memory | kv_cache_memory_bytes: Auto<Size> => compute.kv_cache_memory,
-            "Size of the KV pool; `auto` is 1 GiB (pages never used cost nothing), on a GPU what `gpu_memory_utilization` leaves.";
+            "Size of the KV cache. `auto` is 1 GiB on a CPU (memory is taken as it is used), and what `gpu_memory_utilization` leaves on a GPU.";
         block_size: Count => compute.block_size,
-            "Tokens of a KV block: 16, 32 or a multiple of 64.";
+            "Tokens in a KV block: 16, 32 or a multiple of 64.";
         threads: Auto<Count> => compute.threads,
-            "Threads that compute; `auto` is as many as the process may use.";
+            "Compute threads; `auto` is the number of CPUs that the process may use.";
     }
     "Queue" {
         max_num_queued_requests | max_num_queued_reqs: Count => admission.max_num_queued_requests,
-            "Choices (a request has `n` for each prompt) that may wait beyond those for which the batch has room; over it requests get 429.";
+            "Most sequences that may wait for a place in the batch; a request counts `n` for each prompt. Further requests get 429.";
         max_num_queued_tokens: Count => admission.max_num_queued_tokens,
-            "Prompt tokens that may wait; over it requests get 429.";
+            "Most prompt tokens that may wait. Further requests get 429.";
     }
     "Health" {
         probe_interval: Time => health.probe_interval,
-            "From the end of one synthetic inference to the next.";
+            "Pause between two synthetic inferences.";
         probe_soft_limit: Time => health.probe_soft_limit,
-            "A slower synthetic inference degrades the node.";
+            "Report the node degraded when a synthetic inference takes longer than this.";
         probe_hard_limit: Time => health.probe_hard_limit,
-            "Without an answer for this long the node is unready.";
+            "Report the node unready when a synthetic inference takes longer than this.";
         probe_max_tokens: Count => health.probe_max_tokens,
-            "Tokens of a synthetic inference.";
+            "Tokens that a synthetic inference generates.";
         probe_recovery: Count => health.probe_recovery,
-            "Good synthetic inferences in a row that lift a bad verdict.";
+            "Successful synthetic inferences in a row that clear a bad result.";
         probe_failure_threshold: Count => health.probe_failure_threshold,
-            "Synthetic inferences with wrong numbers, and no right one between them, that make the node failed: restart it; 0 is never. The second follows the first at once.";
+            "Fail the node (it exits, to be restarted) after this many synthetic inferences with wrong tokens and no right one between them. 0 disables this. The node repeats a wrong one at once.";
         stall_timeout: Time => health.stall_timeout,
-            "An engine with work and without progress for this long makes the node unready.";
+            "Report the node unready when the engine has work but makes no progress for this long.";
         liveness_timeout: Time => health.liveness_timeout,
-            "An engine with work and without progress for this long makes the node failed: restart it.";
+            "Fail the node (it exits, to be restarted) when the engine has work but makes no progress for this long.";
         memory_interval: Time => health.memory_interval,
-            "From one reading of the memory to the next.";
+            "Time between two readings of the memory use.";
         memory_warn_mark: Number => health.memory_warn_mark,
-            "Fraction of the memory in use from which it is logged.";
+            "Log a warning when more than this fraction of the memory is in use.";
         memory_shrink_mark: Number => health.memory_shrink_mark,
-            "Fraction of the memory in use from which the node is degraded.";
+            "Report the node degraded, and send it fewer requests, when more than this fraction of the memory is in use.";
         memory_removal_mark: Number => health.memory_removal_mark,
-            "Fraction of the memory in use from which the node is unready.";
+            "Report the node unready when more than this fraction of the memory is in use.";
         queue_saturation_mark: Number => health.queue_saturation_mark,
-            "Fullness of the queue from which a node is unready, while another ready node is below it.";
+            "Report the node unready when its queue is fuller than this fraction and another ready node's is not.";
     }
     "Cluster" {
         node_id: Auto<Text> => cluster.node_id,
-            "Names this node among the others; `auto` is a random name.";
+            "Name of this node in the cluster; `auto` is a random name.";
         cluster_id: Text => cluster.cluster_id,
-            "Names the cluster; nodes of another name are not heard.";
+            "Name of the cluster. Nodes with another name are ignored.";
         gossip_addr: Auto<Address> => cluster.gossip_addr,
-            "UDP address to gossip on; `auto` is none: a cluster of one.";
+            "UDP address for gossip between nodes; `auto` is none, and the node runs alone.";
         gossip_advertise_addr: Auto<Address> => cluster.gossip_advertise_addr,
-            "Where others reach it; `auto` is `gossip_addr`.";
+            "Address at which other nodes reach `gossip_addr`; `auto` is `gossip_addr` itself.";
         peer_addr: Auto<Address> => cluster.peer_addr,
-            "TCP address on which other nodes call; `auto` is `gossip_addr`, host and port.";
+            "TCP address for calls from other nodes; `auto` is the same host and port as `gossip_addr`.";
         peer_advertise_addr: Auto<Address> => cluster.peer_advertise_addr,
-            "Where others reach it; `auto` is `peer_addr`, with the host of `gossip_advertise_addr` where that is given.";
+            "Address at which other nodes reach `peer_addr`; `auto` is `peer_addr`, with the host of `gossip_advertise_addr` if that is set.";
         peers: List => cluster.peers,
-            "Gossip addresses of other nodes, `host:port`; one is enough, and names are resolved again and again.";
+            "Gossip addresses of other nodes, `host:port`. One is enough. Host names are resolved repeatedly.";
         cluster_key_file: Auto<Location> => cluster.cluster_key_file,
-            "File with the secret that all nodes share, 32 bytes or more; all traffic between nodes is sealed with it.";
+            "File with the secret that all nodes share (32 bytes or more). It encrypts all traffic between nodes.";
         zone: Plain => cluster.zone,
-            "Requests prefer nodes of their own zone.";
+            "Name of this node's zone. Requests prefer nodes in the zone where they arrive.";
         gossip_interval: Time => cluster.gossip_interval,
-            "From one round of gossip to the next.";
+            "Time between two rounds of gossip.";
         peer_connect_timeout: Time => cluster.peer_connect_timeout,
-            "Time in which a connection to another node has to stand.";
+            "Give up connecting to another node after this long.";
         peer_tls_cert_file: Auto<Location> => cluster.peer_tls_cert_file,
             "Certificate chain (PEM) for calls between nodes; `auto` derives one from the cluster key.";
         peer_tls_key_file: Auto<Location> => cluster.peer_tls_key_file,
-            "Its private key (PEM).";
+            "Private key (PEM) of `peer_tls_cert_file`.";
         peer_tls_ca_file: Auto<Location> => cluster.peer_tls_ca_file,
-            "The authority (PEM) that signs the nodes' certificates.";
+            "Certificate authority (PEM) that signs the nodes' certificates.";
         admin_addr: Auto<Address> => api.admin_addr,
             "Address for `/cluster`, `outrigger status` and metrics; `auto` is none.";
     }
     "Routing" {
         placement: Choice<Strategy> => router.placement,
-            "How a replica is chosen; a request may say otherwise in `x-outrigger-placement`.";
+            "How to choose the replica for a request. A request can override it with the header `x-outrigger-placement`.";
         peer_stall_timeout: Time => router.peer_stall_timeout,
-            "Silence of a replica after which a stream continues on another.";
+            "Continue a stream on another replica when its replica sends nothing for this long.";
         max_failovers: Count => router.max_failovers,
-            "Replicas that one stream may lose.";
+            "Most times that one stream may move to another replica after a failure.";
         failover_timeout: Time => router.failover_timeout,
-            "How long a stream waits for a replica that could continue it.";
+            "End a stream with an error when no replica can continue it within this time.";
         retry_budget: Number => router.retry_budget,
-            "Retries before the first token, as a fraction of the requests.";
+            "Most retries before the first token, as a fraction of the requests.";
         journal_ttl: Time => router.journal_ttl,
-            "How long the journal of an ended or broken stream is kept, for clients that reconnect.";
+            "Keep the journal of a finished or broken stream for this long, so that its client can reconnect.";
         journal_memory: Size => router.journal_memory,
-            "Memory for all journals together.";
+            "Most memory for all journals together.";
         journal_ack_timeout: Time => router.journal_ack_timeout,
-            "How long a stream's first token waits for another node to hold its journal.";
+            "Delay a stream's first token by at most this long while waiting for another node to hold its journal.";
     }
     "Log" {
         log_format: Choice<LogFormat> => trace.log_format,
-            "Form of the log on standard error: `text` for people, `json` for collectors.";
+            "Format of the log on standard error: `text` for people, `json` for collectors.";
         log_level: Text => trace.log_level,
-            "Least severe level to log, or directives such as `info,outrigger=debug`.";
+            "Lowest level to log, or filter directives such as `info,outrigger=debug`.";
     }
     "Shutdown and faults" {
         shutdown_timeout: Time => process.shutdown_timeout,
-            "After SIGTERM or SIGINT, how long running requests may go on.";
+            "Let running requests continue for at most this long after SIGTERM or SIGINT.";
         drain_linger: Time => process.drain_linger,
-            "After SIGTERM, how long a node with peers still takes requests, for them; longer than a load balancer needs.";
+            "Keep taking requests, and pass them to peers, for this long after SIGTERM. Must be longer than a load balancer takes to notice.";
         failure_linger: Time => process.failure_linger,
-            "After the engine has failed, how long the front still answers probes before the process ends.";
+            "Keep answering probes for this long after the engine has failed; then exit.";
         fault_injection: Switch => process.fault_injection,
-            "Opens `POST /debug/fault`, which hangs, panics or corrupts the engine. For drills only.";
+            "Open `POST /debug/fault`, which makes the engine hang, panic or compute wrong numbers. For drills only.";
     }
 }

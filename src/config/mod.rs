@@ -19,7 +19,7 @@ use std::path::PathBuf;
 
 pub use compute::Compute;
 pub use drill::{DrillArguments, DrillTarget};
-pub use keys::{KEYS, Key, markdown_table};
+pub use keys::{KEYS, Key, markdown_tables};
 pub use process::Process;
 
 use crate::observability::trace;

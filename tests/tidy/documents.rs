@@ -1,0 +1,107 @@
+//! Documents that follow the code: tables that it writes, and names that it knows.
+//!
+//! Knows nothing of links and pages: see `links`.
+
+use std::fs;
+
+use super::{assert_none, links, root};
+
+/// The text of `document` with what stands between the marks of `name` replaced by `table`.
+fn with_table(document: &str, name: &str, table: &str) -> Option<String> {
+    let (start, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
+    let (before, rest) = document.split_once(&start)?;
+    let (_, after) = rest.split_once(&end)?;
+    Some(format!("{before}{start}{table}{end}{after}"))
+}
+
+/// Writes `table` between the marks of `name`, or adds a finding where the document holds another.
+fn follow(file: &str, name: &str, table: &str, findings: &mut Vec<String>) {
+    let path = root().join(file);
+    let document = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{file}: {error}"));
+    match with_table(&document, name, table) {
+        None => findings.push(format!("{file}: the marks of `{name}` are missing")),
+        Some(wanted) if wanted == document => {}
+        Some(wanted) if std::env::var_os("UPDATE_DOCS").is_some() => fs::write(&path, wanted).expect("writable"),
+        Some(_) => findings.push(format!("{file}: `{name}` is behind: UPDATE_DOCS=1 cargo test --test tidy")),
+    }
+}
+
+/// `UPDATE_DOCS=1 cargo test --test tidy` writes them.
+#[test]
+fn tables_and_contents_follow_the_code() {
+    let mut findings = Vec::new();
+    follow("docs/configuration.md", "keys", &outrigger::config::markdown_tables(), &mut findings);
+    follow("docs/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table(), &mut findings);
+    // The tables have headings of their own, so contents are last.
+    for (page, text) in links::pages().into_iter().filter(|(page, _)| is_manual(page)) {
+        follow(&page, "contents", &links::contents(&text), &mut findings);
+    }
+    assert_none(findings);
+}
+
+/// Pages of `docs/`, but for the index of them.
+fn is_manual(page: &str) -> bool {
+    page.starts_with("docs/") && page != "docs/README.md"
+}
+
+/// Words of the text that look like a series of ours: `vllm:…` or `outrigger_…`.
+fn series_names(text: &str) -> Vec<&str> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+    let words = text.split(|c| !is_part(c));
+    let is_series = |word: &&str| word.starts_with("vllm:") || word.starts_with("outrigger_");
+    // `outrigger_*` names none.
+    words.filter(is_series).filter(|word| !word.ends_with(['_', ':'])).collect()
+}
+
+/// Series that no row of the metric table produces; a histogram produces three.
+fn unknown_series(text: &str, metrics_table: &str) -> Vec<String> {
+    let is_known = |name: &str| {
+        let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
+        metrics_table.contains(&format!("| `{name}` |"))
+            || family.is_some_and(|family| metrics_table.contains(&format!("| `{family}` | histogram |")))
+    };
+    series_names(text).into_iter().filter(|name| !is_known(name)).map(str::to_owned).collect()
+}
+
+#[test]
+fn alerts_name_series_that_exist() {
+    let alerts = fs::read_to_string(root().join("deploy/alerts.yaml")).expect("the alerts");
+    assert!(!series_names(&alerts).is_empty(), "no series in the alerts");
+    assert_none(unknown_series(&alerts, &outrigger::observability::metrics::markdown_table()));
+}
+
+#[test]
+fn pages_name_series_that_exist() {
+    let table = outrigger::observability::metrics::markdown_table();
+    let in_page = |(page, text): (String, String)| {
+        unknown_series(&text, &table)
+            .into_iter()
+            .map(|name| format!("{page}: there is no series {name}"))
+            .collect::<Vec<_>>()
+    };
+    assert_none(links::pages().into_iter().filter(|(page, _)| is_manual(page)).flat_map(in_page).collect());
+}
+
+/// The checks themselves, each broken once.
+mod broken_on_purpose {
+    use super::*;
+
+    #[test]
+    fn a_document_behind_the_code_is_found() {
+        let document = "a\n<!-- keys: begin -->\nold\n<!-- keys: end -->\nz\n";
+        let renewed = with_table(document, "keys", "new\n").unwrap();
+        assert_eq!(renewed, "a\n<!-- keys: begin -->\nnew\n<!-- keys: end -->\nz\n");
+        assert_eq!(with_table(&renewed, "keys", "new\n").as_ref(), Some(&renewed));
+        assert_eq!(with_table(document, "metrics", ""), None);
+    }
+
+    #[test]
+    fn an_unknown_series_is_found() {
+        let table = "| `vllm:a_seconds` | histogram | |\n| `outrigger_b_total` | counter | |\n";
+        assert_eq!(unknown_series("rate(vllm:a_seconds_bucket[5m]) > outrigger_b_total", table), Vec::<String>::new());
+        assert_eq!(
+            unknown_series("outrigger_b_total_bucket + outrigger_c{x=\"y\"}", table),
+            ["outrigger_b_total_bucket", "outrigger_c"]
+        );
+    }
+}
