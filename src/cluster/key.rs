@@ -7,7 +7,7 @@ use ring::hkdf;
 
 /// Shorter secrets are refused.
 const MIN_BYTES: usize = 32;
-/// Longer files are no keys.
+/// Longer files are refused.
 const MAX_BYTES: usize = 64 << 10;
 
 #[derive(Debug, thiserror::Error)]
@@ -22,7 +22,7 @@ pub enum ClusterKeyError {
     Length { bytes: usize },
 }
 
-/// Derives a key for each purpose (HKDF-SHA256, RFC 5869), so that none says anything about another.
+/// Derives an independent key for each purpose (HKDF-SHA256, RFC 5869).
 #[derive(Clone)]
 pub struct ClusterKey(hkdf::Prk);
 

@@ -1,12 +1,12 @@
-//! Rendezvous hashing (Thaler and Ravishankar, 1998): which nodes answer for a key, without anybody keeping a list.
+//! Rendezvous hashing (Thaler and Ravishankar, 1998): assigns nodes to a key without a shared list.
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::journal::JournalKey;
 use crate::types::NodeId;
 
-/// The nodes in the order in which they answer for the key: the same on every node that knows the same nodes, and little
-/// changed when one comes or goes.
+/// The nodes in their order for the key. Every node that knows the same nodes gets the same order; a node that comes or goes
+/// changes it little.
 pub fn rank<'a>(key: &JournalKey, nodes: impl Iterator<Item = &'a NodeId>) -> Vec<&'a NodeId> {
     let seed = xxh3_64_with_seed(key.bytes(), 0);
     let mut ranked: Vec<(u64, &NodeId)> =

@@ -1,15 +1,15 @@
-//! Who is a peer: mutual TLS between nodes, and the certificates for it.
+//! Mutual TLS between nodes, and the certificates for it.
 //!
-//! A certificate is a peer's when the cluster's authority signed it and it holds for the cluster's name; both sides ask that
-//! of the other. Authority and name come from one of two places:
+//! A certificate is accepted if the cluster's authority signed it and it is valid for the cluster's name. Both sides check
+//! this. Authority and name come from one of two sources:
 //!
-//! * the cluster key: every node derives the same authority from it and mints a certificate of its own, whose key never
-//!   leaves the process. Nothing is to be distributed or renewed.
-//! * three files, read when the node starts. The name is the first DNS name of the node's own certificate that is no
-//!   wildcard; those of all nodes must have it. Addresses are not compared: gossip tells them, and nodes move. A certificate
-//!   with extended key usages must have those for server and for client.
+//! * the cluster key: every node derives the same authority from it and issues a certificate to itself, whose private key
+//!   never leaves the process. There is nothing to distribute or renew.
+//! * three files, read when the node starts. The name is the first DNS name of the node's own certificate that is not a
+//!   wildcard; the certificates of all nodes must have it. Addresses are not compared: gossip announces them, and nodes move.
+//!   A certificate with extended key usages must have those for server and client.
 //!
-//! Knows nothing of what is said over the connections, but that it is HTTP/2.
+//! Knows nothing of the traffic except that it is HTTP/2.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -34,11 +34,11 @@ use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 use super::config::Config;
 use super::key::ClusterKey;
 
-/// What derived certificates hold for.
+/// The name for which derived certificates are valid.
 const DERIVED_NAME: &str = "peer.outrigger.internal";
-/// What nodes speak inside TLS.
+/// The protocol inside TLS.
 const ALPN: &[u8] = b"h2";
-/// Larger files hold no certificates.
+/// Larger files are refused.
 const MAX_FILE_BYTES: usize = 1 << 20;
 /// An Ed25519 private key in PKCS #8 (RFC 8410) is this, followed by its 32 bytes.
 const ED25519_PKCS8_HEAD: [u8; 16] =
@@ -55,7 +55,7 @@ pub enum PeerTlsError {
     },
     #[error("{key}: {path} is larger than {MAX_FILE_BYTES} bytes")]
     TooLarge { key: &'static str, path: PathBuf },
-    #[error("{key}: {path} is no PEM file of what is wanted")]
+    #[error("{key}: {path} is not a PEM file with the expected content")]
     Pem {
         key: &'static str,
         path: PathBuf,
@@ -64,7 +64,9 @@ pub enum PeerTlsError {
     },
     #[error("{key}: {path} holds no certificate")]
     Empty { key: &'static str, path: PathBuf },
-    #[error("peer_tls_cert_file: the certificate has no DNS name that all nodes could share")]
+    #[error(
+        "peer_tls_cert_file: the certificate needs a DNS name that the certificates of all nodes share (not a wildcard)"
+    )]
     Nameless,
     #[error("{key}: the certificate or its key is not usable")]
     Unusable {
@@ -72,7 +74,7 @@ pub enum PeerTlsError {
         #[source]
         source: rustls::Error,
     },
-    #[error("peer_tls_ca_file: the certificates cannot be trusted")]
+    #[error("peer_tls_ca_file: the file does not hold usable authorities")]
     Untrusted(#[source] VerifierBuilderError),
     #[error("cluster_key_file: no certificate can be made from the key")]
     Mint(#[source] rcgen::Error),
@@ -83,7 +85,7 @@ pub type CallingStream = client::TlsStream<TcpStream>;
 /// A connection that a peer made.
 pub type CalledStream = server::TlsStream<TcpStream>;
 
-/// This node's side of TLS, towards peers that it calls and peers that call it.
+/// This node's TLS configuration, for calls to peers and from peers.
 #[derive(Clone)]
 pub struct PeerTls {
     acceptor: TlsAcceptor,
@@ -92,7 +94,7 @@ pub struct PeerTls {
 }
 
 impl PeerTls {
-    /// From the certificate files where the configuration names them, else from the cluster key.
+    /// Reads the certificate files if they are configured, else derives certificates from the cluster key.
     pub fn new(config: &Config, key: &ClusterKey) -> Result<Self, PeerTlsError> {
         match (&config.peer_tls_cert_file, &config.peer_tls_key_file, &config.peer_tls_ca_file) {
             (Some(certificate), Some(private_key), Some(authority)) => {
@@ -102,7 +104,7 @@ impl PeerTls {
         }
     }
 
-    /// With a certificate minted now, signed by the authority that every holder of `key` derives.
+    /// Issues a new certificate, signed by the authority that every holder of `key` derives.
     pub fn from_key(key: &ClusterKey) -> Result<Self, PeerTlsError> {
         let authority = derived_authority(key).map_err(PeerTlsError::Mint)?;
         let (certificate, private_key) = mint(&authority).map_err(PeerTlsError::Mint)?;
@@ -134,8 +136,8 @@ impl PeerTls {
         Ok(stream)
     }
 
-    /// The client's side of the handshake. It has no time limit of its own. That the other side refused this one's
-    /// certificate shows only when something is read (TLS 1.3).
+    /// The client's side of the handshake. It has no time limit of its own. If the peer refuses this node's certificate, that
+    /// shows only at the first read (TLS 1.3).
     pub async fn connect(&self, stream: TcpStream) -> io::Result<CallingStream> {
         let stream = self.connector.connect(self.name.clone(), stream).await?;
         speaks_http2(stream.get_ref().1.alpn_protocol())?;
@@ -150,7 +152,7 @@ fn speaks_http2(protocol: Option<&[u8]>) -> io::Result<()> {
     Ok(())
 }
 
-/// What a node shows of itself, and whom it believes.
+/// This node's certificate, and the authorities that it trusts.
 struct Identity {
     /// Its own certificate first.
     chain: Vec<CertificateDer<'static>>,
@@ -170,7 +172,7 @@ impl Identity {
             roots.add(authority).map_err(unusable(authority_key))?;
         }
         let roots = Arc::new(roots);
-        // Named here, since the process may have another default, or none.
+        // Named here because the process may have another default provider, or none.
         let provider = Arc::new(ring::default_provider());
 
         let chain_verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider.clone())
@@ -184,7 +186,7 @@ impl Identity {
             .with_single_cert(self.chain.clone(), self.private_key.clone_key())
             .map_err(unusable(chain_key))?;
         server.alpn_protocols = vec![ALPN.to_vec()];
-        // Connections live as long as the nodes: nothing is resumed, and everybody is asked who he is.
+        // Connections live as long as the nodes, so there is no session resumption: every handshake checks the certificate.
         server.send_tls13_tickets = 0;
 
         let client = client_config(provider, roots, self.chain, self.private_key, chain_key)?;
@@ -217,7 +219,7 @@ fn client_config(
     Ok(config)
 }
 
-/// rustls compares names only towards servers; here callers are asked the same.
+/// rustls checks the name only of servers. This checks it for clients as well.
 #[derive(Debug)]
 struct NamedClientVerifier {
     chain_verifier: Arc<dyn ClientCertVerifier>,
@@ -263,7 +265,7 @@ impl ClientCertVerifier for NamedClientVerifier {
     }
 }
 
-/// Its certificate is the same on every node: an Ed25519 signature is a function of key and text.
+/// The authority's certificate is the same on every node: an Ed25519 signature is a function of key and message.
 fn derived_authority(key: &ClusterKey) -> Result<CertifiedIssuer<'static, KeyPair>, rcgen::Error> {
     let pkcs8 = [&ED25519_PKCS8_HEAD[..], &key.derive("peer ca")].concat();
     let key_pair = KeyPair::from_pkcs8_der_and_sign_algo(&PrivatePkcs8KeyDer::from(pkcs8), &PKCS_ED25519)?;
@@ -287,15 +289,16 @@ fn mint(
     Ok((certificate.der().clone(), PrivatePkcs8KeyDer::from(key_pair.serialize_der()).into()))
 }
 
-/// Valid at all times. A minted key dies with its process and is worth no more than the cluster key beside it, so that an
-/// end would protect nobody: it could only cut off a node that runs for long, or whose clock is wrong.
+/// Valid at all times. The key of an issued certificate lives no longer than its process and is worth no more than the
+/// cluster key beside it. An expiry date would protect nobody; it could only cut off a node that runs for long or whose
+/// clock is wrong.
 fn timeless(params: CertificateParams) -> CertificateParams {
     let mut params = params;
     (params.not_before, params.not_after) = (date_time_ymd(1975, 1, 1), date_time_ymd(4096, 1, 1));
     params
 }
 
-/// The first DNS name that another certificate can be compared with.
+/// The first DNS name that is not a wildcard.
 fn shared_name(certificate: &CertificateDer<'_>) -> Result<ServerName<'static>, PeerTlsError> {
     let parsed = webpki::EndEntityCert::try_from(certificate).map_err(|_| PeerTlsError::Nameless)?;
     let mut names = parsed.valid_dns_names().filter_map(|name| ServerName::try_from(name.to_owned()).ok());

@@ -10,9 +10,9 @@ use crate::types::NodeId;
 /// A snapshot; replaced as a whole when something changes.
 #[derive(Clone, Debug, Default)]
 pub struct ClusterView {
-    /// Live peers, this node not among them.
+    /// Live peers, without this node.
     pub peers: BTreeMap<NodeId, Arc<Peer>>,
-    /// Peers that gossip holds for dead and has not forgotten yet.
+    /// Peers that gossip considers dead and has not forgotten yet.
     pub dead: Vec<NodeId>,
 }
 
@@ -20,13 +20,13 @@ pub struct ClusterView {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Peer {
     pub id: NodeId,
-    /// Greater for a later process of the same name.
+    /// Greater for a later process with the same name.
     pub incarnation: u64,
     pub description: NodeDescription,
     pub report: LoadReport,
     /// When the report arrived here, by this node's clock.
     pub reported_at: Instant,
-    /// It came and went too often lately: 0 to 1, multiplies its weight.
+    /// 0 to 1; below 1 for a peer that came and went often lately. Multiplies its weight.
     pub stability: f64,
 }
 

@@ -1,5 +1,5 @@
-//! Cuts a message into pieces that each fit a datagram, and puts pieces together again. Bounded in every direction. Pure;
-//! time is passed in.
+//! Splits a message into fragments that fit a datagram, and reassembles them. Every buffer is bounded. Pure; time is passed
+//! in.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -8,20 +8,20 @@ use tokio::time::Instant;
 
 use super::keys::SessionId;
 
-/// Pieces of one message. Chitchat's messages have at most 64 KiB.
+/// The most fragments of one message. Chitchat's messages have at most 64 KiB.
 pub(super) const MAX_FRAGMENTS: usize = 64;
-/// Messages of one sender, and of all senders, of which pieces are missing.
+/// The most incomplete messages, per sender and in all.
 const MAX_PER_SENDER: usize = 4;
 const MAX_PARTIALS: usize = 128;
-/// Bytes that wait for the rest of their message.
+/// The most bytes in incomplete messages.
 const MAX_BYTES: usize = 2 << 20;
-/// The pieces of a message are sent in one go, so what is still missing then is lost.
+/// An incomplete message is dropped after this long: its fragments are sent at once, so a missing one is lost.
 const MAX_AGE: Duration = Duration::from_secs(2);
 
-/// One piece.
+/// One fragment of a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Fragment<'a> {
-    /// Counts the sender's messages.
+    /// The number of the message, counted by the sender.
     pub(super) message: u32,
     pub(super) index: u8,
     pub(super) count: u8,
@@ -45,23 +45,23 @@ pub(super) fn split(message: u32, bytes: &[u8], size: usize) -> Option<impl Iter
     Some((0..count).map(fragment))
 }
 
-/// What came of a fragment.
+/// The result of adding a fragment.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Joined {
     Message(Vec<u8>),
-    /// Others are missing.
+    /// Other fragments of the message are missing.
     Waiting,
-    /// It contradicts its own kind.
+    /// It contradicts the other fragments of its message.
     Unsound,
 }
 
-/// Messages of which pieces are missing, the oldest first.
+/// Incomplete messages, oldest first.
 #[derive(Default)]
 pub(super) struct Reassembly {
     partials: VecDeque<Partial>,
-    /// Of all partials.
+    /// Bytes of all partial messages.
     bytes: usize,
-    /// Messages given up since `take_given_up`.
+    /// Messages dropped since the last `take_given_up`.
     given_up: u64,
 }
 
@@ -105,7 +105,7 @@ impl Reassembly {
         if partial.missing == 0 { Joined::Message(self.remove(at)) } else { Joined::Waiting }
     }
 
-    /// How many messages were given up since the last call.
+    /// The number of messages dropped since the last call.
     pub(super) fn take_given_up(&mut self) -> u64 {
         std::mem::take(&mut self.given_up)
     }
@@ -114,7 +114,7 @@ impl Reassembly {
         self.partials.iter().position(|partial| partial.message == message && partial.sender == *sender)
     }
 
-    /// Makes room for one more message, at the cost of the oldest, and returns its place.
+    /// Makes room for one more message, dropping the oldest if necessary, and returns its index.
     fn begin(&mut self, sender: SessionId, first: Fragment<'_>, now: Instant) -> usize {
         let of_sender = |partial: &Partial| partial.sender == sender;
         if self.partials.iter().filter(|partial| of_sender(partial)).count() >= MAX_PER_SENDER {

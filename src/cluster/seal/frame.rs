@@ -1,4 +1,4 @@
-//! What is sealed in a datagram. Pure.
+//! The content of an encrypted datagram. Pure.
 
 use super::fragments::Fragment;
 use super::keys::SessionId;
@@ -8,13 +8,13 @@ const KIND_FRAGMENT: u8 = 0;
 const KIND_CHALLENGE: u8 = 1;
 const KIND_ANSWER: u8 = 2;
 
-/// What a frame adds to the bytes of a fragment.
+/// Bytes that a frame adds to those of a fragment.
 pub(super) const FRAGMENT_OVERHEAD: usize = 1 + size_of::<Cookie>() + 4 + 1 + 1;
 
-/// Whatever it holds, a frame shows the cookie that the sender has got from the receiver.
+/// A frame: the cookie that the receiver gave to the sender, and the content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Frame<'a> {
-    /// Zeros when it has got none.
+    /// Zeros if the receiver has given none.
     pub(super) cookie: Cookie,
     pub(super) content: Content<'a>,
 }
@@ -23,11 +23,11 @@ pub(super) struct Frame<'a> {
 pub(super) enum Content<'a> {
     Fragment(Fragment<'a>),
     Challenge(Challenge),
-    /// Nothing but the cookie.
+    /// Only the cookie.
     Answer,
 }
 
-/// Says: I have got a datagram of a session that I do not know. Show this cookie, so that I see that you live.
+/// Tells the sender of a datagram that its session is not known here, and which cookie it must send to prove that it is alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Challenge {
     /// The session and number of that datagram.
@@ -62,7 +62,7 @@ impl<'a> Frame<'a> {
         bytes
     }
 
-    /// `None` for what is no frame.
+    /// Returns `None` if the bytes are not a frame.
     pub(super) fn decode(bytes: &'a [u8]) -> Option<Self> {
         let (&kind, rest) = bytes.split_first()?;
         let (&cookie, rest) = rest.split_first_chunk()?;

@@ -1,22 +1,22 @@
-//! The key of a session, and what is written in front of a sealed datagram.
+//! Session keys, and the plaintext header of an encrypted datagram.
 
 use ring::aead::{Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use ring::hkdf::{HKDF_SHA256, Prk};
 
 use crate::cluster::ClusterKey;
 
-/// Of the layout of a datagram.
+/// The version of the datagram's layout.
 const VERSION: u8 = 1;
 const SESSION_BYTES: usize = 16;
-/// Version, session, number.
+/// The header: version, session, number.
 pub(super) const HEADER_BYTES: usize = 1 + SESSION_BYTES + 8;
-/// Poly1305's.
+/// The size of a Poly1305 tag.
 pub(super) const TAG_BYTES: usize = 16;
 
-/// One run of one process, drawn at random when it starts.
+/// Identifies one run of one process. Drawn at random when it starts.
 pub type SessionId = [u8; SESSION_BYTES];
 
-/// Opens the datagrams of every session.
+/// Derives session keys, and decrypts the datagrams of every session.
 pub(super) struct Keys {
     prk: Prk,
     cluster_id: Box<[u8]>,
@@ -34,12 +34,12 @@ impl Keys {
         SessionKey(LessSafeKey::new(UnboundKey::from(expanded)))
     }
 
-    /// The header and the cluster's name are authenticated, the rest is sealed.
+    /// The header and the cluster id are authenticated; the rest is encrypted.
     fn associated_data(&self, header: &[u8]) -> Aad<Vec<u8>> {
         Aad::from([header, &self.cluster_id].concat())
     }
 
-    /// Turns `frame` into a datagram.
+    /// Encrypts `frame` into a datagram.
     pub(super) fn seal(&self, key: &SessionKey, header: Header, frame: &[u8]) -> Vec<u8> {
         let header_bytes = header.encode();
         let mut datagram = Vec::with_capacity(HEADER_BYTES + frame.len() + TAG_BYTES);
@@ -57,7 +57,7 @@ impl Keys {
         datagram
     }
 
-    /// The frame in a datagram whose header has been read; `None` when this key did not seal it.
+    /// Decrypts the frame of a datagram whose header has been read. Returns `None` if it was not encrypted with this key.
     pub(super) fn open<'a>(&self, key: &SessionKey, header: Header, datagram: &'a mut [u8]) -> Option<&'a [u8]> {
         let (header_bytes, sealed) = datagram.split_at_mut_checked(HEADER_BYTES)?;
         let frame = key.0.open_in_place(header.nonce(), self.associated_data(header_bytes), sealed).ok()?;
@@ -65,14 +65,14 @@ impl Keys {
     }
 }
 
-/// Seals and opens the datagrams of one session.
+/// Encrypts and decrypts the datagrams of one session.
 pub(super) struct SessionKey(LessSafeKey);
 
-/// What stands in the open.
+/// The part of a datagram that is not encrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) session: SessionId,
-    /// Counts the session's datagrams. Never repeats, and so neither does the nonce under the session's key.
+    /// The number of the datagram within its session. It never repeats, so neither does the nonce under the session's key.
     pub(super) number: u64,
 }
 
@@ -85,7 +85,7 @@ impl Header {
         bytes
     }
 
-    /// `None` for what is no datagram of ours.
+    /// Returns `None` if the bytes are not a datagram of this protocol.
     pub(super) fn decode(datagram: &[u8]) -> Option<Self> {
         let (header, sealed) = datagram.split_first_chunk::<HEADER_BYTES>()?;
         if header[0] != VERSION || sealed.len() < TAG_BYTES {

@@ -1,22 +1,22 @@
-//! Seals what nodes gossip. Without the cluster's key a datagram can neither be read, nor made, nor sent a second time.
+//! Encrypts and authenticates gossip. Without the cluster key, nobody can read, forge or replay a datagram.
 //!
-//! *Key and nonce.* Each run of a process is a session with a random name of 128 bits. Its key is derived from the cluster
-//! key, the purpose and that name (HKDF-SHA256); its datagrams are numbered, and the number is the nonce of
-//! ChaCha20-Poly1305. So a nonce repeats under a key only if two sessions draw the same name, for which 2^40 starts have a
-//! chance of 2^-49, or if a virtual machine is resumed twice from one snapshot, against which nothing here helps. The header
-//! and the cluster's name are authenticated with each datagram.
+//! *Key and nonce.* Each run of a process is a session with a random 128-bit id. The session's key is derived from the
+//! cluster key, the purpose and the id (HKDF-SHA256). Its datagrams are numbered, and the number is the nonce of
+//! ChaCha20-Poly1305. So a nonce repeats under a key only if two sessions draw the same id (probability 2^-49 after 2^40
+//! starts), or if a virtual machine is resumed twice from one snapshot, which this does not protect against. The header and
+//! the cluster id are authenticated with each datagram.
 //!
-//! *Replay.* A known session has a window of numbers; each passes once. A session is known only after it has answered this
-//! process's challenge: its datagrams show a cookie that this process gave it within the last minute, by this process's own
-//! clock. So what was recorded before this process started, or of a session that it has forgotten since (bounded table,
-//! idle sessions go), is answered with a challenge that a recording cannot meet. No clocks of two nodes are compared.
-//! What remains: somebody on the way may hold datagrams back, and deliver each once within the window, until the session has
-//! been silent for five minutes. Gossip is versioned, so late news changes nothing; a node that has just died can be made
-//! to look alive for as many datagrams as were held back.
+//! *Replay.* A known session has a window of numbers, and each number is accepted once. A session becomes known when it
+//! answers this process's challenge: its datagrams carry a cookie that this process issued within the last minute, by its own
+//! clock. A datagram recorded before this process started, or from a session that it has forgotten since (the table is
+//! bounded and drops idle sessions), gets a challenge that a recording cannot answer. Clocks of two nodes are never compared.
+//! What remains: an attacker on the path can delay datagrams and deliver each once within the window, until the session has
+//! been silent for five minutes. Gossip is versioned, so late news changes nothing, but a node that has just died can be made
+//! to look alive for as many datagrams as were delayed.
 //!
-//! *Strangers* cost one key derivation and one failed tag for each datagram, and no memory.
+//! *Senders without the key* cost one key derivation and one failed tag check per datagram, and no memory.
 //!
-//! Messages are compressed before. That tells a listener how well they compress, which is no secret here.
+//! Messages are compressed before encryption. Their length then shows how well they compress, which is not a secret here.
 //!
 //! `Endpoint` is sans-IO: bytes in, bytes out, time passed in. `transport` moves the bytes.
 
@@ -43,36 +43,36 @@ use self::keys::{HEADER_BYTES, Header, Keys, SessionKey, TAG_BYTES};
 use self::sessions::{Cookie, NO_COOKIE, Sessions};
 use super::ClusterKey;
 
-/// Crosses every network in one piece: IPv6's least packet of 1280 bytes holds it with its headers.
+/// Fits every network without fragmentation: with its headers it is within IPv6's minimum packet of 1280 bytes.
 pub const MAX_DATAGRAM_BYTES: usize = 1200;
-/// Of a message in one datagram.
+/// Bytes of a message that one datagram carries.
 const FRAGMENT_BYTES: usize = MAX_DATAGRAM_BYTES - HEADER_BYTES - TAG_BYTES - FRAGMENT_OVERHEAD;
-/// Addresses whose cookie is remembered.
+/// The most addresses whose cookie is remembered.
 const MAX_COOKIES: usize = 1024;
-/// Datagrams whose address is remembered, for the challenges that they bring.
+/// The most sent datagrams whose address is remembered, to match the challenges that they cause.
 const MAX_RECENT: usize = 1024;
-/// Bounds what a flood of recorded datagrams makes this node send.
+/// Limits what this node sends in reply to a flood of replayed datagrams.
 const MAX_CHALLENGES_PER_SECOND: u32 = 256;
 
-/// Why a datagram or a message was not delivered; the label of a metric.
+/// Why a datagram or a message was not delivered. The label of a metric.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum DropReason {
-    /// No datagram of this protocol, or one that its sender has made wrongly.
+    /// Not a datagram of this protocol, or malformed by its sender.
     Malformed,
-    /// Another key or another cluster, or changed on the way.
+    /// Encrypted with another key or for another cluster, or changed in transit.
     Unauthenticated,
-    /// This node's own.
+    /// Sent by this node itself.
     Own,
     Replayed,
-    /// Its session has not yet answered a challenge.
+    /// The session has not answered a challenge yet.
     Unproven,
     /// Too many sessions.
     Crowded,
-    /// Pieces of a message did not arrive.
+    /// Fragments of the message did not arrive.
     Incomplete,
-    /// A message too long to send.
+    /// The message is too long to send.
     Oversized,
-    /// The operating system did not send it.
+    /// The operating system refused to send it.
     Unsent,
 }
 
@@ -104,12 +104,12 @@ impl DropReason {
     }
 }
 
-/// What came of a datagram.
+/// The result of receiving a datagram.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Received {
-    /// A whole message, if this datagram completed one.
+    /// The message that this datagram completed, if any.
     pub message: Option<Vec<u8>>,
-    /// A datagram to send back to where this one came from.
+    /// A datagram to send back to the sender.
     pub reply: Option<Vec<u8>>,
     pub dropped: Option<DropReason>,
 }
@@ -120,16 +120,16 @@ impl Received {
     }
 }
 
-/// One process's end of all its conversations.
+/// This process's side of the encrypted gossip with all nodes.
 pub struct Endpoint {
     keys: Keys,
     own: SessionId,
     own_key: SessionKey,
-    /// Of the next datagram.
+    /// The number of the next datagram.
     next_number: u64,
     next_message: u32,
     sessions: Sessions,
-    /// What the others want to see.
+    /// The cookies that other nodes expect from us, by address.
     cookies: BTreeMap<SocketAddr, Cookie>,
     /// Where the last datagrams went; the newest has number `next_number - 1`.
     recent: VecDeque<SocketAddr>,
@@ -138,7 +138,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// `session` and `secret` are random, and never used before.
+    /// `session` and `secret` must be random and never used before.
     pub fn new(key: &ClusterKey, cluster_id: &str, session: SessionId, secret: [u8; 32], now: Instant) -> Self {
         let keys = Keys::new(key, cluster_id);
         Self {
@@ -196,7 +196,7 @@ impl Endpoint {
         }
     }
 
-    /// How many messages were given up, since the last call, because pieces of them did not arrive.
+    /// The number of messages dropped since the last call because fragments did not arrive.
     pub fn take_incomplete(&mut self) -> u64 {
         self.reassembly.take_given_up()
     }
@@ -226,8 +226,8 @@ impl Endpoint {
             }
             return self.deliver(from, header, frame.content, now);
         }
-        // A challenge is heard from anybody, since it names a recent datagram of this very process; its answer below
-        // takes the other's challenge along.
+        // A challenge from an unknown session is accepted, because it names a recent datagram of this process. The reply
+        // below carries our own challenge along.
         if let Content::Challenge(challenge) = frame.content {
             self.note_cookie(from, &challenge);
         }
@@ -254,8 +254,8 @@ impl Endpoint {
         }
     }
 
-    /// Remembers what a challenge wants to see, if it answers a recent datagram of this process. The other may be reached
-    /// under another address than the one that it sends from.
+    /// Remembers the cookie of a challenge, if the challenge answers a recent datagram of this process. The peer may be
+    /// reachable at another address than the one that it sends from, so both are remembered.
     fn note_cookie(&mut self, from: SocketAddr, challenge: &Challenge) -> bool {
         let age = self.next_number.checked_sub(challenge.number).filter(|_| challenge.session == self.own);
         let sent = age.and_then(|age| self.recent.len().checked_sub(usize::try_from(age).ok()?));
@@ -270,7 +270,7 @@ impl Endpoint {
     }
 }
 
-/// Challenges of the current second.
+/// The number of challenges sent in the current second.
 struct ChallengeBudget {
     since: Instant,
     spent: u32,

@@ -1,10 +1,10 @@
-//! Which numbers of a session have been seen: a sliding window, as IPsec's (RFC 6479). Pure.
+//! A sliding window of the datagram numbers that a session has used, like IPsec's (RFC 6479). Pure.
 
-/// Datagrams that may overtake one another.
+/// How far datagrams may arrive out of order.
 const WINDOW: u64 = 1024;
 const WORDS: usize = (WINDOW / 64) as usize;
 
-/// The last `WINDOW` numbers of one session.
+/// Which of the last `WINDOW` numbers of a session have been seen.
 pub(super) struct ReplayWindow {
     highest: u64,
     /// Bit `n % WINDOW` says whether number `n` has been seen.
@@ -12,13 +12,13 @@ pub(super) struct ReplayWindow {
 }
 
 impl ReplayWindow {
-    /// Begins with `number`. All before it count as seen: what an earlier window has let through, before the session was
-    /// forgotten, must not pass a second time.
+    /// Starts at `number`. All earlier numbers count as seen: an earlier window may have accepted them before the session was
+    /// forgotten, and they must not be accepted again.
     pub(super) fn starting_at(number: u64) -> Self {
         Self { highest: number, seen: [u64::MAX; WORDS] }
     }
 
-    /// Whether `number` is new; it is not new again.
+    /// Returns whether `number` is new, and marks it as seen.
     pub(super) fn accept(&mut self, number: u64) -> bool {
         if number > self.highest {
             let passed = (number - self.highest).min(WINDOW);

@@ -1,6 +1,6 @@
-//! Whose datagrams are heard: sessions that have shown that they live now. Pure; time is passed in.
+//! The sessions whose datagrams are accepted: those that have proved to be alive. Pure; time is passed in.
 //!
-//! A cookie is a keyed hash of the session and of the receiver's own time, so that giving one costs no memory.
+//! A cookie is a keyed hash of the session and the receiver's time, so issuing one costs no memory.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -13,18 +13,18 @@ use super::keys::{SessionId, SessionKey};
 use super::replay::ReplayWindow;
 
 pub(super) type Cookie = [u8; 16];
-/// Of a sender that has got none yet.
+/// Sent by a node that has no cookie yet.
 pub(super) const NO_COOKIE: Cookie = [0; 16];
 
-/// Sessions that are known at one time.
+/// The most sessions that are known at one time.
 const MAX_SESSIONS: usize = 1024;
-/// A cookie is good in the epoch that it was given in, and in the next one.
+/// A cookie is valid in the epoch in which it was issued, and in the next one.
 const EPOCH: Duration = Duration::from_secs(30);
-/// A session that is silent for so long is forgotten. Longer than any cookie is good: else the datagrams of a forgotten
-/// session, sent a second time, would still show a good one.
+/// A session that is silent for this long is forgotten. This is longer than any cookie is valid; otherwise replayed
+/// datagrams of a forgotten session would still carry a valid cookie.
 const SESSION_IDLE: Duration = Duration::from_secs(300);
 const _: () = assert!(SESSION_IDLE.as_secs() > 2 * EPOCH.as_secs());
-/// A session so silent makes room for another when there is none left.
+/// A session that is silent for this long may be dropped to make room for another.
 const CROWDED_IDLE: Duration = Duration::from_secs(2 * EPOCH.as_secs() + 1);
 
 pub(super) struct Sessions {
@@ -40,7 +40,7 @@ struct Session {
 }
 
 impl Sessions {
-    /// `secret` is this process's own, and random.
+    /// `secret` is random and private to this process.
     pub(super) fn new(secret: [u8; 32], now: Instant) -> Self {
         Self { secret: hmac::Key::new(hmac::HMAC_SHA256, &secret), start: now, known: HashMap::new() }
     }
@@ -51,7 +51,7 @@ impl Sessions {
         (now.saturating_duration_since(session.heard_at) <= SESSION_IDLE).then_some(&session.key)
     }
 
-    /// Whether a datagram of a known session is new. It was authentic.
+    /// Returns whether an authentic datagram of a known session is new.
     pub(super) fn accept(&mut self, id: &SessionId, number: u64, now: Instant) -> bool {
         let Some(session) = self.known.get_mut(id) else { return false };
         let is_new = session.window.accept(number);
@@ -61,7 +61,7 @@ impl Sessions {
         is_new
     }
 
-    /// Takes in a session that has shown a good cookie with its datagram `number`. False when there is no room.
+    /// Adds a session whose datagram `number` carried a valid cookie. Returns false if there is no room.
     pub(super) fn admit(&mut self, id: SessionId, key: SessionKey, number: u64, now: Instant) -> bool {
         if self.known.len() >= MAX_SESSIONS && !self.known.contains_key(&id) && !self.make_room(now) {
             return false;
@@ -80,7 +80,7 @@ impl Sessions {
         may_go
     }
 
-    /// What the session has to show.
+    /// The cookie that the session must send.
     pub(super) fn cookie(&self, id: &SessionId, now: Instant) -> Cookie {
         self.cookie_of(id, self.epoch(now))
     }

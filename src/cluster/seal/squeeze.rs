@@ -1,5 +1,4 @@
-//! Makes messages shorter before they are sealed. Most of a message is a list of all nodes with their counters, and as
-//! such much the same from line to line.
+//! Compresses messages before encryption. Most of a message is a list of all nodes with their counters, which repeats a lot.
 
 use std::io;
 
@@ -8,14 +7,14 @@ use zstd::bulk::{Compressor, Decompressor};
 /// The first byte of a message.
 const PLAIN: u8 = 0;
 const SQUEEZED: u8 = 1;
-/// Shorter messages fit one datagram as they are.
+/// Shorter messages are not compressed: they fit one datagram anyway.
 const MIN_BYTES: usize = 128;
-/// What a message may grow to again. Chitchat's have at most 64 KiB, but for the lists of very large clusters.
+/// The largest decompressed message. Chitchat's have at most 64 KiB, except for the node lists of very large clusters.
 const MAX_BYTES: usize = 256 << 10;
-/// The fastest: what is gained beyond it is not worth the time.
+/// The fastest level; higher ones gain too little for their time.
 const LEVEL: i32 = 1;
 
-/// Keeps its tables from message to message.
+/// A compressor and a decompressor that reuse their tables between messages.
 pub(super) struct Squeezer {
     compressor: Compressor<'static>,
     decompressor: Decompressor<'static>,
@@ -39,7 +38,7 @@ impl Squeezer {
         }
     }
 
-    /// `None` for what `squeeze` has not made.
+    /// Returns `None` if the bytes were not made by `squeeze`.
     pub(super) fn expand<'a>(&'a mut self, bytes: &'a [u8]) -> Option<&'a [u8]> {
         match bytes.split_first()? {
             (&PLAIN, message) => Some(message),

@@ -1,4 +1,4 @@
-//! Chitchat's transport, sealed. A broken datagram or address never ends it: what cannot be sent or understood is counted.
+//! Chitchat's transport over encrypted datagrams. Broken datagrams and addresses never end it; they are counted.
 
 use std::io;
 use std::net::SocketAddr;
@@ -19,13 +19,12 @@ use super::{DropReason, Endpoint, MAX_DATAGRAM_BYTES};
 use crate::cluster::ClusterKey;
 use crate::observability::Metrics;
 
-/// After an error of the socket itself, so that a lasting one does not keep a core busy.
+/// Pause after a socket error, so that a lasting error does not keep a core busy.
 const ERROR_PAUSE: Duration = Duration::from_millis(50);
 
-/// Where datagrams come from and go to.
+/// Sends and receives datagrams.
 pub trait Datagrams: Send + Sync + 'static {
-    /// The length and the sender of the next datagram. May be dropped at any time without losing one. A longer one than
-    /// the buffer is cut.
+    /// Receives the next datagram and returns its length and sender. Cancel-safe. A datagram longer than the buffer is cut.
     fn receive<'a>(&'a self, buffer: &'a mut [u8]) -> BoxFuture<'a, io::Result<(usize, SocketAddr)>>;
 
     fn send<'a>(&'a self, datagram: &'a [u8], to: SocketAddr) -> BoxFuture<'a, io::Result<()>>;
@@ -47,7 +46,7 @@ impl Datagrams for UdpSocket {
     }
 }
 
-/// Hands chitchat sockets that share one set of datagrams: of two, the later one takes over.
+/// Gives chitchat sockets over the same datagrams. If it opens a second one, the second takes over.
 pub struct SealedTransport {
     datagrams: Arc<dyn Datagrams>,
     endpoint: Arc<Mutex<Endpoint>>,
@@ -55,7 +54,7 @@ pub struct SealedTransport {
 }
 
 impl SealedTransport {
-    /// Draws the session.
+    /// Draws a random session.
     pub fn new(
         datagrams: Arc<dyn Datagrams>,
         key: &ClusterKey,
@@ -87,7 +86,7 @@ impl Transport for SealedTransport {
             endpoint: Arc::clone(&self.endpoint),
             metrics: Arc::clone(&self.metrics),
             squeezer: Squeezer::new()?,
-            // One byte more than fits tells what was cut.
+            // One byte more than allowed shows that a datagram was cut.
             buffer: Box::new([0; MAX_DATAGRAM_BYTES + 1]),
         }))
     }
@@ -126,7 +125,7 @@ impl Socket for SealedSocket {
                     continue;
                 }
             };
-            // No await from here to the return of a message: chitchat drops this future whenever something else happens.
+            // No await between here and the return of a message: chitchat may drop this future at any await.
             self.metrics.gossip_bytes.with(["received"]).inc_by(len as u64);
             let (received, incomplete) = {
                 let mut endpoint = self.endpoint.lock();
