@@ -25,11 +25,12 @@ impl From<Tokenizer> for StopTexts {
         Self::new(move |params| {
             let mut detokenizer = tokenizer.detokenizer(params.skip_special_tokens);
             let mut matcher = StopMatcher::new(&params.stop, params.include_stop_str_in_output);
-            let mut text = String::new();
+            let (params, mut text, mut number) = (params.clone(), String::new(), 0);
             Box::new(move |token| {
+                number += 1;
                 text.clear();
                 detokenizer.push_to(token, &mut text);
-                matcher.push(&text).matched?;
+                matcher.push(&text, params.may_stop_at(number)).matched?;
                 matcher.matched().map(str::to_owned)
             })
         })
@@ -107,11 +108,13 @@ impl Generation {
     pub fn accept(&mut self, token: TokenId) -> Option<FinishReason> {
         self.sampler.push(token);
         self.generated += 1;
-        if !self.params.ignore_eos && self.eos_token_ids.contains(&token) {
-            return Some(FinishReason::Stop(StopCause::EndOfSequence(token)));
-        }
-        if self.params.stop_token_ids.contains(&token) {
-            return Some(FinishReason::Stop(StopCause::Token(token)));
+        if self.params.may_stop_at(self.generated as u32) {
+            if !self.params.ignore_eos && self.eos_token_ids.contains(&token) {
+                return Some(FinishReason::Stop(StopCause::EndOfSequence(token)));
+            }
+            if self.params.stop_token_ids.contains(&token) {
+                return Some(FinishReason::Stop(StopCause::Token(token)));
+            }
         }
         if let Some(stop) = self.stops.as_mut().and_then(|stops| stops(token)) {
             return Some(FinishReason::Stop(StopCause::String(stop)));
@@ -124,10 +127,11 @@ impl Generation {
 #[cfg(test)]
 pub(super) fn letters() -> StopTexts {
     StopTexts::new(|params| {
-        let (stops, mut text) = (params.stop.clone(), String::new());
+        let (params, mut text) = (params.clone(), String::new());
         Box::new(move |token| {
             text.push(char::from(b'`' + token as u8));
-            stops.iter().find(|stop| text.ends_with(stop.as_str())).cloned()
+            let stop = params.stop.iter().find(|stop| text.ends_with(stop.as_str()));
+            stop.filter(|_| params.may_stop_at(text.len() as u32)).cloned()
         })
     })
 }
@@ -171,6 +175,21 @@ mod tests {
     fn a_stop_string_wins_over_the_limit_reached_with_it() {
         let params = SamplingParams { max_tokens: 1, stop: vec!["c".into()], ..Default::default() };
         assert_eq!(ends_at(params, &[3]), Some((0, FinishReason::Stop(StopCause::String("c".into())))));
+    }
+
+    #[test]
+    fn nothing_but_a_limit_ends_a_choice_before_min_tokens() {
+        let params = SamplingParams { min_tokens: 2, max_tokens: 4, ..Default::default() };
+        let eos = FinishReason::Stop(StopCause::EndOfSequence(0));
+        assert_eq!(ends_at(params.clone(), &[0, 0, 0]), Some((2, eos)));
+        let by_token = SamplingParams { stop_token_ids: vec![7], ..params.clone() };
+        assert_eq!(ends_at(by_token, &[7, 7, 7]), Some((2, FinishReason::Stop(StopCause::Token(7)))));
+        // A stop string counts by where it ends.
+        let by_string = SamplingParams { stop: vec!["bc".into()], ..params.clone() };
+        let string = || Some((2, FinishReason::Stop(StopCause::String("bc".into()))));
+        assert_eq!(ends_at(by_string.clone(), &[1, 2, 3]), string());
+        assert_eq!(ends_at(by_string, &[2, 3, 3, 3]), Some((3, FinishReason::Length)));
+        assert_eq!(ends_at(SamplingParams { max_tokens: 1, ..params }, &[3]), Some((0, FinishReason::Length)));
     }
 
     #[test]

@@ -160,8 +160,8 @@ impl EngineLimits {
         let longest = request.choices.iter().map(|choice| choice.emitted.len()).max().unwrap_or(0);
         if num_prompt >= self.max_model_len || num_prompt + longest > self.max_model_len {
             let message = format!(
-                "the maximum context length is {} tokens (max_model_len), and the prompt has {num_prompt}, which leaves no \
-                 room for output",
+                "This model's maximum context length is {} tokens (max_model_len). However, the prompt has {num_prompt} \
+                 tokens, which leaves no room for output.",
                 self.max_model_len
             );
             return Err(Failure::invalid("prompt", message).with_code("context_length_exceeded"));

@@ -1,7 +1,7 @@
 //! Finds stop strings in a text that arrives piece by piece, and holds back only what may still become one.
 //!
-//! The result depends on the text alone, never on where its pieces were cut, so a matcher is rebuilt by feeding the
-//! same text into a fresh one. Knows nothing of tokens.
+//! The result depends on the text alone, and on the point from which a stop string may end it, never on where its pieces
+//! were cut. So a matcher is rebuilt by feeding the same text into a fresh one. Knows nothing of tokens.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -63,17 +63,21 @@ impl StopMatcher {
 
     /// Takes the next piece of text. Once a stop string has matched, everything further is dropped.
     /// The cost is proportional to the length of the pieces, amortised.
-    pub fn push(&mut self, piece: &str) -> StopOutcome {
+    ///
+    /// With `may_end` false, no stop string that ends in this piece counts. One that begins in it and ends in a later piece
+    /// does: that is vLLM's rule for the text of the first `min_tokens` tokens.
+    pub fn push(&mut self, piece: &str, may_end: bool) -> StopOutcome {
         if self.matched.is_some() {
             return StopOutcome { released: String::new(), matched: None };
         }
         let held = self.node;
         for (offset, byte) in piece.bytes().enumerate() {
             self.node = self.automaton.step(self.node, byte);
-            if let Some(stop) = self.automaton.nodes[self.node as usize].ends {
+            if may_end && let Some(stop) = self.automaton.nodes[self.node as usize].ends {
                 return self.complete(stop, held, &piece[..offset + 1]);
             }
         }
+        self.node = self.automaton.unfinished(self.node);
         let kept = self.automaton.held(self.node).len();
         StopOutcome { released: self.automaton.joined_without(held, piece, kept), matched: None }
     }
@@ -145,6 +149,15 @@ impl Automaton {
         }
     }
 
+    /// The longest suffix of this node's text that may still grow into a stop string. It is the node itself, unless a whole
+    /// stop string went by that did not count.
+    fn unfinished(&self, mut node: Node) -> Node {
+        while self.nodes[node as usize].edges.is_empty() && node != ROOT {
+            node = self.nodes[node as usize].fallback;
+        }
+        node
+    }
+
     /// The text that a node stands for.
     fn held(&self, node: Node) -> &str {
         let TrieNode { depth, begins, .. } = self.nodes[node as usize];
@@ -190,7 +203,7 @@ mod tests {
         let mut output = String::new();
         let mut matched = None;
         for piece in pieces {
-            let outcome = matcher.push(piece);
+            let outcome = matcher.push(piece, true);
             output.push_str(&outcome.released);
             matched = matched.or(outcome.matched);
         }
@@ -201,11 +214,11 @@ mod tests {
     #[test]
     fn holds_back_only_what_may_become_a_stop_string() {
         let mut matcher = StopMatcher::new(&stops(&["</s>"]), false);
-        assert_eq!(matcher.push("a<"), StopOutcome { released: "a".into(), matched: None });
-        assert_eq!(matcher.push("/"), StopOutcome { released: "".into(), matched: None });
-        assert_eq!(matcher.push("b"), StopOutcome { released: "</b".into(), matched: None });
-        assert_eq!(matcher.push("</s>tail"), StopOutcome { released: "".into(), matched: Some(0) });
-        assert_eq!(matcher.push("more"), StopOutcome { released: "".into(), matched: None });
+        assert_eq!(matcher.push("a<", true), StopOutcome { released: "a".into(), matched: None });
+        assert_eq!(matcher.push("/", true), StopOutcome { released: "".into(), matched: None });
+        assert_eq!(matcher.push("b", true), StopOutcome { released: "</b".into(), matched: None });
+        assert_eq!(matcher.push("</s>tail", true), StopOutcome { released: "".into(), matched: Some(0) });
+        assert_eq!(matcher.push("more", true), StopOutcome { released: "".into(), matched: None });
         assert_eq!(matcher.matched(), Some("</s>"));
         assert_eq!(matcher.finish(), "");
     }
@@ -228,13 +241,28 @@ mod tests {
         assert_eq!(run(&mut matcher, &["は日", "本の"]), ("は日本".into(), Some(0)));
     }
 
-    /// vLLM's rule by plain search.
-    fn naive(text: &str, stops: &[String], include: bool) -> (String, Option<usize>) {
-        let best = stops
-            .iter()
-            .enumerate()
-            .filter_map(|(index, stop)| text.find(stop.as_str()).map(|start| (start + stop.len(), index)))
-            .min();
+    #[test]
+    fn a_stop_string_counts_where_it_ends() {
+        let mut matcher = StopMatcher::new(&stops(&["END", "N"]), false);
+        assert_eq!(matcher.push("END E", false), StopOutcome { released: "END ".into(), matched: None });
+        assert_eq!(matcher.push("N", false), StopOutcome { released: "".into(), matched: None });
+        assert_eq!(matcher.push("D!", true), StopOutcome { released: "".into(), matched: Some(0) });
+        // A stop string that did not count is not held back when nothing longer begins with it.
+        let mut matcher = StopMatcher::new(&stops(&[",", ",,"]), false);
+        assert_eq!(matcher.push("a,,", false), StopOutcome { released: "a,".into(), matched: None });
+        assert_eq!(matcher.push("b,", true), StopOutcome { released: ",b".into(), matched: Some(0) });
+    }
+
+    /// vLLM's rule by plain search: stop strings that end within the first `passed` bytes do not count.
+    fn naive(text: &str, passed: usize, stops: &[String], include: bool) -> (String, Option<usize>) {
+        let ends = |stop: &str| {
+            let starts = (0..text.len()).filter(|&start| text.is_char_boundary(start));
+            starts.filter(|&start| text[start..].starts_with(stop)).map(|start| start + stop.len()).collect::<Vec<_>>()
+        };
+        let counting = |(index, stop): (usize, &String)| {
+            ends(stop).into_iter().filter(|&end| end > passed).map(|end| (end, index)).collect::<Vec<_>>()
+        };
+        let best = stops.iter().enumerate().flat_map(counting).min();
         match best {
             None => (text.to_owned(), None),
             Some((end, index)) => {
@@ -249,22 +277,29 @@ mod tests {
         fn agrees_with_plain_search_however_the_text_is_cut(
             pieces in prop::collection::vec("[ab日]{0,4}", 0..12),
             stops in prop::collection::vec("[ab日]{1,4}", 0..4),
+            num_passed in 0usize..12,
             include in any::<bool>(),
         ) {
             let pieces: Vec<&str> = pieces.iter().map(String::as_str).collect();
+            let (passed, counting) = pieces.split_at(num_passed.min(pieces.len()));
             let mut matcher = StopMatcher::new(&stops, include);
-            prop_assert_eq!(run(&mut matcher, &pieces), naive(&pieces.concat(), &stops, include));
+            let mut output: String = passed.iter().map(|piece| matcher.push(piece, false).released).collect();
+            let (rest, matched) = run(&mut matcher, counting);
+            output.push_str(&rest);
+            let passed = passed.concat().len();
+            prop_assert_eq!((output, matched), naive(&pieces.concat(), passed, &stops, include));
         }
 
         #[test]
         fn what_is_held_is_shorter_than_the_longest_stop_string(
             pieces in prop::collection::vec("[ab]{0,3}", 0..12),
             stops in prop::collection::vec("[ab]{1,4}", 1..4),
+            num_passed in 0usize..12,
         ) {
             let longest = stops.iter().map(String::len).max().unwrap_or(0);
             let mut matcher = StopMatcher::new(&stops, false);
-            for piece in &pieces {
-                matcher.push(piece);
+            for (index, piece) in pieces.iter().enumerate() {
+                matcher.push(piece, index >= num_passed);
                 prop_assert!(matcher.automaton.held(matcher.node).len() < longest);
             }
         }
@@ -276,7 +311,7 @@ mod tests {
         let mut matcher = StopMatcher::new(&[stop], false);
         let mut released = 0;
         for _ in 0..200_000 {
-            released += matcher.push("a").released.len();
+            released += matcher.push("a", true).released.len();
         }
         assert_eq!(released, 200_000 - 5_000);
     }

@@ -50,13 +50,13 @@ pub struct SamplingParams {
     pub seed: u64,
     /// Bound on generated tokens per choice, at least 1, counted from the prompt's end (emitted ones included).
     pub max_tokens: u32,
-    /// No end-of-sequence or stop token before this many generated tokens.
+    /// Nothing but a limit ends a choice with these tokens: no end-of-sequence token, stop token or stop string.
     pub min_tokens: u32,
     /// 0 is greedy.
     pub temperature: f32,
     /// 0 is off.
     pub top_k: u32,
-    /// In (0, 1]; 1 is off.
+    /// In [0, 1]; 1 is off, 0 leaves the most likely token.
     pub top_p: f32,
     /// In [0, 1]; 0 is off. Relative to the most likely token.
     pub min_p: f32,
@@ -77,6 +77,14 @@ pub struct SamplingParams {
     pub stop_token_ids: Vec<TokenId>,
     /// `Some(k)`: report the sampled token's log-probability and the `k` most likely ones.
     pub logprobs: Option<u32>,
+}
+
+impl SamplingParams {
+    /// Whether the generated token of this number, counted from 1, may end its choice by what it is or by the text that it
+    /// completes.
+    pub fn may_stop_at(&self, number: u32) -> bool {
+        number > self.min_tokens
+    }
 }
 
 impl Default for SamplingParams {

@@ -83,10 +83,11 @@ impl PagedModel for FaultyRunner {
 /// Token 1 is `a`, token 2 is `b`, and so on; a stop string ends the text that it completes.
 fn letters() -> StopTexts {
     StopTexts::new(|params| {
-        let (stops, mut text) = (params.stop.clone(), String::new());
+        let (params, mut text) = (params.clone(), String::new());
         Box::new(move |token| {
             text.push(char::from(b'`' + token as u8));
-            stops.iter().find(|stop| text.ends_with(stop.as_str())).cloned()
+            let stop = params.stop.iter().find(|stop| text.ends_with(stop.as_str()));
+            stop.filter(|_| params.may_stop_at(text.len() as u32)).cloned()
         })
     })
 }

@@ -1,13 +1,17 @@
 //! The JSON of a generation request, as clients send it: OpenAI's fields for chat and completions, and vLLM's extensions.
 //!
 //! One struct serves both endpoints, for all but the prompt means the same in both. Unknown fields are ignored, as vLLM
-//! does. Known fields that would change the output and are not supported are refused by name.
+//! does. Known fields that would change the output and are not supported are refused by name (`unsupported`).
 
 use std::collections::HashMap;
+use std::fmt;
 
-use serde::Deserialize;
+use serde::de::{Error, Unexpected, Visitor};
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Number, Value};
 
+use super::numbers::{self, whole};
+use super::unsupported;
 use crate::types::{Failure, TokenId};
 
 /// Every field is optional here; what is required is checked where it is used, with a better message.
@@ -27,9 +31,13 @@ pub struct RequestBody {
     pub add_special_tokens: Option<bool>,
 
     // How much.
+    #[serde(deserialize_with = "whole")]
     pub n: Option<i64>,
+    #[serde(deserialize_with = "whole")]
     pub max_tokens: Option<u32>,
+    #[serde(deserialize_with = "whole")]
     pub max_completion_tokens: Option<u32>,
+    #[serde(deserialize_with = "whole")]
     pub min_tokens: Option<u32>,
     pub stop: Option<StopInput>,
     pub stop_token_ids: Option<Vec<TokenId>>,
@@ -39,6 +47,7 @@ pub struct RequestBody {
     // How tokens are chosen.
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
+    #[serde(deserialize_with = "whole")]
     pub top_k: Option<i64>,
     pub min_p: Option<f32>,
     pub repetition_penalty: Option<f32>,
@@ -46,43 +55,28 @@ pub struct RequestBody {
     pub frequency_penalty: Option<f32>,
     pub logit_bias: Option<HashMap<String, f32>>,
     pub seed: Option<Number>,
+    #[serde(deserialize_with = "whole")]
     pub priority: Option<i32>,
 
     // What to tell.
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     pub logprobs: Option<LogprobsInput>,
+    #[serde(deserialize_with = "whole")]
     pub top_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
     pub skip_special_tokens: Option<bool>,
 
-    // Understood only to be refused.
-    pub allowed_token_ids: Option<Value>,
-    pub audio: Option<Value>,
-    pub bad_words: Option<Value>,
+    // Understood so far as their one value that can be served.
+    #[serde(deserialize_with = "whole")]
     pub best_of: Option<i64>,
-    pub cache_salt: Option<Value>,
-    pub chat_template: Option<Value>,
-    pub continue_final_message: Option<Value>,
-    pub documents: Option<Value>,
-    pub function_call: Option<Value>,
-    pub functions: Option<Value>,
-    pub guided_choice: Option<Value>,
-    pub guided_grammar: Option<Value>,
-    pub guided_json: Option<Value>,
-    pub guided_regex: Option<Value>,
-    pub logits_processors: Option<Value>,
     pub modalities: Option<Vec<String>>,
-    pub prompt_embeds: Option<Value>,
-    pub prompt_logprobs: Option<Value>,
+    pub parallel_tool_calls: Option<bool>,
     pub response_format: Option<ResponseFormat>,
-    pub return_tokens_as_token_ids: Option<Value>,
-    pub structured_outputs: Option<Value>,
-    pub suffix: Option<Value>,
-    pub thinking_token_budget: Option<Value>,
-    pub truncate_prompt_tokens: Option<Value>,
-    pub use_beam_search: Option<Value>,
-    pub web_search_options: Option<Value>,
+
+    /// All others.
+    #[serde(flatten)]
+    pub other: Map<String, Value>,
 }
 
 /// `prompt` of a completion.
@@ -106,11 +100,40 @@ pub enum StopInput {
 }
 
 /// Chat asks with a boolean, completions with a number.
-#[derive(Clone, Copy, Debug, Deserialize)]
-#[serde(untagged, expecting = "expected a boolean (chat) or a whole number from 0 (completions)")]
+#[derive(Clone, Copy, Debug)]
 pub enum LogprobsInput {
     Wanted(bool),
     Top(u32),
+}
+
+impl<'de> Deserialize<'de> for LogprobsInput {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(LogprobsVisitor)
+    }
+}
+
+struct LogprobsVisitor;
+
+impl Visitor<'_> for LogprobsVisitor {
+    type Value = LogprobsInput;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a boolean (chat) or a whole number from 0 (completions)")
+    }
+
+    fn visit_bool<E: Error>(self, is_wanted: bool) -> Result<Self::Value, E> {
+        Ok(LogprobsInput::Wanted(is_wanted))
+    }
+
+    fn visit_u64<E: Error>(self, number: u64) -> Result<Self::Value, E> {
+        let top = u32::try_from(number).map(LogprobsInput::Top);
+        top.map_err(|_| E::invalid_value(Unexpected::Unsigned(number), &self))
+    }
+
+    fn visit_f64<E: Error>(self, number: f64) -> Result<Self::Value, E> {
+        let top = numbers::of_float(number).and_then(|number| u32::try_from(number).ok());
+        top.map(LogprobsInput::Top).ok_or_else(|| E::invalid_value(Unexpected::Float(number), &self))
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize)]
@@ -129,54 +152,32 @@ pub struct ResponseFormat {
 impl RequestBody {
     /// Refuses what would silently change the output if it were ignored.
     pub fn refuse_unsupported(&self) -> Result<(), Failure> {
-        for (name, value) in self.unsupported() {
-            if value.as_ref().is_some_and(|value| !asks_for_nothing(value)) {
-                return Err(
-                    Failure::invalid(name, format!("`{name}` is not supported.")).with_code("unsupported_parameter")
-                );
-            }
-        }
+        let unsupported =
+            |param, message: String| Err(Failure::invalid(param, message).with_code("unsupported_parameter"));
+        unsupported::refuse(&self.other)?;
         if let Some(format) = self.response_format.as_ref().filter(|format| format.r#type != "text") {
             let message = format!("`response_format` of type {:?} is not supported; only \"text\" is.", format.r#type);
-            return Err(Failure::invalid("response_format", message).with_code("unsupported_parameter"));
+            return unsupported("response_format", message);
         }
         if let Some(other) = self.modalities.iter().flatten().find(|modality| *modality != "text") {
-            let message = format!("`modalities` may hold only \"text\", not {other:?}.");
-            return Err(Failure::invalid("modalities", message).with_code("unsupported_parameter"));
+            return unsupported("modalities", format!("`modalities` may hold only \"text\", not {other:?}."));
         }
         if self.best_of.is_some_and(|best_of| best_of != self.n.unwrap_or(1)) {
-            let message = "`best_of` is not supported beyond `n`.";
-            return Err(Failure::invalid("best_of", message).with_code("unsupported_parameter"));
+            return unsupported("best_of", "`best_of` is not supported beyond `n`.".into());
         }
-        Ok(())
+        if self.parallel_tool_calls == Some(false) && self.tools.as_ref().is_some_and(|tools| !tools.is_empty()) {
+            let message = "`parallel_tool_calls` may not be false: nothing bounds the number of tool calls.";
+            return unsupported("parallel_tool_calls", message.into());
+        }
+        self.check_stream_options()
     }
 
-    fn unsupported(&self) -> [(&'static str, &Option<Value>); 23] {
-        [
-            ("allowed_token_ids", &self.allowed_token_ids),
-            ("audio", &self.audio),
-            ("bad_words", &self.bad_words),
-            ("cache_salt", &self.cache_salt),
-            ("chat_template", &self.chat_template),
-            ("continue_final_message", &self.continue_final_message),
-            ("documents", &self.documents),
-            ("function_call", &self.function_call),
-            ("functions", &self.functions),
-            ("guided_choice", &self.guided_choice),
-            ("guided_grammar", &self.guided_grammar),
-            ("guided_json", &self.guided_json),
-            ("guided_regex", &self.guided_regex),
-            ("logits_processors", &self.logits_processors),
-            ("prompt_embeds", &self.prompt_embeds),
-            ("prompt_logprobs", &self.prompt_logprobs),
-            ("return_tokens_as_token_ids", &self.return_tokens_as_token_ids),
-            ("structured_outputs", &self.structured_outputs),
-            ("suffix", &self.suffix),
-            ("thinking_token_budget", &self.thinking_token_budget),
-            ("truncate_prompt_tokens", &self.truncate_prompt_tokens),
-            ("use_beam_search", &self.use_beam_search),
-            ("web_search_options", &self.web_search_options),
-        ]
+    fn check_stream_options(&self) -> Result<(), Failure> {
+        let is_asked = |options: &StreamOptions| options.include_usage.or(options.continuous_usage_stats).is_some();
+        if !self.is_stream() && self.stream_options.as_ref().is_some_and(is_asked) {
+            return Err(Failure::invalid("stream_options", "`stream_options` needs `stream` to be true."));
+        }
+        Ok(())
     }
 
     pub fn is_stream(&self) -> bool {
@@ -189,17 +190,6 @@ impl RequestBody {
             Some(StopInput::One(stop)) => std::slice::from_ref(stop),
             Some(StopInput::Many(stops)) => stops,
         }
-    }
-}
-
-/// Clients write out defaults: `false`, an empty list, an empty string.
-fn asks_for_nothing(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(members) => members.is_empty(),
-        Value::String(text) => text.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
     }
 }
 
@@ -228,15 +218,15 @@ mod tests {
     }
 
     #[test]
-    fn unsupported_fields_are_refused_by_name_unless_they_ask_for_nothing() {
+    fn what_cannot_be_served_is_refused_by_name() {
         for json in [
             r#"{"suffix": "end"}"#,
-            r#"{"use_beam_search": true}"#,
             r#"{"guided_json": {"type": "object"}}"#,
             r#"{"response_format": {"type": "json_object"}}"#,
+            r#"{"response_format": {"type": "structural_tag"}}"#,
             r#"{"best_of": 2}"#,
             r#"{"modalities": ["text", "audio"]}"#,
-            r#"{"prompt_logprobs": 1}"#,
+            r#"{"parallel_tool_calls": false, "tools": [{}]}"#,
         ] {
             let failure = body(json).refuse_unsupported().expect_err(json);
             let param = failure.param.expect("a field");
@@ -244,8 +234,50 @@ mod tests {
             assert_eq!(failure.code, Some("unsupported_parameter"));
         }
         let harmless = r#"{"suffix": null, "use_beam_search": false, "functions": [], "best_of": 1, "user": "u",
-            "response_format": {"type": "text"}, "metadata": {"a": "b"}, "modalities": ["text"], "no_such_field": 7}"#;
-        assert!(body(harmless).refuse_unsupported().is_ok());
+            "response_format": {"type": "text"}, "metadata": {"a": "b"}, "modalities": ["text"], "no_such_field": 7,
+            "parallel_tool_calls": false, "tools": []}"#;
+        assert_eq!(body(harmless).refuse_unsupported(), Ok(()));
+    }
+
+    #[test]
+    fn stream_options_are_for_streams() {
+        for json in [
+            r#"{"stream_options": {"include_usage": true}}"#,
+            r#"{"stream_options": {"include_usage": false}, "stream": false}"#,
+            r#"{"stream_options": {"continuous_usage_stats": true}}"#,
+        ] {
+            assert_eq!(body(json).refuse_unsupported().expect_err(json).param.as_deref(), Some("stream_options"));
+        }
+        for json in [
+            r#"{"stream_options": {"include_usage": true}, "stream": true}"#,
+            r#"{"stream_options": {}}"#,
+            r#"{"stream_options": null, "stream": false}"#,
+        ] {
+            assert_eq!(body(json).refuse_unsupported(), Ok(()), "{json}");
+        }
+    }
+
+    #[test]
+    fn whole_numbers_may_have_a_fraction_of_zero_and_no_quotes() {
+        let floats = body(r#"{"max_tokens": 8.0, "n": 2.0, "top_k": -1.0, "logprobs": 3.0, "priority": -2.0}"#);
+        assert_eq!(
+            (floats.max_tokens, floats.n, floats.top_k, floats.priority),
+            (Some(8), Some(2), Some(-1), Some(-2))
+        );
+        assert!(matches!(floats.logprobs, Some(LogprobsInput::Top(3))));
+        for json in [
+            r#"{"max_tokens": "8"}"#,
+            r#"{"max_tokens": 8.5}"#,
+            r#"{"max_completion_tokens": true}"#,
+            r#"{"temperature": "0.5"}"#,
+            r#"{"logprobs": "1"}"#,
+            r#"{"logprobs": -1}"#,
+            r#"{"n": "2"}"#,
+        ] {
+            let failure = parse::<RequestBody>(json.as_bytes()).expect_err(json);
+            assert!(json.contains(failure.param.as_deref().expect("a field")), "{json}: {failure}");
+            assert!(failure.message.contains("expected a"), "{json}: {failure}");
+        }
     }
 
     #[test]

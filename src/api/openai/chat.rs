@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::body::{RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
-use super::generation::{StopReason, Update, finish_label};
+use super::generation::{Emitted, StopReason, Update, finish_label};
 use super::head::{Head, HeadFields};
 use super::logprobs::ChatLogprobs;
 use super::prepare::{Prepared, Prompt, prepare};
@@ -23,7 +23,7 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{Failure, TokenId, TokenLogprobs};
+use crate::types::{Failure, TokenId};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     state.check_serving()?;
@@ -167,19 +167,24 @@ impl ChatChunks {
         self.options.continuous_usage_stats.unwrap_or(false).then(|| counts.into())
     }
 
-    fn token(&self, index: u32, token: TokenId, text: String, logprobs: Option<Box<TokenLogprobs>>) -> ChunkChoice {
-        let logprobs = logprobs.map(|of_token| {
-            let mut logprobs = ChatLogprobs::default();
-            logprobs.push(&self.head.model.tokenizer, token, &of_token);
-            logprobs
-        });
-        ChunkChoice {
+    fn choice(&self, update: Update) -> ChunkChoice {
+        let Update { choice: index, text, token, finished } = update;
+        let mut choice = ChunkChoice {
             index,
-            delta: Delta { role: None, content: Some(text) },
-            logprobs,
-            token_ids: self.wants_ids.then(|| vec![token]),
+            delta: Delta { role: None, content: Some(text).filter(|text| token.is_some() || !text.is_empty()) },
+            finish_reason: finished.as_ref().map(finish_label),
+            stop_reason: finished.as_ref().and_then(StopReason::of),
             ..ChunkChoice::default()
+        };
+        if let Some(Emitted { token, logprobs, .. }) = token {
+            choice.token_ids = self.wants_ids.then(|| vec![token]);
+            choice.logprobs = logprobs.map(|of_token| {
+                let mut logprobs = ChatLogprobs::default();
+                logprobs.push(&self.head.model.tokenizer, token, &of_token);
+                logprobs
+            });
         }
+        choice
     }
 }
 
@@ -189,22 +194,12 @@ impl ChunkFormat for ChatChunks {
         for index in 0..self.n {
             let delta = Delta { role: Some("assistant"), content: Some(String::new()) };
             let choice = ChunkChoice { index, delta, ..ChunkChoice::default() };
-            self.push(&[choice], self.running_usage(counts), prompt.as_ref(), out);
+            self.push(&[choice], self.running_usage(counts.without_output()), prompt.as_ref(), out);
         }
     }
 
     fn update(&mut self, update: Update, counts: TokenCounts, out: &mut EventBuffer) {
-        let choice = match update {
-            Update::Token { choice, token, text, logprobs, .. } => self.token(choice, token, text, logprobs),
-            Update::Finished { choice, text, reason } => ChunkChoice {
-                index: choice,
-                delta: Delta { role: None, content: Some(text).filter(|text| !text.is_empty()) },
-                finish_reason: Some(finish_label(&reason)),
-                stop_reason: StopReason::of(&reason),
-                ..ChunkChoice::default()
-            },
-        };
-        self.push(&[choice], self.running_usage(counts), None, out);
+        self.push(&[self.choice(update)], self.running_usage(counts), None, out);
     }
 
     fn closing(&mut self, counts: TokenCounts, out: &mut EventBuffer) {

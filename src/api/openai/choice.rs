@@ -9,6 +9,20 @@ pub struct ChoiceText {
     /// None when the request has no stop strings: nothing is ever held back for them.
     matcher: Option<StopMatcher>,
     shows_stop_token: bool,
+    /// Characters of the text so far, those included that are held back.
+    characters: usize,
+}
+
+/// What one token adds.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Addition {
+    /// The text that the token makes certain.
+    pub text: String,
+    /// Where the token's own text begins, in characters from the start of the choice. A token that goes on with an
+    /// unfinished character begins where that character does.
+    pub offset: usize,
+    /// The token completed a stop string.
+    pub completes_stop: bool,
 }
 
 impl ChoiceText {
@@ -18,17 +32,26 @@ impl ChoiceText {
             matcher: (!params.stop.is_empty())
                 .then(|| StopMatcher::new(&params.stop, params.include_stop_str_in_output)),
             shows_stop_token: params.include_stop_str_in_output,
+            characters: 0,
         }
     }
 
-    /// The text that this token makes certain. `stops` says that the token itself ends the choice: it has no text then,
-    /// unless the client asked for stops to be shown.
-    pub fn push(&mut self, token: TokenId, stops: bool) -> String {
-        if stops && !self.shows_stop_token {
-            return String::new();
+    /// Takes the next token. `may_end` says whether a stop string that it completes counts; `is_stop_token` that the token
+    /// itself ends the choice: it has no text then, unless the client asked for stops to be shown.
+    pub fn push(&mut self, token: TokenId, may_end: bool, is_stop_token: bool) -> Addition {
+        let offset = self.characters;
+        if is_stop_token && !self.shows_stop_token {
+            return Addition { offset, ..Addition::default() };
         }
         let text = self.detokenizer.push(token);
-        self.release(text)
+        self.characters += text.chars().count();
+        match &mut self.matcher {
+            None => Addition { text, offset, completes_stop: false },
+            Some(matcher) => {
+                let outcome = matcher.push(&text, may_end);
+                Addition { text: outcome.released, offset, completes_stop: outcome.matched.is_some() }
+            }
+        }
     }
 
     /// The choice ended: what was held back for a stop string that did not come, and an unfinished character.
@@ -37,17 +60,9 @@ impl ChoiceText {
             return String::new();
         }
         let rest = self.detokenizer.finish();
-        let mut text = self.release(rest);
-        if let Some(matcher) = &mut self.matcher {
-            text += &matcher.finish();
-        }
-        text
-    }
-
-    fn release(&mut self, text: String) -> String {
         match &mut self.matcher {
-            Some(matcher) => matcher.push(&text).released,
-            None => text,
+            None => rest,
+            Some(matcher) => matcher.push(&rest, false).released + &matcher.finish(),
         }
     }
 }

@@ -1,6 +1,6 @@
 //! A generation gathered to its end, for responses that are not streamed.
 
-use super::generation::{Generation, Step, Update};
+use super::generation::{Emitted, Generation, Step, Update};
 use super::usage::TokenCounts;
 use crate::types::{Failure, FinishReason, TokenId, TokenLogprobs};
 
@@ -21,17 +21,15 @@ pub async fn collect(mut generation: Generation, choices: usize) -> Result<(Vec<
     let mut collected: Vec<Collected> = (0..choices).map(|_| Collected::default()).collect();
     loop {
         match generation.next().await {
-            Step::Update(Update::Token { choice, token, text, logprobs, offset }) => {
+            Step::Update(Update { choice, text, token, finished }) => {
                 let choice = &mut collected[choice as usize];
                 choice.text += &text;
-                choice.tokens.push(token);
-                choice.offsets.extend(logprobs.is_some().then_some(offset));
-                choice.logprobs.extend(logprobs.map(|logprobs| *logprobs));
-            }
-            Step::Update(Update::Finished { choice, text, reason }) => {
-                let choice = &mut collected[choice as usize];
-                choice.text += &text;
-                choice.reason = Some(reason);
+                choice.reason = finished.or(choice.reason.take());
+                if let Some(Emitted { token, logprobs, offset }) = token {
+                    choice.tokens.push(token);
+                    choice.offsets.extend(logprobs.is_some().then_some(offset));
+                    choice.logprobs.extend(logprobs.map(|logprobs| *logprobs));
+                }
             }
             Step::Failed(failure) => return Err(failure),
             Step::Done => return Ok((collected, generation.counts())),

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::body::{LogprobsInput, RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
-use super::generation::{StopReason, Update, finish_label};
+use super::generation::{Emitted, StopReason, Update, finish_label};
 use super::head::{Head, HeadFields};
 use super::logprobs::CompletionLogprobs;
 use super::prepare::{Prepared, Prompt, prepare};
@@ -153,35 +153,27 @@ impl ChunkFormat for CompletionChunks {
     fn update(&mut self, update: Update, counts: TokenCounts, out: &mut EventBuffer) {
         let running = self.options.continuous_usage_stats.unwrap_or(false);
         let usage = running.then(|| counts.into());
-        let (index, text) = match &update {
-            Update::Token { choice, text, .. } | Update::Finished { choice, text, .. } => (*choice, text),
-        };
+        let Update { choice: index, text, token, finished } = update;
         let slot = index as usize;
         let prompt = &self.prompts[slot / self.n as usize];
         let is_first = !std::mem::replace(&mut self.begun[slot], true);
         let echo = if is_first && self.shape.echoes { prompt_text(&self.head.model, prompt) } else { String::new() };
         let mut chunk = Choice {
             index,
-            text: echo + text,
+            text: echo + &text,
             logprobs: None,
-            finish_reason: None,
-            stop_reason: None,
+            finish_reason: finished.as_ref().map(finish_label),
+            stop_reason: finished.as_ref().and_then(StopReason::of),
             token_ids: None,
             prompt_token_ids: (is_first && self.shape.wants_ids).then_some(&*prompt.tokens),
         };
-        match update {
-            Update::Token { token, logprobs, offset, .. } => {
-                chunk.token_ids = self.shape.wants_ids.then(|| vec![token]);
-                chunk.logprobs = logprobs.map(|of_token| {
-                    let mut logprobs = CompletionLogprobs::default();
-                    logprobs.push(&self.head.model.tokenizer, token, &of_token, offset);
-                    logprobs
-                });
-            }
-            Update::Finished { reason, .. } => {
-                chunk.finish_reason = Some(finish_label(&reason));
-                chunk.stop_reason = StopReason::of(&reason);
-            }
+        if let Some(Emitted { token, logprobs, offset }) = token {
+            chunk.token_ids = self.shape.wants_ids.then(|| vec![token]);
+            chunk.logprobs = logprobs.map(|of_token| {
+                let mut logprobs = CompletionLogprobs::default();
+                logprobs.push(&self.head.model.tokenizer, token, &of_token, offset);
+                logprobs
+            });
         }
         out.push(&completion(&self.head, &[chunk], usage));
     }

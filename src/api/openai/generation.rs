@@ -2,13 +2,13 @@
 //!
 //! Dropping a `Generation` cancels everything that it has in flight.
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use super::choice::ChoiceText;
-use super::logprobs::text_of;
+use super::choice::{Addition, ChoiceText};
 use super::resumption::ChoiceMark;
 use super::usage::TokenCounts;
 use crate::api::model::ServedModel;
@@ -31,21 +31,24 @@ pub enum Step {
     Done,
 }
 
+/// News of one choice: a token, its end, or both. The last token and the end come together, so that clients that count
+/// chunks count tokens.
+#[derive(Debug, Default)]
+pub struct Update {
+    pub choice: u32,
+    /// The text that has become certain.
+    pub text: String,
+    pub token: Option<Emitted>,
+    /// Nothing of the choice comes after it.
+    pub finished: Option<FinishReason>,
+}
+
 #[derive(Debug)]
-pub enum Update {
-    /// `offset` is where the token's own text begins, in characters; it is counted where log-probabilities are asked for.
-    Token {
-        choice: u32,
-        token: TokenId,
-        text: String,
-        logprobs: Option<Box<TokenLogprobs>>,
-        offset: usize,
-    },
-    Finished {
-        choice: u32,
-        text: String,
-        reason: FinishReason,
-    },
+pub struct Emitted {
+    pub token: TokenId,
+    pub logprobs: Option<Box<TokenLogprobs>>,
+    /// Where the token's own text begins, in characters from the start of the choice.
+    pub offset: usize,
 }
 
 pub struct Generation {
@@ -66,6 +69,8 @@ pub struct Part {
     first_choice: u32,
     choices: Vec<Choice>,
     unfinished: u32,
+    /// What has not been told yet.
+    updates: VecDeque<Update>,
     /// The deadline has passed, and the backend says nothing more: what is unfinished ends with it.
     is_expired: bool,
     prompt_tokens: u64,
@@ -75,11 +80,14 @@ pub struct Part {
 
 struct Choice {
     text: ChoiceText,
+    /// That have come.
     tokens: u32,
-    /// Characters of the tokens so far, each by itself.
-    offset: usize,
-    /// What the client has already, and is not told again.
+    /// What the client had when it came back, and is not told again.
     has: ChoiceMark,
+    /// What the client has been told, here and before.
+    told: ChoiceMark,
+    /// The token that ends the choice by all rules, kept until the end itself comes.
+    last: Option<Update>,
     last_token: Option<Instant>,
     finished: bool,
 }
@@ -103,14 +111,16 @@ impl Part {
         let choice = || Choice {
             text: ChoiceText::new(&model.tokenizer, &sampling),
             tokens: 0,
-            offset: 0,
             has: ChoiceMark::default(),
+            told: ChoiceMark::default(),
+            last: None,
             last_token: None,
             finished: false,
         };
         Self {
             choices: (0..sampling.n).map(|_| choice()).collect(),
             unfinished: sampling.n,
+            updates: VecDeque::new(),
             is_expired: false,
             stream,
             model,
@@ -123,7 +133,16 @@ impl Part {
     }
 
     fn is_finished(&self) -> bool {
-        self.unfinished == 0
+        self.unfinished == 0 && self.updates.is_empty()
+    }
+
+    /// The next update, which from now on counts as told.
+    fn tell(&mut self) -> Option<Update> {
+        let update = self.updates.pop_front()?;
+        let told = &mut self.choices[(update.choice - self.first_choice) as usize].told;
+        told.tokens += u32::from(update.token.is_some());
+        told.finished |= update.finished.is_some();
+        Some(update)
     }
 
     fn try_event(&mut self) -> Option<GenerationEvent> {
@@ -134,40 +153,45 @@ impl Part {
         }
     }
 
-    /// Takes one event; not every event is news for the client.
-    fn apply(&mut self, event: GenerationEvent, metrics: &Metrics) -> Option<Step> {
+    /// Takes one event; what is news for the client waits in `updates` then. An error is the end of the request.
+    fn apply(&mut self, event: GenerationEvent, metrics: &Metrics) -> Result<(), Failure> {
         // The front may have ended a choice itself, at its deadline, before an engine that was late came to it.
         if let GenerationEvent::Token { choice, .. } | GenerationEvent::Finished { choice, .. } = &event
             && self.choices[*choice as usize].finished
         {
-            return None;
+            return Ok(());
         }
         match event {
-            GenerationEvent::Scheduled { cached_tokens } => {
-                self.scheduled(cached_tokens, metrics);
-                None
-            }
+            GenerationEvent::Scheduled { cached_tokens } => self.scheduled(cached_tokens, metrics),
             GenerationEvent::Token { choice, token, logprobs } => {
                 self.observe_token(choice, metrics);
-                let stops = self.is_stop_token(token);
-                let state = &mut self.choices[choice as usize];
-                state.tokens += 1;
-                let text = state.text.push(token, stops);
-                let offset = state.offset;
-                if self.sampling.logprobs.is_some() {
-                    state.offset += text_of(&self.model.tokenizer.token_bytes(token)).chars().count();
-                }
-                if state.tokens <= state.has.tokens {
-                    return None;
-                }
-                Some(Step::Update(Update::Token { choice: self.first_choice + choice, token, text, logprobs, offset }))
+                self.token(choice, token, logprobs);
             }
-            GenerationEvent::Finished { choice, reason } => {
-                let is_known = self.choices[choice as usize].has.finished;
-                let update = self.finish(choice, reason, metrics);
-                (!is_known).then_some(Step::Update(update))
-            }
-            GenerationEvent::Failed(failure) => Some(Step::Failed(failure)),
+            GenerationEvent::Finished { choice, reason } => self.finish(choice, reason, metrics),
+            GenerationEvent::Failed(failure) => return Err(failure),
+        }
+        Ok(())
+    }
+
+    fn token(&mut self, choice: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>>) {
+        let sampling = &self.sampling;
+        let state = &mut self.choices[choice as usize];
+        state.tokens += 1;
+        // Below `min_tokens` the backend never samples a token that would end the choice.
+        let may_end = sampling.may_stop_at(state.tokens);
+        let is_eos = !sampling.ignore_eos && self.model.eos_token_ids.contains(&token);
+        let is_stop_token = may_end && (is_eos || sampling.stop_token_ids.contains(&token));
+        let Addition { text, offset, completes_stop } = state.text.push(token, may_end, is_stop_token);
+        // The backend goes by the same rules. If it did not after all, no token would be lost.
+        self.updates.extend(state.last.take());
+        if state.tokens <= state.has.tokens {
+            return;
+        }
+        let token = Some(Emitted { token, logprobs, offset });
+        let update = Update { choice: self.first_choice + choice, text, token, finished: None };
+        match is_stop_token || completes_stop || state.tokens >= sampling.max_tokens {
+            true => state.last = Some(update),
+            false => self.updates.push_back(update),
         }
     }
 
@@ -178,13 +202,7 @@ impl Part {
         metrics.prefix_cache_hits.inc_by(self.cached_tokens);
     }
 
-    /// The backend publishes the token that stops a choice, and it has no text. Below `min_tokens` it never samples one.
-    fn is_stop_token(&self, token: TokenId) -> bool {
-        (!self.sampling.ignore_eos && self.model.eos_token_ids.contains(&token))
-            || self.sampling.stop_token_ids.contains(&token)
-    }
-
-    fn finish(&mut self, choice: u32, reason: FinishReason, metrics: &Metrics) -> Update {
+    fn finish(&mut self, choice: u32, reason: FinishReason, metrics: &Metrics) {
         let state = &mut self.choices[choice as usize];
         assert!(!state.finished, "a choice finishes once");
         state.finished = true;
@@ -195,10 +213,17 @@ impl Part {
         };
         let text = state.text.finish(cause);
         metrics.request_success.with([finish_label(&reason)]).inc();
-        if self.is_finished() {
+        let last = state.last.take();
+        if last.is_some() || !state.has.finished {
+            let mut update = last.unwrap_or_default();
+            update.choice = self.first_choice + choice;
+            update.text += &text;
+            update.finished = Some(reason);
+            self.updates.push_back(update);
+        }
+        if self.unfinished == 0 {
             self.observe_end(metrics);
         }
-        Update::Finished { choice: self.first_choice + choice, text, reason }
     }
 
     fn observe_token(&mut self, choice: u32, metrics: &Metrics) {
@@ -263,42 +288,46 @@ impl Generation {
                 event = poll_fn(|context| poll_event(parts, context)) => event,
                 () = overdue(*deadline) => return self.expire(),
             };
-            if let Some(step) = self.apply(part, event) {
-                return step;
+            if let Err(failure) = self.apply(part, event) {
+                return self.end(failure);
             }
         }
     }
 
     /// A step that needs no waiting, if there is one.
     pub fn try_next(&mut self) -> Option<Step> {
-        if self.ended || self.parts.iter().all(Part::is_finished) {
+        if self.ended {
             return Some(Step::Done);
         }
         let count = self.parts.len();
         for offset in 0..count {
             let index = (self.turn + offset) % count;
-            while let Some(event) = self.parts[index].try_event() {
-                if let Some(step) = self.apply(index, Some(event)) {
+            loop {
+                if let Some(update) = self.parts[index].tell() {
                     self.turn = index + 1;
-                    return Some(step);
+                    return Some(Step::Update(update));
+                }
+                let Some(event) = self.parts[index].try_event() else { break };
+                if let Err(failure) = self.apply(index, Some(event)) {
+                    return Some(self.end(failure));
                 }
             }
         }
-        None
+        // Not before: the last of what came may have been known to the client.
+        self.parts.iter().all(Part::is_finished).then_some(Step::Done)
     }
 
-    fn apply(&mut self, part: usize, event: Option<GenerationEvent>) -> Option<Step> {
+    fn apply(&mut self, part: usize, event: Option<GenerationEvent>) -> Result<(), Failure> {
         let event = event.unwrap_or_else(|| {
             let message = "The engine stopped while it was generating.";
             GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, message))
         });
-        match self.parts[part].apply(event, &self.metrics)? {
-            Step::Failed(failure) if failure.kind == FailureKind::DeadlineExceeded && self.has_tokens() => {
+        match self.parts[part].apply(event, &self.metrics) {
+            Err(failure) if failure.kind == FailureKind::DeadlineExceeded && self.has_tokens() => {
                 self.parts[part].is_expired = true;
-                None
+                Ok(())
             }
-            Step::Failed(failure) => Some(self.end(failure)),
-            step => Some(step),
+            result => result,
         }
     }
 
@@ -323,29 +352,26 @@ impl Generation {
     /// The client has this much of each choice already: it is not told again.
     pub fn skip(&mut self, marks: &[ChoiceMark]) {
         let choices = self.parts.iter_mut().flat_map(|part| &mut part.choices);
-        choices.zip(marks).for_each(|(choice, mark)| choice.has = *mark);
+        choices.zip(marks).for_each(|(choice, mark)| (choice.has, choice.told) = (*mark, *mark));
     }
 
     /// How far the client is with each choice. What is generated again may still be behind that in one choice while another
     /// brings news.
     pub fn marks(&self) -> impl Iterator<Item = ChoiceMark> {
-        let choices = self.parts.iter().flat_map(|part| &part.choices);
-        choices.map(|choice| ChoiceMark {
-            tokens: choice.tokens.max(choice.has.tokens),
-            finished: choice.finished || choice.has.finished,
-        })
+        self.parts.iter().flat_map(|part| &part.choices).map(|choice| choice.told)
     }
 
     pub fn metrics(&self) -> Arc<Metrics> {
         self.metrics.clone()
     }
 
+    /// Of what has been told.
     pub fn counts(&self) -> TokenCounts {
         let sum = |count: fn(&Part) -> u64| self.parts.iter().map(count).sum();
         TokenCounts {
             prompt: sum(|part| part.prompt_tokens),
             cached: sum(|part| part.cached_tokens),
-            completion: sum(Part::generated),
+            completion: self.marks().map(|mark| u64::from(mark.tokens)).sum(),
         }
     }
 }

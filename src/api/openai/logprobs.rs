@@ -1,7 +1,10 @@
 //! Log-probabilities in the two shapes of the two endpoints.
+//!
+//! They are float32, and printed with the digits that tell a float32 apart, wherever they stand: a client finds the same
+//! number beside the token and among the alternatives.
 
-use serde::Serialize;
-use serde_json::{Map, Value};
+use serde::ser::SerializeMap;
+use serde::{Serialize, Serializer};
 
 use crate::tokenizer::Tokenizer;
 use crate::types::{TokenId, TokenLogprobs};
@@ -33,7 +36,7 @@ struct TokenLogprob {
 impl ChatLogprobs {
     pub fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs) {
         let describe = |token, logprob: f32| {
-            let bytes = tokenizer.token_bytes(token).to_vec();
+            let bytes = tokenizer.token_bytes(token);
             TokenLogprob { token: text_of(&bytes), logprob: logprob.max(LEAST_LOGPROB), bytes }
         };
         self.content.push(ChatTokenLogprobs {
@@ -47,26 +50,51 @@ impl ChatLogprobs {
 #[derive(Debug, Default, Serialize)]
 pub struct CompletionLogprobs {
     text_offset: Vec<usize>,
-    token_logprobs: Vec<f32>,
+    token_logprobs: Vec<Option<f32>>,
     tokens: Vec<String>,
-    top_logprobs: Vec<Map<String, Value>>,
+    top_logprobs: Vec<Option<TopLogprobs>>,
 }
 
 impl CompletionLogprobs {
     /// `offset` is where the token's text begins, in characters.
     pub fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs, offset: usize) {
-        let describe = |token| text_of(&tokenizer.token_bytes(token));
-        // As vLLM has it, the sampled token is always among the alternatives.
-        let top = logprobs.top.iter().copied().chain([(token, logprobs.logprob)]);
-        self.top_logprobs
-            .push(top.map(|(token, logprob)| (describe(token), logprob.max(LEAST_LOGPROB).into())).collect());
-        self.token_logprobs.push(logprobs.logprob.max(LEAST_LOGPROB));
         self.text_offset.push(offset);
-        self.tokens.push(describe(token));
+        self.token_logprobs.push(Some(logprobs.logprob.max(LEAST_LOGPROB)));
+        self.tokens.push(text_of(&tokenizer.token_bytes(token)));
+        self.top_logprobs.push(Some(TopLogprobs::new(tokenizer, token, logprobs)));
+    }
+}
+
+/// An object whose members are the alternatives' texts. Of several tokens with one text, the likeliest counts.
+#[derive(Debug)]
+struct TopLogprobs(Vec<(String, f32)>);
+
+impl TopLogprobs {
+    /// As vLLM has it, the token itself is always among its alternatives.
+    fn new(tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs) -> Self {
+        let mut members: Vec<(String, f32)> = Vec::with_capacity(logprobs.top.len() + 1);
+        // The best come first, so whatever has the same text is less likely, or it is the same token.
+        for (token, logprob) in logprobs.top.iter().copied().chain([(token, logprobs.logprob)]) {
+            let text = text_of(&tokenizer.token_bytes(token));
+            if !members.iter().any(|(known, _)| *known == text) {
+                members.push((text, logprob.max(LEAST_LOGPROB)));
+            }
+        }
+        Self(members)
+    }
+}
+
+impl Serialize for TopLogprobs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (text, logprob) in &self.0 {
+            map.serialize_entry(text, logprob)?;
+        }
+        map.end()
     }
 }
 
 /// A token by itself; it may be a part of a character.
-pub fn text_of(bytes: &[u8]) -> String {
+fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

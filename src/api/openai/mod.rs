@@ -10,11 +10,13 @@ mod head;
 mod logprobs;
 mod messages;
 pub mod models;
+mod numbers;
 mod prepare;
 mod resumption;
 mod sampling;
 mod stream;
 pub mod tokenize;
+mod unsupported;
 mod usage;
 
 pub use body::RequestBody;

@@ -27,8 +27,8 @@ pub const PLACEMENT_HEADER: &str = "x-outrigger-placement";
 pub const OTHER_FINGERPRINT_HEADER: &str = "x-outrigger-allow-other-fingerprint";
 /// A day. Longer is no deadline at all.
 const MAX_TIMEOUT_MS: u64 = 86_400_000;
-/// Prompts of one completion request.
-pub const MAX_PROMPTS: usize = 256;
+/// Prompts of one completion request. Fewer may fit into the queue.
+pub const MAX_PROMPTS: usize = 2048;
 /// Text beyond which tokenising leaves the async threads. Below, it takes less time than moving it.
 const INLINE_TEXT_BYTES: usize = 16 << 10;
 /// `max_tokens` of a completion that gives none, as OpenAI documents it.
@@ -360,17 +360,21 @@ fn max_tokens(
         Endpoint::Chat => "messages",
         Endpoint::Completions => "prompt",
     };
+    // Clients look for these words of OpenAI's and vLLM's, to shorten the prompt and try again.
     let too_long = |field, message: String| Failure::invalid(field, message).with_code("context_length_exceeded");
     let context = model.max_model_len;
     if prompt_tokens >= context {
         let message = format!(
-            "The prompt has {prompt_tokens} tokens. The context holds {context} (max_model_len), of which at least one is \
-             for the answer."
+            "This model's maximum context length is {context} tokens (max_model_len). However, your {field} resulted in \
+             {prompt_tokens} tokens, and the answer needs at least one. Please reduce the length of the {field}."
         );
         return Err(too_long(field, message));
     }
     if let Some(limit) = config.max_input_tokens.filter(|&limit| prompt_tokens > limit as usize) {
-        let message = format!("The prompt has {prompt_tokens} tokens; at most {limit} are allowed (max_input_tokens).");
+        let message = format!(
+            "The input tokens exceed the configured limit of {limit} tokens (max_input_tokens). Your {field} resulted in \
+             {prompt_tokens} tokens. Please reduce the length of the {field}."
+        );
         return Err(too_long(field, message));
     }
     let left = u32::try_from(context - prompt_tokens).unwrap_or(u32::MAX);
@@ -381,9 +385,11 @@ fn max_tokens(
             Err(Failure::invalid(name, message).with_code("out_of_range"))
         }
         Some((name, value)) if value > left => {
+            let total = prompt_tokens as u64 + u64::from(value);
             let message = format!(
-                "`{name}` is {value}, and the prompt has {prompt_tokens} tokens: together more than the context of \
-                 {context} (max_model_len)."
+                "This model's maximum context length is {context} tokens (max_model_len). However, you requested {total} \
+                 tokens ({prompt_tokens} in the {field}, {value} in the completion, `{name}`). Please reduce the length of \
+                 the {field} or completion."
             );
             Err(too_long(name, message))
         }

@@ -4,6 +4,7 @@ use std::fmt::Display;
 use std::ops::RangeInclusive;
 
 use super::body::{LogprobsInput, RequestBody};
+use super::numbers;
 use crate::types::{Failure, SamplingParams, TokenId};
 
 /// OpenAI's bound on `n`.
@@ -40,7 +41,8 @@ pub fn params(
         min_tokens: body.min_tokens.unwrap_or(0),
         temperature: within("temperature", body.temperature.unwrap_or(1.0), 0.0..=2.0)?,
         top_k: u32::try_from(top_k).unwrap_or(0),
-        top_p: positive("top_p", within("top_p", body.top_p.unwrap_or(1.0), 0.0..=1.0)?)?,
+        // Of a share of nothing, the likeliest token is left.
+        top_p: within("top_p", body.top_p.unwrap_or(1.0), 0.0..=1.0)?,
         min_p: within("min_p", body.min_p.unwrap_or(0.0), 0.0..=1.0)?,
         repetition_penalty: positive(
             "repetition_penalty",
@@ -73,6 +75,7 @@ fn seed(body: &RequestBody, random_seed: u64) -> Result<u64, Failure> {
     // A negative seed is as good as any: its two's complement.
     seed.as_u64()
         .or_else(|| seed.as_i64().map(i64::cast_unsigned))
+        .or_else(|| i64::try_from(numbers::of_float(seed.as_f64()?)?).ok().map(i64::cast_unsigned))
         .ok_or_else(|| Failure::invalid("seed", format!("`seed` must be a whole number of 64 bits, not {seed}.")))
 }
 
@@ -235,6 +238,8 @@ mod tests {
         };
         assert_eq!(params, Ok(expected));
         assert_eq!(chat(r#"{"top_k": -1}"#).map(|params| params.top_k), Ok(0));
+        assert_eq!(chat(r#"{"top_p": 0}"#).map(|params| params.top_p), Ok(0.0));
+        assert_eq!(chat(r#"{"seed": 3.0}"#).map(|params| params.seed), Ok(3));
         assert_eq!(completions(r#"{"logprobs": 0}"#).map(|params| params.logprobs), Ok(Some(0)));
     }
 
@@ -244,7 +249,7 @@ mod tests {
             (r#"{"temperature": 2.1}"#, "temperature", "2"),
             (r#"{"temperature": -0.1}"#, "temperature", "0"),
             (r#"{"temperature": 1e39}"#, "temperature", "2"),
-            (r#"{"top_p": 0}"#, "top_p", "0"),
+            (r#"{"top_p": -0.1}"#, "top_p", "0"),
             (r#"{"top_p": 1.5}"#, "top_p", "1"),
             (r#"{"top_k": -2}"#, "top_k", "-1"),
             (r#"{"min_p": -1}"#, "min_p", "0"),

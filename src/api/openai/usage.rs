@@ -10,6 +10,13 @@ pub struct TokenCounts {
     pub completion: u64,
 }
 
+impl TokenCounts {
+    /// As they are before the first token is told.
+    pub fn without_output(self) -> Self {
+        Self { completion: 0, ..self }
+    }
+}
+
 /// `usage` of a response or chunk.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Usage {

@@ -53,25 +53,102 @@ async fn a_stream_has_one_event_per_token() {
     let answer = node.post_json(PATH, body).await;
     assert_eq!(answer.headers["content-type"], "text/event-stream; charset=utf-8");
     let chunks = answer.chunks();
-    assert_eq!(chunks.len(), 1 + tokens.len() + 2);
+    assert_eq!(chunks.len(), 1 + tokens.len() + 1);
     assert_eq!(chunks[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
     assert_eq!(chunks[0]["prompt_token_ids"], json!(prompt_ids()));
     let mut text = String::new();
-    for (chunk, token) in chunks[1..].iter().zip(&tokens) {
+    for (index, (chunk, token)) in chunks[1..].iter().zip(&tokens).enumerate() {
         let choice = &chunk["choices"][0];
         assert_eq!(choice["token_ids"], json!([token]));
-        assert_eq!(choice["finish_reason"], Value::Null);
+        // The end comes with the last token.
+        let end = if index + 1 == tokens.len() { json!("stop") } else { Value::Null };
+        assert_eq!(choice["finish_reason"], end);
         assert_eq!(chunk["id"], chunks[0]["id"]);
         assert_eq!(chunk["object"], "chat.completion.chunk");
         text += choice["delta"]["content"].as_str().expect("text");
     }
     assert_eq!(text, "the wave hits");
-    let last = &chunks[chunks.len() - 2]["choices"][0];
-    assert_eq!((&last["delta"], &last["finish_reason"]), (&json!({}), &json!("stop")));
     let usage = &chunks[chunks.len() - 1];
     assert_eq!(usage["choices"], json!([]));
     assert_eq!(usage["usage"]["completion_tokens"], tokens.len());
     assert!(chunks[..chunks.len() - 1].iter().all(|chunk| chunk.get("usage").is_none()));
+}
+
+#[tokio::test]
+async fn running_usage_counts_what_has_been_sent() {
+    let node = Node::saying("the wave hits");
+    let options = json!({"include_usage": true, "continuous_usage_stats": true});
+    let body = hello(json!({"stream": true, "n": 2, "stream_options": options, "return_token_ids": true}));
+    let chunks = node.post_json(PATH, body).await.chunks();
+    let mut sent = 0;
+    for chunk in &chunks {
+        sent += chunk["choices"][0]["token_ids"].as_array().map_or(0, Vec::len);
+        assert_eq!(chunk["usage"]["completion_tokens"], sent, "{chunk}");
+        assert_eq!(chunk["usage"]["prompt_tokens"], prompt_ids().len());
+    }
+    assert_eq!(sent, 2 * (ids("the wave hits").len() + 1));
+}
+
+/// The front goes by the same rules as the engine, and an end that no rule foretells is told by itself.
+#[tokio::test]
+async fn every_kind_of_end_comes_with_the_last_token() {
+    let comma = ids(",")[0];
+    for (more, end, has_own_chunk) in [
+        (json!({"max_tokens": 3}), FinishReason::Length, false),
+        (json!({"stop": ["c"]}), FinishReason::Stop(StopCause::String("c".into())), false),
+        (json!({"stop_token_ids": [comma]}), FinishReason::Stop(StopCause::Token(comma)), false),
+        (json!({}), FinishReason::Stop(StopCause::EndOfSequence(EOS)), false),
+        (json!({}), FinishReason::Deadline, true),
+    ] {
+        let (tokens, reason) = (ids("abc"), end.clone());
+        let node = Node::new(move |request, events| {
+            play(&events, request, &tokens, reason.clone());
+            Ok(())
+        });
+        let mut body = hello(json!({"stream": true, "return_token_ids": true}));
+        body.as_object_mut().expect("an object").extend(more.as_object().expect("an object").clone());
+        let chunks = node.post_json(PATH, body).await.chunks();
+        let last = &chunks.last().expect("a chunk")["choices"][0];
+        assert!(last["finish_reason"].is_string(), "{end:?}: {last}");
+        assert_eq!(last.get("token_ids").is_none(), has_own_chunk, "{end:?}: {last}");
+        assert_eq!(chunks.iter().filter(|chunk| chunk["choices"][0]["finish_reason"].is_string()).count(), 1);
+    }
+}
+
+/// An engine that goes on where the front saw an end: no token is lost.
+#[tokio::test]
+async fn an_end_that_does_not_come_loses_no_token() {
+    let tokens = ids("abcd");
+    let node = Node::new(move |request, events| {
+        play(&events, request, &tokens, FinishReason::Length);
+        Ok(())
+    });
+    let body = hello(json!({"stream": true, "max_tokens": 2, "return_token_ids": true}));
+    let chunks = node.post_json(PATH, body).await.chunks();
+    let told: Vec<&Value> = chunks.iter().filter_map(|chunk| chunk["choices"][0].get("token_ids")).collect();
+    let expected: Vec<Value> = ids("abcd").iter().map(|token| json!([token])).collect();
+    assert_eq!(told, expected.iter().collect::<Vec<_>>());
+}
+
+/// vLLM's rule: what stop strings are sought in is the text after the first `min_tokens` tokens.
+#[tokio::test]
+async fn stop_strings_do_not_count_before_min_tokens() {
+    let tokens = ids("a,b,c");
+    let node = Node::new(move |request, events| {
+        play(&events, request, &tokens, FinishReason::Length);
+        Ok(())
+    });
+    for (min_tokens, text) in [(0, "a"), (1, "a"), (2, "a,b"), (4, "a,b,c")] {
+        let body = hello(json!({"stop": ",", "min_tokens": min_tokens, "max_tokens": 5}));
+        let answer = node.post_json(PATH, body.clone()).await.json();
+        assert_eq!(answer["choices"][0]["message"]["content"], text, "min_tokens {min_tokens}");
+        let mut streamed = body;
+        streamed["stream"] = json!(true);
+        let chunks = node.post_json(PATH, streamed).await.chunks();
+        let joined: String =
+            chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+        assert_eq!(joined, text, "min_tokens {min_tokens}");
+    }
 }
 
 #[tokio::test]

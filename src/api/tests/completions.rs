@@ -114,6 +114,66 @@ async fn log_probabilities_come_as_parallel_lists() {
     assert_eq!(sampled_only["choices"][0]["logprobs"]["top_logprobs"], json!([{"a": -0.5}, {"b": -0.5}]));
 }
 
+/// One number, printed once: the sampled token's is found among the alternatives, to the last digit.
+#[tokio::test]
+async fn a_log_probability_is_the_same_number_wherever_it_stands() {
+    let tokens = ids("ab");
+    let node = Node::new(move |request, events| {
+        let send = |event| events.send(event).expect("somebody listens");
+        for (choice, &token) in [0, 0].into_iter().zip(&tokens) {
+            let logprob = -0.753_824_06_f32;
+            let top = vec![(token, logprob), (token + 1, -3.1_f32)];
+            let logprobs = Some(Box::new(TokenLogprobs { logprob, rank: 1, top }));
+            send(GenerationEvent::Token { choice, token, logprobs });
+        }
+        send(GenerationEvent::Finished { choice: 0, reason: FinishReason::Length });
+        assert_eq!(request.sampling.logprobs, Some(2));
+        Ok(())
+    });
+    let completion = node.post_json(PATH, json!({"prompt": "x", "logprobs": 2, "max_tokens": 2})).await;
+    assert!(completion.text.contains(r#""token_logprobs":[-0.75382406,-0.75382406]"#), "{}", completion.text);
+    assert!(completion.text.contains(r#""top_logprobs":[{"a":-0.75382406,"b":-3.1},"#), "{}", completion.text);
+    let logprobs = &completion.json()["choices"][0]["logprobs"];
+    assert_eq!(logprobs["token_logprobs"][0], logprobs["top_logprobs"][0]["a"]);
+    let chat =
+        json!({"messages": [{"role": "user", "content": "x"}], "logprobs": true, "top_logprobs": 2, "max_tokens": 2});
+    let chat = node.post_json("/v1/chat/completions", chat).await;
+    assert_eq!(chat.text.matches("-0.75382406,").count(), 4, "{}", chat.text);
+    let token = &chat.json()["choices"][0]["logprobs"]["content"][0];
+    assert_eq!(token["logprob"], token["top_logprobs"][0]["logprob"]);
+}
+
+/// Offsets are into the text as the client sees it: a character of several tokens counts once, a token without text not at
+/// all.
+#[tokio::test]
+async fn text_offsets_point_at_the_tokens_text() {
+    let emoji = ids("😀");
+    assert_eq!(emoji.len(), 4, "the fixture has a token for each byte");
+    let mut tokens = [ids("hi"), emoji].concat();
+    tokens.push(EOS);
+    tokens.extend(ids("wave"));
+    let expected_len = tokens.len();
+    let node = Node::new(move |request, events| {
+        play(&events, request, &tokens, FinishReason::Length);
+        Ok(())
+    });
+    let body = json!({"prompt": "x", "logprobs": 0, "max_tokens": expected_len, "ignore_eos": true});
+    let whole = node.post_json(PATH, body.clone()).await.json();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["text"], "hi😀wave");
+    let offsets: Vec<u64> = serde_json::from_value(choice["logprobs"]["text_offset"].clone()).expect("numbers");
+    let wave = ids("hi").len() + 4 + 1;
+    assert_eq!(offsets[ids("hi").len()..=wave], [2, 2, 2, 2, 3, 3]);
+    let text: Vec<char> = choice["text"].as_str().expect("text").chars().collect();
+    assert_eq!(text[offsets[wave] as usize], 'w');
+    let mut streamed = body;
+    streamed["stream"] = json!(true);
+    let chunks = node.post_json(PATH, streamed).await.chunks();
+    let told: Vec<_> =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["logprobs"]["text_offset"][0].as_u64()).collect();
+    assert_eq!(told, offsets);
+}
+
 #[tokio::test]
 async fn running_usage_is_told_when_asked_for() {
     let node = parrot();

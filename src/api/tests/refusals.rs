@@ -29,6 +29,16 @@ async fn requests_at_fault_are_400_and_name_the_field() {
         (CHAT, json!({"messages": hi, "max_tokens": -1}), "max_tokens"),
         (CHAT, json!({"messages": hi, "min_tokens": 5, "max_tokens": 4}), "min_tokens"),
         (CHAT, json!({"messages": hi, "stream_options": {"include_usage": 1}}), "stream_options.include_usage"),
+        (CHAT, json!({"messages": hi, "stream_options": {"include_usage": true}}), "stream_options"),
+        (CHAT, json!({"messages": hi, "logit_bias": {"191222": -100}, "max_tokens": 2}), "logit_bias"),
+        (
+            CHAT,
+            json!({"messages": hi, "stop_token_ids": [151_645], "min_tokens": 1, "max_tokens": 2}),
+            "stop_token_ids",
+        ),
+        (CHAT, json!({"messages": hi, "grammar": "root ::= \"a\""}), "grammar"),
+        (COMPLETIONS, json!({"prompt": "a", "typical_p": 0.5}), "typical_p"),
+        (COMPLETIONS, json!({"prompt": "a", "max_tokens": "8"}), "max_tokens"),
         (CHAT, json!({"messages": hi, "response_format": {"type": "json_schema"}}), "response_format"),
         (CHAT, json!({"messages": hi, "tool_choice": "required", "tools": [{}]}), "tool_choice"),
         (CHAT, json!({"messages": hi, "tools": [{"type": "function", "function": {"name": "f"}}]}), "tools"),
@@ -37,8 +47,9 @@ async fn requests_at_fault_are_400_and_name_the_field() {
         (COMPLETIONS, json!({"prompt": {}}), "prompt"),
         (COMPLETIONS, json!({"prompt": []}), "prompt"),
         (COMPLETIONS, json!({"prompt": [[]]}), "prompt"),
-        (COMPLETIONS, json!({"prompt": [100_000]}), "prompt"),
-        (COMPLETIONS, json!({"prompt": vec!["a"; 257]}), "prompt"),
+        (COMPLETIONS, json!({"prompt": [999_999], "max_tokens": 1}), "prompt"),
+        (COMPLETIONS, json!({"prompt": vec!["a"; 2049]}), "prompt"),
+        (COMPLETIONS, json!({"prompt": ""}), "prompt"),
         (COMPLETIONS, json!({"prompt": "a", "suffix": "b"}), "suffix"),
         // One seat and 512 that may wait.
         (COMPLETIONS, json!({"prompt": vec!["a"; 172], "n": 3}), "n"),
@@ -51,7 +62,7 @@ async fn requests_at_fault_are_400_and_name_the_field() {
     }
     assert!(node.requests.lock().is_empty());
     let metrics = node.state.metrics.prometheus_text();
-    assert!(metrics.contains("outrigger_request_failures_total{kind=\"invalid_request\"} 22\n"), "{metrics}");
+    assert!(metrics.contains("outrigger_request_failures_total{kind=\"invalid_request\"} 29\n"), "{metrics}");
 }
 
 #[tokio::test]
@@ -59,6 +70,10 @@ async fn malformed_json_is_told_with_its_place() {
     let answer = quiet().post(CHAT, "{\"messages\": [}").await;
     assert_eq!(answer.status, StatusCode::BAD_REQUEST);
     assert!(answer.error()["message"].as_str().expect("text").contains("line 1, column 15"), "{}", answer.text);
+    // Half of a character, which no text holds.
+    let surrogate = r#"{"messages":[{"role":"user","content":"hi \ud83d"}],"max_tokens":1}"#;
+    let answer = quiet().post(CHAT, surrogate).await;
+    assert_eq!((answer.status, &answer.error()["code"]), (StatusCode::BAD_REQUEST, &json!("invalid_json")));
     let deep = format!("{{\"messages\": {}{}}}", "[".repeat(5000), "]".repeat(5000));
     assert_eq!(quiet().post(CHAT, deep).await.status, StatusCode::BAD_REQUEST);
 }
@@ -67,16 +82,28 @@ async fn malformed_json_is_told_with_its_place() {
 async fn what_exceeds_the_context_is_told_with_the_numbers() {
     let node = quiet();
     let long = "wave ".repeat(400);
-    for body in [
-        json!({"prompt": long}),
-        json!({"prompt": "wave", "max_tokens": MAX_MODEL_LEN}),
-        json!({"prompt": vec![5; MAX_MODEL_LEN]}),
+    let user = |content: &str| json!([{"role": "user", "content": content}]);
+    for (path, body, param) in [
+        (COMPLETIONS, json!({"prompt": long}), "prompt"),
+        (COMPLETIONS, json!({"prompt": "wave", "max_tokens": MAX_MODEL_LEN}), "max_tokens"),
+        (COMPLETIONS, json!({"prompt": vec![5; MAX_MODEL_LEN]}), "prompt"),
+        (CHAT, json!({"messages": user(&long)}), "messages"),
+        (CHAT, json!({"messages": user("wave"), "max_completion_tokens": MAX_MODEL_LEN}), "max_completion_tokens"),
     ] {
-        let answer = node.post_json(COMPLETIONS, body).await;
+        let answer = node.post_json(path, body).await;
         assert_eq!(answer.status, StatusCode::BAD_REQUEST);
-        assert_eq!(answer.error()["code"], "context_length_exceeded");
-        assert!(answer.error()["message"].as_str().expect("text").contains("256"), "{}", answer.text);
+        assert_eq!(
+            (&answer.error()["code"], &answer.error()["param"]),
+            (&json!("context_length_exceeded"), &json!(param))
+        );
+        // litellm and langchain look for these words.
+        let message = answer.error()["message"].as_str().expect("text").to_owned();
+        assert!(message.starts_with("This model's maximum context length is 256 tokens"), "{message}");
+        assert!(message.contains("Please reduce the length of the"), "{message}");
     }
+    let both = node.post_json(COMPLETIONS, json!({"prompt": [5, 5], "max_tokens": MAX_MODEL_LEN})).await;
+    let words = "However, you requested 258 tokens (2 in the prompt, 256 in the completion";
+    assert!(both.error()["message"].as_str().expect("text").contains(words), "{}", both.text);
     // One token less fits.
     let fits = node.post_json(COMPLETIONS, json!({"prompt": vec![5; MAX_MODEL_LEN - 1], "max_tokens": 1})).await;
     assert_eq!(fits.status, StatusCode::OK, "{}", fits.text);
@@ -87,7 +114,11 @@ async fn configured_limits_are_named() {
     let config = Config { max_input_tokens: Some(3), max_output_tokens: Some(5), ..Config::default() };
     let node = Node::with_config(config, admission::Config::default(), |_, _| panic!("nothing may get through"));
     let long = node.post_json(COMPLETIONS, json!({"prompt": [5, 5, 5, 5]})).await;
-    assert!(long.error()["message"].as_str().expect("text").contains("max_input_tokens"));
+    let message = long.error()["message"].as_str().expect("text").to_owned();
+    assert!(
+        message.contains("max_input_tokens") && message.contains("input tokens exceed the configured limit"),
+        "{message}"
+    );
     let greedy = node.post_json(COMPLETIONS, json!({"prompt": [5], "max_tokens": 6})).await;
     assert!(greedy.error()["message"].as_str().expect("text").contains("max_output_tokens"));
     assert_eq!(greedy.error()["param"], "max_tokens");

@@ -37,6 +37,7 @@ async fn a_client_gets_exactly_the_rest_wherever_it_stopped() {
     assert_eq!(first.headers["x-outrigger-node"], "alone");
     let whole = identified(&first);
     assert!(whole.last().expect("events").0.split(',').all(|mark| mark.ends_with('f')), "{whole:?}");
+    assert_eq!(whole.len(), 2 * (super::ids("the hull holds, the wave goes by").len() + 1), "an event a token");
     for seen in 0..whole.len() {
         let answer = send(&node, &[key, ("last-event-id", &whole[seen].0)], &body()).await;
         let rest = identified(&answer);
