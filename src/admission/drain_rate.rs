@@ -1,11 +1,11 @@
-//! How fast the queue empties: requests and prompt tokens that left it per second in which it was not empty, over about
-//! the last half minute of such time. Time is passed in.
+//! Measures how fast the queue empties: requests and prompt tokens that left it per second while it was not empty, over
+//! about the last half minute of such time. Time is passed in.
 
 use std::time::{Duration, Instant};
 
-/// Queued time after which an observation weighs 1/e.
+/// Time with a queue after which an observation's weight falls to 1/e.
 const MEMORY: Duration = Duration::from_secs(30);
-/// Less than this is no measurement.
+/// With less time than this, there is no measurement.
 const MIN_BUSY: Duration = Duration::from_millis(500);
 const MIN_REQUESTS: f64 = 4.0;
 
@@ -23,7 +23,7 @@ impl DrainRate {
         Self { last: now, busy: 0.0, requests: 0.0, tokens: 0.0 }
     }
 
-    /// Accounts for the time since the last call, during all of which the queue was empty or was not.
+    /// Accounts for the time since the last call, during which the queue was either always empty or never empty.
     pub fn advance(&mut self, now: Instant, was_queued: bool) {
         let elapsed = now.saturating_duration_since(self.last).as_secs_f64();
         self.last = self.last.max(now);
@@ -40,7 +40,7 @@ impl DrainRate {
         self.tokens += tokens as f64;
     }
 
-    /// How long a queue of this length takes to empty: by its requests and by its tokens. `None` until measured.
+    /// Estimates how long a queue of this length takes to empty, by requests and by tokens. `None` until measured.
     pub fn waits(&self, requests: u32, tokens: u64) -> Option<[Duration; 2]> {
         if self.busy < MIN_BUSY.as_secs_f64() || self.requests < MIN_REQUESTS {
             return None;

@@ -1,7 +1,7 @@
-//! Decides at the door whether a request may wait for the engine, and tells a refused one when to come back.
+//! Decides whether a request may wait for the engine, and tells a refused one when to retry.
 //!
-//! A request that is let in holds a [`Permit`] until its response ends. While the engine has not scheduled it, it counts
-//! against the queue caps. Nothing here waits or spawns: the engine's own queue orders the requests, this counts them.
+//! An admitted request holds a [`Permit`] until its response ends. Until the engine has scheduled it, it counts against the
+//! queue caps. Nothing here waits or spawns: the engine's queue orders the requests; this module counts them.
 
 mod drain_rate;
 mod queue;
@@ -25,10 +25,10 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Choices (a request has `n` for each prompt) that may wait beyond those for which the batch has room. 0 refuses
-    /// whatever cannot run at once.
+    /// The most sequences (a request has `n` for each prompt) that may wait for a place in the batch. 0 refuses every
+    /// request that cannot run at once.
     pub max_num_queued_requests: u32,
-    /// Prompt tokens that may wait. A prompt larger than this is let in when no other waits.
+    /// The most prompt tokens that may wait. A larger prompt is admitted if nothing else waits.
     pub max_num_queued_tokens: u64,
 }
 
@@ -48,11 +48,11 @@ impl Config {
     }
 }
 
-/// What admission needs to know of a request.
+/// The facts about a request that admission needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Demand {
     pub prompt_tokens: u64,
-    /// Choices to generate, each with a place of its own in the batch; at least 1.
+    /// Choices to generate. Each takes a place in the batch. At least 1.
     pub choices: u32,
     /// As in `GenerateRequest`: below 0 overtakes the queue.
     pub priority: i32,
@@ -117,7 +117,7 @@ impl From<Rejection> for Failure {
     }
 }
 
-/// How full the door is.
+/// The load of the admission queue.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct AdmissionStatus {
     /// Admitted and not yet scheduled.
@@ -130,7 +130,7 @@ pub struct AdmissionStatus {
     pub closed: bool,
 }
 
-/// Handle to the node's only queue of admissions. Cheap to clone.
+/// Handle to the node's admission queue. Cheap to clone.
 #[derive(Clone)]
 pub struct AdmissionController {
     shared: Arc<Shared>,
@@ -139,7 +139,7 @@ pub struct AdmissionController {
 struct Shared {
     queue: Mutex<Queue>,
     metrics: Arc<Metrics>,
-    /// Told when the last admitted request has ended.
+    /// Notified when the last admitted request has ended.
     drained: Notify,
 }
 
@@ -150,8 +150,8 @@ impl AdmissionController {
         Self { shared: Arc::new(Shared { queue, metrics, drained: Notify::new() }) }
     }
 
-    /// Lets the request in or refuses it, at once. `engine_tokens_per_second` is the engine's own measurement
-    /// (`EngineStatus::drain_tokens_per_second`), used until this queue has measured its own drain; 0 is unknown.
+    /// Admits or refuses the request at once. `engine_tokens_per_second` is the engine's own measurement
+    /// (`EngineStatus::drain_tokens_per_second`), used until this queue has measured its drain rate; 0 if unknown.
     pub fn try_admit(&self, demand: Demand, engine_tokens_per_second: f64) -> Result<Permit, Rejection> {
         let admitted = self.shared.queue.lock().admit(demand, engine_tokens_per_second, now());
         match admitted {
@@ -163,23 +163,23 @@ impl AdmissionController {
         }
     }
 
-    /// Lets in a request that goes on with a stream that has begun: no cap applies to it, and no closed door.
+    /// Admits the continuation of a running stream: caps do not apply to it, even after `close`.
     pub fn admit_continuation(&self, demand: Demand) -> Permit {
         self.shared.queue.lock().admit_continuation(demand, Instant::now());
         Permit { shared: self.shared.clone(), demand, scheduled: false }
     }
 
-    /// The most choices that could be let in at once.
+    /// The most choices that can be admitted at once.
     pub fn max_choices(&self) -> u64 {
         self.shared.queue.lock().max_choices()
     }
 
-    /// Prompt tokens that the queue would still take.
+    /// Prompt tokens for which the queue still has room.
     pub fn free_token_budget(&self) -> u64 {
         self.shared.queue.lock().free_token_budget()
     }
 
-    /// From now on refuses everything; what was admitted goes on.
+    /// Refuses all new requests from now on. Admitted requests continue.
     pub fn close(&self) {
         self.shared.queue.lock().close();
     }
@@ -188,7 +188,7 @@ impl AdmissionController {
         self.shared.queue.lock().status()
     }
 
-    /// Returns once nothing is admitted any more. Call [`Self::close`] first, or it may never be so.
+    /// Returns when no admitted request is left. Call [`Self::close`] first, or it may never return.
     pub async fn drained(&self) {
         loop {
             let notified = self.shared.drained.notified();
@@ -200,12 +200,12 @@ impl AdmissionController {
     }
 }
 
-/// The runtime's clock, which a simulator may turn.
+/// The runtime's clock, which a simulator may control.
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 
-/// A place at the engine, held until the response ends. Dropping it gives the place back.
+/// An admitted request's place, held until its response ends. Dropping it frees the place.
 #[must_use = "dropping the permit gives the place back"]
 pub struct Permit {
     shared: Arc<Shared>,
@@ -214,7 +214,7 @@ pub struct Permit {
 }
 
 impl Permit {
-    /// The engine has taken the request out of its queue. Further calls do nothing.
+    /// Notes that the engine has taken the request out of its queue. Further calls do nothing.
     pub fn scheduled(&mut self) {
         if !std::mem::replace(&mut self.scheduled, true) {
             self.shared.queue.lock().schedule(self.demand, now());

@@ -8,7 +8,7 @@ use super::{AdmissionStatus, Config, Demand, MAX_RETRY_AFTER, MIN_RETRY_AFTER, R
 #[derive(Clone, Debug)]
 pub struct Queue {
     config: Config,
-    /// Choices that the engine runs at once.
+    /// The most choices that the engine runs at once.
     seats: u64,
     queued_requests: u32,
     queued_choices: u64,
@@ -43,13 +43,13 @@ impl Queue {
         Ok(())
     }
 
-    /// Lets the request in, whatever waits.
+    /// Admits the request regardless of the queue.
     pub fn admit_continuation(&mut self, demand: Demand, now: Instant) {
         self.advance(now);
         self.enter_queue(demand);
     }
 
-    /// The most choices that could be let in at once.
+    /// The most choices that can be admitted at once.
     pub fn max_choices(&self) -> u64 {
         self.seats + u64::from(self.config.max_num_queued_requests)
     }
@@ -111,20 +111,20 @@ impl Queue {
         (left.is_zero() || estimated_wait > left).then_some(RejectionReason::Deadline { estimated_wait })
     }
 
-    /// Whether the request finds room in the batch even after all that wait before it. One with more
-    /// choices than seats has room when it is alone.
+    /// Whether the batch has room for the request after everything that waits before it. A request with more choices
+    /// than seats has room if it is alone.
     fn has_seats_for(&self, demand: Demand) -> bool {
         let ahead = self.running_choices + self.queued_choices;
         ahead == 0 || ahead + u64::from(demand.choices) <= self.seats
     }
 
-    /// Choices for which the batch has no room. The engine takes the others in its next step.
+    /// Choices for which the batch has no room. The engine takes the rest in its next step.
     fn choices_in_wait(&self) -> u64 {
         (self.running_choices + self.queued_choices).saturating_sub(self.seats)
     }
 
-    /// The smaller of the estimates: a deadline is refused only when neither lets it be met. A request that overtakes the
-    /// queue does not wait for it.
+    /// The smaller of the two estimates: a deadline is refused only if both say that it cannot be met. A request that
+    /// overtakes the queue does not wait for it.
     fn least_wait(&self, demand: Demand) -> Duration {
         if demand.priority < 0 || self.has_seats_for(demand) {
             return Duration::ZERO;
@@ -132,7 +132,7 @@ impl Queue {
         self.drain.waits(self.queued_requests, self.queued_tokens).map_or(Duration::ZERO, |[a, b]| a.min(b))
     }
 
-    /// When the present queue will have emptied, by the larger of the estimates.
+    /// The time until the current queue is empty, by the larger of the two estimates.
     fn retry_after(&self, engine_tokens_per_second: f64) -> Duration {
         let estimate = match self.drain.waits(self.queued_requests, self.queued_tokens) {
             Some([by_requests, by_tokens]) => by_requests.max(by_tokens),

@@ -47,12 +47,12 @@ impl ApiKeys {
         }
         let refuse = |message: &str| Failure::new(FailureKind::Unauthenticated, message).with_code("invalid_api_key");
         let header = headers.get(header::AUTHORIZATION).ok_or_else(|| {
-            refuse("This server wants an API key. Send it in the header `Authorization: Bearer <key>`.")
+            refuse("This server requires an API key. Send it in the header `Authorization: Bearer <key>`.")
         })?;
         let presented = header.to_str().ok().and_then(bearer_token);
         match presented {
             Some(key) if self.contains(key) => Ok(()),
-            _ => Err(refuse("The API key in the `Authorization` header is not known here.")),
+            _ => Err(refuse("The API key in the `Authorization` header is not valid.")),
         }
     }
 

@@ -96,7 +96,7 @@ fn status_label(status: StatusCode) -> &'static str {
 pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
     let text = cause.downcast_ref::<String>().map(String::as_str).or_else(|| cause.downcast_ref::<&str>().copied());
     error!(panic = text.unwrap_or("not a text"), "a request handler panicked");
-    let failure = Failure::new(FailureKind::Internal, "The server made a mistake while it handled this request.");
+    let failure = Failure::new(FailureKind::Internal, "Internal error while handling this request.");
     ApiError::from(failure).into_response()
 }
 

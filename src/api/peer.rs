@@ -102,7 +102,7 @@ async fn pause_after(error: io::Error) {
     let of_the_peer =
         [io::ErrorKind::ConnectionAborted, io::ErrorKind::ConnectionReset, io::ErrorKind::ConnectionRefused];
     if !of_the_peer.contains(&error.kind()) {
-        warn!(%error, "cannot accept connections of peers");
+        warn!(%error, "cannot accept connections from peers");
         sleep(ACCEPT_PAUSE).await;
     }
 }
@@ -133,7 +133,7 @@ impl Server {
             Ok(stream) => stream,
             Err(error) => {
                 // Whoever finds the port can cause it, so it is counted and does not fill the log.
-                debug!(%address, %error, "a connection is no peer's");
+                debug!(%address, %error, "rejected a connection that is not from a peer");
                 return self.refuse("handshake");
             }
         };
@@ -155,7 +155,7 @@ impl Server {
             }
         };
         if let Err(error) = ended {
-            debug!(%address, %error, "a connection of a peer broke");
+            debug!(%address, %error, "a peer's connection broke");
         }
     }
 
@@ -238,7 +238,7 @@ impl From<CallError> for Refusal {
                 (StatusCode::BAD_REQUEST, FailureKind::Internal, "The replica could not read the request.")
             }
         };
-        debug!(%error, "a peer's call is refused");
+        debug!(%error, "refused a peer's call");
         let mut failure = Failure::new(kind, message);
         failure.retry_after = (kind == FailureKind::Overloaded).then_some(RETRY_AFTER);
         Self(status, failure)

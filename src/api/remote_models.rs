@@ -49,7 +49,9 @@ impl RemoteModels {
                     self.keep(report, model.clone());
                     return Ok(Some(model));
                 }
-                Ok(_) => tracing::warn!(peer = %peer.id, "a peer sent another tokenizer than the one it reports"),
+                Ok(_) => {
+                    tracing::warn!(peer = %peer.id, "a peer sent a tokenizer that differs from the one it reports")
+                }
                 Err(failure) => last = failure,
             }
         }
@@ -95,7 +97,7 @@ async fn open(report: ModelReport, bytes: Vec<u8>) -> Result<ServedModel, Failur
         let template = tokenizer.chat_template().map_err(|error| unusable(DAMAGED).with_source(error))?;
         Ok(ServedModel::new(&report, tokenizer, template, bundle.eos_token_ids))
     };
-    tokio::task::spawn_blocking(open).await.map_err(|_| unusable("Opening a peer's tokenizer failed."))?
+    tokio::task::spawn_blocking(open).await.map_err(|_| unusable("Cannot open a peer's tokenizer."))?
 }
 
-const DAMAGED: &str = "The tokenizer of the model cannot be used here.";
+const DAMAGED: &str = "The model's tokenizer cannot be used on this node.";

@@ -105,7 +105,7 @@ impl Front {
         self.server_shutdown.cancel();
         for server in [Some(self.server), self.admin].into_iter().flatten() {
             if let Err(error) = server.await {
-                tracing::error!(%error, "the server ended abnormally");
+                tracing::error!(%error, "the HTTP server ended unexpectedly");
             }
         }
     }

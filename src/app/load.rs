@@ -142,7 +142,7 @@ fn open_probe(pci_bus_id: &str) -> Option<Box<dyn DeviceProbe>> {
     match GpuProbe::open(pci_bus_id) {
         Ok(probe) => Some(Box::new(probe)),
         Err(error) => {
-            tracing::warn!(%error, "the GPU's health and memory cannot be watched");
+            tracing::warn!(%error, "cannot monitor the GPU's health and memory");
             None
         }
     }
@@ -215,7 +215,7 @@ fn load_runner(
 fn open_chat_template(tokenizer: &Tokenizer) -> anyhow::Result<ChatTemplate> {
     const UNREADABLE: &str = "{{ raise_exception('the chat template of this model cannot be read by this server') }}";
     tokenizer.chat_template().or_else(|error| {
-        tracing::warn!(%error, "the model's chat template cannot be read; chat requests will be refused");
+        tracing::warn!(%error, "the model's chat template cannot be used; chat requests will be refused");
         Ok(ChatTemplate::new(UNREADABLE, tokenizer.special_tokens())?)
     })
 }

@@ -63,7 +63,7 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
     let front = Front::open(&config).await?;
     say(&format!("Listening on {}", front.base_url));
     if config.api.api_keys.is_empty() && !front.is_local {
-        tracing::warn!("no api_keys are set: everybody who reaches the address of `host` may use the model");
+        tracing::warn!("no api_keys are set: anybody who can reach `host` can use the model");
     }
     let model = tokio::select! {
         loaded = load::load(&config, device, &front) => match loaded {
@@ -74,7 +74,7 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
             }
         },
         caught = signals.next() => {
-            tracing::info!(signal = caught.name, "ending while the model loads");
+            tracing::info!(signal = caught.name, "exiting while the model loads");
             return Ok(ending::while_loading(&config, front, caught).await);
         }
     };

@@ -1,5 +1,5 @@
-//! The cluster that a drill is run against: its own nodes, or those that the operator named. What may be done to a node is
-//! decided here, and nowhere else.
+//! The cluster under drill: nodes that the drill started, or nodes that the operator named. Only this module decides what may
+//! be done to a node.
 
 use std::io;
 use std::path::PathBuf;
@@ -15,9 +15,9 @@ use crate::config::DrillTarget;
 use crate::router::ClusterOverview;
 use crate::types::NodeId;
 
-/// For a node to load its model, and for all to see one another.
+/// Time for a node to load its model, and for all nodes to see each other.
 pub const START_PATIENCE: Duration = Duration::from_secs(60);
-/// For a process to end that was asked to: beyond its shutdown timeout.
+/// Time for a process to exit after SIGTERM: longer than its shutdown timeout.
 pub const EXIT_PATIENCE: Duration = Duration::from_secs(45);
 const POLL: Duration = Duration::from_millis(20);
 
@@ -36,7 +36,7 @@ pub enum Action {
 }
 
 impl Action {
-    /// As the hook is told.
+    /// The action's name as passed to the hook.
     pub fn name(self) -> &'static str {
         match self {
             Action::Kill => "kill",
@@ -131,7 +131,7 @@ impl ArenaNode {
         }
     }
 
-    /// Does it, or says why not.
+    /// Carries out the action, or returns why it cannot.
     pub async fn act(&mut self, action: Action) -> Result<(), ArenaError> {
         let node = self.url.clone();
         let name = action.name();
@@ -159,7 +159,7 @@ fn act_on_foreign(may_kill: &mut Option<u32>, action: Action) -> io::Result<()> 
     let forbidden = || io::Error::from(io::ErrorKind::PermissionDenied);
     let (id, signal) = (may_kill.ok_or_else(forbidden)?, action.signal().ok_or_else(forbidden)?);
     if matches!(action, Action::Kill | Action::Terminate) {
-        // The system may give the id to another process once this one is gone.
+        // After this process exits, the system may give its id to another one.
         *may_kill = None;
     }
     send_signal(id, signal)
@@ -174,7 +174,7 @@ async fn call_hook(hook: &PathBuf, action: &str, url: &str) -> io::Result<()> {
 }
 
 impl Arena {
-    /// Starts every node of its own and waits until each knows all.
+    /// Starts the drill's own nodes and waits until each knows all others.
     pub async fn start(nodes: Vec<ArenaNode>, client: DrillClient) -> Result<Self, ArenaError> {
         let mut arena = Self { nodes, client };
         for node in &mut arena.nodes {
@@ -221,7 +221,7 @@ impl Arena {
         if whole { Ok(()) } else { Err(ArenaError::NotWhole(missing)) }
     }
 
-    /// What the cluster lacks to be whole.
+    /// Why the cluster is not whole yet.
     async fn first_missing(&mut self) -> Option<String> {
         for index in 0..self.nodes.len() {
             if let Some(process) = self.nodes[index].process()

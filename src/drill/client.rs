@@ -1,5 +1,5 @@
-//! A client as a careful user would write it: streams, notes when each token came, and, where it may, reconnects to another
-//! node with the key of its request and the last event that it has seen.
+//! A client as a careful user would write it. It streams, notes when each token came, and (if allowed) reconnects to another
+//! node with its idempotency key and the last event id.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,16 +16,16 @@ use super::transcript::Transcript;
 use super::workload::PlannedStream;
 use crate::router::ClusterOverview;
 
-/// An entry with free seats would keep every stream to itself, and no other node would have anything to lose.
+/// Random placement: otherwise an entry node with free seats would compute every stream itself.
 const PLACEMENT: (&str, &str) = ("x-outrigger-placement", "least-request");
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// For the short questions of a drill.
+/// Time limit of short requests.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// A stream on which nothing comes, not even a comment, is dead. More than twice the default `stream_keep_alive`.
+/// A stream that sends nothing for this long, not even a comment, is dead. More than twice the default `stream_keep_alive`.
 const SILENCE: Duration = Duration::from_secs(12);
-/// For a stream from its request to its end.
+/// Time limit of a whole stream.
 const STREAM_PATIENCE: Duration = Duration::from_secs(180);
-/// After every node was tried once.
+/// Pause after every node was tried once.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Cheap to clone.
@@ -35,7 +35,7 @@ pub struct DrillClient {
     key: Option<Arc<str>>,
 }
 
-/// How a stream goes, while it does and afterwards.
+/// The record of a stream, during and after it.
 #[derive(Clone, Debug)]
 pub struct StreamRecord {
     pub transcript: Transcript,
@@ -50,7 +50,7 @@ pub struct StreamRecord {
 #[derive(Clone, Debug, PartialEq)]
 pub enum StreamEnd {
     Done,
-    /// What a client without a drill's patience would see as an error.
+    /// What an ordinary client would see as an error.
     Failed(String),
 }
 
@@ -82,9 +82,9 @@ impl Default for StreamRecord {
     }
 }
 
-/// Why a connection did not bring the stream to its end.
+/// Why a connection ended before the stream did.
 enum Broken {
-    /// Another node may do better.
+    /// Another node may succeed.
     Connection(String),
     /// The request itself is refused; no node will take it.
     Refused(String),
@@ -92,7 +92,7 @@ enum Broken {
 
 impl DrillClient {
     pub fn new(key: Option<&str>) -> Result<Self, reqwest::Error> {
-        // A connection that is used again may have died with its node: every stream gets its own.
+        // A pooled connection may have died with its node, so every stream gets its own.
         let http = reqwest::Client::builder()
             .no_proxy()
             .connect_timeout(CONNECT_TIMEOUT)
@@ -109,8 +109,8 @@ impl DrillClient {
         }
     }
 
-    /// Plays one stream to its end, beginning at the first URL. With `may_reconnect` it goes on to the next when a
-    /// connection breaks; without, that is a failure.
+    /// Runs one stream to its end, starting at the first URL. When a connection breaks, it continues at the next URL with
+    /// `may_reconnect`; otherwise that is a failure.
     pub async fn play(&self, stream: &PlannedStream, urls: &[String], may_reconnect: bool, record: &SharedRecord) {
         let end = match timeout(STREAM_PATIENCE, self.play_on(stream, urls, may_reconnect, record)).await {
             Ok(Ok(())) => StreamEnd::Done,
@@ -157,7 +157,7 @@ impl DrillClient {
         request = self.authorized(request).header("idempotency-key", key).header(PLACEMENT.0, PLACEMENT.1);
         match last_id {
             Some(id) => request = request.header("last-event-id", id.as_str()),
-            // Without an id the whole stream comes again.
+            // Without an id, the stream starts from its beginning.
             None => record.lock().transcript = Transcript::default(),
         }
         let response = timeout(SILENCE, request.send()).await.map_err(|_| silent(url))?.map_err(broken)?;

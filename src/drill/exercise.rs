@@ -1,11 +1,11 @@
-//! The exercises: what each does to the cluster, when, and through which node its clients come in.
+//! The exercises: what each does to the cluster, when, and through which node its clients connect.
 
 use super::arena::Action;
 
 /// One game day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exercise {
-    /// Nothing happens: the gaps that are there anyway.
+    /// No fault: measures the pauses that occur anyway.
     Calm,
     KillInDecode,
     KillInPrefill,
@@ -20,23 +20,23 @@ pub enum Exercise {
     AllButOne,
 }
 
-/// What is done.
+/// The fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Injury {
     None,
-    /// To the node, other than the entry, that computes most streams.
+    /// Hits the node, other than the entry, that computes most streams.
     Generator(Action),
     /// Its engine breaks; see `app::fault_injection`.
     GeneratorFault(&'static str),
     Entry(Action),
     EntryFault(&'static str),
-    /// To all but the entry, at one time.
+    /// Hits all nodes but the entry at once.
     AllButEntry(Action),
-    /// Every node in turn is told to end, and started again.
+    /// Every node in turn is stopped with SIGTERM and started again.
     Rolling,
 }
 
-/// When it is done.
+/// When the fault happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Moment {
     /// Half of the streams have some tokens.
@@ -45,14 +45,14 @@ pub enum Moment {
     Prefill,
 }
 
-/// Where clients come in, and what they do when their connection breaks.
+/// Where clients connect, and what they do when the connection breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clients {
-    /// All through one node; a broken connection is a failure.
+    /// All connect to one node; a broken connection is a failure.
     OneEntry,
-    /// All through one node, and elsewhere when that breaks.
+    /// All connect to one node, and to others when the connection breaks.
     Reconnecting,
-    /// Through every node alike; elsewhere when one is gone, as behind a load balancer.
+    /// Spread over all nodes, and move on when one is gone, as behind a load balancer.
     Spread,
 }
 
@@ -124,12 +124,12 @@ impl Exercise {
         }
     }
 
-    /// The action that has to be allowed on the nodes that it may hit; None when it needs no permission of ours.
+    /// The action that must be allowed on the nodes that it may hit. `None` if it needs no permission.
     pub fn needs(self) -> Option<Action> {
         match self.injury() {
             Injury::None | Injury::GeneratorFault(_) | Injury::EntryFault(_) => None,
             Injury::Generator(action) | Injury::Entry(action) | Injury::AllButEntry(action) => Some(action),
-            // Who may restart may also end.
+            // A node that may be restarted may also be stopped.
             Injury::Rolling => Some(Action::Restart),
         }
     }

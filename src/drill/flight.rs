@@ -1,4 +1,4 @@
-//! The streams of an exercise, under way.
+//! The running streams of an exercise.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,7 +8,7 @@ use tokio::task::JoinSet;
 use super::client::{DrillClient, SharedRecord, StreamRecord};
 use super::workload::PlannedStream;
 
-/// The streams of an exercise, under way.
+/// The running streams of an exercise.
 pub(super) struct Flight {
     records: Vec<SharedRecord>,
     players: JoinSet<Vec<(usize, StreamRecord)>>,
@@ -59,7 +59,7 @@ impl Flight {
     pub(super) async fn land(&mut self) -> Vec<(usize, StreamRecord)> {
         let mut records = Vec::new();
         while let Some(ended) = self.players.join_next().await {
-            // A player does not panic; were one to, its stream is missing from the count and the drill fails on that.
+            // If a player panics, its stream is missing from the count, and the drill fails.
             records.extend(ended.unwrap_or_default());
         }
         records.sort_by_key(|(index, _)| *index);

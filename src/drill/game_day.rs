@@ -1,4 +1,4 @@
-//! Runs exercises: references first, then streams in flight, the injury at its moment, the comparison, and the repair.
+//! Runs exercises: reference streams first, then the same streams with a fault, the comparison, and the repair.
 
 use std::time::Duration;
 
@@ -18,9 +18,9 @@ use super::transcript::Transcript;
 use super::workload::{COMPLETIONS, Kind, PlannedStream, Shape, plan, with_stop_string};
 use crate::types::NodeId;
 
-/// Through which clients come that do not spread.
+/// The node that clients connect to if they do not spread.
 const ENTRY: usize = 0;
-/// From one look to the next, while something is about to happen.
+/// Polling interval while waiting for a condition.
 const WATCH_POLL: Duration = Duration::from_millis(4);
 /// For the node to hit to get its share of the streams, once it is time; afterwards one will do.
 const SHARE_PATIENCE: Duration = Duration::from_millis(300);
@@ -34,7 +34,7 @@ const PAUSE: Duration = Duration::from_secs(3);
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(500);
 const DECODE_PROMPT_WORDS: usize = 24;
 
-/// How much load.
+/// The amount of load.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Load {
     pub streams: usize,
@@ -59,7 +59,7 @@ struct Rehearsed {
 }
 
 impl GameDay {
-    /// Plays every stream undisturbed. The arena is whole.
+    /// Runs every stream undisturbed. All nodes must be up.
     pub async fn rehearse(arena: Arena, load: &Load) -> Result<Self, DrillError> {
         let model = ServedModel::look(&arena, ENTRY).await?;
         let shape = |prompt_words, salt| Shape {
@@ -94,7 +94,7 @@ impl GameDay {
         Ok(streams.into_iter().zip(references).enumerate().map(rehearsed).collect())
     }
 
-    /// All of them at one time, through all nodes.
+    /// Runs all streams at once, spread over all nodes.
     async fn play_calmly(&self, streams: &[PlannedStream]) -> Result<Vec<Transcript>, DrillError> {
         let mut flight = self.take_off(streams, Clients::Spread, false, false);
         let mut transcripts = vec![Transcript::default(); streams.len()];
@@ -206,7 +206,7 @@ impl GameDay {
         times.filter(|times| !times.is_empty()).map(|times| Gaps::of(&times))
     }
 
-    /// Why an exercise cannot be run here.
+    /// Why an exercise cannot run on this cluster.
     fn obstacle(&self, exercise: Exercise) -> Option<String> {
         if self.is_broken {
             return Some("the cluster was not made whole after an earlier exercise".into());
@@ -358,7 +358,7 @@ impl GameDay {
         Ok(harvested)
     }
 
-    /// Makes the cluster whole again.
+    /// Restarts and resumes nodes until the cluster is whole again.
     async fn repair(&mut self, exercise: Exercise, victims: &[usize], outcome: &mut Outcome) -> Result<(), DrillError> {
         if matches!(exercise.injury(), Injury::None | Injury::Rolling) || exercise == Exercise::Pause {
             return Ok(());

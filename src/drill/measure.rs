@@ -1,4 +1,4 @@
-//! What is read off the streams of an exercise. Pure.
+//! Measures an exercise from the records of its streams. Pure.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,25 +21,25 @@ pub struct Gaps {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Outcome {
     pub exercise: &'static str,
-    /// Why it was not run.
+    /// Why it was skipped.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
     pub streams: usize,
-    /// From the fault until another node had noticed, as it tells itself.
+    /// From the fault until another node noticed it, by that node's own report.
     pub detect_seconds: Option<f64>,
-    /// From the fault until every stream that was open had gone on.
+    /// From the fault until every open stream had continued.
     pub route_around_seconds: Option<f64>,
-    /// The longest silence of each stream, from the fault on.
+    /// The longest silence of each stream after the fault.
     pub gap_seconds: Gaps,
-    /// What the moved streams would have waited at least: the time in which the nodes that are left, otherwise idle, compute
-    /// all that these streams had seen, each to its next token.
+    /// The least time that moved streams had to wait: how long the remaining nodes, otherwise idle, take to compute everything
+    /// that these streams had, each to its next token.
     pub replay_seconds: Option<Gaps>,
     /// Streams that lost their replica and went on elsewhere, by the kind of the loss; and those that were handed over or
     /// taken over.
     pub failovers: BTreeMap<String, u64>,
     pub hand_overs: u64,
     pub resumed: u64,
-    /// Connections that clients made anew.
+    /// Reconnections by clients.
     pub reconnects: u64,
     pub failed_requests: u64,
     pub wrong_tokens: u64,
@@ -56,7 +56,7 @@ impl Outcome {
         Self { exercise, skipped: Some(why.into()), ..Self::default() }
     }
 
-    /// Both goals are reached and nothing else went wrong.
+    /// Whether no request failed, no token was wrong, and nothing else went wrong.
     pub fn is_good(&self) -> bool {
         self.failed_requests == 0 && self.wrong_tokens == 0 && self.problems.is_empty()
     }

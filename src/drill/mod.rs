@@ -1,8 +1,8 @@
-//! `outrigger drill`: game days. Keeps streams of all kinds in flight on a cluster, breaks it as `exercise` lists, and
-//! compares every token with what the same streams said undisturbed.
+//! `outrigger drill`: game days. Keeps streams of all kinds running on a cluster, breaks it as `exercise` lists, and compares
+//! every token with an undisturbed run.
 //!
-//! The cluster is one of real processes: the drill's own, or one that the operator named. Only what it started, or was told
-//! it may, is ever killed. The integration tests run the same exercises through this module.
+//! The cluster consists of real processes: the drill's own, or those that the operator named. The drill kills only processes
+//! that it started or that the operator allowed. The integration tests run the same exercises through this module.
 
 pub mod arena;
 pub mod client;
@@ -41,9 +41,9 @@ pub enum DrillError {
     Preparation(#[from] io::Error),
     #[error(transparent)]
     Arena(ArenaError),
-    #[error("the streams do not run undisturbed: {0}")]
+    #[error("the streams fail even without a fault: {0}")]
     Rehearsal(String),
-    #[error("the fault cannot be injected (was the node started with --fault-injection?): {0}")]
+    #[error("cannot inject the fault (was the node started with --fault-injection?): {0}")]
     Fault(String),
 }
 
@@ -93,7 +93,7 @@ async fn play(arguments: &DrillArguments, exercises: &[Exercise], key: Option<&s
         let outcome = match day.run(*exercise).await {
             Ok(outcome) => outcome,
             Err(error) => {
-                // What was measured before is told all the same.
+                // Report what was measured before the error.
                 print(&outcomes, arguments.as_json);
                 return Err(error);
             }
@@ -117,9 +117,9 @@ fn own_nodes(arguments: &DrillArguments, scratch: &ScratchFolder) -> Result<Vec<
     let mut flags = arguments.node_flags.clone();
     let defaults = [
         ("--threads", "1"),
-        // A survivor that had cached the prompts of earlier exercises would flatter the figures.
+        // Cached prompts of earlier exercises would make failover look faster than it is.
         ("--enable-prefix-caching", "false"),
-        // The rest of the machine is not what is drilled.
+        // Other programs on the machine must not influence the drill.
         ("--memory-shrink-mark", "1"),
         ("--memory-removal-mark", "1"),
         ("--memory-warn-mark", "1"),
@@ -143,11 +143,11 @@ fn own_nodes(arguments: &DrillArguments, scratch: &ScratchFolder) -> Result<Vec<
 
 fn print(outcomes: &[Outcome], as_json: bool) {
     let text = if as_json { report::json(outcomes) } else { report::table(outcomes) };
-    // Nobody reading is no reason for another exit code.
+    // A closed pipe must not change the exit code.
     let _ = io::stdout().write_all(text.as_bytes());
 }
 
-/// Progress, for a person who waits; standard output is for the result.
+/// Progress goes to standard error; standard output is for the result.
 fn tell(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }

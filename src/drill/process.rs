@@ -1,5 +1,5 @@
-//! Nodes as processes of this machine: started with their own addresses, signalled, waited for, ended with their owner.
-//! Knows how a node is started and nothing of what it is asked.
+//! Nodes as processes on this machine: started with their own addresses, signalled, waited for, and killed with their owner.
+//! Knows nothing of requests.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -19,9 +19,9 @@ use tokio::time::{Instant, sleep};
 const FIRST_PORT: u32 = 11_000;
 const PORTS: u32 = 19_000;
 const MAX_PORT_ATTEMPTS: u32 = 2_000;
-/// From one look at an ending process to the next.
+/// Polling interval while a process exits.
 const EXIT_POLL: Duration = Duration::from_millis(5);
-/// Of a log that is shown.
+/// Bytes of a log that are shown.
 const LOG_TAIL_BYTES: usize = 4 << 10;
 const KEY_BYTES: usize = 32;
 
@@ -149,7 +149,7 @@ impl NodeProcess {
         self.ended().is_none() && self.child.is_some()
     }
 
-    /// How it ended, if it was started and has.
+    /// Its exit status, if it has exited.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.as_mut()?.try_wait().ok().flatten()
     }
@@ -181,7 +181,7 @@ impl NodeProcess {
         }
     }
 
-    /// The end of what it logged.
+    /// The last lines of its log.
     pub fn log_tail(&self) -> String {
         let bytes = std::fs::read(&self.log).unwrap_or_default();
         String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned()
@@ -240,7 +240,7 @@ impl ScratchFolder {
 
 impl Drop for ScratchFolder {
     fn drop(&mut self) {
-        // What cannot be removed is left to the system.
+        // A folder that cannot be removed is left behind.
         let _ = std::fs::remove_dir_all(&self.0);
     }
 }

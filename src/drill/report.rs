@@ -1,4 +1,4 @@
-//! What a drill prints: a table for people, JSON for programs.
+//! Prints the result of a drill: a table for people, JSON for programs.
 
 use serde::Serialize;
 

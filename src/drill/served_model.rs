@@ -1,4 +1,4 @@
-//! What the drill has to know of the model that a cluster serves.
+//! The facts about the served model that the drill needs.
 
 use serde_json::json;
 

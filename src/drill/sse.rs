@@ -1,4 +1,4 @@
-//! Server-sent events, taken apart as they come (WHATWG HTML, section 9.2.6). Pure: bytes in, events out.
+//! An incremental parser of server-sent events (WHATWG HTML, section 9.2.6). Pure: bytes in, events out.
 
 /// Longer lines are no events of ours: the rest of the stream is not read.
 const MAX_LINE_BYTES: usize = 4 << 20;
@@ -6,7 +6,7 @@ const MAX_LINE_BYTES: usize = 4 << 20;
 /// One event that carries data.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SseEvent {
-    /// The last id that the stream has told so far, with this event or before.
+    /// The last id seen on the stream, with this event or before.
     pub id: Option<String>,
     pub data: String,
 }

@@ -1,8 +1,8 @@
-//! What a stream has told, choice by choice, and how two tellings differ. Pure.
+//! The content of a stream, choice by choice, and the differences between two. Pure.
 
 use serde_json::Value;
 
-/// Everything that a client can see of one choice, but for how the text was cut into chunks.
+/// Everything that a client sees of one choice, apart from how the text was split into chunks.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ChoiceTranscript {
     pub tokens: Vec<u32>,
@@ -26,11 +26,11 @@ pub struct Transcript {
 #[error("a chunk is not shaped as the API says: {0}")]
 pub struct MalformedChunk(String);
 
-/// Choices of one request; more are an error of the server's.
+/// The most choices of one request. More are an error of the server.
 const MAX_CHOICES: usize = 128;
 
 impl Transcript {
-    /// Takes a chunk of a chat or of a completion in; tells how many tokens it brought.
+    /// Adds a chunk of a chat or completion, and returns how many tokens it had.
     pub fn take(&mut self, chunk: &Value) -> Result<usize, MalformedChunk> {
         let malformed = || MalformedChunk(chunk.to_string().chars().take(200).collect());
         let mut brought = 0;
@@ -72,7 +72,7 @@ impl Transcript {
         (0..choices).map(|index| of(self, index).wrong_tokens(&of(reference, index))).sum()
     }
 
-    /// The first difference, in words; None when there is none.
+    /// The first difference, in words. `None` if there is none.
     pub fn difference(&self, reference: &Self) -> Option<String> {
         if self.choices.len() != reference.choices.len() {
             return Some(format!("{} choices instead of {}", self.choices.len(), reference.choices.len()));

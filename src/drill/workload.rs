@@ -1,5 +1,4 @@
-//! The streams that a drill keeps in flight: of every kind that could be continued wrongly. Pure: the same numbers give the
-//! same requests.
+//! The streams of a drill: one of every kind that could be continued wrongly. Pure: the same numbers give the same requests.
 
 use serde_json::{Value, json};
 
@@ -92,7 +91,7 @@ fn merge(body: &mut Value, more: Value) {
     }
 }
 
-/// Begins differently for every stream, so that none finds another's beginning in a prefix cache.
+/// Starts differently for every stream, so that no stream finds another's prefix in the prefix cache.
 fn prompt(shape: &Shape, number: u64) -> String {
     const WORDS: [&str; 16] = [
         "sea", "wind", "boat", "wave", "island", "rope", "sail", "star", "storm", "harbour", "fish", "crew", "tide",

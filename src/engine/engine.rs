@@ -154,12 +154,12 @@ impl Engine {
     }
 
     pub(super) fn corrupt_weights(&mut self) {
-        warn!("damaging the weights, as fault injection asks");
+        warn!("fault injection: corrupting the weights");
         self.runner.corrupt();
     }
 
     pub(super) fn spoil_logits(&mut self) {
-        warn!("making every logit NaN, as fault injection asks");
+        warn!("fault injection: making every logit NaN");
         self.runner.spoil();
     }
 

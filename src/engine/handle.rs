@@ -140,7 +140,11 @@ impl EngineLimits {
         let wanted = config.max_model_len.unwrap_or(usize::MAX).min(runner.max_model_len());
         let max_model_len = wanted.min(num_blocks as usize * block_size);
         if max_model_len < wanted {
-            warn!(max_model_len, wanted, "the KV cache bounds the length of a sequence more than the model does");
+            warn!(
+                max_model_len,
+                wanted,
+                "the KV cache is too small for the model's full context; sequences are limited to what it holds"
+            );
         }
         let max_probe_len = config.probe_tokens.min(max_model_len);
         Ok(Self { max_model_len, max_probe_len, vocab_size: runner.vocab_size(), block_size, num_blocks })
@@ -150,7 +154,7 @@ impl EngineLimits {
     fn check(&self, request: &GenerateRequest) -> Result<(), Failure> {
         let num_prompt = request.prompt.len();
         if num_prompt == 0 {
-            return Err(Failure::invalid("prompt", "the prompt has no tokens; it must have at least one"));
+            return Err(Failure::invalid("prompt", "`prompt` must have at least one token."));
         }
         let emitted = || request.choices.iter().flat_map(|choice| &choice.emitted);
         if let Some(token) = request.prompt.iter().chain(emitted()).find(|&&id| id as usize >= self.vocab_size) {
@@ -290,7 +294,7 @@ struct EnginePanicked;
 fn drive(engine: &mut SteppedEngine) {
     let failure = match catch_unwind(AssertUnwindSafe(|| serve(engine))) {
         Ok(Ok(())) => {
-            info!("the engine ends: nobody holds its handle any more");
+            info!("the engine ends: its last handle was dropped");
             return engine.end();
         }
         Ok(Err(failure)) => {

@@ -182,8 +182,8 @@ impl Engine {
     fn fail_numerics(&mut self, entry: Scheduled, invalid: NumericsInvalid) {
         let serial = self.choices[entry.id.index()].as_ref().expect("a sequence has a choice").serial;
         add(&self.shared.counters.numerics_invalid, 1);
-        error!(request = %self.requests[&serial].request.id, %invalid, "the model returned invalid numbers");
-        let failure = Failure::new(FailureKind::NumericsInvalid, "the model returned invalid numbers");
+        error!(request = %self.requests[&serial].request.id, %invalid, "the model computed NaN or infinity");
+        let failure = Failure::new(FailureKind::NumericsInvalid, "The model computed NaN or infinity.");
         self.fail(serial, failure.with_source(invalid));
     }
 
@@ -217,11 +217,12 @@ impl Engine {
         add(&self.shared.counters.out_of_memory, 1);
         self.steps_since_shrink = 0;
         let budget = (plan.num_tokens / 2).max(1);
-        warn!(tokens, budget, "the runner is out of memory; batches shrink");
+        warn!(tokens, budget, "out of memory; continuing with smaller batches");
         self.scheduler.set_token_budget(budget);
         if plan.num_tokens == 1 && self.pipeline.is_empty() {
             let choice = self.choices[plan.entries[0].id.index()].as_ref().expect("a sequence has a choice");
-            let failure = Failure::new(FailureKind::OutOfMemory, "out of memory while computing this request");
+            let failure =
+                Failure::new(FailureKind::OutOfMemory, "The device ran out of memory while computing this request.");
             self.fail(choice.serial, failure);
         }
         self.pipeline.spare.push(plan);

@@ -122,10 +122,10 @@ fn obey(engine: &mut Engine, command: EngineCommand) {
             engine.give_up(engine_failed().with_source(error));
         }
         EngineCommand::InjectFault(Fault::Hang(time)) => {
-            warn!(?time, "standing still, as fault injection asks");
+            warn!(?time, "fault injection: the engine hangs");
             thread::sleep(time);
         }
-        EngineCommand::InjectFault(Fault::Panic) => panic!("fault injection asks for a panic"),
+        EngineCommand::InjectFault(Fault::Panic) => panic!("fault injection: panic"),
         EngineCommand::InjectFault(Fault::CorruptWeights) => engine.corrupt_weights(),
         EngineCommand::InjectFault(Fault::NanLogits) => engine.spoil_logits(),
     }

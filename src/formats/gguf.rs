@@ -1,5 +1,5 @@
-//! GGUF files, versions 2 and 3, little-endian: typed metadata, and tensors in ggml's block layouts. Does not know what
-//! the metadata keys mean.
+//! Reads GGUF files, versions 2 and 3, little-endian: typed metadata, and tensors in ggml's block layouts. Does not know
+//! what the metadata keys mean.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -13,13 +13,13 @@ use super::{MappedFile, TensorType};
 
 const MAGIC: [u8; 4] = *b"GGUF";
 const DEFAULT_ALIGNMENT: u64 = 32;
-/// Alignment is a page at most in any file that makes sense.
+/// No sensible file aligns tensors to more than a page.
 const MAX_ALIGNMENT: u64 = 1 << 16;
 /// ggml's own limit.
 const MAX_DIMENSIONS: u32 = 4;
-/// A key, a type and a value of one byte.
+/// The least size of an entry: a key, a type and a value of one byte.
 const MIN_ENTRY_BYTES: usize = 8 + 4 + 1;
-/// A name, the number of dimensions, a type and an offset.
+/// The least size of a tensor entry: a name, the number of dimensions, a type and an offset.
 const MIN_TENSOR_BYTES: usize = 8 + 4 + 4 + 8;
 
 #[derive(Debug, thiserror::Error)]
@@ -36,7 +36,7 @@ pub enum GgufError {
     UnsupportedVersion(u32),
     #[error("a big-endian GGUF file; only little-endian files are supported")]
     BigEndian,
-    #[error("the file is cut short: {wanted} bytes are wanted at byte {position}")]
+    #[error("the file is truncated: {wanted} bytes are needed at byte {position}")]
     Truncated { position: usize, wanted: u64 },
     #[error("text that is not UTF-8 at byte {position}")]
     NotUtf8 { position: usize },
@@ -93,7 +93,7 @@ impl Value {
         }
     }
 
-    /// A float, or an integer as one.
+    /// A float, or an integer converted to one.
     pub fn as_f64(&self) -> Option<f64> {
         match self {
             Value::F64(value) => Some(*value),
@@ -135,7 +135,7 @@ pub struct TensorEntry {
     pub range: Range<usize>,
 }
 
-/// Everything that stands before the tensor data, checked against the length of the file.
+/// Everything before the tensor data, checked against the length of the file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Header {
     pub version: u32,
@@ -199,7 +199,7 @@ impl Gguf {
         Ok(&self.file[entry.range.clone()])
     }
 
-    /// Asks the system to read a tensor from the disk meanwhile; gives its bytes, 0 where there is no such tensor.
+    /// Asks the system to read a tensor ahead from the disk. Returns its size in bytes, 0 if there is no such tensor.
     pub fn read_ahead(&self, name: &str) -> usize {
         self.header.tensors.get(name).map_or(0, |entry| {
             self.file.read_ahead(entry.range.clone());
@@ -231,7 +231,7 @@ fn alignment(metadata: &BTreeMap<String, Value>) -> Result<u64, GgufError> {
     }
 }
 
-/// A tensor's entry as it is stored; its data cannot be located before all entries are read.
+/// A tensor's entry as stored. Its data can be located only after all entries are read.
 struct RawEntry<'a> {
     name: &'a str,
     /// Innermost dimension first.

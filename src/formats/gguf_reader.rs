@@ -1,5 +1,5 @@
-//! A cursor over a GGUF header. Every read checks what is left, and every count is checked against the bytes that its
-//! elements would need at least, before anything is allocated.
+//! A cursor over a GGUF header. Every read is checked against the bytes left, and every count against the least size of its
+//! elements, before anything is allocated.
 
 use super::gguf::{GgufError, Value};
 
@@ -49,7 +49,7 @@ impl ValueType {
         })
     }
 
-    /// The fewest bytes that a value of this type takes in the file.
+    /// The least size of a value of this type, in bytes.
     fn min_bytes(self) -> usize {
         match self {
             ValueType::U8 | ValueType::I8 | ValueType::Bool => 1,
@@ -96,7 +96,7 @@ impl<'a> Reader<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// Reads a count of things that take at least `min_bytes` each, refusing one that the rest of the file cannot hold.
+    /// Reads a count of elements of at least `min_bytes` each. Refuses a count that the rest of the file cannot hold.
     pub fn count(&mut self, min_bytes: usize) -> Result<usize, GgufError> {
         let count = self.u64()?;
         let fits = (self.remaining() / min_bytes) as u64;
@@ -113,7 +113,7 @@ impl<'a> Reader<'a> {
         std::str::from_utf8(self.take(len)?).map_err(|_| GgufError::NotUtf8 { position })
     }
 
-    /// A typed value: the type's number, then the value.
+    /// Reads a typed value: the type's number, then the value.
     pub fn value(&mut self) -> Result<Value, GgufError> {
         let ty = self.value_type()?;
         self.value_of(ty, 0)

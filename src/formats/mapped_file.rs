@@ -5,7 +5,7 @@ use std::io;
 use std::ops::{Deref, Range};
 use std::path::Path;
 
-/// The bytes of a file, paged in as they are read. An empty file maps to no bytes.
+/// The bytes of a file, paged in as they are read. An empty file has no bytes.
 #[derive(Debug)]
 pub struct MappedFile {
     map: memmap2::Mmap,
@@ -24,9 +24,9 @@ impl MappedFile {
         Ok(Self { map })
     }
 
-    /// Asks the system to read these bytes from the disk meanwhile.
+    /// Asks the system to read these bytes ahead from the disk.
     pub fn read_ahead(&self, range: Range<usize>) {
-        // Advice: what is not taken costs time only. Platforms without it read when the bytes are asked for.
+        // Only advice: if it is ignored, the bytes are read when they are needed.
         #[cfg(unix)]
         let _ = self.map.advise_range(memmap2::Advice::WillNeed, range.start, range.len());
         #[cfg(not(unix))]

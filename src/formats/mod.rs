@@ -1,7 +1,7 @@
 //! File formats of models: GGUF and safetensors. Knows bytes, names, types and shapes; knows no architecture.
 //!
-//! Everything read here comes from files of unknown origin. No length is trusted before it was checked against the
-//! file, so nothing panics and nothing is allocated that the file could not hold.
+//! Files may come from anywhere. Every length is checked against the file before it is used, so no input panics or
+//! allocates more than the file could hold.
 
 pub mod gguf;
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! safetensors files: a JSON header, then the bytes of named dense tensors. Written here rather than taken from the
-//! format's own crate because that one computes with sums of lengths that it has not bounded yet.
+//! Reads safetensors files: a JSON header, then the bytes of named dense tensors. The format's own crate is not used because
+//! it adds up lengths before it has checked them.
 
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -44,7 +44,7 @@ pub enum SafetensorsError {
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TensorEntry {
-    /// As the header spells it: a file may hold types that only tensors we never read have.
+    /// As the header spells it. A file may hold tensors of unsupported types, as long as they are not read.
     pub dtype: String,
     pub shape: Vec<usize>,
     /// Where its bytes are, from the start of the file.
@@ -100,7 +100,7 @@ impl Safetensors {
         Ok((ty, &entry.shape, &self.file[entry.range.clone()]))
     }
 
-    /// Asks the system to read a tensor from the disk meanwhile; gives its bytes, 0 where there is no such tensor.
+    /// Asks the system to read a tensor ahead from the disk. Returns its size in bytes, 0 if there is no such tensor.
     pub fn read_ahead(&self, name: &str) -> usize {
         self.tensors.get(name).map_or(0, |entry| {
             self.file.read_ahead(entry.range.clone());
@@ -130,14 +130,14 @@ impl TensorJson {
         if end > available || end.checked_sub(begin) != Some(expected) {
             return Err(SafetensorsError::Range { name: name.to_owned(), expected, begin, end, available });
         }
-        // An empty tensor may have one huge dimension beside the zero; it is never read.
+        // An empty tensor may have a huge dimension beside the zero. It is never read.
         let shape = self.shape.iter().map(|n| usize::try_from(*n).unwrap_or(usize::MAX)).collect();
         let range = data_start + begin as usize..data_start + end as usize;
         Ok(TensorEntry { dtype: self.dtype, shape, range })
     }
 }
 
-/// Bits of an element of any type that the format names; `None` for an unknown name.
+/// Bits per element of a type; `None` for an unknown name.
 fn dtype_bits(dtype: &str) -> Option<u64> {
     Some(match dtype {
         "F4" => 4,
@@ -150,7 +150,7 @@ fn dtype_bits(dtype: &str) -> Option<u64> {
     })
 }
 
-/// The header: tensors by name and free-form text under `__metadata__`, which we do not need.
+/// The header: tensors by name, and free-form text under `__metadata__`, which is not used.
 struct HeaderJson {
     tensors: BTreeMap<String, TensorJson>,
 }
@@ -161,7 +161,7 @@ impl<'de> serde::Deserialize<'de> for HeaderJson {
     }
 }
 
-/// Refuses a name that occurs twice, which a plain map would let pass.
+/// Refuses a name that occurs twice, which a plain map would accept.
 struct HeaderVisitor;
 
 impl<'de> Visitor<'de> for HeaderVisitor {

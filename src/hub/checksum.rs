@@ -1,4 +1,4 @@
-//! SHA-256 and size of a file: what makes it the file that was meant.
+//! SHA-256 and size of a file, to verify downloads.
 
 use std::io::{self, Read};
 
@@ -16,7 +16,7 @@ pub struct Checksum {
 }
 
 impl Checksum {
-    /// Of everything that can be read.
+    /// The checksum of everything that `reader` gives.
     pub fn of(mut reader: impl Read) -> io::Result<Self> {
         let mut buffer = vec![0; BUFFER_BYTES];
         let mut running = RunningChecksum::default();
@@ -29,7 +29,7 @@ impl Checksum {
     }
 }
 
-/// Computed while the bytes pass by.
+/// Computes a checksum while the bytes are copied.
 #[derive(Clone, Default)]
 pub(super) struct RunningChecksum {
     hasher: Sha256,

@@ -1,5 +1,5 @@
-//! Files of the model hub. `hf-hub` knows its addresses, credentials and metadata; the bytes are streamed here, because
-//! its own download buffers whole chunks, has no time limits and does not verify what arrives.
+//! Downloads files from the model hub. `hf-hub` knows its addresses, credentials and metadata. The bytes are streamed here,
+//! because its own download buffers whole chunks, has no time limits and does not verify the data.
 
 use std::time::Duration;
 
@@ -16,16 +16,16 @@ use super::error::SourceError;
 use super::progress::{Progress, Task};
 use super::store::{Partial, Presence, Store, unblock};
 
-/// A connection that breaks is taken up again where it broke, this many times a file.
+/// How often the download of a file is resumed after its connection broke.
 const MAX_RESUMPTIONS: u32 = 5;
-/// Pieces between the network and the disk.
+/// Chunks that may wait between the network and the disk.
 const QUEUED_PIECES: usize = 16;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
-    /// Until the hub has answered a question about a file.
+    /// For the hub to answer a query about a file.
     pub answer: Duration,
-    /// Between two pieces of a file.
+    /// Between two chunks of a file.
     pub stall: Duration,
 }
 
@@ -61,7 +61,7 @@ impl HubClient {
         self.api.repo(Repo::with_revision(repository.to_owned(), RepoType::Model, revision.to_owned()))
     }
 
-    /// The commit that a revision is, and the files in it.
+    /// The commit of a revision, and its files.
     pub async fn info(&self, repository: &str, revision: &str) -> Result<RepoInfo, SourceError> {
         let repo = self.repo(repository, revision);
         self.answered(repo.info()).await
@@ -72,8 +72,8 @@ impl HubClient {
         answer.map_err(|_| SourceError::Unreachable(self.limits.answer))?.map_err(refused)
     }
 
-    /// Makes a remote file the store's file of this name; it is there already when the checksums agree. `expected` is
-    /// required of the file, else what the hub says of it.
+    /// Downloads a remote file into the store under this name, unless a file with the right checksum is already there. The
+    /// file must match `expected`, or what the hub announces if there is none.
     pub async fn fetch(
         &self,
         remote: &RemoteFile<'_>,
@@ -107,7 +107,7 @@ impl HubClient {
         unblock(move || partial.commit(&file, expected.as_ref())).await
     }
 
-    /// Writes `size` bytes of an address to the partial file.
+    /// Downloads `size` bytes from a URL into the partial file.
     async fn stream(&self, url: &str, size: u64, partial: Partial, mut task: Task) -> Result<Partial, SourceError> {
         let (pieces, queue) = mpsc::channel(QUEUED_PIECES);
         let writer = tokio::spawn(unblock(move || write_all(partial, queue, size)));
@@ -117,7 +117,7 @@ impl HubClient {
             match self.receive(url, size, &mut received, &pieces, &mut task).await {
                 Err(Broken::Retry(reason)) if resumptions < MAX_RESUMPTIONS => {
                     resumptions += 1;
-                    tracing::info!(%reason, received, size, "the download is taken up again");
+                    tracing::info!(%reason, received, size, "resuming the download");
                     tokio::time::sleep(self.limits.stall / 30 * resumptions).await;
                 }
                 Err(Broken::Retry(reason) | Broken::Final(reason)) => break Err(reason),
@@ -125,12 +125,12 @@ impl HubClient {
             }
         };
         drop(pieces);
-        // What went wrong on the disk also ends the receiving: it is the better reason.
+        // An error on the disk also ends the transfer, and is the better reason to report.
         let partial = writer.await.map_err(|error| SourceError::Connection(error.into()))??;
         result.map(|()| partial)
     }
 
-    /// Receives from byte `received` on, and counts it up.
+    /// Receives from byte `received` on, and advances it.
     async fn receive(
         &self,
         url: &str,
@@ -159,7 +159,7 @@ impl HubClient {
             *received += piece.len() as u64;
             task.set(*received);
             if pieces.send(piece).await.is_err() {
-                // The writer has failed and says why.
+                // The writer has failed and reports the reason.
                 return Err(Broken::Final(SourceError::Size { expected: size, found: *received }));
             }
         }
@@ -172,7 +172,7 @@ enum Broken {
     Final(SourceError),
 }
 
-/// Writes what arrives until the sender is done; more than `size` bytes are refused.
+/// Writes the received bytes until the sender is done. Refuses more than `size` bytes.
 fn write_all(mut partial: Partial, mut queue: mpsc::Receiver<Bytes>, size: u64) -> Result<Partial, SourceError> {
     while let Some(piece) = queue.blocking_recv() {
         let found = partial.size() + piece.len() as u64;
@@ -184,7 +184,7 @@ fn write_all(mut partial: Partial, mut queue: mpsc::Receiver<Bytes>, size: u64) 
     Ok(partial)
 }
 
-/// What went wrong with a question, as the operator should see it.
+/// Turns the error of a query into words for the operator.
 fn refused(error: ApiError) -> SourceError {
     match error {
         ApiError::RequestError(request) => match request.status().map(|status| status.as_u16()) {
@@ -196,7 +196,7 @@ fn refused(error: ApiError) -> SourceError {
     }
 }
 
-/// Large files carry their SHA-256 as entity tag; of others the tag is a git hash, which says nothing to us.
+/// The SHA-256 of a large file is its entity tag. The entity tag of other files is a git hash, which is not used.
 fn announced_checksum(etag: &str, size: u64) -> Option<Checksum> {
     let is_sha256 = etag.len() == 64 && etag.bytes().all(|byte| byte.is_ascii_hexdigit());
     is_sha256.then(|| Checksum { sha256: etag.to_ascii_lowercase(), size })

@@ -1,4 +1,4 @@
-//! Why a model could not be obtained. Written for the operator who reads it at start.
+//! Why a model could not be downloaded, in words for the operator who starts a node.
 
 use std::io;
 use std::path::PathBuf;
@@ -19,7 +19,7 @@ pub enum HubError {
     #[error("{model} could not be obtained:{}", list(attempts))]
     Unobtainable {
         model: String,
-        /// Each source with the reason why it gave nothing, in the order they were tried.
+        /// Each source with the reason why it failed, in the order in which they were tried.
         attempts: Vec<(String, SourceError)>,
     },
     #[error("the disk is full: {directory} needs room for {needed} bytes")]
@@ -32,13 +32,13 @@ fn list(attempts: &[(String, SourceError)]) -> String {
     attempts.iter().map(|(source, reason)| format!("\n  - {source}: {}", chain(reason))).collect()
 }
 
-/// An error with what caused it.
+/// An error with its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
         let inner = error.to_string();
-        // Many libraries repeat the cause in their own text.
+        // Many libraries repeat the cause in their own message.
         if !text.contains(&inner) {
             text += &format!(": {inner}");
         }
@@ -47,22 +47,22 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Why one source gave nothing.
+/// Why one source failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    #[error("not there")]
+    #[error("not in the cache")]
     NotCached,
     #[error("no answer within {} s", .0.as_secs())]
     Unreachable(Duration),
     #[error("nothing arrived for {} s", .0.as_secs())]
     Stalled(Duration),
-    #[error("the hub's answer was not understood")]
+    #[error("the hub sent an unexpected response")]
     Hub(#[from] hf_hub::api::tokio::ApiError),
     #[error("the hub denies access: the model may need an accepted licence and an access token (hub_token)")]
     AccessDenied,
     #[error("the connection failed")]
     Connection(#[source] Box<dyn std::error::Error + Send + Sync>),
-    #[error("the answer was HTTP status {0}")]
+    #[error("the hub responded with HTTP status {0}")]
     Status(u16),
     #[error(
         "the file there is another one: sha256 {} of {} bytes, not {} of {}",
@@ -92,7 +92,7 @@ pub enum SourceError {
 }
 
 impl SourceError {
-    /// An error of reading or writing here, `needed` bytes in all.
+    /// A local read or write error; the file needs `needed` bytes in all.
     pub(super) fn disk(error: io::Error, needed: u64) -> Self {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => SourceError::DiskFull { needed },

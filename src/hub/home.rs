@@ -1,13 +1,13 @@
-//! Where downloads go when the configuration does not say.
+//! The default folder for downloads.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-/// `$OUTRIGGER_HOME`, else `outrigger` in the XDG cache directory. `variable` reads the environment. `None` where
-/// nothing says where a home could be.
+/// `$OUTRIGGER_HOME`, else `outrigger` in the XDG cache folder. `variable` reads the environment. `None` if no variable
+/// names a home.
 pub fn default_home(variable: impl Fn(&str) -> Option<OsString>) -> Option<PathBuf> {
     let directory = |name: &str| variable(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    // The XDG specification has relative paths ignored.
+    // The XDG specification says to ignore relative paths.
     let cache = directory("XDG_CACHE_HOME").filter(|path| path.is_absolute());
     let cache = cache.or_else(|| Some(directory("HOME")?.join(".cache")));
     directory("OUTRIGGER_HOME").or_else(|| Some(cache?.join("outrigger")))

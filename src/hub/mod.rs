@@ -1,9 +1,9 @@
-//! Obtains models: turns what `--model` says into files on the disk.
+//! Turns the value of `--model` into files on the disk, downloading them if necessary.
 //!
-//! A name is looked up in the catalog, where an entry is one file with one checksum and several sources; a hub id is
-//! downloaded into the home directory; a path is taken as it is. Knows files and checksums, nothing of what is in them.
-//! A file counts only once it is complete, verified, on the disk and renamed into place, so a crash, a full disk or a
-//! second process at any moment leaves either the whole file or none.
+//! A name is looked up in the catalog, where an entry is one file with one checksum and several sources. A hub id is
+//! downloaded into the home folder. A path is used as it is. Knows files and checksums, not their content. A file gets its
+//! name only when it is complete, verified and on the disk, so a crash, a full disk or a second process leaves either the
+//! whole file or none.
 
 mod catalog;
 mod checksum;
@@ -33,9 +33,9 @@ pub use reference::ModelReference;
 pub struct Config {
     /// Holds downloads. There is no default: it depends on the environment (see `default_home`).
     pub home: PathBuf,
-    /// Address of the model hub. Default: `hf-hub`'s own.
+    /// URL of the model hub. Default: `hf-hub`'s own.
     pub endpoint: Option<String>,
-    /// Access token for models that ask for one. Default: none.
+    /// Access token for gated models. Default: none.
     pub token: Option<String>,
     /// Branch, tag or commit of hub ids. Default: `main`.
     pub revision: String,
@@ -83,8 +83,8 @@ pub struct Resolved {
     pub name: String,
 }
 
-/// Obtains what `model` names: a catalog id, a hub id, a directory, or a `.gguf` file. Without `needs_weights`, a hub id's
-/// weights are left out (for dummy weights).
+/// Finds or downloads the model that `model` names: a catalog id, a hub id, a directory, or a `.gguf` file. Without
+/// `needs_weights`, the weights of a hub model are left out (for dummy weights).
 ///
 /// Safe to call from several processes at once: one of them downloads, the others wait for it.
 pub async fn resolve(

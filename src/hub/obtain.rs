@@ -17,7 +17,7 @@ pub(super) async fn catalog_file(
 ) -> Result<PathBuf, HubError> {
     assert!(entry.is_well_formed(), "catalog entries are tested");
     let store = Store::new(config.home.join("models").join(&entry.id));
-    // The usual start: no lock, and a read-only cache will do.
+    // The usual start: needs no lock and works with a read-only cache.
     if let Ok(path) = cached(&store, entry).await {
         return Ok(path);
     }
@@ -27,14 +27,14 @@ pub(super) async fn catalog_file(
         Err(reason) => vec![("local cache".to_owned(), reason)],
     };
     for source in &entry.sources {
-        tracing::info!(model = entry.id, %source, "obtaining the model");
+        tracing::info!(model = entry.id, %source, "getting the model's files");
         match from_source(config, entry, source, &store, progress).await {
             Ok(()) => return Ok(store.path(&entry.file)),
             Err(SourceError::DiskFull { needed }) => {
                 return Err(HubError::DiskFull { directory: store.directory().to_owned(), needed });
             }
             Err(reason) => {
-                tracing::info!(model = entry.id, %source, %reason, "the source gave nothing");
+                tracing::info!(model = entry.id, %source, %reason, "this source failed; trying the next");
                 attempts.push((source.to_string(), reason));
             }
         }

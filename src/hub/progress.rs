@@ -1,4 +1,4 @@
-//! Shows how far a long step has come: a bar where a person looks on, lines in the log elsewhere.
+//! Shows the progress of a long step: a bar on a terminal, log lines elsewhere.
 
 use std::io::IsTerminal;
 use std::sync::Arc;
@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// At least this long between two lines in the log.
+/// Minimum time between two log lines.
 const LOG_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Is told the fraction done, 0 to 1, of the step under way.
+/// Called with the fraction of the current step that is done, 0 to 1.
 pub type Observer = Arc<dyn Fn(f64) + Send + Sync>;
 
 #[derive(Clone)]
@@ -17,22 +17,22 @@ pub enum Progress {
     /// A bar on standard error.
     Bar,
     Log,
-    /// As the inner one, and told to the observer.
+    /// Like the inner one, and also calls the observer.
     Observed(Box<Progress>, Observer),
 }
 
 impl Progress {
-    /// A bar if standard error is a terminal.
+    /// Chooses a bar if standard error is a terminal, else the log.
     pub fn detect() -> Self {
         if std::io::stderr().is_terminal() { Progress::Bar } else { Progress::Log }
     }
 
-    /// Tells the observer as well.
+    /// Also calls the observer.
     pub fn observed(self, observer: impl Fn(f64) + Send + Sync + 'static) -> Self {
         Progress::Observed(Box::new(self), Arc::new(observer))
     }
 
-    /// Begins a step of `total` bytes. `what` completes "downloading …" or the like, and stands in the log.
+    /// Starts a step of `total` bytes. `what` describes it, such as "downloading …".
     pub fn start(&self, what: impl Into<String>, total: u64) -> Task {
         let what = what.into();
         let bar = match self {
@@ -69,7 +69,7 @@ fn bar(what: &str, total: u64) -> ProgressBar {
     bar
 }
 
-/// A step under way. Dropping it removes the bar.
+/// A running step. Dropping it removes the bar.
 pub struct Task {
     bar: ProgressBar,
     what: String,
@@ -85,7 +85,7 @@ impl Task {
         self.set(self.done + bytes);
     }
 
-    /// `done` of the total, whatever it was before.
+    /// Sets the bytes done.
     pub fn set(&mut self, done: u64) {
         self.done = done;
         self.bar.set_position(done.min(self.total));

@@ -1,4 +1,4 @@
-//! What `--model` may say.
+//! Parses the value of `--model`.
 
 use std::path::{Path, PathBuf};
 
@@ -17,8 +17,7 @@ pub enum ModelReference {
 }
 
 impl ModelReference {
-    /// The name under which the model is known: the catalog's or the hub's id; of a path the last part, without a `.gguf`
-    /// extension.
+    /// The model's name: the catalog's or the hub's id, or the last part of a path without `.gguf`.
     pub fn name(&self) -> String {
         match self {
             ModelReference::Catalog(entry) => entry.id.clone(),
@@ -31,8 +30,8 @@ impl ModelReference {
         }
     }
 
-    /// A catalog id before a path, a path that exists before a hub id. What looks like a path and does not exist is not
-    /// looked for on the hub.
+    /// Tries a catalog id first, then an existing path, then a hub id. Text that looks like a path is never taken for a hub
+    /// id.
     pub fn parse(model: &str, catalog: &Catalog) -> Result<Self, HubError> {
         if let Some(entry) = catalog.get(model) {
             return Ok(ModelReference::Catalog(entry.clone()));

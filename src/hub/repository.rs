@@ -1,7 +1,7 @@
-//! A model of the hub by its id: the files of one commit, complete or not at all.
+//! Downloads a hub model: the files of one commit, all or none.
 //!
-//! Once complete, a revision is served from the disk without asking the hub: a node must start when the hub is away,
-//! and two nodes started a day apart should serve the same weights. A pinned commit (`revision`) says which.
+//! A complete revision is used from the disk without asking the hub: a node must start when the hub is down, and two nodes
+//! started a day apart should serve the same weights. Pin a commit (`revision`) to choose which.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -26,7 +26,7 @@ const OPTIONAL_FILES: [&str; 5] = [
 ];
 const REQUIRED_FILES: [&str; 2] = ["config.json", "tokenizer.json"];
 
-/// What a revision was found to be, written when all of its files are there.
+/// The record of a downloaded revision, written when all of its files are there.
 #[derive(Debug, Serialize, Deserialize)]
 struct Snapshot {
     commit: String,
@@ -35,12 +35,12 @@ struct Snapshot {
     gguf: Option<String>,
 }
 
-/// The files of a repository that make a model.
+/// The files of a repository that belong to the model.
 #[derive(Debug, PartialEq)]
 struct Selection {
     files: BTreeSet<String>,
     gguf: Option<String>,
-    /// The index is to be read for further files.
+    /// The index file names further files.
     is_indexed: bool,
 }
 
@@ -77,7 +77,7 @@ pub(super) async fn obtain(
     Ok(model_path(&root, &snapshot))
 }
 
-/// Names of the records that would do, the own one first. A full snapshot serves where no weights are needed.
+/// Names of the records that suffice, the exact one first. Without weights, a full snapshot also suffices.
 fn record_names(revision: &str, variant: Option<&str>, needs_weights: bool) -> Vec<String> {
     let revision = revision.replace('/', "--");
     let variant = variant.map(|variant| format!("+{variant}")).unwrap_or_default();
@@ -85,7 +85,7 @@ fn record_names(revision: &str, variant: Option<&str>, needs_weights: bool) -> V
     if needs_weights { vec![full] } else { vec![format!("{revision}{variant}+config.json"), full] }
 }
 
-/// The path of a snapshot of which every file is there and verified.
+/// The path of a snapshot whose files are all there and verified.
 async fn complete(root: &Store, records: &[String]) -> Option<PathBuf> {
     for record in records {
         let Ok(bytes) = std::fs::read(root.path(record)) else { continue };
@@ -134,7 +134,7 @@ async fn download(
     std::fs::create_dir_all(store.directory()).map_err(|error| SourceError::disk(error, 0))?;
     let mut files = BTreeMap::new();
     let mut wanted: Vec<String> = selection.files.into_iter().collect();
-    // Small files first: what cannot be served shows before gigabytes are downloaded.
+    // Small files first, so that a model that cannot be served is refused before gigabytes are downloaded.
     wanted.sort_by_key(|name| name.ends_with(".safetensors") || name.ends_with(".gguf"));
     if selection.is_indexed {
         let checksum = fetch(client, repository, &info.sha, INDEX_FILE, &store, progress).await?;
@@ -160,7 +160,7 @@ async fn fetch(
     client.fetch(&remote, None, store, name, progress).await
 }
 
-/// The weight files that the downloaded index names.
+/// The weight files that the index names.
 fn shards(store: &Store, names: &BTreeSet<String>) -> Result<BTreeSet<String>, SourceError> {
     #[derive(Deserialize)]
     struct Index {
@@ -176,7 +176,7 @@ fn shards(store: &Store, names: &BTreeSet<String>) -> Result<BTreeSet<String>, S
     }
 }
 
-/// Chooses among the files of a repository: safetensors with their configuration, else a GGUF file.
+/// Selects files of a repository: safetensors with their configuration, else a GGUF file.
 fn select(names: &BTreeSet<String>, variant: Option<&str>, needs_weights: bool) -> Result<Selection, String> {
     let has = |name: &str| names.contains(name);
     let safetensors = || names.iter().filter(|name| is_plain(name) && name.ends_with(".safetensors"));
@@ -229,12 +229,12 @@ fn has_part(name: &str, part: &str) -> bool {
     })
 }
 
-/// A name without a directory, and not one of ours.
+/// Whether this is a plain file name that does not collide with our own files.
 fn is_plain(name: &str) -> bool {
     !name.contains(['/', '\\']) && !name.starts_with('.')
 }
 
-/// Written beside and renamed, so that a reader sees a whole record.
+/// Written to a temporary file and renamed, so that readers see a whole record or none.
 fn write_record(root: &Store, name: &str, snapshot: &Snapshot) -> Result<(), SourceError> {
     let json = serde_json::to_vec_pretty(snapshot).expect("a snapshot of strings and numbers serializes");
     let mut partial = root.partial().map_err(|error| SourceError::disk(error, json.len() as u64))?;

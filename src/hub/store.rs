@@ -1,4 +1,4 @@
-//! A directory of downloaded files. A file is there under its name only when it is complete and verified.
+//! A folder of downloaded files. A file gets its name only when it is complete and verified.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Write};
@@ -11,11 +11,11 @@ use uuid::Uuid;
 use super::checksum::{Checksum, RunningChecksum};
 use super::error::{HubError, SourceError};
 
-/// Everything unfinished is named so; leftovers of a killed process are removed by the next one that holds the lock.
+/// Suffix of unfinished files. The next process that holds the lock removes those of a killed process.
 const PARTIAL_PREFIX: &str = ".partial-";
 const LOCK_FILE: &str = ".lock";
 const LOCK_POLL: Duration = Duration::from_millis(100);
-/// After this long another process is taken for stuck. To go on without the lock costs a second download, no more.
+/// After this long another process counts as stuck. Continuing without the lock only costs a second download.
 const MAX_LOCK_WAIT: Duration = Duration::from_secs(60 * 60);
 
 #[derive(Clone, Debug)]
@@ -26,19 +26,19 @@ pub(super) struct Store {
 #[derive(Debug, PartialEq)]
 pub(super) enum Presence {
     Absent,
-    /// The file that was asked for.
+    /// The expected file.
     Verified,
-    /// A file of the right name and another content.
+    /// A file with the right name and different content.
     Different(Checksum),
 }
 
-/// Held while files are obtained, so that two processes do not download the same. Released when dropped, and by the
-/// system when the process dies. `None` where the file system knows no locks.
+/// Held while downloading, so that two processes do not download the same file. Released when dropped, and by the system
+/// when the process dies. `None` if the file system has no locks.
 pub(super) struct Lock {
     _file: Option<File>,
 }
 
-/// What is remembered beside a verified file, so that a start need not read all of it again.
+/// Stored beside a verified file, so that the next start need not read all of it.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 struct Record {
     checksum: Checksum,
@@ -58,7 +58,7 @@ impl Store {
         &self.directory
     }
 
-    /// Whether a file is the expected one. Reads all of it the first time, and again when it was touched.
+    /// Checks whether a file is the expected one. Reads all of it the first time and after each change.
     pub async fn check(&self, file: &str, expected: &Checksum) -> io::Result<Presence> {
         let (store, file, expected) = (self.clone(), file.to_owned(), expected.clone());
         unblock(move || store.check_now(&file, &expected)).await
@@ -95,15 +95,15 @@ impl Store {
         serde_json::from_slice(&std::fs::read(self.record_path(name)).ok()?).ok()
     }
 
-    /// A record that cannot be written (a read-only cache) only costs the time to read the file again.
+    /// If the record cannot be written (a read-only cache), the file is read again at the next start.
     fn remember(&self, name: &str, record: &Record) {
         let json = serde_json::to_vec(record).expect("a record of strings and numbers serializes");
         if let Err(error) = std::fs::write(self.record_path(name), json) {
-            tracing::debug!(file = name, %error, "a checksum could not be remembered");
+            tracing::debug!(file = name, %error, "cannot store a checksum; the file will be read again at the next start");
         }
     }
 
-    /// Makes the directory, and waits until no other process obtains files for it.
+    /// Creates the folder, and waits until no other process downloads into it.
     pub async fn lock(&self) -> Result<Lock, HubError> {
         let failed = |source| HubError::Directory { path: self.directory.clone(), source };
         std::fs::create_dir_all(&self.directory).map_err(failed)?;
@@ -117,12 +117,12 @@ impl Store {
                 Err(TryLockError::WouldBlock) if begin.elapsed() > MAX_LOCK_WAIT => return Ok(Lock { _file: None }),
                 Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(error)) => {
-                    tracing::debug!(%error, "the download directory cannot be locked");
+                    tracing::debug!(%error, "cannot lock the download folder");
                     return Ok(Lock { _file: None });
                 }
             }
             if !is_waiting {
-                tracing::info!(directory = %self.directory.display(), "waiting for another process's download");
+                tracing::info!(directory = %self.directory.display(), "waiting for another process to finish its download");
                 is_waiting = true;
             }
             tokio::time::sleep(LOCK_POLL).await;
@@ -131,7 +131,7 @@ impl Store {
         Ok(Lock { _file: Some(file) })
     }
 
-    /// Only the holder of the lock writes partial files, so those that are there are nobody's.
+    /// Only the holder of the lock writes partial files, so existing ones are left over.
     fn remove_partials(&self) {
         let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
         for entry in entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(PARTIAL_PREFIX)) {
@@ -139,7 +139,7 @@ impl Store {
             let path = entry.path();
             let removed = if is_directory { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
             if let Err(error) = removed {
-                tracing::debug!(path = %path.display(), %error, "a leftover could not be removed");
+                tracing::debug!(path = %path.display(), %error, "cannot remove a leftover file");
             }
         }
     }
@@ -150,7 +150,7 @@ impl Store {
         Ok(Partial { store: self.clone(), path, file, checksum: RunningChecksum::default() })
     }
 
-    /// A directory for somebody else's temporary files, on the same disk.
+    /// A folder for another program's temporary files, on the same disk.
     pub fn partial_directory(&self) -> io::Result<PartialDirectory> {
         let path = self.path(&format!("{PARTIAL_PREFIX}{}", Uuid::new_v4()));
         std::fs::create_dir(&path)?;
@@ -158,7 +158,7 @@ impl Store {
     }
 }
 
-/// A file being written. Dropped without `commit`, it is gone.
+/// A file being written. Removed if dropped without `commit`.
 pub(super) struct Partial {
     store: Store,
     path: PathBuf,
@@ -177,7 +177,7 @@ impl Partial {
         self.checksum.size()
     }
 
-    /// Makes it the file of this name, if it is what was expected. Blocks until it is on the disk.
+    /// Verifies the file and gives it its name. Blocks until it is on the disk.
     pub fn commit(self, name: &str, expected: Option<&Checksum>) -> Result<Checksum, SourceError> {
         let found = self.checksum.clone().finish();
         if let Some(expected) = expected.filter(|expected| **expected != found) {
@@ -187,7 +187,7 @@ impl Partial {
         let written = || -> io::Result<u64> {
             self.file.sync_all()?;
             std::fs::rename(&self.path, &target)?;
-            // The rename itself is on the disk once the directory is.
+            // Syncing the folder makes the rename durable.
             File::open(&self.store.directory)?.sync_all()?;
             modified_nanoseconds(&self.file)
         };
@@ -199,7 +199,7 @@ impl Partial {
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        // Renamed by `commit`, the path is nobody's any more: names are unique.
+        // After `commit` the path no longer exists; names are unique, so this removes nothing else.
         let _ = std::fs::remove_file(&self.path);
     }
 }
@@ -218,7 +218,7 @@ impl PartialDirectory {
 impl Drop for PartialDirectory {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.path) {
-            tracing::debug!(path = %self.path.display(), %error, "a temporary directory could not be removed");
+            tracing::debug!(path = %self.path.display(), %error, "cannot remove a temporary folder");
         }
     }
 }
@@ -228,7 +228,7 @@ fn modified_nanoseconds(file: &File) -> io::Result<u64> {
     Ok(modified.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64)
 }
 
-/// Runs blocking work off the runtime. A panic inside goes on outside.
+/// Runs blocking work off the runtime, and propagates its panics.
 pub(super) async fn unblock<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,

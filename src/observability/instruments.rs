@@ -1,5 +1,5 @@
-//! The instruments that the table in `metrics` declares. Label values are `&'static str` wherever a client could
-//! otherwise choose them, so the number of series is bounded by the program text.
+//! The instruments that the table in `metrics` declares. Label values are `&'static str` wherever a client could otherwise
+//! choose them, so the number of series is bounded.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -30,14 +30,14 @@ fn labels<const N: usize>(names: &'static [&'static str], values: [&'static str;
     std::array::from_fn(|i| (names[i], values[i]))
 }
 
-/// Sets a counter that is kept elsewhere (the engine's own count) to its current value. Never lets it go back.
+/// Sets a counter that is kept elsewhere (by the engine) to its current value. It never decreases.
 pub fn store_counter(counter: &Counter, value: u64) {
     counter.inner().fetch_max(value, Ordering::Relaxed);
 }
 
-/// The same of time.
+/// The same for a counter of seconds.
 pub fn store_seconds(counter: &CounterF64, value: Duration) {
-    // Numbers that are not negative are ordered as their bits are.
+    // Non-negative floats have the same order as their bits.
     counter.inner().fetch_max(value.as_secs_f64().to_bits(), Ordering::Relaxed);
 }
 
@@ -159,7 +159,7 @@ impl<const N: usize> Instrument for HistogramVec<N> {
     }
 }
 
-/// A gauge that stands at 1 and tells something by its labels. One series only: setting it again replaces it.
+/// A gauge of value 1 that carries information in its labels. It has one series: setting it again replaces it.
 #[derive(Clone, Debug)]
 pub struct LabelledValue {
     names: &'static [&'static str],

@@ -1,8 +1,8 @@
 //! The table of metrics: name, type, labels, help and buckets of each, and the instruments made from it.
 //!
-//! Where the meaning is vLLM's, so are the name and the buckets: dashboards and gateways that read vLLM work unchanged.
-//! Those series carry vLLM's `model_name` and `engine` labels. Everything else is `outrigger_*`, or `process_*` as the
-//! Prometheus client libraries name it.
+//! A metric that means the same as vLLM's has vLLM's name and buckets, so dashboards and gateways for vLLM work unchanged.
+//! These series carry vLLM's `model_name` and `engine` labels. All others are `outrigger_*`, or `process_*` as in Prometheus'
+//! client libraries.
 
 use std::borrow::Cow;
 use std::sync::atomic::Ordering;

@@ -1,4 +1,4 @@
-//! Every metric in one table, the text that Prometheus reads, and the set-up of the log. Knows only `types`.
+//! Metrics, in one table; their text for Prometheus; the log. Uses only `types`.
 
 pub mod instruments;
 pub mod metrics;

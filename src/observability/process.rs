@@ -1,4 +1,4 @@
-//! What the kernel says of this process, read at each scrape. Elsewhere than on Linux there is nothing to read.
+//! CPU time, memory and files of this process, read from `/proc` at each scrape. Empty on systems other than Linux.
 
 use std::fs;
 

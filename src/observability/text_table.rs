@@ -1,10 +1,9 @@
-//! Columns of text for a terminal: aligned, without lines and colours, so that a pipe gets the same.
+//! Aligned text columns for a terminal, without lines or colours.
 
 /// Between two columns.
 const GAP: &str = "  ";
 
-/// A table whose first row is its head. Cells that look like numbers stand at the right edge of their column, heads above
-/// them as well.
+/// A table whose first row is its head. Cells that look like numbers are aligned right, and so are the heads above them.
 #[derive(Default)]
 pub struct TextTable {
     rows: Vec<Vec<String>>,
@@ -22,7 +21,7 @@ impl TextTable {
         self.rows.push(row.to_vec());
     }
 
-    /// Without the columns whose cells are all empty. Every line ends with a line break, and none with a space.
+    /// Renders the table without columns whose cells are all empty. Lines have no trailing spaces.
     pub fn render(&self) -> String {
         let columns: Vec<Column> = (0..self.rows[0].len()).filter_map(|index| Column::of(index, &self.rows)).collect();
         let mut text = String::new();

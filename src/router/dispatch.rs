@@ -369,7 +369,7 @@ fn dispatched(log: &StreamLog, stream: GenerationStream) -> Dispatched {
 }
 
 fn forgotten() -> Failure {
-    let message = "No node knows the stream that `idempotency-key` names (any more). See journal_ttl.";
+    let message = "No node has the stream that `idempotency-key` names. Journals are kept for journal_ttl.";
     Failure::invalid("idempotency-key", message).with_code("stream_not_found")
 }
 
@@ -388,6 +388,6 @@ fn check_body(head: &JournalHead, dispatch: &Dispatch) -> Result<(), Failure> {
     if body == Some(head.body) && head.prompt == dispatch.prompt {
         return Ok(());
     }
-    let message = "The key in `idempotency-key` belongs to a request with another body.";
+    let message = "The key in `idempotency-key` was used for a request with another body.";
     Err(Failure::invalid("idempotency-key", message).with_code("idempotency_key_reused"))
 }

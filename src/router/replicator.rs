@@ -232,7 +232,7 @@ impl Replicator {
         let refusals = match answer {
             Ok(refusals) => refusals,
             Err(failure) => {
-                tracing::debug!(%node, kind = failure.kind.label(), "a holder of journals is lost");
+                tracing::debug!(%node, kind = failure.kind.label(), "lost a node that holds journals");
                 for key in keys {
                     if let Some(stream) = streams.get_mut(key) {
                         stream.lose(node);

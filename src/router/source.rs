@@ -169,5 +169,5 @@ fn sign_of(frame: PeerFrame) -> Sign {
 }
 
 fn engine_gone() -> GenerationEvent {
-    GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, "The engine stopped while it was generating."))
+    GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, "The engine stopped while generating."))
 }

@@ -1,4 +1,4 @@
-//! The one seam through which requests reach something that generates: this node's engine, a peer, a test's double.
+//! The interface to whatever generates tokens: this node's engine, a peer, or a fake in tests.
 
 use std::any::Any;
 use std::task::{Context, Poll};
@@ -12,7 +12,7 @@ use super::status::EngineStatus;
 
 /// Something that turns a request into a stream of token events.
 pub trait Backend: Send + Sync + 'static {
-    /// Accepts the request or refuses it at once with a typed failure. Never blocks.
+    /// Accepts the request, or refuses it at once with a failure. Never blocks.
     fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure>;
 
     /// The latest published status.
@@ -35,8 +35,8 @@ impl GenerationStream {
         (sender, Self { events, _guard: None })
     }
 
-    /// Drops `guard` together with the stream, after the guards that it has already: a backend learns through it that nobody
-    /// listens any more, without asking every sender.
+    /// Drops `guard` together with the stream, after the guards added before. This tells a backend that the client has gone,
+    /// without asking every sender.
     pub fn guarded_by(self, guard: impl Any + Send + Sync) -> Self {
         Self { _guard: Some(Box::new((self._guard, guard))), ..self }
     }
@@ -46,12 +46,12 @@ impl GenerationStream {
         self.events.recv().await
     }
 
-    /// As `next`, for whoever waits for several streams at once.
+    /// Like `next`, for callers that wait for several streams at once.
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<GenerationEvent>> {
         self.events.poll_recv(context)
     }
 
-    /// The next event if one is there already, to coalesce writes.
+    /// The next event if one is ready, to coalesce writes.
     pub fn try_next(&mut self) -> Option<GenerationEvent> {
         self.events.try_recv().ok()
     }
@@ -100,7 +100,7 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
-    /// Whether every undisturbed run of the request ends so, at this token.
+    /// Whether every undisturbed run of the request ends in this way, at this token.
     pub fn is_of_the_generation(&self) -> bool {
         match self {
             FinishReason::Stop(_) | FinishReason::Length => true,
@@ -113,7 +113,7 @@ impl FinishReason {
 pub enum StopCause {
     /// The model's end-of-sequence token (it is published as the last `Token`, without text).
     EndOfSequence(TokenId),
-    /// A token of `stop_token_ids`, published likewise.
+    /// A token of `stop_token_ids`, published in the same way.
     Token(TokenId),
     /// A stop string, completed by the last published token.
     String(String),

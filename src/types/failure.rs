@@ -1,4 +1,5 @@
-//! Failures are a closed set. Three exhaustive matches map a kind: to HTTP, to retry and breaker, to a metric label.
+//! The closed set of failures. Three exhaustive matches map a kind: to an HTTP status, to retry and breaker, to a metric
+//! label.
 
 use std::fmt;
 use std::sync::Arc;
@@ -15,9 +16,9 @@ pub enum FailureKind {
     DeadlineExceeded,
     Cancelled,
     EngineFailed,
-    /// The model gave no numbers.
+    /// The model computed NaN or infinity.
     NumericsInvalid,
-    /// The replica was found to give wrong numbers, after tokens of this stream.
+    /// The replica was found to compute wrong numbers after it had sent tokens of this stream.
     NumericsSuspect,
     OutOfMemory,
     PeerUnreachable,
@@ -88,7 +89,7 @@ impl Failure {
         Self { param: Some(param.into()), ..Self::new(FailureKind::InvalidRequest, message) }
     }
 
-    /// Without a token by its deadline, a request has no answer.
+    /// The deadline passed before the request had a token.
     pub fn deadline_passed() -> Self {
         Self::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
     }
@@ -110,7 +111,7 @@ impl Failure {
 }
 
 impl PartialEq for Failure {
-    /// Equal for the client; the source is not compared.
+    /// Compares what the client sees, not the source.
     fn eq(&self, other: &Self) -> bool {
         self.kind == other.kind && self.message == other.message && self.param == other.param && self.code == other.code
     }

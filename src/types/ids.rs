@@ -29,8 +29,8 @@ impl fmt::Display for RequestId {
     }
 }
 
-/// Names everything that decides the numbers: weights, configuration, compute and KV types, kernel version. Streams
-/// move only between replicas of equal fingerprint. Lower-case hexadecimal.
+/// Identifies everything that decides the numbers: weights, configuration, compute and KV types, kernel version. Streams
+/// move only between replicas with equal fingerprints. Lower-case hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Fingerprint(Arc<str>);
 

@@ -1,4 +1,4 @@
-//! The shared nouns. Knows no module of the crate; every other module may use it.
+//! Types that all modules share. Uses no other module of the crate.
 
 pub mod backend;
 pub mod failure;

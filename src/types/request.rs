@@ -1,4 +1,4 @@
-//! What is asked of a backend: token ids and an explicit seed, never text.
+//! A request to a backend: token ids and an explicit seed, never text.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -72,7 +72,7 @@ pub struct SamplingParams {
     /// Stop strings, none empty.
     pub stop: Vec<String>,
     pub include_stop_str_in_output: bool,
-    /// Control tokens have no text. Decides which text stop strings are sought in.
+    /// Leave out the text of control tokens. Stop strings are searched for in the resulting text.
     pub skip_special_tokens: bool,
     pub stop_token_ids: Vec<TokenId>,
     /// `Some(k)`: report the sampled token's log-probability and the `k` most likely ones.

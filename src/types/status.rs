@@ -1,4 +1,4 @@
-//! What a node and its engine say of themselves.
+//! The state that a node and its engine report.
 
 use std::time::{Duration, Instant};
 
@@ -32,9 +32,9 @@ pub struct EngineStatus {
     pub kv_blocks_total: u32,
     /// Blocks that hold a live sequence (cached but unreferenced blocks count as free).
     pub kv_blocks_used: u32,
-    /// What steps took on the device, since the start; zero when the processors compute.
+    /// Device time of all steps since the start; zero on a CPU.
     pub device_time: Duration,
-    /// Rows of logits that were no numbers, since the start.
+    /// Rows of logits with NaN or infinity, since the start.
     pub numerics_invalid: u64,
     /// Tokens through the model (prefill and decode) per second, averaged over recent busy time; 0 until measured.
     pub drain_tokens_per_second: f64,

@@ -1,6 +1,6 @@
-//! A value that one side changes and others watch, with the interface of tokio's `watch` as far as it is used here. The one
-//! difference: those who wait are woken in the order in which they began to wait, where tokio spreads them at random. The
-//! simulator needs a seed to happen the same way every time.
+//! A value that one side changes and others watch, with the part of tokio's `watch` interface that is used here. The one
+//! difference: waiters are woken in the order in which they began to wait, where tokio wakes them in random order. The
+//! simulator needs this so that a seed always gives the same run.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -9,7 +9,7 @@ use parking_lot::{RwLock, RwLockReadGuard};
 use thiserror::Error;
 use tokio::sync::Notify;
 
-/// Nobody is left who could change the value.
+/// Every sender has been dropped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("the value does not change any more")]
 pub struct Closed;
@@ -46,7 +46,7 @@ impl<T> Sender<T> {
         Self(Arc::new(Shared { value, version, changes: Notify::new(), senders: AtomicUsize::new(1) }))
     }
 
-    /// Has seen the present value.
+    /// A receiver that has seen the current value.
     pub fn subscribe(&self) -> Receiver<T> {
         Receiver { shared: self.0.clone(), seen: self.0.version.load(Ordering::Acquire) }
     }
@@ -55,7 +55,7 @@ impl<T> Sender<T> {
         self.0.value.read()
     }
 
-    /// Gives the value before.
+    /// Sets the value and returns the previous one.
     pub fn send_replace(&self, value: T) -> T {
         let mut value = value;
         self.send_modify(|current| std::mem::swap(current, &mut value));
@@ -69,7 +69,7 @@ impl<T> Sender<T> {
         });
     }
 
-    /// Tells the others if `modify` says that it has changed the value; so does this.
+    /// Notifies receivers if `modify` returns true, and returns the same.
     pub fn send_if_modified(&self, modify: impl FnOnce(&mut T) -> bool) -> bool {
         {
             let mut value = self.0.value.write();
@@ -127,7 +127,7 @@ impl<T> Receiver<T> {
         self.wait(|_, version| version != before).await.map(drop)
     }
 
-    /// Returns once the value is as wanted, which it may be already. Cancel-safe.
+    /// Returns once the value meets the condition, at once if it already does. Cancel-safe.
     pub async fn wait_for(&mut self, mut is_wanted: impl FnMut(&T) -> bool) -> Result<RwLockReadGuard<'_, T>, Closed> {
         self.wait(move |value, _| is_wanted(value)).await
     }
@@ -135,7 +135,7 @@ impl<T> Receiver<T> {
     async fn wait(&mut self, mut is_over: impl FnMut(&T, u64) -> bool) -> Result<RwLockReadGuard<'_, T>, Closed> {
         let Self { shared, seen } = self;
         loop {
-            // From here on no change is missed, and neither is the end.
+            // Registered before the check, so neither a change nor the end is missed.
             let change = shared.changes.notified();
             let is_closed = shared.senders.load(Ordering::Acquire) == 0;
             {

@@ -319,7 +319,7 @@ impl Generation {
 
     fn apply(&mut self, part: usize, event: Option<GenerationEvent>) -> Result<(), Failure> {
         let event = event.unwrap_or_else(|| {
-            let message = "The engine stopped while it was generating.";
+            let message = "The engine stopped while generating.";
             GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, message))
         });
         match self.parts[part].apply(event, &self.metrics) {

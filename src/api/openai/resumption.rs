@@ -148,7 +148,7 @@ fn last_event(headers: &HeaderMap) -> Result<Option<Vec<ChoiceMark>>, Failure> {
     let Some(value) = headers.get(LAST_EVENT_HEADER) else { return Ok(None) };
     let marks = value.to_str().ok().filter(|id| id.len() <= MAX_EVENT_ID_BYTES).and_then(parse_event_id);
     marks.map(Some).ok_or_else(|| {
-        let message = format!("The header `{LAST_EVENT_HEADER}` is no event id of this server's.");
+        let message = format!("The header `{LAST_EVENT_HEADER}` is not an event id of this server.");
         Failure::invalid(LAST_EVENT_HEADER, message)
     })
 }

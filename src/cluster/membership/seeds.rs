@@ -61,7 +61,7 @@ async fn resolve_again_and_again(name: String, addresses: watch::Sender<Addresse
                 found.sort_unstable();
                 found.dedup();
                 if has_failed {
-                    tracing::info!(peer = name, "the peer's name resolves again");
+                    tracing::info!(peer = name, "the peer's host name resolves again");
                 }
                 has_failed = false;
                 addresses.send_if_modified(|addresses| addresses.insert(name.clone(), found.clone()) != Some(found));
@@ -69,7 +69,7 @@ async fn resolve_again_and_again(name: String, addresses: watch::Sender<Addresse
             }
             Err(error) => {
                 if !has_failed {
-                    tracing::warn!(peer = name, %error, "the peer's name does not resolve");
+                    tracing::warn!(peer = name, %error, "the peer's host name does not resolve");
                 }
                 has_failed = true;
                 RETRY

@@ -160,7 +160,7 @@ impl Task {
         let interval = self.config.gossip_interval;
         let since = now.saturating_duration_since(self.last_round);
         if since > interval * LATE_ROUNDS {
-            tracing::warn!(seconds = since.as_secs_f64(), "this node's gossip has stood still");
+            tracing::warn!(seconds = since.as_secs_f64(), "this node's gossip was stalled");
             self.trusts_silence_from = self.trusts_silence_from.max(now + interval * CATCHING_UP_ROUNDS);
         }
         self.last_round = now;
@@ -212,10 +212,10 @@ impl Task {
             }
         }
         for (peer, reason) in &update.refused {
-            tracing::warn!(%peer, reason, "what a node gossips is not taken");
+            tracing::warn!(%peer, reason, "ignoring what a node gossips");
         }
         if update.is_superseded {
-            tracing::error!(node_id = %self.id, "a later process uses this node's node_id: the others no longer see this one");
+            tracing::error!(node_id = %self.id, "another process uses this node's node_id; peers see that one instead of this one");
         }
         if let Some(view) = update.view {
             self.metrics.cluster_nodes.with(["alive"]).set(view.peers.len() as f64);
@@ -267,12 +267,12 @@ impl Task {
 
     /// Chitchat ends by itself only when it panics: this node becomes a later process of its own.
     async fn restart(&mut self) {
-        tracing::error!("the gossip ended by itself and begins anew");
+        tracing::error!("gossip stopped unexpectedly; restarting it");
         tokio::time::sleep(RESTART_PAUSE).await;
         let incarnation = incarnation_now();
         match Gossip::start(&self.id, incarnation, self.bound, &self.config, &self.transport).await {
             Ok(gossip) => self.gossip = gossip,
-            Err(error) => return tracing::error!(error, "the gossip does not begin anew"),
+            Err(error) => return tracing::error!(error, "cannot restart gossip"),
         }
         self.publisher = Publisher::default();
         self.roster.restarted(incarnation);

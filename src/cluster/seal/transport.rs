@@ -120,7 +120,7 @@ impl Socket for SealedSocket {
             let (len, from) = match self.datagrams.receive(&mut self.buffer[..]).await {
                 Ok(received) => received,
                 Err(error) => {
-                    tracing::debug!(%error, "the gossip socket reports an error");
+                    tracing::debug!(%error, "error on the gossip socket");
                     tokio::time::sleep(ERROR_PAUSE).await;
                     continue;
                 }
@@ -159,7 +159,7 @@ impl SealedSocket {
                 self.metrics.gossip_bytes.with(["sent"]).inc_by(datagram.len() as u64);
             }
             Err(error) => {
-                tracing::debug!(%to, %error, "gossip was not sent");
+                tracing::debug!(%to, %error, "cannot send gossip");
                 self.count_drop(DropReason::Unsent);
             }
         }

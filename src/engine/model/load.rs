@@ -223,7 +223,7 @@ fn open_safetensors(path: &Path, config: &ModelConfig) -> Result<SafetensorsSour
         if name.starts_with("model.layers.") {
             return Err(LoadError::UnexpectedTensor(name.to_owned()));
         }
-        tracing::debug!(tensor = name, "a tensor is not used");
+        tracing::debug!(tensor = name, "the model does not use this tensor");
     }
     Ok(source)
 }

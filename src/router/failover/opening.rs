@@ -55,7 +55,7 @@ impl FailoverStream {
     /// The stream's tokens will be those of another fingerprint. Its holders are told before the first.
     fn adopt(&mut self, fingerprint: Fingerprint) {
         let is_gated = self.log.is_named && self.shared.has_peers();
-        info!(request = %self.log.head.id, %fingerprint, "a stream begins anew with other numbers");
+        info!(request = %self.log.head.id, %fingerprint, "restarting a stream without tokens on a replica with another fingerprint");
         self.log.adopt(&fingerprint, is_gated);
         self.gate = is_gated.then(|| self.shared.clone().replicate(self.log.clone()));
         self.want.fingerprint = Some(fingerprint);
