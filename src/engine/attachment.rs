@@ -1,8 +1,8 @@
-//! How a sequence gets its blocks: from the prefix cache, from an earlier choice of its request, and fresh ones for the
-//! rest. The other half of the scheduler; as pure as it.
+//! Gives blocks to sequences: shared ones from the prefix cache and from an earlier choice of the same request, and new ones
+//! for the rest. Part of the scheduler, and pure as it is.
 //!
-//! A sequence that finds the next block of its prefix claimed waits for the claimant, which always is running and holds no
-//! claim while it waits itself: there is no cycle to wait in.
+//! A sequence whose next prefix block is claimed waits for the claimant. A claimant is always running and holds no claim
+//! while it waits itself, so there are no cycles.
 
 use super::block_manager::BlockId;
 use super::prefix_cache::Lookup;
@@ -12,7 +12,7 @@ use super::sequence::{Phase, SequenceId};
 /// Steps without progress after which a sequence no longer waits for a claimed prefix but computes it itself.
 const MAX_WAITED_STEPS: u32 = 64;
 
-/// A share of the pool, at least one block, stays free for the growth of running sequences when another is let in.
+/// The share of the pool (at least one block) that must stay free for running sequences to grow when another is admitted.
 const WATERMARK_DIVISOR: u32 = 100;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ enum Sibling {
 }
 
 impl Scheduler {
-    /// Takes the sequence as far as it gets towards owning blocks for all its tokens, and sets its phase accordingly.
+    /// Gives the sequence as many blocks as possible, and sets its phase accordingly.
     pub(super) fn attach(&mut self, id: SequenceId, others_run: bool) -> Attachment {
         let watermark = if others_run { self.blocks.num_blocks().div_ceil(WATERMARK_DIVISOR) } else { 0 };
         let attachment = match self.sibling_of(id) {
@@ -67,7 +67,7 @@ impl Scheduler {
         sequence.chain_is_open = sequence.uses_prefix_cache;
     }
 
-    /// Offers the full blocks of the first `end` positions to the prefix cache, of which all tokens are known.
+    /// Offers the full blocks of the first `end` positions to the prefix cache. All their tokens must be known.
     pub(super) fn publish(&mut self, id: SequenceId, end: usize) {
         let sequence = &mut self.sequences[id.slot];
         while sequence.chain_is_open && (sequence.published + 1) * self.block_size <= end {
@@ -129,7 +129,7 @@ impl Scheduler {
         Attachment::Complete
     }
 
-    /// Shares the blocks of the prefix that are ready. True when the next one is claimed and worth waiting for.
+    /// Shares the ready blocks of the prefix. Returns true if the next one is claimed and worth waiting for.
     fn follow_prefix(&mut self, id: SequenceId) -> bool {
         let sequence = &mut self.sequences[id.slot];
         let held = sequence.blocks.len();
@@ -150,7 +150,7 @@ impl Scheduler {
         false
     }
 
-    /// Fresh blocks for the tokens after the shared prefix. When the prefix is all there is, the last token is computed
+    /// Allocates blocks for the tokens after the shared prefix. If the prefix covers everything, the last token is computed
     /// again for its logits, into a copy of the last block.
     fn settle(&mut self, id: SequenceId, watermark: u32) -> Attachment {
         let sequence = &mut self.sequences[id.slot];
@@ -159,7 +159,7 @@ impl Scheduler {
         let is_whole = sequence.blocks.len() * self.block_size == num_tokens;
         let free = self.blocks.num_free();
         let copied = match is_whole.then(|| drop_last(sequence)) {
-            // Without a block to spare for the copy, the last block is computed again as a whole.
+            // If no block is free for the copy, the whole last block is computed again.
             Some(last) if free < 1 + watermark => {
                 self.blocks.release(last);
                 None
@@ -201,7 +201,7 @@ impl Scheduler {
     }
 }
 
-/// Takes the last shared block off the table; the reference goes to the caller.
+/// Removes the last shared block from the table and passes its reference to the caller.
 fn drop_last(sequence: &mut super::sequence::Sequence) -> BlockId {
     sequence.chain.pop();
     sequence.published -= 1;
@@ -209,7 +209,7 @@ fn drop_last(sequence: &mut super::sequence::Sequence) -> BlockId {
 }
 
 impl Phase {
-    /// Counts one more step of waiting; false when it has lasted too long without progress.
+    /// Counts a step of waiting. Returns false if there was no progress for too long.
     fn wait(&mut self, progressed: bool) -> bool {
         match self {
             Phase::Attaching { waited_steps } => {

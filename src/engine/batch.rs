@@ -1,5 +1,5 @@
-//! The seam between the engine's bookkeeping and the numbers: batches are launched, and the tokens that were sampled from
-//! them are collected. Knows no scheduler and no text.
+//! The interface between the engine's bookkeeping and the computation: batches are launched, and the sampled tokens are
+//! collected. Knows no scheduler and no text.
 //!
 //! A runner on a device samples there, and computes one step while the engine plans the next; a runner on the host gives
 //! rows of logits ([`LogitsRunner`]), from which `host_sampling` samples.
@@ -12,7 +12,7 @@ use crate::types::TokenId;
 /// A stretch of one sequence's tokens, to be computed into that sequence's blocks.
 #[derive(Clone, Copy, Debug)]
 pub struct BatchEntry<'a> {
-    /// Never empty. One token when the sequence decodes, a chunk when it prefills; the numbers do not depend on which.
+    /// Never empty. One token in decode, a chunk in prefill; the numbers do not depend on which.
     pub tokens: &'a [TokenId],
     /// Absolute position of `tokens[0]`; everything before it is in the blocks already, or will be when the steps that
     /// were launched before have run.
@@ -36,7 +36,7 @@ pub struct SampleSpec<'a> {
     pub position: usize,
 }
 
-/// A row that was sampled from, or why it could not be.
+/// The sampled token of a row, or why there is none.
 pub type RowResult = Result<Sampled, NumericsInvalid>;
 
 /// What every runner has: a model over a fixed pool of KV blocks. Used by one thread only.
@@ -59,7 +59,7 @@ pub trait PagedModel: Send {
     /// Longest sequence, prompt and output together, that the runner can compute.
     fn max_model_len(&self) -> usize;
 
-    /// Damages the weights in memory. Reachable only through fault injection; a runner without weights ignores it.
+    /// Corrupts the weights in memory. Reachable only through fault injection. A runner without weights ignores it.
     fn corrupt(&mut self) {}
 
     /// Makes every logit NaN from now on. Reachable only through fault injection, as `corrupt` is.
@@ -84,17 +84,16 @@ pub trait ModelRunner: PagedModel {
     /// error is final.
     fn collect(&mut self, rows: &mut Vec<RowResult>, progress: &dyn Fn()) -> Result<(), RunnerError>;
 
-    /// What the collected steps took on a device of their own; nothing for a runner that computes on the host.
+    /// Device time of the collected steps; zero for a runner that computes on the host.
     fn device_time(&self) -> Duration {
         Duration::ZERO
     }
 
-    /// Steps that may be in flight at one time: 1 when each is computed by its launch, 2 when the next can be planned
-    /// meanwhile.
+    /// The most steps in flight: 1 if the launch computes the step, 2 if the next step can be planned meanwhile.
     fn depth(&self) -> usize;
 }
 
-/// As [`BatchEntry`], for a runner that gives logits; all tokens are known.
+/// Like [`BatchEntry`], for a runner that returns logits. All tokens are known.
 #[derive(Clone, Copy, Debug)]
 pub struct LogitsEntry<'a> {
     pub tokens: &'a [TokenId],
@@ -114,10 +113,10 @@ pub trait LogitsRunner: PagedModel {
     fn logits_mut(&mut self, row: usize) -> &mut [f32];
 }
 
-/// Why a batch could not be computed. The positions it was to write are undefined afterwards; those before them are not.
+/// Why a batch could not be computed. The content of the positions that it should have written is undefined afterwards.
 #[derive(Debug, thiserror::Error)]
 pub enum RunnerError {
-    /// The batch needs more memory than there is; a smaller one may succeed.
+    /// The batch needs more memory than is available. A smaller one may succeed.
     #[error("out of memory while computing a batch of {tokens} tokens")]
     OutOfMemory { tokens: usize },
     /// The device or the model is broken; no later batch is expected to succeed.

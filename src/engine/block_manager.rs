@@ -1,5 +1,5 @@
-//! Who uses which KV block: a fixed pool, reference counts, and the cached blocks that nobody references, least recently
-//! used first. Knows block ids and the prefix cache, no sequence and no tensor.
+//! Manages a fixed pool of KV blocks: reference counts, and an LRU list of cached blocks without references. Knows block ids
+//! and the prefix cache, but no sequences and no tensors.
 //!
 //! A block is in exactly one of four places: referenced, idle (unreferenced but cached), free, or in the reserve that only
 //! the synthetic inference may use. Idle blocks count as free: they are evicted when the free ones run out.
@@ -72,14 +72,14 @@ impl BlockManager {
         Some(block)
     }
 
-    /// The same, out of the reserve.
+    /// Like `allocate`, from the reserve.
     pub fn allocate_reserved(&mut self) -> Option<BlockId> {
         let block = self.reserve.pop()?;
         self.references[block as usize] = 1;
         Some(block)
     }
 
-    /// One more table holds the block.
+    /// Adds a reference to the block.
     pub fn share(&mut self, block: BlockId) {
         if self.references[block as usize] == 0 {
             assert!(self.cached_as[block as usize].is_some(), "only a cached block comes back to use");
@@ -88,7 +88,7 @@ impl BlockManager {
         self.references[block as usize] += 1;
     }
 
-    /// One table fewer holds the block. Tables are released from the tail, so that a prefix outlives what follows it.
+    /// Drops a reference to the block. Tables are released from the tail, so that a prefix is evicted after what follows it.
     pub fn release(&mut self, block: BlockId) {
         let references = &mut self.references[block as usize];
         assert!(*references > 0, "block {block} is released more often than it was taken");

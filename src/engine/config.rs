@@ -1,21 +1,21 @@
-//! The engine's settings. The runner's own (data types, size of the KV pool) are not among them.
+//! The engine's configuration, without that of the runner (data types, size of the KV cache).
 
 use serde::Deserialize;
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Sequences that are computed at one time.
+    /// The most sequences in a batch.
     pub max_num_seqs: usize,
-    /// Tokens in one step; bounds the time that a step takes, and so the pause that a long prompt causes to others.
+    /// The most tokens computed in one step. Bounds the time of a step, and so the delay that a long prompt causes to others.
     pub max_num_batched_tokens: usize,
-    /// Longest prompt and output together; the model's own limit when absent.
+    /// The most tokens of prompt and output together. Default: the model's own limit.
     pub max_model_len: Option<usize>,
     pub enable_prefix_caching: bool,
-    /// Requests in the engine, running and waiting. A last bound on memory; admission refuses long before.
+    /// The most requests in the engine, running and waiting. A last bound on memory; admission refuses long before.
     pub max_num_requests: usize,
-    /// Length, prompt and output together, of the synthetic inference for which blocks are reserved; 0 reserves none, and
-    /// refuses it.
+    /// Tokens (prompt and output) of the synthetic inference, for which blocks are reserved. With 0, none are reserved and it
+    /// is refused.
     pub probe_tokens: usize,
 }
 

@@ -1,4 +1,4 @@
-//! What the engine counts, for whoever publishes it. Plain atomics: written by the engine thread, read by anyone.
+//! The engine's counters. Plain atomics, written by the engine thread and read by any thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -27,7 +27,7 @@ macro_rules! counters {
 counters! {
     /// Tokens of newly started sequences that were looked up in the prefix cache.
     prefix_cache_queries,
-    /// Those of them that were found computed, in the cache or with an earlier choice of the same request.
+    /// Of these, tokens found in the cache or shared with an earlier choice of the same request.
     prefix_cache_hits,
     preemptions,
     /// Prompt tokens of the requests that left the queue.
@@ -42,7 +42,7 @@ counters! {
     /// Sums over all steps; divide by `steps` for means.
     batch_sequences,
     batch_tokens,
-    /// Rows of logits that were no numbers.
+    /// Rows of logits with NaN or infinity.
     numerics_invalid,
     /// Batches that did not fit into the runner's memory.
     out_of_memory,

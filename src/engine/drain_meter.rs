@@ -1,8 +1,8 @@
-//! How fast the engine works through tokens while it is busy: an average that forgets. Pure; time is passed in.
+//! Measures the tokens per second of a busy engine, as a decaying average. Pure; time is passed in.
 
 use std::time::Duration;
 
-/// Busy time after which a measurement has lost all but 1/e of its weight.
+/// Busy time after which the weight of a measurement falls to 1/e.
 const MEMORY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Default)]

@@ -1,6 +1,6 @@
-//! A device without a device: a [`ModelRunner`] of depth 2 over any runner that gives logits. Nothing is computed before it
-//! must be: a step runs when it is collected, long after it and the next were launched, so that whoever frees, rewrites or
-//! reads too early gets other tokens. Unforgiving about pending tokens, too.
+//! A fake device for tests: a [`ModelRunner`] of depth 2 over any runner that returns logits. A step is computed as late as
+//! possible, when it is collected, so that code which frees, overwrites or reads a block too early gets wrong tokens. It also
+//! checks the use of pending tokens strictly.
 
 use std::collections::VecDeque;
 

@@ -1,4 +1,4 @@
-//! A model runner without a model, for tests of everything above it. Deterministic, and unforgiving about blocks.
+//! A fake model runner for tests. Deterministic, and strict about blocks.
 //!
 //! Its "keys and values" are a hash of the token and of everything before it, read back through the block table; its logits
 //! are derived from all entries of the sequence up to the position. So a wrong table, a missed copy-on-write, a stale

@@ -1,5 +1,5 @@
-//! What a choice has generated, beyond its tokens: the sampler's state, the search for stop strings, and the rules by which
-//! it ends. All of it is rebuilt by feeding the emitted tokens into fresh state.
+//! The state of a choice beside its tokens: the sampler's state, the search for stop strings, and the rules by which it ends.
+//! All of it is rebuilt by feeding the emitted tokens into fresh state.
 
 use std::sync::Arc;
 
@@ -7,7 +7,7 @@ use super::sampler::SequenceSampler;
 use crate::tokenizer::{StopMatcher, Tokenizer};
 use crate::types::{FinishReason, SamplingParams, StopCause, TokenId};
 
-/// Watches the text of one choice: takes the next token, and gives the stop string that it completes.
+/// Watches the text of one choice: takes the next token, and returns the stop string that it completes, if any.
 pub type StopText = Box<dyn FnMut(TokenId) -> Option<String> + Send>;
 
 /// Makes a fresh watcher for the stop strings of a request.
@@ -37,7 +37,7 @@ impl From<Tokenizer> for StopTexts {
     }
 }
 
-/// What decides, beside a request's parameters, how its choices end.
+/// The rules of the model, beside the request's parameters, by which choices end.
 #[derive(Clone)]
 pub struct EndRules {
     pub eos_token_ids: Arc<[TokenId]>,
@@ -57,12 +57,12 @@ pub struct Generation {
     most: usize,
 }
 
-/// What the emitted tokens of a continuation amount to.
+/// The result of replaying the emitted tokens of a continuation.
 pub enum Replayed {
     Unfinished(Generation),
     /// They already end the choice.
     Finished(FinishReason),
-    /// They go on after an end, so this was not how they came to be: the index of the first token too many.
+    /// They continue after an end, so they cannot be right. Holds the index of the first extra token.
     Overrun(usize),
 }
 
@@ -104,7 +104,7 @@ impl Generation {
         self.generated + num_pending + 1 >= self.most
     }
 
-    /// Takes note of the next token; `Some` when the choice ends with it. A natural end goes before a limit.
+    /// Notes the next token. Returns `Some` if the choice ends with it. A natural end wins over a limit.
     pub fn accept(&mut self, token: TokenId) -> Option<FinishReason> {
         self.sampler.push(token);
         self.generated += 1;

@@ -1,5 +1,5 @@
-//! Makes a [`ModelRunner`] of a runner that gives logits: each launch computes its step and samples from it on the host, so
-//! one step is in flight at most, and nothing is ever pending.
+//! Turns a runner that returns logits into a [`ModelRunner`]: each launch computes its step and samples on the host. So at
+//! most one step is in flight, and no token is ever pending.
 
 use super::batch::{BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError};
 use super::sampler::Sampler;

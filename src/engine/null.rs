@@ -1,4 +1,4 @@
-//! A backend without an engine: answers every request at once, on the caller's thread. It measures the front alone.
+//! A backend without an engine, which answers every request at once on the caller's thread. For measuring the front alone.
 
 use std::time::{Duration, Instant};
 

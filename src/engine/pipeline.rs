@@ -1,5 +1,5 @@
-//! The engine's steps in flight: a step is launched while the one before it still runs, so that a device never waits for the
-//! host. With a runner of depth 1 each step is collected at once, and the same code is a plain loop.
+//! Pipelines the engine's steps: a step is launched while the previous one still runs, so that a device never waits for the
+//! host. With a runner of depth 1, each step is collected at once and this is a plain loop.
 //!
 //! # Why tokens do not depend on the depth
 //! A token is a function of the tokens before it, the parameters and the position. A pending token enters the next step on
@@ -26,7 +26,7 @@ use super::sampler::{NumericsInvalid, Sampled};
 use super::scheduler::{Plan, Scheduled};
 use crate::types::{Failure, FailureKind, GenerationEvent};
 
-/// Steps that must succeed before a token budget that was cut for lack of memory is doubled again.
+/// Steps that must succeed before a token budget that was halved for lack of memory is doubled again.
 const STEPS_BEFORE_GROWTH: u64 = 256;
 
 /// More would need pending tokens that come from a step before the last one.
@@ -72,7 +72,7 @@ impl Engine {
         let plan = self.scheduler.schedule(reuse, !self.pipeline.is_empty());
         add(&self.shared.counters.preemptions, plan.num_preempted);
         self.announce(&plan);
-        // Also before a step that may take long: from outside, an engine that computes must not look idle.
+        // Before a step that may take long: an engine that computes must not look idle.
         self.publish_status();
         let stays_filled = !plan.entries.is_empty() && !plan.is_starved;
         match self.timed(|engine| engine.launch(&plan)) {

@@ -1,4 +1,4 @@
-//! An index from token prefixes to the blocks that hold them. Knows entries and block ids, not who references a block.
+//! An index from token prefixes to the blocks that hold them. Knows entries and block ids, not references to blocks.
 //!
 //! Entries form a tree: the key of an entry is its parent's identity and a hash of its own tokens, and a lookup compares
 //! the tokens themselves. Identities are never used twice, so by induction from the root a hit means equal prefixes,
@@ -16,7 +16,7 @@ pub struct EntryId {
     generation: u64,
 }
 
-/// Whoever computes a claimed entry; unique for the life of the cache.
+/// The sequence that computes a claimed entry. Unique for the life of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Claimant(pub u64);
 
@@ -28,7 +28,7 @@ pub enum Lookup {
     Absent,
 }
 
-/// What became of a computed block that was offered to the cache.
+/// The result of offering a computed block to the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Published {
     /// The block now answers lookups.

@@ -1,9 +1,9 @@
-//! Decides what each step computes: decodes first, then prompt chunks, within a token budget; who waits; who gives way when
-//! blocks run out. Pure: knows sequences and blocks, no thread, no clock, no tensor.
+//! Decides what each step computes (decodes first, then prompt chunks, within a token budget), which sequences wait, and which
+//! are preempted when blocks run out. Pure: knows sequences and blocks, but no thread, clock or tensor.
 //!
-//! Ranks (priority, then arrival) order everything: the queue, the prompt chunks, and, from the other end, the victims of
-//! preemption. A preempted sequence gives up all blocks and is computed again from its tokens, mostly out of the prefix
-//! cache. A step costs time in proportion to the running sequences, whatever the length of the queue.
+//! Ranks (priority, then arrival) order the queue, the prompt chunks, and (in reverse) the victims of preemption. A preempted
+//! sequence gives up all blocks and is computed again from its tokens, mostly from the prefix cache. The cost of planning a
+//! step grows with the running sequences, not with the queue.
 
 use std::collections::BTreeMap;
 

@@ -1,5 +1,5 @@
-//! One choice of one request, as the scheduler sees it: its tokens, how many of them are computed, and its blocks. Knows no
-//! sampling, no text and no channel.
+//! A sequence: one choice of one request as the scheduler sees it, with its tokens, how many are computed, and its blocks.
+//! Knows no sampling, text or channels.
 
 use std::cmp::Ordering;
 
@@ -7,7 +7,7 @@ use super::block_manager::BlockId;
 use super::prefix_cache::{Claimant, EntryId};
 use crate::types::TokenId;
 
-/// Names a sequence for good: slots are used again, claimants never.
+/// Identifies a sequence. Slots are reused, claimants are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SequenceId {
     pub(super) slot: usize,
@@ -24,7 +24,7 @@ impl SequenceId {
 /// Stands in a sequence for a token that is sampled by a step in flight. No vocabulary has it.
 pub const PLACEHOLDER: TokenId = TokenId::MAX;
 
-/// Who is served first: lower priority, then earlier arrival, then lower choice. Unique, and kept for life.
+/// The order of service: lower priority, then earlier arrival, then lower choice. Unique and constant.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Rank {
     pub priority: i32,
@@ -46,7 +46,7 @@ impl PartialOrd for Rank {
     }
 }
 
-/// What a new sequence brings.
+/// The properties of a new sequence.
 #[derive(Clone, Debug)]
 pub struct NewSequence {
     pub rank: Rank,

@@ -1,4 +1,4 @@
-//! What the engine thread shows to others while it works: the status, the heartbeat, the counters.
+//! The state that the engine thread shares with other threads: status, heartbeat, counters.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};

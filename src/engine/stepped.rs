@@ -1,5 +1,5 @@
-//! The engine with its inbox and without a thread: whoever owns it says when it takes a step. `handle` steps it on a thread
-//! of its own as fast as it can; the simulator on a clock of its own.
+//! The engine and its inbox without a thread: the owner decides when it takes a step. `handle` steps it on its own thread as
+//! fast as it can; the simulator steps it by a simulated clock.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};

@@ -50,7 +50,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 /// Why one source failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    #[error("not in the cache")]
+    #[error("not downloaded yet")]
     NotCached,
     #[error("no answer within {} s", .0.as_secs())]
     Unreachable(Duration),

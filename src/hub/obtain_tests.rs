@@ -75,7 +75,7 @@ async fn every_source_that_fails_says_why() {
     let lines: Vec<_> = text.lines().collect();
     assert_eq!(lines.len(), 4, "{text}");
     assert!(lines[0].contains("tiny could not be obtained"), "{text}");
-    assert!(lines[1].contains("local cache: not there"), "{text}");
+    assert!(lines[1].contains("local cache: not downloaded yet"), "{text}");
     assert!(lines[2].contains("owner/other") && lines[2].contains(&entry.sha256), "{text}");
     assert!(lines[3].contains("owner/again"), "{text}");
     assert!(!home.path().join("models/tiny/tiny.gguf").exists());

@@ -1,6 +1,6 @@
-//! What a model is, in numbers: the part of a configuration that the decoder needs, whatever file it came from.
+//! A model's configuration as the decoder needs it, whatever file it came from.
 //!
-//! A configuration that asks for something we do not compute is refused here, by name, instead of being served wrongly.
+//! A configuration that asks for something that is not computed is refused by name, instead of being served wrongly.
 
 use serde::Serialize;
 

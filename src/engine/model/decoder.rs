@@ -1,7 +1,7 @@
 //! The decoder: token ids and a paged KV cache in, logits out.
 //!
-//! One data flow for the whole family; what differs between models is data in `ModelConfig`. It knows rows, positions and
-//! block tables, but no sequence, no scheduler and no sampling.
+//! One data flow for all families; the differences between models are data in `ModelConfig`. Knows rows, positions and block
+//! tables, but no sequences, scheduler or sampling.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -173,7 +173,7 @@ impl Decoder {
         matrices.map(Matrix::bytes).sum()
     }
 
-    /// Overwrites part of the weights, for tests of the health probes.
+    /// Overwrites part of the weights. For tests of the health probes.
     pub fn corrupt(&mut self) {
         for layer in &mut self.layers {
             layer.gate_up.weight.corrupt();

@@ -1,4 +1,4 @@
-//! Weights of a GGUF file under Hugging Face's names.
+//! The weights of a GGUF file, under Hugging Face's names.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +27,7 @@ struct Stored {
 }
 
 impl GgufSource {
-    /// Fails when the file holds a tensor that the model has no use for: ignoring it would give wrong numbers.
+    /// Fails if the file holds a tensor that the model does not use: ignoring it would give wrong numbers.
     pub fn new(gguf: Arc<Gguf>, family: Family, config: &ModelConfig) -> Result<Self, LoadError> {
         let expected: BTreeSet<String> = expected_tensors(config).into_iter().map(|(name, _)| name).collect();
         let mut tensors = BTreeMap::new();

@@ -78,7 +78,7 @@ pub enum LoadError {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Deserialize, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LoadFormat {
-    /// Whatever is there; safetensors before GGUF.
+    /// What the folder holds; safetensors before GGUF.
     #[default]
     Auto,
     Safetensors,
@@ -112,7 +112,7 @@ impl FromStr for LoadFormat {
     }
 }
 
-/// What the tokenizer and the chat template are read from.
+/// Where the tokenizer and the chat template come from.
 #[derive(Clone)]
 pub enum TokenizerSource {
     /// The metadata of this file.
@@ -135,7 +135,7 @@ pub struct ModelFiles {
 impl ModelFiles {
     /// Opens a `.gguf` file or a directory. Blocks on the disk.
     pub fn open(path: &Path, format: LoadFormat) -> Result<Self, LoadError> {
-        // Says that nothing is there before anything else is concluded from it.
+        // A missing path gets its own error first.
         std::fs::metadata(path).map_err(|source| LoadError::Io { path: path.to_owned(), source })?;
         let files = match find(path, format)? {
             Found::Gguf(path) => open_gguf(&path, format)?,
@@ -214,8 +214,8 @@ fn open_directory(path: &Path, format: LoadFormat) -> Result<ModelFiles, LoadErr
     Ok(ModelFiles { config, tensors, tokenizer: TokenizerSource::Directory(path.to_owned()), eos_token_ids, name })
 }
 
-/// Refuses tensors inside of the layers that the architecture has no use for; others are only mentioned in the log, as
-/// checkpoints carry heads and buffers of their training along.
+/// Refuses tensors inside the layers that the architecture does not use. Others are only logged, because checkpoints often
+/// carry heads and buffers from training.
 fn open_safetensors(path: &Path, config: &ModelConfig) -> Result<SafetensorsSource, LoadError> {
     let source = SafetensorsSource::open(path)?;
     let expected: BTreeSet<String> = expected_tensors(config).into_iter().map(|(name, _)| name).collect();

@@ -1,5 +1,4 @@
-//! Reads the tensors of a model once, in a fixed order, and takes note of what they are: the content is part of the
-//! fingerprint.
+//! Reads the tensors of a model once, in a fixed order, and hashes their content for the fingerprint.
 
 use std::fmt::Write as _;
 
@@ -43,7 +42,7 @@ impl LayerNames {
     }
 }
 
-/// Bytes that are asked for ahead of what is read. Enough for several files at once, where a model has several.
+/// Bytes to read ahead. Enough for several files at once.
 const READ_AHEAD: u64 = 2 << 30;
 
 pub(super) struct TensorReader<'a> {
@@ -63,7 +62,7 @@ impl<'a> TensorReader<'a> {
         Self { tensors, ahead: names.into_iter(), bytes_ahead: 0, progress, bytes: 0, digest: Sha256::new() }
     }
 
-    /// Keeps the disk busy while what was read is hashed, converted and copied.
+    /// Keeps the disk busy while the bytes already read are hashed, converted and copied.
     fn read_ahead(&mut self) {
         while self.bytes_ahead < self.bytes + READ_AHEAD
             && let Some(name) = self.ahead.next()

@@ -1,4 +1,4 @@
-//! Which device computes: what was asked for, what there is, and why it was chosen.
+//! Chooses and opens the device that computes.
 
 use std::fmt;
 use std::str::FromStr;
@@ -63,9 +63,9 @@ impl ComputeDevice {
         Self { gpu: None, reason: reason.into() }
     }
 
-    /// Opens what was asked for. With [`DeviceChoice::Auto`] it is no error that there is no GPU; that there is one which is
-    /// broken or taken is, since a replica that computes a hundred times slower than its siblings would do more harm than one
-    /// that is restarted until its GPU is back. Blocks.
+    /// Opens the chosen device. With [`DeviceChoice::Auto`], a missing GPU is not an error, but a broken or occupied one is: a
+    /// replica that computes a hundred times slower than its siblings does more harm than one that is restarted until its GPU
+    /// works. Blocks.
     pub fn open(choice: DeviceChoice) -> Result<Self, DeviceError> {
         match choice {
             DeviceChoice::Cpu => Ok(Self::cpu("cpu, as `device` says")),

@@ -14,7 +14,7 @@ use crate::types::{TokenId, TokenLogprobs};
 pub use outrigger_kernels::sample::MAX_VOCAB_SIZE;
 pub use sequence::SequenceSampler;
 
-/// The model returned logits that are no numbers, or ruled out every token: the weights or the device cannot be trusted.
+/// The logits hold NaN or infinity, or exclude every token: the weights or the device cannot be trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("the logits at position {position} hold NaN or +inf, or no finite value at all")]
 pub struct NumericsInvalid {

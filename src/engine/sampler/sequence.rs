@@ -1,5 +1,5 @@
-//! What sampling remembers of one sequence. Rebuilt by pushing the emitted tokens into fresh state, in the same order;
-//! nothing is ever rolled back.
+//! The sampling state of one sequence. Rebuilt by pushing the emitted tokens into fresh state, in the same order; never rolled
+//! back.
 
 use std::collections::HashMap;
 use std::sync::Arc;
