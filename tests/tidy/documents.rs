@@ -32,6 +32,7 @@ fn tables_and_contents_follow_the_code() {
     let mut findings = Vec::new();
     follow("docs/configuration.md", "keys", &outrigger::config::markdown_tables(), &mut findings);
     follow("docs/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table(), &mut findings);
+    follow("docs/api.md", "refused fields", &outrigger::api::openai::unsupported::markdown_tables(), &mut findings);
     // The tables have headings of their own, so contents are last.
     for (page, text) in links::pages().into_iter().filter(|(page, _)| is_manual(page)) {
         follow(&page, "contents", &links::contents(&text), &mut findings);

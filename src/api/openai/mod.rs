@@ -16,7 +16,7 @@ mod resumption;
 mod sampling;
 mod stream;
 pub mod tokenize;
-mod unsupported;
+pub mod unsupported;
 mod usage;
 
 pub use body::RequestBody;

@@ -1,27 +1,27 @@
-//! Fields of OpenAI, vLLM, SGLang, llama.cpp, Ollama and TGI that change what is generated or returned, and that this
-//! server does not carry out. Each is refused by its name, unless its value asks for nothing.
+//! Fields of OpenAI, vLLM, SGLang, llama.cpp, Ollama and TGI that change the output and are not supported. Each is refused by
+//! name, unless its value changes nothing.
 //!
-//! A field belongs here when leaving it out of account would give another answer than the client asked for. What only
-//! concerns speed, accounting or logs is ignored, and so is a field that nobody knows, as vLLM does.
+//! A field belongs here if ignoring it would give another output than the client asked for. Fields that only concern speed,
+//! accounting or logs are ignored, and so are unknown fields, as in vLLM.
 
 use serde_json::{Map, Value};
 
 use crate::types::Failure;
 
-/// Which values of a field ask for nothing, besides null.
+/// The values of a field, besides null, that change nothing and are accepted.
 #[derive(Clone, Copy, Debug)]
 enum Neutral {
     /// Only null.
     Null,
-    /// What clients write who write out their defaults: false, and whatever is empty.
+    /// False and empty values, as written by clients that write out their defaults.
     Empty,
-    /// This number, and what is empty.
+    /// This number, and empty values.
     Number(f64),
-    /// No number above this one, and what is empty.
+    /// Numbers up to this one, and empty values.
     AtMost(f64),
-    /// True alone.
+    /// Only true.
     True,
-    /// These words, and what is empty.
+    /// These words, and empty values.
     Words(&'static [&'static str]),
 }
 
@@ -175,11 +175,44 @@ const ANSWER: &[Field] = &[
     ("vllm_xargs", Empty, None),
 ];
 
+/// Each table, and what its fields concern.
+const TABLES: [(&str, &[Field]); 4] = [
+    ("Constraints", CONSTRAINTS),
+    ("Sampling and length", SAMPLING),
+    ("Prompt and model", PROMPT),
+    ("Response", ANSWER),
+];
+
+/// The refused fields as Markdown, for docs/api.md.
+pub fn markdown_tables() -> String {
+    let mut text = String::new();
+    for (title, table) in TABLES {
+        text += &format!("\n{title}:\n\n| refused | accepted value | use instead |\n|---|---|---|\n");
+        for (name, neutral, instead) in table {
+            let accepted = match neutral {
+                Null => "none".to_owned(),
+                Empty => "empty".to_owned(),
+                Number(number) => format!("`{number}`"),
+                AtMost(number) => format!("`{number}` or less"),
+                True => "`true`".to_owned(),
+                Words(words) => words.iter().map(|word| format!("`\"{word}\"`")).collect::<Vec<_>>().join(", "),
+            };
+            let instead = instead.map_or_else(String::new, quoted);
+            text += &format!("| `{name}` | {accepted} | {instead} |\n");
+        }
+    }
+    text + "\n"
+}
+
+/// A field's name is quoted, words are not.
+fn quoted(instead: &str) -> String {
+    if instead.contains(' ') { instead.to_owned() } else { format!("`{instead}`") }
+}
+
 /// Refuses the first field that would change the answer if it were ignored. `fields` are those of the body that this server
 /// has no use for.
 pub fn refuse(fields: &Map<String, Value>) -> Result<(), Failure> {
-    let tables = [CONSTRAINTS, SAMPLING, PROMPT, ANSWER];
-    for (name, neutral, instead) in tables.into_iter().flatten() {
+    for (name, neutral, instead) in TABLES.iter().flat_map(|(_, table)| *table) {
         if let Some(value) = fields.get(*name)
             && !neutral.holds(value)
         {
@@ -199,9 +232,7 @@ fn refusal(name: &'static str, neutral: Neutral, instead: Option<&str>) -> Failu
         Words(words) => message += &format!("; leave it out, or set it to {}.", words.join(" or ")),
     }
     if let Some(instead) = instead {
-        // A field's name is quoted, words are not.
-        let quote = if instead.contains(' ') { "" } else { "`" };
-        message += &format!(" Use {quote}{instead}{quote} instead.");
+        message += &format!(" Use {} instead.", quoted(instead));
     }
     Failure::invalid(name, message).with_code("unsupported_parameter")
 }
