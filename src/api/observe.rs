@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::error::ApiError;
 use super::state::ApiState;
-use crate::types::{Failure, FailureKind};
+use crate::types::{Failure, FailureKind, panic_message};
 
 /// Echoed, so that a client finds its request again; made up when the client sends none.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -94,8 +94,7 @@ fn status_label(status: StatusCode) -> &'static str {
 
 /// A handler panicked: the client hears of it, the node goes on.
 pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
-    let text = cause.downcast_ref::<String>().map(String::as_str).or_else(|| cause.downcast_ref::<&str>().copied());
-    error!(panic = text.unwrap_or("not a text"), "a request handler panicked");
+    error!(panic = panic_message(cause.as_ref()), "a request handler panicked");
     let failure = Failure::new(FailureKind::Internal, "Internal error while handling this request.");
     ApiError::from(failure).into_response()
 }

@@ -96,14 +96,18 @@ impl Cluster {
     /// Answers peers, keeps journals with them, and tells them how this node does, until [`Cluster::leave`].
     pub fn run(&mut self, router: &Router, health: &Health, metrics: &Arc<Metrics>) {
         self.describe(Vec::new());
-        tokio::spawn(assess(router.clone(), self.membership.clone(), health.clone(), self.shutdown.clone()));
+        let assessment = assess(router.clone(), self.membership.clone(), health.clone(), self.shutdown.clone());
+        health.supervise("assesses this node", assessment);
         let (replicating, shutdown) = (router.clone(), self.shutdown.clone());
-        tokio::spawn(async move { replicating.run(shutdown).await });
+        health.supervise("replicates journals", async move { replicating.run(shutdown).await });
         let Some(network) = &mut self.network else { return };
+        health.supervise("watches the gossip", fail_without_gossip(self.membership.clone(), health.clone()));
         let (listener, tls, service) = (network.listener.take(), network.tls.clone(), Arc::new(router.clone()));
         let (metrics, shutdown) = (metrics.clone(), self.shutdown.clone());
         if let Some(listener) = listener {
-            tokio::spawn(async move { api::peer::serve(listener, &tls, service, metrics, shutdown).await });
+            health.supervise("answers peers", async move {
+                api::peer::serve(listener, &tls, service, metrics, shutdown).await;
+            });
         }
     }
 
@@ -124,6 +128,13 @@ impl Cluster {
         self.membership.leave().await;
         self.shutdown.cancel();
     }
+}
+
+/// A node whose gossip has ended sees no peers, and is seen as it was.
+async fn fail_without_gossip(membership: Arc<Membership>, health: Health) {
+    membership.broke().await;
+    // Refused when the node has failed or stopped already.
+    let _ = health.lifecycle().fail("the gossip with other nodes has ended by itself");
 }
 
 /// Looks at this node again and again, at once when its state changes, and tells the others.

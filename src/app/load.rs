@@ -4,8 +4,10 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::front::Front;
@@ -27,6 +29,8 @@ use crate::types::{Backend, Fingerprint, TokenId};
 const PROBE_TEXT: &str = "The capital of France is";
 /// Tokens of that text at most.
 const MAX_PROBE_PROMPT: usize = 16;
+/// A driver that has not answered by then is done without.
+const DRIVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub struct LoadedModel {
     pub name: String,
@@ -50,7 +54,7 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     let resolved = hub::resolve(&config.hub, &config.process.model, needs_weights, &progress).await?;
     let names = config.process.served_names(&resolved.name);
     let device_probe = match device.pci_bus_id() {
-        Some(pci_bus_id) => off_runtime(move || Ok(open_probe(&pci_bus_id))).await?,
+        Some(pci_bus_id) => open_probe(pci_bus_id).await?,
         None => None,
     };
 
@@ -105,7 +109,7 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     health.set_loading(LoadPhase::Warming, 0.0);
     health.lifecycle().warming("the weights are loaded")?;
     let watchers = CancellationToken::new();
-    tokio::spawn(watch_engine(health.clone(), watchers.clone()));
+    health.supervise("watches the engine", watch_engine(health.clone(), watchers.clone()));
     let probe = InferenceProbe::calibrate(health.clone(), backend.clone(), prompt.into()).await?;
 
     let chat_template = open_chat_template(&tokenizer)?;
@@ -127,10 +131,12 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         seats: u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX),
         tokenizer: bundle.into(),
     });
-    tokio::spawn(probe.run(watchers.clone()));
-    tokio::spawn(watch_memory(health.clone(), Box::new(HostMemory::detect()), watchers.clone()));
+    health.supervise("tries the engine", probe.run(watchers.clone()));
+    let memory = watch_memory(health.clone(), Box::new(HostMemory::detect()), watchers.clone());
+    health.supervise("watches the memory", memory);
     if let Some(probe) = device_probe {
-        tokio::spawn(watch_device(health.clone(), probe, block_bytes, watchers.clone()));
+        let device = watch_device(health.clone(), probe, block_bytes, watchers.clone());
+        health.supervise("watches the device", device);
     }
     health.lifecycle().ready("the model is loaded and gives the same numbers twice")?;
     front.cluster.describe(vec![model]);
@@ -138,14 +144,17 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
 }
 
 /// A GPU whose driver cannot be asked is used all the same; its errors then show in steps alone.
-fn open_probe(pci_bus_id: &str) -> Option<Box<dyn DeviceProbe>> {
-    match GpuProbe::open(pci_bus_id) {
-        Ok(probe) => Some(Box::new(probe)),
-        Err(error) => {
-            tracing::warn!(%error, "cannot monitor the GPU's health and memory");
-            None
-        }
-    }
+async fn open_probe(pci_bus_id: String) -> anyhow::Result<Option<Box<dyn DeviceProbe>>> {
+    let opened = timeout(DRIVER_TIMEOUT, off_runtime(move || Ok(GpuProbe::open(&pci_bus_id)))).await;
+    let problem = match opened {
+        Ok(opened) => match opened? {
+            Ok(probe) => return Ok(Some(Box::new(probe))),
+            Err(error) => error.to_string(),
+        },
+        Err(_) => "the driver does not answer".to_owned(),
+    };
+    tracing::warn!(problem, "cannot monitor the GPU's health and memory");
+    Ok(None)
 }
 
 /// The node has failed as soon as its engine has, and says why.

@@ -13,6 +13,7 @@ pub mod healthcheck;
 mod load;
 mod signals;
 pub mod status;
+mod watchdog;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -61,6 +62,7 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
     let device = open_device(&config).await?;
     let config = config.for_device(device.is_gpu())?;
     let front = Front::open(&config).await?;
+    watchdog::start(&config, front.health.lifecycle().clone())?;
     say(&format!("Listening on {}", front.base_url));
     if config.api.api_keys.is_empty() && !front.is_local {
         tracing::warn!("no api_keys are set: anybody who can reach `host` can use the model");
@@ -76,6 +78,10 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
         caught = signals.next() => {
             tracing::info!(signal = caught.name, "exiting while the model loads");
             return Ok(ending::while_loading(&config, front, caught).await);
+        }
+        reason = front.failed() => {
+            ending::without_model(&config, front).await;
+            anyhow::bail!("the node failed while the model was loaded: {reason}");
         }
     };
     welcome(&config, &front, &model, started.elapsed());

@@ -259,9 +259,9 @@ keys! {
         probe_failure_threshold: Count => health.probe_failure_threshold,
             "Fail the node (it exits, to be restarted) after this many synthetic inferences with wrong tokens and no right one between them. 0 disables this. The node repeats a wrong one at once.";
         stall_timeout: Time => health.stall_timeout,
-            "Report the node unready when the engine has work but makes no progress for this long.";
+            "Report the node unready when the engine has unanswered requests but makes no progress for this long. New requests then get 503, or go to other nodes.";
         liveness_timeout: Time => health.liveness_timeout,
-            "Fail the node (it exits, to be restarted) when the engine has work but makes no progress for this long.";
+            "Fail the node (it exits, to be restarted) when the engine has unanswered requests but makes no progress for this long, or when the HTTP server hangs for this long. A hang of an idle engine is noticed at most 3 s later.";
         memory_interval: Time => health.memory_interval,
             "Time between two readings of the memory use.";
         memory_warn_mark: Number => health.memory_warn_mark,

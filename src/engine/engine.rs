@@ -19,8 +19,8 @@ use super::generation::{EndRules, Generation, Replayed};
 use super::pipeline::Pipeline;
 use super::scheduler::{Limits, Plan, Scheduler};
 use super::sequence::{NewSequence, Rank, SequenceId};
-use super::shared::{RequestSlot, Shared};
-use crate::types::{Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent};
+use super::status_board::{RequestSlot, StatusBoard};
+use crate::types::{EngineStatus, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent};
 
 /// Numbers requests in order of arrival.
 pub(super) type Serial = u64;
@@ -68,7 +68,7 @@ pub(super) struct Engine {
     pub(super) drain_meter: DrainMeter,
     pub(super) steps_since_shrink: u64,
     pub(super) pipeline: Pipeline,
-    pub(super) shared: Arc<Shared>,
+    pub(super) board: Arc<StatusBoard>,
     pub(super) on_step: Option<Box<dyn FnMut(Duration) + Send>>,
     /// Why no step may be taken any more.
     given_up: Option<Failure>,
@@ -86,7 +86,7 @@ impl Engine {
         runner: Box<dyn ModelRunner>,
         rules: EndRules,
         num_reserved: u32,
-        shared: Arc<Shared>,
+        board: Arc<StatusBoard>,
         on_step: Option<Box<dyn FnMut(Duration) + Send>>,
     ) -> Self {
         let limits =
@@ -105,7 +105,7 @@ impl Engine {
             drain: None,
             drain_meter: DrainMeter::default(),
             steps_since_shrink: 0,
-            shared,
+            board,
             on_step,
             given_up: None,
         }
@@ -140,7 +140,7 @@ impl Engine {
     /// Nobody listens to the request any more, if it is still here.
     pub(super) fn cancel(&mut self, serial: Serial) {
         if self.requests.contains_key(&serial) {
-            add(&self.shared.counters.requests_cancelled, 1);
+            add(&self.board.counters.requests_cancelled, 1);
             self.forget(serial);
         }
     }
@@ -177,7 +177,6 @@ impl Engine {
         self.drop_disconnected();
         if !self.is_idle() {
             self.compute()?;
-            self.shared.beat();
         }
         self.finish_drain();
         self.publish_status();
@@ -194,17 +193,24 @@ impl Engine {
     }
 
     pub(super) fn publish_status(&mut self) {
-        let (scheduler, meter) = (&self.scheduler, &self.drain_meter);
+        let scheduler = &self.scheduler;
+        let (running, waiting) = (scheduler.running().len() as u32, scheduler.num_waiting() as u32);
+        let (waiting_tokens, kv_blocks_used) = (scheduler.waiting_tokens(), scheduler.blocks().num_used());
         let device_time = self.runner.device_time();
-        let preemptions = self.shared.counters.preemptions.load(Ordering::Relaxed);
-        self.shared.update(|status| {
-            status.running = scheduler.running().len() as u32;
-            status.waiting = scheduler.num_waiting() as u32;
-            status.waiting_tokens = scheduler.waiting_tokens();
-            status.preemptions = preemptions;
-            status.device_time = device_time;
-            status.kv_blocks_used = scheduler.blocks().num_used();
-            status.drain_tokens_per_second = meter.tokens_per_second();
+        let preemptions = self.board.counters.preemptions.load(Ordering::Relaxed);
+        let drain_tokens_per_second = self.drain_meter.tokens_per_second();
+        // Nothing is computed under the lock: whoever asks for the status must never wait for a step.
+        self.board.update(|status| {
+            *status = EngineStatus {
+                running,
+                waiting,
+                waiting_tokens,
+                preemptions,
+                device_time,
+                kv_blocks_used,
+                drain_tokens_per_second,
+                ..status.clone()
+            };
         });
     }
 
@@ -267,7 +273,7 @@ impl Engine {
         while let Some(&(deadline, serial)) = self.deadlines.first()
             && deadline <= now
         {
-            add(&self.shared.counters.requests_deadline_exceeded, 1);
+            add(&self.board.counters.requests_deadline_exceeded, 1);
             match self.requests[&serial].has_tokens {
                 true => self.finish_all_choices(serial, &FinishReason::Deadline),
                 false => self.fail(serial, Failure::deadline_passed()),
@@ -337,7 +343,7 @@ impl Engine {
             choice
                 .generation
                 .get_or_insert_with(|| Generation::new(&self.rules, &details.sampling, choice.index, &details.prompt));
-            let counters = &self.shared.counters;
+            let counters = &self.board.counters;
             if self.uses_prefix_cache && !details.bypass_prefix_cache {
                 add(&counters.prefix_cache_queries, self.scheduler.sequence(id).tokens().len());
                 add(&counters.prefix_cache_hits, cached);

@@ -12,7 +12,7 @@ use super::engine::{Engine, Serial, Submission};
 use super::fake_runner::{FakeModel, FakeRunnerLog};
 use super::generation::{EndRules, letters};
 use super::handle::EngineLimits;
-use super::shared::Shared;
+use super::status_board::StatusBoard;
 use crate::types::{
     ChoiceStart, FailureKind, FinishReason, GenerateRequest, GenerationEvent, GenerationStream, RequestId,
     SamplingParams, StopCause, TokenId, TokenLogprobs,
@@ -32,7 +32,7 @@ struct Output {
 struct Harness {
     engine: Engine,
     log: Arc<FakeRunnerLog>,
-    shared: Arc<Shared>,
+    board: Arc<StatusBoard>,
     streams: BTreeMap<Serial, GenerationStream>,
     next_serial: Serial,
     start: Instant,
@@ -50,16 +50,16 @@ impl Harness {
             max_model_len: limits.max_model_len,
         };
         let start = Instant::now();
-        let shared = Arc::new(Shared::new(Instant::now, limits.num_blocks));
-        let engine = Engine::new(config, runner, rules, num_reserved, Arc::clone(&shared), None);
-        Self { engine, log, shared, streams: BTreeMap::new(), next_serial: 0, start }
+        let board = Arc::new(StatusBoard::new(Instant::now, limits.num_blocks));
+        let engine = Engine::new(config, runner, rules, num_reserved, Arc::clone(&board), None);
+        Self { engine, log, board, streams: BTreeMap::new(), next_serial: 0, start }
     }
 
     fn submit(&mut self, request: GenerateRequest) -> Serial {
         let (events, stream) = GenerationStream::channel();
         let serial = self.next_serial;
         self.next_serial += 1;
-        let slot = self.shared.take_slot(usize::MAX).expect("no limit");
+        let slot = self.board.take_slot(usize::MAX).expect("no limit");
         self.engine.submit(Submission { serial, request, events, slot });
         self.streams.insert(serial, stream);
         serial
@@ -86,7 +86,7 @@ impl Harness {
         assert!(scheduler.is_idle());
         assert_eq!(scheduler.blocks().num_used(), 0);
         scheduler.assert_consistent();
-        let status = self.shared.status();
+        let status = self.board.status();
         assert_eq!((status.running, status.waiting, status.waiting_tokens, status.kv_blocks_used), (0, 0, 0, 0));
     }
 
@@ -230,8 +230,8 @@ fn assert_load_equals_alone(config: &Config, model: FakeModel, requests: &[Gener
 fn a_mixed_load_of_64_equals_the_same_requests_alone(depth: usize) {
     let harness = assert_load_equals_alone(&config(), FakeModel { num_blocks: 256, ..model(depth) }, &mixed_load(64));
     assert!(harness.log.copies() > 0, "choices share a half-filled block");
-    assert!(harness.shared.counters.snapshot().prefix_cache_hits > 0);
-    assert_eq!(harness.shared.counters.snapshot().preemptions, 0);
+    assert!(harness.board.counters.snapshot().prefix_cache_hits > 0);
+    assert_eq!(harness.board.counters.snapshot().preemptions, 0);
 }
 
 fn equal_again_when_the_pool_is_so_small_that_everything_preempts(depth: usize) {
@@ -240,7 +240,7 @@ fn equal_again_when_the_pool_is_so_small_that_everything_preempts(depth: usize) 
     for chunk in [9, 24] {
         let config = Config { max_num_batched_tokens: chunk, ..config() };
         let harness = assert_load_equals_alone(&config, model.clone(), &mixed_load(64));
-        assert!(harness.shared.counters.snapshot().preemptions > 20);
+        assert!(harness.board.counters.snapshot().preemptions > 20);
     }
 }
 
@@ -248,7 +248,7 @@ fn equal_again_without_enough_memory_for_a_batch(depth: usize) {
     let model = FakeModel { num_blocks: 256, memory_tokens: 3, ..model(depth) };
     let harness = assert_load_equals_alone(&config(), model, &mixed_load(64));
     // Batches grow again in between, so that memory also runs out behind a step in flight.
-    assert!(harness.shared.counters.snapshot().out_of_memory > 5);
+    assert!(harness.board.counters.snapshot().out_of_memory > 5);
 }
 
 fn a_stream_cut_anywhere_and_resumed_goes_on_as_if_nothing_had_happened(depth: usize) {
@@ -319,7 +319,7 @@ fn thirty_two_requests_that_share_a_prefix_prefill_it_once(depth: usize) {
         let GenerationEvent::Token { token, .. } = events[1] else { panic!("a token") };
         assert_eq!(token, alone_long(request));
     }
-    let counters = harness.shared.counters.snapshot();
+    let counters = harness.board.counters.snapshot();
     assert_eq!((counters.prefix_cache_queries, counters.prefix_cache_hits), (32 * 771, 31 * 768));
 }
 
@@ -353,16 +353,16 @@ fn a_disconnect_frees_running_and_waiting_sequences_within_a_step(depth: usize) 
     for _ in 0..4 {
         harness.step();
     }
-    assert_eq!(harness.shared.status().waiting, 4);
+    assert_eq!(harness.board.status().waiting, 4);
     harness.engine.cancel(waiting);
     harness.streams.remove(&running);
     harness.step();
-    let status = harness.shared.status();
+    let status = harness.board.status();
     assert_eq!((status.running, status.waiting), (2, 0), "the last one took the slots");
     harness.engine.cancel(last);
     harness.step();
     harness.assert_empty();
-    assert_eq!(harness.shared.counters.snapshot().requests_cancelled, 3);
+    assert_eq!(harness.board.counters.snapshot().requests_cancelled, 3);
 }
 
 fn a_deadline_ends_a_request_with_its_tokens_and_fails_one_without(depth: usize) {
@@ -394,7 +394,7 @@ fn invalid_numbers_fail_only_their_own_request(depth: usize) {
     let failure = harness.events(poisoned).pop().expect("an end");
     assert!(matches!(failure, GenerationEvent::Failed(failure) if failure.kind == FailureKind::NumericsInvalid));
     assert_eq!(harness.outputs(healthy).len(), 2);
-    assert!(harness.shared.counters.snapshot().numerics_invalid >= 1);
+    assert!(harness.board.counters.snapshot().numerics_invalid >= 1);
 }
 
 fn who_finds_no_block_gets_one_within_a_step_of_being_alone_in_flight(depth: usize) {
@@ -408,8 +408,8 @@ fn who_finds_no_block_gets_one_within_a_step_of_being_alone_in_flight(depth: usi
     for _ in 0..10 {
         harness.step();
     }
-    assert_eq!(harness.shared.counters.snapshot().preemptions, 1);
-    assert_eq!(harness.shared.status().waiting, 1);
+    assert_eq!(harness.board.counters.snapshot().preemptions, 1);
+    assert_eq!(harness.board.status().waiting, 1);
     harness.run();
 }
 

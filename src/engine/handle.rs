@@ -3,12 +3,11 @@
 //! The thread is named `engine`. A panic in it, or a broken device, ends every stream with `EngineFailed` and leaves the
 //! thread refusing whatever still arrives; the process goes on.
 
-use std::any::Any;
 use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -21,10 +20,9 @@ use super::config::Config;
 use super::counters::{EngineCountersSnapshot, add};
 use super::engine::{Serial, Submission, draining, engine_failed};
 use super::generation::StopTexts;
-use super::shared::Shared;
-use super::stepped::{EngineCommand, SteppedEngine};
+use super::stepped::{EngineCommand, Inbox, SteppedEngine};
 use crate::types::{
-    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId,
+    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId, panic_message,
 };
 
 /// An idle engine wakes this often to show that it lives.
@@ -94,9 +92,8 @@ pub enum Fault {
 /// Reaches the engine; cheap to clone. The engine ends when the last handle and the last stream are gone.
 #[derive(Clone)]
 pub struct EngineHandle {
-    commands: Sender<EngineCommand>,
+    inbox: Inbox,
     next_serial: Arc<AtomicU64>,
-    shared: Arc<Shared>,
     limits: EngineLimits,
     max_num_requests: usize,
     fingerprint: Fingerprint,
@@ -196,14 +193,8 @@ impl EngineLimits {
 }
 
 impl EngineHandle {
-    pub(super) fn new(
-        commands: Sender<EngineCommand>,
-        shared: Arc<Shared>,
-        limits: EngineLimits,
-        max_num_requests: usize,
-        fingerprint: Fingerprint,
-    ) -> Self {
-        Self { commands, next_serial: Arc::default(), shared, limits, max_num_requests, fingerprint }
+    pub(super) fn new(inbox: Inbox, limits: EngineLimits, max_num_requests: usize, fingerprint: Fingerprint) -> Self {
+        Self { inbox, next_serial: Arc::default(), limits, max_num_requests, fingerprint }
     }
 
     pub fn limits(&self) -> EngineLimits {
@@ -211,15 +202,15 @@ impl EngineHandle {
     }
 
     pub fn counters(&self) -> EngineCountersSnapshot {
-        self.shared.counters.snapshot()
+        self.inbox.board.counters.snapshot()
     }
 
     /// Accepts nothing more, lets what is here go on until `deadline`, then ends the rest with `FinishReason::Shutdown`.
     /// Returns when all is gone, or the engine is.
     pub async fn drain(&self, deadline: Instant) {
-        self.shared.is_draining.store(true, Ordering::Release);
+        self.inbox.board.is_draining.store(true, Ordering::Release);
         let (done, drained) = oneshot::channel();
-        if self.commands.send(EngineCommand::Drain { deadline, done }).is_ok() {
+        if self.inbox.hand_over(EngineCommand::Drain { deadline, done }).is_ok() {
             // An engine that failed meanwhile drops the sender.
             let _ = drained.await;
         }
@@ -229,43 +220,43 @@ impl EngineHandle {
     /// once; an engine that hangs does not listen.
     pub fn give_up(&self, failure: Failure) {
         // An engine that is gone has ended its streams already.
-        let _ = self.commands.send(EngineCommand::GiveUp(failure));
+        let _ = self.inbox.hand_over(EngineCommand::GiveUp(failure));
     }
 
     /// For tests and drills; the caller decides who may.
     pub fn inject_fault(&self, fault: Fault) {
         // An engine that is gone cannot be harmed further.
-        let _ = self.commands.send(EngineCommand::InjectFault(fault));
+        let _ = self.inbox.hand_over(EngineCommand::InjectFault(fault));
     }
 }
 
 impl Backend for EngineHandle {
     fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure> {
         self.limits.check(&request)?;
-        if !self.shared.is_alive() {
+        if !self.inbox.board.is_alive() {
             return Err(engine_failed());
         }
-        if self.shared.is_draining.load(Ordering::Acquire) {
+        if self.inbox.board.is_draining.load(Ordering::Acquire) {
             return Err(draining());
         }
         let limit = match request.is_probe {
             true => usize::MAX,
             false => self.max_num_requests,
         };
-        let slot = self.shared.take_slot(limit).ok_or_else(|| {
+        let slot = self.inbox.board.take_slot(limit).ok_or_else(|| {
             let message = format!("the server holds as many requests as it may (max_num_requests, {limit})");
             Failure::new(FailureKind::Overloaded, message)
         })?;
         let serial = self.next_serial.fetch_add(1, Ordering::Relaxed);
         let (events, stream) = GenerationStream::channel();
         let submission = Submission { serial, request, events, slot };
-        self.commands.send(EngineCommand::Submit(submission)).map_err(|_| engine_failed())?;
-        add(&self.shared.counters.requests_accepted, 1);
-        Ok(stream.guarded_by(CancelOnDrop { serial, commands: self.commands.clone() }))
+        self.inbox.hand_over(EngineCommand::Submit(submission)).map_err(|_| engine_failed())?;
+        add(&self.inbox.board.counters.requests_accepted, 1);
+        Ok(stream.guarded_by(CancelOnDrop { serial, inbox: self.inbox.clone() }))
     }
 
     fn status(&self) -> EngineStatus {
-        self.shared.status()
+        self.inbox.board.status()
     }
 
     fn fingerprint(&self) -> Fingerprint {
@@ -276,13 +267,13 @@ impl Backend for EngineHandle {
 /// Lives in a stream, and tells the engine when the stream is dropped.
 struct CancelOnDrop {
     serial: Serial,
-    commands: Sender<EngineCommand>,
+    inbox: Inbox,
 }
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
         // A finished request is unknown to the engine; then there is nothing to cancel.
-        let _ = self.commands.send(EngineCommand::Cancel(self.serial));
+        let _ = self.inbox.hand_over(EngineCommand::Cancel(self.serial));
     }
 }
 
@@ -295,7 +286,7 @@ fn drive(engine: &mut SteppedEngine) {
     let failure = match catch_unwind(AssertUnwindSafe(|| serve(engine))) {
         Ok(Ok(())) => {
             info!("the engine ends: its last handle was dropped");
-            return engine.end();
+            return;
         }
         Ok(Err(failure)) => {
             let cause = failure.source.clone().map(|source| source.to_string());
@@ -318,9 +309,4 @@ fn serve(engine: &mut SteppedEngine) -> Result<(), Failure> {
         }
         engine.step()?;
     }
-}
-
-fn panic_message(panic: &(dyn Any + Send)) -> &str {
-    let text = panic.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message")
 }

@@ -170,13 +170,50 @@ async fn an_engine_that_is_told_to_give_up_fails_busy_or_idle_and_says_so_once()
 }
 
 #[tokio::test]
-async fn a_hang_shows_in_the_heartbeat_and_idleness_does_not() {
+async fn an_idle_engine_shows_life_without_progress() {
     let engine = engine(Config::default(), FakeModel::default());
-    engine.inject_fault(Fault::Hang(Duration::from_millis(3000)));
-    wait_until("the heartbeat is old", || engine.status().heartbeat.elapsed() > Duration::from_millis(1200)).await;
-    wait_until("it beats again", || engine.status().heartbeat.elapsed() < Duration::from_millis(100)).await;
-    tokio::time::sleep(Duration::from_millis(3000)).await;
-    assert!(engine.status().heartbeat.elapsed() < Duration::from_millis(2500), "an idle engine beats");
+    let first = engine.status();
+    wait_until("it beats", || engine.status().heartbeat > first.heartbeat + Duration::from_millis(1200)).await;
+    assert_eq!(engine.status().progress, first.progress, "a turn of an idle loop is no progress");
+    let stream = engine.generate(request(&[1], 3)).expect("accepted");
+    last_event(stream).await;
+    assert!(engine.status().progress > first.progress);
+}
+
+#[tokio::test]
+async fn what_was_handed_to_an_engine_that_hangs_is_owed_until_it_is_answered() {
+    let engine = engine(Config::default(), FakeModel::default());
+    engine.inject_fault(Fault::Hang(Duration::from_secs(3)));
+    wait_until("it hangs", || engine.status().heartbeat.elapsed() > Duration::from_millis(1200)).await;
+    let hung = engine.status();
+    assert_eq!(hung.outstanding, 0, "it hangs while it has nothing to do");
+    let stream = engine.generate(request(&[1], 3)).expect("accepted");
+    drop(engine.generate(request(&[2], 3)).expect("accepted"));
+    let owing = engine.status();
+    assert_eq!(owing.outstanding, 3, "two requests, and word that one of them was given up");
+    assert_eq!(
+        (owing.running, owing.waiting, owing.progress),
+        (0, 0, hung.progress),
+        "of which the engine knows nothing"
+    );
+    last_event(stream).await;
+    wait_until("nothing is owed", || engine.status().outstanding == 0).await;
+    assert!(engine.status().progress > hung.progress);
+}
+
+#[tokio::test]
+async fn an_engine_whose_thread_is_gone_is_not_alive_however_it_went() {
+    let parts =
+        EngineParts { on_failure: Some(Box::new(|_| panic!("in the middle of failing"))), ..parts(Config::default()) };
+    let engine = spawn(parts, Box::new(|| Ok(slow().runner().0))).expect("starts");
+    let stream = engine.generate(request(&[1], 250)).expect("accepted");
+    engine.inject_fault(Fault::Panic);
+    wait_until("it is seen", || !engine.status().alive).await;
+    let ended = async {
+        let mut stream = stream;
+        while stream.next().await.is_some() {}
+    };
+    tokio::time::timeout(PATIENCE, ended).await.expect("the stream ends");
 }
 
 #[tokio::test]

@@ -31,7 +31,7 @@ pub mod scheduler;
 #[cfg(test)]
 mod scheduler_tests;
 pub mod sequence;
-mod shared;
+mod status_board;
 pub mod stepped;
 
 pub use batch::{BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError, SampleSpec};
@@ -40,5 +40,5 @@ pub use counters::{EngineCounters, EngineCountersSnapshot};
 pub use generation::{StopText, StopTexts};
 pub use handle::{EngineHandle, EngineLimits, EngineParts, Fault, OnFailure, SpawnError, spawn};
 pub use host_sampling::HostSampling;
-pub use shared::Clock;
+pub use status_board::Clock;
 pub use stepped::SteppedEngine;

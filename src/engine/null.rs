@@ -44,6 +44,8 @@ impl Backend for NullEngine {
         EngineStatus {
             alive: true,
             heartbeat: Instant::now(),
+            progress: 0,
+            outstanding: 0,
             running: 0,
             waiting: 0,
             waiting_tokens: 0,

@@ -67,10 +67,10 @@ impl Pipeline {
 impl Engine {
     /// Launches the next step, and collects the oldest as soon as the pipeline is full, or nothing more can be launched.
     pub(super) fn compute(&mut self) -> Result<(), Failure> {
-        let begin = self.shared.now();
+        let begin = self.board.now();
         let reuse = self.pipeline.spare.pop().unwrap_or_default();
         let plan = self.scheduler.schedule(reuse, !self.pipeline.is_empty());
-        add(&self.shared.counters.preemptions, plan.num_preempted);
+        add(&self.board.counters.preemptions, plan.num_preempted);
         self.announce(&plan);
         // Before a step that may take long: an engine that computes must not look idle.
         self.publish_status();
@@ -85,9 +85,9 @@ impl Engine {
 
     /// Counts the time as the runner's.
     fn timed<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
-        let begin = self.shared.now();
+        let begin = self.board.now();
         let result = work(self);
-        add_time(&self.shared.counters.forward_nanoseconds, self.shared.now().saturating_duration_since(begin));
+        add_time(&self.board.counters.forward_nanoseconds, self.board.now().saturating_duration_since(begin));
         result
     }
 
@@ -115,8 +115,8 @@ impl Engine {
             }
         };
         let batch: Vec<BatchEntry<'_>> = plan.entries.iter().map(entry).collect();
-        let shared = &self.shared;
-        self.runner.launch(&batch, &|| shared.beat())
+        let board = &self.board;
+        self.runner.launch(&batch, &|| board.advance())
     }
 
     /// The launch has succeeded: everything planned from now on comes after it.
@@ -132,16 +132,20 @@ impl Engine {
         }
         match flight.plan.entries.is_empty() {
             true => self.pipeline.spare.push(flight.plan),
-            false => self.pipeline.flights.push_back(flight),
+            false => {
+                self.board.advance();
+                self.pipeline.flights.push_back(flight);
+            }
         }
     }
 
     fn collect_down_to(&mut self, most: usize) -> Result<(), Failure> {
         while self.pipeline.flights.len() > most {
             let mut rows = std::mem::take(&mut self.pipeline.rows);
-            self.timed(|engine| engine.runner.collect(&mut rows, &|| engine.shared.beat()))
+            self.timed(|engine| engine.runner.collect(&mut rows, &|| engine.board.advance()))
                 .map_err(|error| engine_failed().with_source(error))?;
             let flight = self.pipeline.flights.pop_front().expect("a step is in flight");
+            self.board.advance();
             self.publish_rows(&flight.plan.entries, &mut rows);
             self.pipeline.rows = rows;
             self.account(&flight);
@@ -171,7 +175,7 @@ impl Engine {
         let (serial, index) = (choice.serial, choice.index);
         let reason = choice.generation.as_mut().expect("made when the sequence started").accept(sampled.token);
         self.scheduler.sampled(entry, sampled.token);
-        add(&self.shared.counters.generation_tokens, 1);
+        add(&self.board.counters.generation_tokens, 1);
         let logprobs = sampled.logprobs.map(Box::new);
         self.send(serial, GenerationEvent::Token { choice: index, token: sampled.token, logprobs });
         if let Some(reason) = reason {
@@ -181,7 +185,7 @@ impl Engine {
 
     fn fail_numerics(&mut self, entry: Scheduled, invalid: NumericsInvalid) {
         let serial = self.choices[entry.id.index()].as_ref().expect("a sequence has a choice").serial;
-        add(&self.shared.counters.numerics_invalid, 1);
+        add(&self.board.counters.numerics_invalid, 1);
         error!(request = %self.requests[&serial].request.id, %invalid, "the model computed NaN or infinity");
         let failure = Failure::new(FailureKind::NumericsInvalid, "The model computed NaN or infinity.");
         self.fail(serial, failure.with_source(invalid));
@@ -189,7 +193,7 @@ impl Engine {
 
     /// Steps overlap in the pipeline; each is counted from the end of the one before, so that times add up.
     fn account(&mut self, flight: &Flight) {
-        let now = self.shared.now();
+        let now = self.board.now();
         let begin = self.pipeline.last_collected.replace(now).map_or(flight.begin, |last| last.max(flight.begin));
         let took = now.saturating_duration_since(begin);
         self.count_step(&flight.plan, took);
@@ -200,7 +204,7 @@ impl Engine {
     }
 
     fn count_step(&mut self, plan: &Plan, took: Duration) {
-        let counters = &self.shared.counters;
+        let counters = &self.board.counters;
         add(&counters.steps, 1);
         add_time(&counters.step_nanoseconds, took);
         add(&counters.batch_sequences, plan.entries.len());
@@ -214,7 +218,7 @@ impl Engine {
     /// The batch did not fit into memory, and was not started: halves the next ones, and gives up on a request that does
     /// not fit alone. What is in flight comes down first, because fewer slots may mean preemption.
     fn shrink(&mut self, plan: Plan, tokens: usize) -> Result<(), Failure> {
-        add(&self.shared.counters.out_of_memory, 1);
+        add(&self.board.counters.out_of_memory, 1);
         self.steps_since_shrink = 0;
         let budget = (plan.num_tokens / 2).max(1);
         warn!(tokens, budget, "out of memory; continuing with smaller batches");

@@ -2,7 +2,7 @@
 //! fast as it can; the simulator steps it by a simulated clock.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -13,11 +13,18 @@ use super::batch::{ModelRunner, RunnerError};
 use super::engine::{Engine, Serial, Submission, engine_failed};
 use super::generation::EndRules;
 use super::handle::{EngineHandle, EngineLimits, EngineParts, Fault, OnFailure, SpawnError};
-use super::shared::{Clock, Shared};
+use super::status_board::{Clock, Owed, StatusBoard};
 use crate::types::{EngineStatus, Failure, GenerationEvent};
 
 /// Commands taken before a step; the others wait for the next.
 const MAX_COMMANDS_PER_STEP: usize = 4096;
+
+/// A command on its way to the engine.
+pub(super) struct Order {
+    command: EngineCommand,
+    /// None of a request: its slot is owed already.
+    owed: Option<Owed>,
+}
 
 pub(super) enum EngineCommand {
     Submit(Submission),
@@ -32,10 +39,31 @@ pub(super) enum EngineCommand {
     InjectFault(Fault),
 }
 
+/// Where commands are handed to the engine; cheap to clone.
+#[derive(Clone)]
+pub(super) struct Inbox {
+    orders: Sender<Order>,
+    pub(super) board: Arc<StatusBoard>,
+}
+
+/// The engine is gone.
+pub(super) struct Gone;
+
+impl Inbox {
+    /// Hands a command over. The engine owes it until it is obeyed.
+    pub(super) fn hand_over(&self, command: EngineCommand) -> Result<(), Gone> {
+        let owed = match command {
+            EngineCommand::Submit(_) => None,
+            _ => Some(self.board.owe()),
+        };
+        self.orders.send(Order { command, owed }).map_err(|_| Gone)
+    }
+}
+
 pub struct SteppedEngine {
     engine: Engine,
-    shared: Arc<Shared>,
-    commands: Receiver<EngineCommand>,
+    board: Arc<StatusBoard>,
+    orders: Receiver<Order>,
     on_failure: Option<OnFailure>,
 }
 
@@ -48,18 +76,18 @@ impl SteppedEngine {
     ) -> Result<(EngineHandle, Self), SpawnError> {
         let limits = EngineLimits::new(&parts.config, runner.as_ref())?;
         let num_reserved = runner.num_blocks() - limits.num_blocks;
-        let shared = Arc::new(Shared::new(clock, limits.num_blocks));
+        let board = Arc::new(StatusBoard::new(clock, limits.num_blocks));
         let rules = EndRules {
             eos_token_ids: parts.eos_token_ids.into(),
             stop_texts: parts.stop_texts,
             vocab_size: limits.vocab_size,
             max_model_len: limits.max_model_len,
         };
-        let engine = Engine::new(&parts.config, runner, rules, num_reserved, Arc::clone(&shared), parts.on_step);
-        let (sender, commands) = channel();
-        let handle =
-            EngineHandle::new(sender, Arc::clone(&shared), limits, parts.config.max_num_requests, parts.fingerprint);
-        Ok((handle, Self { engine, shared, commands, on_failure: parts.on_failure }))
+        let engine = Engine::new(&parts.config, runner, rules, num_reserved, Arc::clone(&board), parts.on_step);
+        let (sender, orders) = channel();
+        let inbox = Inbox { orders: sender, board: Arc::clone(&board) };
+        let handle = EngineHandle::new(inbox, limits, parts.config.max_num_requests, parts.fingerprint);
+        Ok((handle, Self { engine, board, orders, on_failure: parts.on_failure }))
     }
 
     /// Nothing is here to compute; what has been asked for since the last step is not seen yet.
@@ -69,23 +97,24 @@ impl SteppedEngine {
 
     /// Takes what was asked for, and computes one step if there is anything to compute. An error is final.
     pub fn step(&mut self) -> Result<(), Failure> {
-        let Self { engine, commands, .. } = self;
-        commands.try_iter().take(MAX_COMMANDS_PER_STEP).for_each(|command| obey(engine, command));
-        self.engine.step(self.shared.now())
+        let Self { engine, board, orders, .. } = self;
+        orders.try_iter().take(MAX_COMMANDS_PER_STEP).for_each(|order| obey(engine, board, order));
+        if self.engine.is_idle() {
+            self.board.beat();
+        }
+        self.engine.step(self.board.now())
     }
 
     /// Waits for something to do, at most so long. False once nobody is left who could ask.
     pub(super) fn wait(&mut self, limit: Duration) -> bool {
-        let is_asked_for = match self.commands.recv_timeout(limit) {
-            Ok(command) => {
-                obey(&mut self.engine, command);
+        match self.orders.recv_timeout(limit) {
+            Ok(order) => {
+                obey(&mut self.engine, &self.board, order);
                 true
             }
             Err(RecvTimeoutError::Timeout) => true,
             Err(RecvTimeoutError::Disconnected) => false,
-        };
-        self.shared.beat();
-        is_asked_for
+        }
     }
 
     /// The engine has failed: ends every stream, and the handle refuses from now on.
@@ -95,23 +124,31 @@ impl SteppedEngine {
             on_failure(failure);
         }
         self.engine.fail_all(failure);
-        self.commands.try_iter().for_each(|command| refuse(command, failure));
+        self.orders.try_iter().for_each(|order| refuse(order, failure));
     }
 
     /// As a failed engine: answers whatever still arrives, until nobody is left who could ask.
     pub(super) fn refuse_forever(&mut self, failure: &Failure) {
-        self.commands.iter().for_each(|command| refuse(command, failure));
+        self.orders.iter().for_each(|order| refuse(order, failure));
     }
 
     /// Nothing runs any more.
     pub(super) fn end(&self) {
-        self.shared.update(|status| {
+        self.board.update(|status| {
             *status = EngineStatus { alive: false, running: 0, waiting: 0, waiting_tokens: 0, ..status.clone() }
         });
     }
 }
 
-fn obey(engine: &mut Engine, command: EngineCommand) {
+/// However the engine's thread ends, everybody sees that it has.
+impl Drop for SteppedEngine {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+fn obey(engine: &mut Engine, board: &StatusBoard, order: Order) {
+    let Order { command, owed } = order;
     match command {
         EngineCommand::Submit(submission) => engine.submit(submission),
         EngineCommand::Cancel(serial) => engine.cancel(serial),
@@ -123,16 +160,22 @@ fn obey(engine: &mut Engine, command: EngineCommand) {
         }
         EngineCommand::InjectFault(Fault::Hang(time)) => {
             warn!(?time, "fault injection: the engine hangs");
+            // The command counts as done: from outside, it looks as if the thread hung by itself.
+            drop(owed);
+            board.advance();
             thread::sleep(time);
+            return;
         }
         EngineCommand::InjectFault(Fault::Panic) => panic!("fault injection: panic"),
         EngineCommand::InjectFault(Fault::CorruptWeights) => engine.corrupt_weights(),
         EngineCommand::InjectFault(Fault::NanLogits) => engine.spoil_logits(),
     }
+    drop(owed);
+    board.advance();
 }
 
-fn refuse(command: EngineCommand, failure: &Failure) {
-    if let EngineCommand::Submit(submission) = command {
+fn refuse(order: Order, failure: &Failure) {
+    if let EngineCommand::Submit(submission) = order.command {
         // Nobody may be listening any more.
         let _ = submission.events.send(GenerationEvent::Failed(failure.clone()));
     }

@@ -196,7 +196,7 @@ impl Health {
             self.observe_fault(*fault);
         }
         let trouble = reading.trouble();
-        let is_troubled = self.shared.observed.lock().device_trouble.observe(trouble.is_some());
+        let is_troubled = self.state.observed.lock().device_trouble.observe(trouble.is_some());
         let lifecycle = self.lifecycle();
         match (is_troubled, trouble) {
             (true, Some(trouble)) => lifecycle.degrade(DegradedBy::Device, trouble),
@@ -208,7 +208,7 @@ impl Health {
 
     fn device_is_silent(&self, error: &DeviceProbeError) {
         let is_news = {
-            let mut observed = self.shared.observed.lock();
+            let mut observed = self.state.observed.lock();
             observed.memory.remove(&MemoryPlace::Device);
             observed.device_lost.replace(error.to_string()).is_none()
         };
@@ -217,7 +217,7 @@ impl Health {
         }
         if matches!(error, DeviceProbeError::Lost(_)) {
             if is_news {
-                self.shared.metrics.device_errors.with(["lost"]).inc();
+                self.state.metrics.device_errors.with(["lost"]).inc();
             }
             // Refused when the node has failed or stopped already.
             let _ = self.lifecycle().fail(error.to_string());
@@ -225,7 +225,7 @@ impl Health {
     }
 
     fn observe_fault(&self, fault: DeviceFault) {
-        self.shared.metrics.device_errors.with([fault.label()]).inc();
+        self.state.metrics.device_errors.with([fault.label()]).inc();
         match fault.fatal_reason() {
             Some(reason) => {
                 error!(?fault, "device fault");
@@ -237,7 +237,7 @@ impl Health {
     }
 
     fn show_device(&self, reading: &DeviceReading) {
-        let metrics = &self.shared.metrics;
+        let metrics = &self.state.metrics;
         metrics.device_memory_used.with([GPU]).set(reading.memory.used_bytes as f64);
         metrics.device_memory.with([GPU]).set(reading.memory.total_bytes as f64);
         if let Some(celsius) = reading.celsius {

@@ -1,32 +1,40 @@
 //! Tells a hang from idleness, from a long step and from a pause of the whole process. Pure: time is passed in.
+//!
+//! The engine itself has no say in whether it has work: that is counted by those who hand it over. Only progress starts the
+//! clock anew; neither a client that gives up nor a synthetic inference that was abandoned does.
 
 use std::time::{Duration, Instant};
 
-/// A longer gap between two observations means that the whole process stood still, and says nothing of the engine.
+/// A longer gap between two observations counts as this much: the whole process may have stood still meanwhile.
 const MAX_GAP: Duration = Duration::from_secs(2);
 
-/// Must be told often (at most a second apart) for its answers to mean anything.
+/// Should be told several times a second; told less often, it counts too little time rather than too much.
 #[derive(Clone, Debug, Default)]
 pub struct EngineWatch {
-    last_observed: Option<Instant>,
-    /// Since when every observation has seen work.
-    work_since: Option<Instant>,
+    last: Option<Observation>,
+    stalled: Duration,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Observation {
+    at: Instant,
+    has_work: bool,
+    progress: u64,
 }
 
 impl EngineWatch {
-    /// How long the engine has had work and made no progress; `None` when it has no work. An engine that was idle for an
-    /// hour has an old heartbeat and is given its time from the moment that work is seen.
-    pub fn observe(&mut self, has_work: bool, heartbeat: Instant, now: Instant) -> Option<Duration> {
-        let gap = self.last_observed.is_some_and(|last| now.saturating_duration_since(last) > MAX_GAP);
-        self.last_observed = Some(now);
-        if gap || !has_work {
-            self.work_since = None;
-        }
-        if !has_work {
-            return None;
-        }
-        let since = *self.work_since.get_or_insert(now);
-        Some(now.saturating_duration_since(since.max(heartbeat)))
+    /// How long there has been work and no progress; `None` without work. `outstanding`: what was handed over and is not
+    /// answered. `progress` changes whenever some of it advances.
+    pub fn observe(&mut self, outstanding: u64, progress: u64, now: Instant) -> Option<Duration> {
+        let has_work = outstanding > 0;
+        let last = self.last.replace(Observation { at: now, has_work, progress });
+        self.stalled = match last {
+            Some(last) if last.has_work && has_work && last.progress == progress => {
+                self.stalled + now.saturating_duration_since(last.at).min(MAX_GAP)
+            }
+            _ => Duration::ZERO,
+        };
+        has_work.then_some(self.stalled)
     }
 }
 
@@ -36,49 +44,69 @@ mod tests {
 
     const TICK: Duration = Duration::from_millis(500);
 
-    /// Observes every half second; returns the last answer.
-    fn run(
-        watch: &mut EngineWatch,
-        now: &mut Instant,
-        ticks: u32,
-        work: bool,
-        beat: impl Fn(Instant) -> Instant,
-    ) -> Option<Duration> {
-        let mut answer = None;
-        for _ in 0..ticks {
-            *now += TICK;
-            answer = watch.observe(work, beat(*now), *now);
+    struct Observed {
+        watch: EngineWatch,
+        now: Instant,
+    }
+
+    impl Observed {
+        fn new() -> Self {
+            Self { watch: EngineWatch::default(), now: Instant::now() }
         }
-        answer
+
+        /// Observes every half second; returns the last answer.
+        fn run(&mut self, ticks: u32, outstanding: u64, progress: impl Fn(u32) -> u64) -> Option<Duration> {
+            let mut answer = None;
+            for tick in 0..ticks {
+                self.now += TICK;
+                answer = self.watch.observe(outstanding, progress(tick), self.now);
+            }
+            answer
+        }
     }
 
     #[test]
     fn an_idle_engine_does_not_stall_and_has_its_time_when_work_comes() {
-        let (mut watch, start) = (EngineWatch::default(), Instant::now());
-        let mut now = start;
-        assert_eq!(run(&mut watch, &mut now, 7200, false, |_| start), None);
-        assert_eq!(run(&mut watch, &mut now, 1, true, |_| start), Some(Duration::ZERO));
-        assert_eq!(run(&mut watch, &mut now, 20, true, |_| start), Some(TICK * 20));
+        let mut observed = Observed::new();
+        assert_eq!(observed.run(7200, 0, |_| 5), None);
+        assert_eq!(observed.run(1, 1, |_| 5), Some(Duration::ZERO));
+        assert_eq!(observed.run(20, 1, |_| 5), Some(TICK * 20));
     }
 
     #[test]
-    fn a_long_prefill_beats_and_a_hang_does_not() {
-        let (mut watch, start) = (EngineWatch::default(), Instant::now());
-        let mut now = start;
-        let beating = run(&mut watch, &mut now, 240, true, |now| now - Duration::from_millis(200));
-        assert_eq!(beating, Some(Duration::from_millis(200)));
-        let last_beat = now;
-        assert_eq!(run(&mut watch, &mut now, 60, true, |_| last_beat), Some(TICK * 60));
+    fn a_long_prefill_advances_and_a_hang_does_not() {
+        let mut observed = Observed::new();
+        assert_eq!(observed.run(240, 1, u64::from), Some(Duration::ZERO));
+        assert_eq!(observed.run(60, 1, |_| 239), Some(TICK * 60));
+        assert_eq!(observed.run(1, 1, |_| 240), Some(Duration::ZERO), "it moves again");
+    }
+
+    #[test]
+    fn only_progress_starts_the_clock_anew() {
+        let mut observed = Observed::new();
+        observed.run(1, 1, |_| 7);
+        for outstanding in [2, 1, 900, 3] {
+            observed.run(5, outstanding, |_| 7);
+        }
+        assert_eq!(observed.watch.stalled, TICK * 20, "who comes and who gives up does not matter");
     }
 
     #[test]
     fn a_pause_of_the_whole_process_is_not_a_hang() {
-        let (mut watch, start) = (EngineWatch::default(), Instant::now());
-        let mut now = start;
-        run(&mut watch, &mut now, 4, true, |now| now);
-        let last_beat = now;
-        now += Duration::from_secs(600);
-        assert_eq!(run(&mut watch, &mut now, 1, true, |_| last_beat), Some(Duration::ZERO));
-        assert_eq!(run(&mut watch, &mut now, 4, true, |_| last_beat), Some(TICK * 4));
+        let mut observed = Observed::new();
+        observed.run(5, 1, |_| 7);
+        observed.now += Duration::from_secs(600);
+        assert_eq!(observed.run(1, 1, |_| 7), Some(TICK * 4 + MAX_GAP));
+    }
+
+    #[test]
+    fn a_hang_shows_even_if_it_is_looked_at_seldom() {
+        let (mut watch, mut now) = (EngineWatch::default(), Instant::now());
+        let mut looks = 0;
+        while watch.observe(1, 7, now).is_none_or(|stalled| stalled < Duration::from_secs(30)) {
+            now += Duration::from_secs(10);
+            looks += 1;
+        }
+        assert_eq!(looks, 15);
     }
 }

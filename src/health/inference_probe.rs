@@ -21,9 +21,12 @@ use super::{Config, Health};
 
 /// From a probe with wrong numbers to the one that confirms it.
 const DOUBT_INTERVAL: Duration = Duration::from_millis(50);
-/// At least this long lies between other probes, and no more while the verdict is bad or once somebody met NaN: neither a
-/// node that has recovered nor one that has broken waits long to be known for it.
+/// At least this long lies between other probes, and no more while the verdict is bad, once somebody met NaN, or while the
+/// engine is silent: neither a node that has recovered nor one that has broken waits long to be known for it.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// An engine that lives shows it more often than this, also when it has nothing to do. One that does not is asked at once:
+/// whether it hangs shows in whether it answers.
+const MAX_SILENCE: Duration = Duration::from_secs(2);
 /// From one look at the engine's status to the next.
 const SUSPICION_INTERVAL: Duration = Duration::from_millis(100);
 /// The first inference touches every page of the weights, perhaps from disk.
@@ -191,14 +194,12 @@ impl InferenceProbe {
             () = shutdown.cancelled() => {}
             _ = phases.wait_for(|phase| is_over(phase.state)) => {}
         }
-        self.health.probe_abandoned();
     }
 
     async fn probe_forever(&self) {
         let mut invalid = 0;
         loop {
             self.pause(invalid).await;
-            self.health.probe_started();
             // What a request meets from here on is a reason for the next.
             invalid = self.backend.status().numerics_invalid;
             let outcome = self.probe_once().await;
@@ -218,8 +219,11 @@ impl InferenceProbe {
             return;
         }
         sleep(interval.min(RETRY_INTERVAL).saturating_sub(begin.elapsed())).await;
-        let is_suspect =
-            || self.health.probe_view().fault.is_some() || self.backend.status().numerics_invalid != invalid;
+        let is_suspect = || {
+            let status = self.backend.status();
+            let silence = now().saturating_duration_since(status.heartbeat);
+            self.health.probe_view().fault.is_some() || status.numerics_invalid != invalid || silence > MAX_SILENCE
+        };
         while begin.elapsed() < interval && !is_suspect() {
             sleep(SUSPICION_INTERVAL.min(interval.saturating_sub(begin.elapsed()))).await;
         }
@@ -277,6 +281,10 @@ impl InferenceProbe {
             is_probe: true,
         }
     }
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
 }
 
 fn compare(expected: &[Generated], generated: &[Generated]) -> Result<(), String> {

@@ -107,10 +107,11 @@ impl Machine {
 /// Handle to the node's state. Cheap to clone.
 #[derive(Clone)]
 pub struct Lifecycle {
-    shared: Arc<Shared>,
+    cell: Arc<PhaseCell>,
 }
 
-struct Shared {
+/// The machine, and the phase as subscribers see it.
+struct PhaseCell {
     machine: Mutex<Machine>,
     phases: watch::Sender<NodePhase>,
     has_started: AtomicBool,
@@ -122,25 +123,25 @@ impl Lifecycle {
         let machine = Machine::new();
         let (phases, _) = watch::channel(machine.phase.clone());
         metrics.set_node_state(machine.phase.state);
-        Self { shared: Arc::new(Shared { machine: Mutex::new(machine), phases, has_started: false.into(), metrics }) }
+        Self { cell: Arc::new(PhaseCell { machine: Mutex::new(machine), phases, has_started: false.into(), metrics }) }
     }
 
     pub fn state(&self) -> NodeState {
-        self.shared.phases.borrow().state
+        self.cell.phases.borrow().state
     }
 
     pub fn phase(&self) -> NodePhase {
-        self.shared.phases.borrow().clone()
+        self.cell.phases.borrow().clone()
     }
 
     /// The node has been ready once.
     pub fn has_started(&self) -> bool {
-        self.shared.has_started.load(Ordering::Acquire)
+        self.cell.has_started.load(Ordering::Acquire)
     }
 
     /// Sees the latest phase; quick successions may be skipped.
     pub fn subscribe(&self) -> watch::Receiver<NodePhase> {
-        self.shared.phases.subscribe()
+        self.cell.phases.subscribe()
     }
 
     /// The weights are loaded; what remains is to try them.
@@ -166,34 +167,34 @@ impl Lifecycle {
 
     /// Notes a cause of degradation. It matters while the node is ready, and as soon as it becomes so.
     pub fn degrade(&self, cause: DegradedBy, reason: impl Into<Cow<'static, str>>) {
-        let mut machine = self.shared.machine.lock();
+        let mut machine = self.cell.machine.lock();
         if let Some(phase) = machine.degrade(cause, reason.into()) {
-            self.shared.publish(NodeState::Ready, phase);
+            self.cell.publish(NodeState::Ready, phase);
         }
     }
 
     /// A cause is gone; with the last one the node is ready again.
     pub fn recover(&self, cause: DegradedBy, reason: impl Into<Cow<'static, str>>) {
-        let mut machine = self.shared.machine.lock();
+        let mut machine = self.cell.machine.lock();
         if let Some(phase) = machine.recover(cause, reason.into()) {
-            self.shared.publish(NodeState::Degraded, phase);
+            self.cell.publish(NodeState::Degraded, phase);
         }
     }
 
     fn go(&self, to: NodeState, reason: Cow<'static, str>) -> Result<(), InvalidTransition> {
         // Published under the lock, so that subscribers see phases in their order.
-        let mut machine = self.shared.machine.lock();
+        let mut machine = self.cell.machine.lock();
         let mut from = machine.phase.state;
         for phase in machine.go(to, reason)? {
             let entered = phase.state;
-            self.shared.publish(from, phase);
+            self.cell.publish(from, phase);
             from = entered;
         }
         Ok(())
     }
 }
 
-impl Shared {
+impl PhaseCell {
     fn publish(&self, from: NodeState, phase: NodePhase) {
         let (from, to, reason) = (state_label(from), state_label(phase.state), phase.reason.as_ref());
         match phase.state {

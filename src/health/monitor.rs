@@ -1,20 +1,42 @@
 //! The tasks that watch: the engine several times a second, the device every second, the host's memory every few.
+//!
+//! A verdict is only as good as the task that renews it. A task that panics fails the node ([`Health::supervise`]); a source
+//! that panics or does not answer in time counts as silent.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
+use futures::FutureExt;
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
+use tracing::error;
 
 use super::Health;
 use super::device::{DeviceProbe, DeviceProbeError};
 use super::memory::{MemoryPlace, MemoryProbe, MemoryProbeError};
+use crate::types::panic_message;
 
 const ENGINE_INTERVAL: Duration = Duration::from_millis(250);
 /// At most this long passes before an error that the device reports fails the node.
 const DEVICE_INTERVAL: Duration = Duration::from_secs(1);
 /// A source that has not answered for this long does not answer.
 const READ_LIMIT: Duration = Duration::from_secs(10);
+
+impl Health {
+    /// Runs a task without which the node would not know how it does, or could not do its part: when it panics, the node
+    /// fails and is restarted. `name` completes "the task that …".
+    pub fn supervise(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
+        let health = self.clone();
+        tokio::spawn(async move {
+            let Err(panic) = AssertUnwindSafe(task).catch_unwind().await else { return };
+            let cause = panic_message(panic.as_ref());
+            error!(cause, "the task that {name} panicked");
+            // Refused when the node has failed or stopped already.
+            let _ = health.lifecycle().fail(format!("the task that {name} panicked: {cause}"));
+        })
+    }
+}
 
 /// Fails the node when its engine dies or hangs. End it before the engine is stopped on purpose.
 pub async fn watch_engine(health: Health, shutdown: CancellationToken) {
@@ -45,7 +67,7 @@ pub async fn watch_memory(health: Health, probe: Box<dyn MemoryProbe>, shutdown:
 /// Reads the device. `block_bytes`: size of one KV block of the pool that is reserved in its memory.
 pub async fn watch_device(health: Health, probe: Box<dyn DeviceProbe>, block_bytes: u64, shutdown: CancellationToken) {
     let every = health.config().memory_interval.min(DEVICE_INTERVAL);
-    let silent = DeviceProbeError::Silent(format!("no answer for {} s", READ_LIMIT.as_secs()));
+    let silent = DeviceProbeError::Silent(format!("no reading within {} s", READ_LIMIT.as_secs()));
     watch(
         probe,
         every,
@@ -58,7 +80,7 @@ pub async fn watch_device(health: Health, probe: Box<dyn DeviceProbe>, block_byt
     .await;
 }
 
-/// Reads `probe` again and again, and reports what it says; `None` when it does not answer in time.
+/// Reads `probe` again and again, and reports what it says; `None` when it panics or does not answer in time.
 async fn watch<P: Send + 'static, R: Send + 'static>(
     mut probe: P,
     every: Duration,
@@ -70,20 +92,23 @@ async fn watch<P: Send + 'static, R: Send + 'static>(
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
         // A driver may block: the read leaves the runtime, and is waited for with a limit.
-        let mut reading: JoinHandle<(P, R)> = tokio::task::spawn_blocking(move || {
-            let reading = read(&mut probe);
-            (probe, reading)
+        let mut reading: JoinHandle<(P, Option<R>)> = tokio::task::spawn_blocking(move || {
+            let reading = catch_unwind(AssertUnwindSafe(|| read(&mut probe)));
+            let reading = reading.inspect_err(|panic| {
+                error!(cause = panic_message(panic.as_ref()), "reading the node's health panicked");
+            });
+            (probe, reading.ok())
         });
         probe = loop {
             match shutdown.run_until_cancelled(timeout(READ_LIMIT, &mut reading)).await {
                 None => return,
                 Some(Err(_)) => report(None),
-                // The probe panicked; without it nothing more can be read.
-                Some(Ok(Err(_))) => return,
                 Some(Ok(Ok((returned, reading)))) => {
-                    report(Some(&reading));
+                    report(reading.as_ref());
                     break returned;
                 }
+                // The runtime ends, and the process with it.
+                Some(Ok(Err(_))) => return,
             }
         };
     }

@@ -9,6 +9,7 @@ use crate::types::{
     EngineStatus, Failure, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
     NodeState, TokenLogprobs,
 };
+use std::time::Duration;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Conduct {
@@ -34,6 +35,8 @@ impl FakeEngine {
         let status = EngineStatus {
             alive: true,
             heartbeat: Instant::now(),
+            progress: 0,
+            outstanding: 0,
             running: 0,
             waiting: 0,
             waiting_tokens: 0,
@@ -92,7 +95,13 @@ impl Backend for FakeEngine {
     }
 
     fn status(&self) -> EngineStatus {
-        self.status.lock().clone()
+        let mut status = self.status.lock();
+        // What was handed over is owed, also when whoever asked has given up.
+        status.outstanding = status.outstanding.max(self.silent.lock().len() as u64);
+        if *self.conduct.lock() != Conduct::Silent {
+            status.heartbeat = Instant::now();
+        }
+        status.clone()
     }
 
     fn fingerprint(&self) -> Fingerprint {
@@ -217,24 +226,50 @@ async fn a_slow_probe_degrades_and_a_fast_one_recovers() {
 #[tokio::test]
 async fn an_idle_engine_that_hangs_is_found_by_the_probe() {
     let node = Node::start().await;
-    node.engine.status.lock().heartbeat = Instant::now();
     node.engine.behave(Conduct::Silent);
-    node.until("unready", |node| !node.codes().is_empty()).await;
+    node.until("unready", |node| node.codes() == ["engine_stalled"]).await;
     assert!(node.health.liveness().live, "unready comes before not live");
-    node.until("unready by the hard limit", |node| node.codes().contains(&"probe_failed")).await;
+    node.until("given up on by the probe", |node| node.codes().contains(&"probe_failed")).await;
+    assert!(node.codes().contains(&"engine_stalled"), "whoever gives up does not start the clock anew");
+    node.until("failed", |node| state(node) == NodeState::Failed).await;
+    assert!(node.engine.requests.lock().len() > 1);
+    assert_eq!(node.health.liveness().reasons[0].code, "failed");
+}
+
+#[tokio::test]
+async fn an_idle_engine_that_shows_no_life_is_tried_long_before_its_time() {
+    let node = Node::start_with(Config { probe_interval: Duration::from_secs(3600), ..config() }).await;
+    let asked = node.engine.requests.lock().len();
+    let begin = Instant::now();
+    node.engine.behave(Conduct::Silent);
+    node.until("tried", |node| node.engine.requests.lock().len() > asked).await;
+    assert!(begin.elapsed() > Duration::from_secs(1), "a moment's silence is no reason");
+    node.until("failed", |node| state(node) == NodeState::Failed).await;
+}
+
+#[tokio::test]
+async fn a_task_that_panics_fails_the_node() {
+    let node = Node::start().await;
+    node.health.supervise("ends well", async {}).await.expect("it ends");
+    assert_eq!(state(&node), NodeState::Ready);
+    node.health.supervise("does this", async { panic!("no {}", 7) }).await.expect("caught");
+    assert_eq!(state(&node), NodeState::Failed);
+    assert_eq!(node.health.lifecycle().phase().reason, "the task that does this panicked: no 7");
 }
 
 #[tokio::test]
 async fn a_hang_with_work_ends_in_failure_and_a_long_prefill_does_not() {
     let node = Node::start().await;
-    node.engine.status.lock().running = 1;
+    node.engine.status.lock().outstanding = 1;
     let begin = Instant::now();
     while begin.elapsed() < Duration::from_millis(2500) {
-        node.engine.status.lock().heartbeat = Instant::now();
+        node.engine.status.lock().progress += 1;
         assert!(node.health.liveness().live && node.codes().is_empty());
+        assert!(!node.health.engine_is_stalled());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     node.until("unready", |node| node.codes().contains(&"engine_stalled")).await;
+    assert!(node.health.engine_is_stalled());
     node.until("failed", |node| node.health.lifecycle().state() == NodeState::Failed).await;
     assert!(!node.health.liveness().live);
 }
@@ -294,6 +329,27 @@ impl MemoryProbe for SimulatedMemory {
         let silent = MemoryProbeError::Silent { source_name: "simulated", seconds: 10 };
         self.0.lock().map(|used_bytes| MemoryReading { used_bytes, total_bytes: 100 }).ok_or(silent)
     }
+}
+
+/// Panics once, then gives readings.
+struct PanickingMemory(bool);
+
+impl MemoryProbe for PanickingMemory {
+    fn source(&self) -> &'static str {
+        "panicking"
+    }
+
+    fn read(&mut self) -> Result<MemoryReading, MemoryProbeError> {
+        assert!(std::mem::replace(&mut self.0, true), "the first reading panics");
+        Ok(MemoryReading { used_bytes: 30, total_bytes: 100 })
+    }
+}
+
+#[tokio::test]
+async fn a_source_that_panics_is_silent_and_asked_again() {
+    let node = Node::start().await;
+    tokio::spawn(watch_memory(node.health.clone(), Box::new(PanickingMemory(false)), node.shutdown.clone()));
+    node.until("measured", |node| pressure(node) == Some(0.3)).await;
 }
 
 /// Says what the test says, faults once.

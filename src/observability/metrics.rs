@@ -428,6 +428,8 @@ mod tests {
         EngineStatus {
             alive: true,
             heartbeat: Instant::now(),
+            progress: 0,
+            outstanding: 0,
             running: 3,
             waiting: 2,
             waiting_tokens: 70,

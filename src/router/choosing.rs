@@ -97,14 +97,16 @@ impl Shared {
 
     pub(super) fn may_serve_here(&self) -> bool {
         let is_up = matches!(self.health.lifecycle().state(), NodeState::Ready | NodeState::Degraded);
-        is_up && self.local().is_some() && !self.leaves()
+        // Whatever an engine that hangs is given would wait until the node fails.
+        is_up && self.local().is_some() && !self.leaves() && !self.health.engine_is_stalled()
     }
 
     pub(super) fn unavailable(&self) -> Failure {
         let (message, code) = match self.health.lifecycle().state() {
-            NodeState::Ready | NodeState::Degraded if !self.leaves() => {
-                ("No replica of the model can take the request now.", "no_replica")
-            }
+            NodeState::Ready | NodeState::Degraded if !self.leaves() => match self.health.engine_is_stalled() {
+                true => ("The engine makes no progress. See /readyz.", "engine_stalled"),
+                false => ("No replica of the model can take the request now.", "no_replica"),
+            },
             NodeState::Starting | NodeState::Warming => ("The model is still loading. See /startupz.", "model_loading"),
             NodeState::Failed => ("The engine has failed. See /livez.", "engine_failed"),
             NodeState::Ready | NodeState::Degraded | NodeState::Draining | NodeState::Stopped => {

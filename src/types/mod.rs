@@ -3,6 +3,7 @@
 pub mod backend;
 pub mod failure;
 pub mod ids;
+mod panic;
 pub mod request;
 pub mod status;
 pub mod watch;
@@ -10,5 +11,6 @@ pub mod watch;
 pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};
 pub use failure::{Failure, FailureKind};
 pub use ids::{Fingerprint, NodeId, RequestId, TokenId};
+pub use panic::panic_message;
 pub use request::{ChoiceStart, GenerateRequest, SamplingParams};
 pub use status::{EngineStatus, NodeState};

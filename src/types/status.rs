@@ -22,8 +22,13 @@ pub enum NodeState {
 pub struct EngineStatus {
     /// False once the engine thread has panicked or ended.
     pub alive: bool,
-    /// Last sign of progress, also inside a long step.
+    /// Last sign of life: of progress, also inside a long step, or of an engine with nothing to do.
     pub heartbeat: Instant,
+    /// Grows whenever work advances, also inside a long step, and never otherwise.
+    pub progress: u64,
+    /// Requests and commands that were handed to the engine and are not answered yet, synthetic inferences included.
+    /// Counted by those who hand them over: an engine that hangs cannot hide its work.
+    pub outstanding: u64,
     pub running: u32,
     pub waiting: u32,
     /// Prompt and already emitted tokens of the waiting sequences that are still to be computed.

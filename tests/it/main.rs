@@ -8,6 +8,7 @@ mod cluster_network;
 mod cluster_numbers;
 mod cluster_resumption;
 mod edges;
+mod fault_matrix;
 mod fixtures;
 mod gpu;
 mod gpu_suite;

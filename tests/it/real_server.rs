@@ -26,6 +26,11 @@ static PLACES: Semaphore = Semaphore::const_new(SERVERS_AT_A_TIME);
 /// By their arguments.
 static SHARED: Mutex<BTreeMap<Vec<String>, Weak<RealServer>>> = Mutex::const_new(BTreeMap::new());
 
+/// For a test with servers of its own: keeps others from crowding it.
+pub async fn a_place() -> SemaphorePermit<'static> {
+    PLACES.acquire().await.expect("never closed")
+}
+
 /// Keeps every other such server away: for tests that need the whole machine.
 pub async fn every_place() -> SemaphorePermit<'static> {
     PLACES.acquire_many(SERVERS_AT_A_TIME as u32).await.expect("never closed")

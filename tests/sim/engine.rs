@@ -21,6 +21,9 @@ pub const EOS: TokenId = 0;
 pub const VOCABULARY: u32 = 32;
 pub const MAX_MODEL_LEN: usize = 128;
 
+/// An idle engine takes a step this often.
+const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
+
 /// What is wrong with an engine at present.
 #[derive(Default)]
 struct Faults {
@@ -153,6 +156,8 @@ impl SimEngine {
                     biased;
                     () = self.crash.cancelled() => break engine_failed(),
                     () = self.wake.notified() => {}
+                    // As the real one, it shows that it lives.
+                    () = sleep(IDLE_HEARTBEAT) => {}
                 }
             }
             sleep(step * self.slowness.load(Ordering::Relaxed) as u32).await;

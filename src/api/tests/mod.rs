@@ -58,6 +58,8 @@ impl Backend for ScriptedBackend {
         EngineStatus {
             alive: true,
             heartbeat: Instant::now(),
+            progress: 0,
+            outstanding: 0,
             running: 1,
             waiting: 0,
             waiting_tokens: 0,

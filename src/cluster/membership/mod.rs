@@ -15,10 +15,12 @@ mod tests;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::net::UdpSocket;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use self::task::{Own, Task};
@@ -56,6 +58,7 @@ pub struct Membership {
     own: watch::Sender<Own>,
     /// `None` in a cluster of one.
     leave: Option<tokio::sync::mpsc::Sender<oneshot::Sender<()>>>,
+    has_left: Arc<AtomicBool>,
 }
 
 impl Membership {
@@ -69,6 +72,7 @@ impl Membership {
             view,
             own: watch::channel(Own::default()).0,
             leave: None,
+            has_left: Arc::default(),
         }
     }
 
@@ -96,7 +100,7 @@ impl Membership {
             .await
             .map_err(MembershipError::Gossip)?;
         tokio::spawn(task.run(leave_receiver));
-        Ok(Self { id, incarnation, gossip_addr: Some(bound), view, own, leave: Some(leave) })
+        Ok(Self { id, incarnation, gossip_addr: Some(bound), view, own, leave: Some(leave), has_left: Arc::default() })
     }
 
     pub fn id(&self) -> &NodeId {
@@ -117,12 +121,12 @@ impl Membership {
         self.view.clone()
     }
 
-    /// Tells the others how this node does. Call it as often as you like: noise is not told, and what decides on traffic
-    /// is told at once.
+    /// Tells the others how this node does. Call it several times a second: noise is not told, what decides on traffic is
+    /// told at once, and a report that is not renewed is not repeated, so that the others see it age.
     pub fn publish(&self, report: LoadReport) {
         self.own.send_if_modified(|own| {
             let is_news = own.report != report;
-            own.report = report;
+            *own = Own { report, reported_at: Some(Instant::now()), description: own.description.take() };
             is_news
         });
     }
@@ -136,9 +140,20 @@ impl Membership {
         });
     }
 
+    /// Returns when the gossip has ended though nobody asked it to; otherwise never.
+    pub async fn broke(&self) {
+        if let Some(leave) = &self.leave {
+            leave.closed().await;
+        }
+        if self.leave.is_none() || self.has_left.load(Ordering::Relaxed) {
+            std::future::pending().await
+        }
+    }
+
     /// Says goodbye, so that the others need not find out, and ends the gossip.
     pub async fn leave(&self) {
         let Some(leave) = &self.leave else { return };
+        self.has_left.store(true, Ordering::Relaxed);
         let (done, is_done) = oneshot::channel();
         if leave.send(done).await.is_ok() {
             let _ = tokio::time::timeout(LEAVE_TIMEOUT, is_done).await;

@@ -1,5 +1,5 @@
-//! Decides when this node's report is told again: when more than noise has changed, and now and then in any case, so that
-//! its age says that the node still looks after itself. Pure; time is passed in.
+//! Decides when this node's report is told again: when more than noise has changed, and now and then for as long as it is
+//! kept up, so that its age says that the node still looks after itself. Pure; time is passed in.
 
 use std::time::Duration;
 
@@ -31,11 +31,18 @@ pub(super) struct Publisher {
 }
 
 impl Publisher {
-    /// What of `report` to tell now. Between rounds only what is urgent.
-    pub(super) fn publish(&mut self, report: &LoadReport, is_round: bool, now: Instant) -> Publication {
+    /// What of `report` to tell now. Between rounds only what is urgent. `is_kept_up`: the report was renewed lately, so it
+    /// may be repeated.
+    pub(super) fn publish(
+        &mut self,
+        report: &LoadReport,
+        is_kept_up: bool,
+        is_round: bool,
+        now: Instant,
+    ) -> Publication {
         let urgency = match &self.report {
             None => Urgency::Urgent,
-            Some((told, at)) if now.saturating_duration_since(*at) >= MAX_AGE => {
+            Some((told, at)) if is_kept_up && now.saturating_duration_since(*at) >= MAX_AGE => {
                 urgency(told, report).max(Urgency::Routine)
             }
             Some((told, _)) => urgency(told, report),
@@ -82,11 +89,11 @@ mod tests {
         let start = Instant::now();
         let mut publisher = Publisher::default();
         let report = LoadReport::default();
-        let first = publisher.publish(&report, false, start);
+        let first = publisher.publish(&report, true, false, start);
         assert!(first.is_urgent && first.report.is_some() && first.prefixes.is_none());
         let ready = LoadReport { ready: true, state: NodeState::Ready, ..report };
-        assert!(publisher.publish(&ready, false, start).is_urgent);
-        assert_eq!(publisher.publish(&ready, false, start), Publication::default());
+        assert!(publisher.publish(&ready, true, false, start).is_urgent);
+        assert_eq!(publisher.publish(&ready, true, false, start), Publication::default());
     }
 
     #[tokio::test]
@@ -94,15 +101,20 @@ mod tests {
         let start = Instant::now();
         let mut publisher = Publisher::default();
         let report = LoadReport { running: 4, kv_usage: 0.5, ..LoadReport::default() };
-        publisher.publish(&report, true, start);
+        publisher.publish(&report, true, true, start);
         let busier = LoadReport { running: 5, ..report.clone() };
-        assert_eq!(publisher.publish(&busier, false, after(start, 10)), Publication::default());
-        let told = publisher.publish(&busier, true, after(start, 250));
+        assert_eq!(publisher.publish(&busier, true, false, after(start, 10)), Publication::default());
+        let told = publisher.publish(&busier, true, true, after(start, 250));
         assert!(told.report.is_some() && !told.is_urgent);
         let noisy = LoadReport { kv_usage: 0.505, ..busier };
-        assert_eq!(publisher.publish(&noisy, true, after(start, 500)), Publication::default());
-        assert_eq!(publisher.publish(&noisy, false, after(start, 1250)), Publication::default());
-        assert!(publisher.publish(&noisy, true, after(start, 1250)).report.is_some());
+        assert_eq!(publisher.publish(&noisy, true, true, after(start, 500)), Publication::default());
+        assert_eq!(publisher.publish(&noisy, true, false, after(start, 1250)), Publication::default());
+        assert_eq!(
+            publisher.publish(&noisy, false, true, after(start, 1250)),
+            Publication::default(),
+            "nobody keeps it up"
+        );
+        assert!(publisher.publish(&noisy, true, true, after(start, 1250)).report.is_some());
     }
 
     #[tokio::test]
@@ -110,10 +122,10 @@ mod tests {
         let start = Instant::now();
         let mut publisher = Publisher::default();
         let report = |prefix| LoadReport { hot_prefixes: vec![prefix], ..LoadReport::default() };
-        assert_eq!(publisher.publish(&report(1), true, start).prefixes, Some(encode_prefixes(&[1])));
-        assert_eq!(publisher.publish(&report(2), true, after(start, 999)).prefixes, None);
-        assert_eq!(publisher.publish(&report(2), false, after(start, 1000)).prefixes, None);
-        assert_eq!(publisher.publish(&report(2), true, after(start, 1000)).prefixes, Some(encode_prefixes(&[2])));
-        assert_eq!(publisher.publish(&report(2), true, after(start, 9000)).prefixes, None);
+        assert_eq!(publisher.publish(&report(1), true, true, start).prefixes, Some(encode_prefixes(&[1])));
+        assert_eq!(publisher.publish(&report(2), true, true, after(start, 999)).prefixes, None);
+        assert_eq!(publisher.publish(&report(2), true, false, after(start, 1000)).prefixes, None);
+        assert_eq!(publisher.publish(&report(2), true, true, after(start, 1000)).prefixes, Some(encode_prefixes(&[2])));
+        assert_eq!(publisher.publish(&report(2), true, true, after(start, 9000)).prefixes, None);
     }
 }

@@ -48,6 +48,8 @@ const URGENT_PEERS: usize = 32;
 /// A goodbye is said so many times, with pauses that let each exchange end.
 const GOODBYES: u32 = 3;
 const GOODBYE_PAUSE: Duration = Duration::from_millis(80);
+/// A report that nobody has renewed for this long is not repeated.
+const REPORT_SILENCE: Duration = Duration::from_secs(3);
 /// Before gossip that has ended by itself begins anew.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// Then it knows nobody, and so the view stays as it was for a while.
@@ -62,6 +64,8 @@ const CATCHING_UP_ROUNDS: u32 = 8;
 pub(super) struct Own {
     pub(super) description: Option<NodeDescription>,
     pub(super) report: LoadReport,
+    /// When the report was last found to hold.
+    pub(super) reported_at: Option<Instant>,
 }
 
 pub(super) struct Task {
@@ -171,7 +175,9 @@ impl Task {
         let (description, publication) = {
             let own = self.own.borrow_and_update();
             let description = own.description.as_ref().map(encode_description);
-            (description, self.publisher.publish(&own.report, is_round, Instant::now()))
+            let now = Instant::now();
+            let is_kept_up = own.reported_at.is_some_and(|at| now.saturating_duration_since(at) <= REPORT_SILENCE);
+            (description, self.publisher.publish(&own.report, is_kept_up, is_round, now))
         };
         let values =
             [(DESCRIPTION_KEY, description), (REPORT_KEY, publication.report), (PREFIXES_KEY, publication.prefixes)];

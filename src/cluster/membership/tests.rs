@@ -2,6 +2,8 @@
 
 use std::net::Ipv4Addr;
 
+use tokio_util::sync::{CancellationToken, DropGuard};
+
 use super::*;
 use crate::cluster::PROTOCOL_VERSION;
 use crate::cluster::seal::DropReason;
@@ -94,15 +96,55 @@ async fn three_nodes_find_one_another_from_one_seed_and_reports_reach_all() {
     }
 }
 
+/// Finds the same of the node again and again, as the server does, until dropped.
+fn keep_up(node: &Node) -> DropGuard {
+    let (membership, stop) = (node.membership.clone(), CancellationToken::new());
+    tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
+        loop {
+            membership.publish(LoadReport::default());
+            tokio::time::sleep(INTERVAL).await;
+        }
+    }));
+    stop.drop_guard()
+}
+
 #[tokio::test]
-async fn an_idle_node_goes_on_reporting() {
+async fn an_idle_node_goes_on_reporting_for_as_long_as_it_looks_after_itself() {
     let a = start("a", &[]).await;
     let b = start("b", &[&a]).await;
+    let kept_up = keep_up(&b);
     let peer = |view: &Arc<ClusterView>| Arc::clone(&view.peers[&NodeId::new("b")]);
     let first = peer(&a.sees_peers(&["b"]).await).reported_at;
     let later = a.sees("a fresh report", |view| peer(view).reported_at > first + Duration::from_millis(500)).await;
     assert_eq!(peer(&later).report, LoadReport::default(), "nothing but its time is new");
-    drop(b);
+    drop(kept_up);
+    in_time("the report ages", async {
+        let age = || peer(&a.membership.view().borrow()).report_age(tokio::time::Instant::now().into_std());
+        while age() < Duration::from_secs(4) {
+            tokio::time::sleep(INTERVAL).await;
+        }
+    })
+    .await;
+    a.sees_peers(&["b"]).await;
+}
+
+#[tokio::test]
+async fn gossip_that_ends_by_itself_is_told_from_a_goodbye() {
+    let a = start("a", &[]).await;
+    let broke = |node: &Node| {
+        let membership = node.membership.clone();
+        tokio::spawn(async move { membership.broke().await })
+    };
+    let after_goodbye = broke(&a);
+    in_time("leave", a.membership.leave()).await;
+    tokio::time::sleep(INTERVAL * 4).await;
+    assert!(!after_goodbye.is_finished());
+    after_goodbye.abort();
+
+    let (leave, task) = tokio::sync::mpsc::channel(1);
+    let ended = Membership { leave: Some(leave), ..Membership::alone(&Config::default()) };
+    drop(task);
+    in_time("it broke", ended.broke()).await;
 }
 
 #[tokio::test]
@@ -201,6 +243,7 @@ async fn a_later_process_of_a_name_replaces_the_earlier_one() {
 async fn who_stood_still_does_not_hold_the_others_for_dead() {
     let a = start("a", &[]).await;
     let b = start("b", &[&a]).await;
+    let _kept_up = [keep_up(&a), keep_up(&b)];
     a.sees_peers(&["b"]).await;
     b.sees_peers(&["a"]).await;
     for _ in 0..3 {
