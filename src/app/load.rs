@@ -94,7 +94,10 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
             fingerprint: fingerprint.clone(),
             eos_token_ids: eos_token_ids.clone(),
             stop_texts: tokenizer.clone().into(),
-            on_step: Some(Box::new(move |time| metrics.engine_step.observe(time.as_secs_f64()))),
+            on_step: Some(Box::new(move |time, tokens| {
+                metrics.engine_step.observe(time.as_secs_f64());
+                metrics.iteration_tokens.observe(tokens as f64);
+            })),
             on_failure: Some(fails_node(health.clone())),
         };
         off_runtime(move || Ok(engine::spawn(parts, Box::new(move || Ok(runner)))?)).await?

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use smallvec::SmallVec;
 use tokio::sync::{mpsc, oneshot};
@@ -16,6 +16,7 @@ use super::config::Config;
 use super::counters::add;
 use super::drain_meter::DrainMeter;
 use super::generation::{EndRules, Generation, Replayed};
+use super::handle::OnStep;
 use super::pipeline::Pipeline;
 use super::scheduler::{Limits, Plan, Scheduler};
 use super::sequence::{NewSequence, Rank, SequenceId};
@@ -69,7 +70,7 @@ pub(super) struct Engine {
     pub(super) steps_since_shrink: u64,
     pub(super) pipeline: Pipeline,
     pub(super) board: Arc<StatusBoard>,
-    pub(super) on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+    pub(super) on_step: Option<OnStep>,
     /// Why no step may be taken any more.
     given_up: Option<Failure>,
 }
@@ -87,7 +88,7 @@ impl Engine {
         rules: EndRules,
         num_reserved: u32,
         board: Arc<StatusBoard>,
-        on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+        on_step: Option<OnStep>,
     ) -> Self {
         let limits =
             Limits { max_num_seqs: config.max_num_seqs, max_num_batched_tokens: config.max_num_batched_tokens };

@@ -37,11 +37,13 @@ pub struct EngineParts {
     pub fingerprint: Fingerprint,
     pub eos_token_ids: Vec<TokenId>,
     pub stop_texts: StopTexts,
-    /// Called with the duration of every step that had work, on the engine's thread.
-    pub on_step: Option<Box<dyn FnMut(Duration) + Send>>,
+    pub on_step: Option<OnStep>,
     /// Called when the engine has failed, on its thread, before its streams are told.
     pub on_failure: Option<OnFailure>,
 }
+
+/// Called with the duration of every step that had work, and the tokens that it computed, on the engine's thread.
+pub type OnStep = Box<dyn FnMut(Duration, usize) + Send>;
 
 pub type OnFailure = Box<dyn FnOnce(&Failure) + Send>;
 

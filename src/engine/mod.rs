@@ -38,7 +38,7 @@ pub use batch::{BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, 
 pub use config::Config;
 pub use counters::{EngineCounters, EngineCountersSnapshot};
 pub use generation::{StopText, StopTexts};
-pub use handle::{EngineHandle, EngineLimits, EngineParts, Fault, OnFailure, SpawnError, spawn};
+pub use handle::{EngineHandle, EngineLimits, EngineParts, Fault, OnFailure, OnStep, SpawnError, spawn};
 pub use host_sampling::HostSampling;
 pub use status_board::Clock;
 pub use stepped::SteppedEngine;

@@ -211,7 +211,7 @@ impl Engine {
         add(&counters.batch_tokens, plan.num_tokens);
         self.drain_meter.record(plan.num_tokens, took);
         if let Some(on_step) = &mut self.on_step {
-            on_step(took);
+            on_step(took, plan.num_tokens);
         }
     }
 

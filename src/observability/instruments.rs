@@ -8,7 +8,7 @@ use prometheus_client::metrics::counter::Counter as PrometheusCounter;
 use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::Gauge as PrometheusGauge;
 use prometheus_client::metrics::histogram::Histogram as PrometheusHistogram;
-use prometheus_client::registry::Registry;
+use prometheus_client::registry::{Metric, Registry};
 
 use super::metrics::MetricSpec;
 
@@ -44,6 +44,17 @@ pub fn store_seconds(counter: &CounterF64, value: Duration) {
 /// How an instrument comes from its row of the table.
 pub(super) trait Instrument: Sized {
     fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self;
+}
+
+/// What may stand under a second name.
+pub(super) trait Aliased: Instrument {
+    fn register_again(&self, spec: &'static MetricSpec, registry: &mut Registry);
+}
+
+impl<T: Instrument + Clone + Metric> Aliased for T {
+    fn register_again(&self, spec: &'static MetricSpec, registry: &mut Registry) {
+        registry.register(spec.family(), spec.help, self.clone());
+    }
 }
 
 impl Instrument for Counter {
@@ -159,7 +170,7 @@ impl<const N: usize> Instrument for HistogramVec<N> {
     }
 }
 
-/// A gauge of value 1 that carries information in its labels. It has one series: setting it again replaces it.
+/// A gauge that carries information in its labels, mostly of value 1. It has one series: setting it again replaces it.
 #[derive(Clone, Debug)]
 pub struct LabelledValue {
     names: &'static [&'static str],
@@ -169,10 +180,15 @@ pub struct LabelledValue {
 impl LabelledValue {
     /// The values in the order in which the table declares the labels.
     pub fn set(&self, values: &[&str]) {
+        self.set_to(values, 1);
+    }
+
+    /// The same, at another height than 1.
+    pub fn set_to(&self, values: &[&str], height: i64) {
         assert_eq!(self.names.len(), values.len(), "the table declares as many labels as there are values");
         let labels = self.names.iter().zip(values).map(|(name, value)| (*name, value.to_string())).collect();
         self.family.clear();
-        self.family.get_or_create(&labels).set(1);
+        self.family.get_or_create(&labels).set(height);
     }
 }
 

@@ -1,18 +1,20 @@
 //! The table of metrics: name, type, labels, help and buckets of each, and the instruments made from it.
 //!
 //! A metric that means the same as vLLM's has vLLM's name and buckets, so dashboards and gateways for vLLM work unchanged.
-//! These series carry vLLM's `model_name` and `engine` labels. All others are `outrigger_*`, or `process_*` as in Prometheus'
-//! client libraries.
+//! These series carry vLLM's `model_name` and `engine` labels, and count what this node's engine computes, for its own clients
+//! and for other nodes. `outrigger_client_*` counts what this node's clients get, whichever node computed it. All others are
+//! `outrigger_*`, or `process_*` as in Prometheus' client libraries.
 
 use std::borrow::Cow;
 use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::text::encode;
 use prometheus_client::registry::Registry;
 
 use super::instruments::{
-    Counter, CounterF64, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, Instrument, LabelledValue,
-    store_counter, store_seconds,
+    Aliased, Counter, CounterF64, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, Instrument,
+    LabelledValue, store_counter, store_seconds,
 };
 use super::process;
 use crate::types::{EngineStatus, FailureKind, NodeState};
@@ -73,33 +75,54 @@ const TOKEN_COUNTS: &[f64] = &[
     1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0, 50000.0, 100000.0,
     200000.0,
 ];
+/// Of one step of the engine, as vLLM has them.
+const STEP_TOKENS: &[f64] = &[1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 const CHOICE_COUNTS: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
 const HTTP_SECONDS: &[f64] =
     &[0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0];
 const PROBE_SECONDS: &[f64] = &[0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0];
 
-/// Declares the table once; the struct of instruments, their registration and `TABLE` follow from it.
+/// Declares the table once; the struct of instruments, their registration and `TABLE` follow from it. A name behind a bar is
+/// another name of the same instrument, for scrapers that know older versions of vLLM; it has no labels of its own.
 macro_rules! metrics {
-    ($($field:ident: $instrument:ty = $kind:ident $name:literal [$($label:literal),*] $buckets:tt $help:literal;)*) => {
+    ($(
+        $field:ident: $instrument:ty = $kind:ident $name:literal $(| $alias:literal)? [$($label:literal),*] $buckets:tt
+            $help:literal;
+    )*) => {
         /// Every instrument of the node. Shared as `Arc<Metrics>`; all updates are lock-free or a few nanoseconds long.
         pub struct Metrics {
             registry: Registry,
             $(#[doc = $help] pub $field: $instrument,)*
         }
 
-        const TABLE: &[MetricSpec] = &[$(MetricSpec {
-            name: $name,
-            kind: MetricKind::$kind,
-            labels: &[$($label),*],
-            help: $help,
-            buckets: &$buckets,
-        },)*];
+        const TABLE: &[MetricSpec] = &[$(
+            MetricSpec {
+                name: $name,
+                kind: MetricKind::$kind,
+                labels: &[$($label),*],
+                help: $help,
+                buckets: &$buckets,
+            },
+            $(MetricSpec {
+                name: $alias,
+                kind: MetricKind::$kind,
+                labels: &[],
+                help: concat!("The same as ", $name, ", under its name in older versions of vLLM"),
+                buckets: &$buckets,
+            },)?
+        )*];
 
         impl Metrics {
             fn register(model_name: &str) -> Self {
                 let mut registries = Registries::new(model_name);
                 let mut rows = TABLE.iter();
-                $(let $field = <$instrument as RegisterNext>::register_next(&mut rows, &mut registries);)*
+                $(
+                    let $field = <$instrument as RegisterNext>::register_next(&mut rows, &mut registries);
+                    $(
+                        let alias = rows.next().filter(|row| row.name == $alias).expect("an alias follows its row");
+                        $field.register_again(alias, registries.of(alias));
+                    )?
+                )*
                 Self { registry: registries.finish(), $($field,)* }
             }
         }
@@ -111,36 +134,42 @@ metrics! {
         "Sequences in the engine's running batch";
     num_requests_waiting: Gauge = Gauge "vllm:num_requests_waiting" [] []
         "Sequences waiting for a place in the batch";
-    kv_cache_usage: GaugeF64 = Gauge "vllm:kv_cache_usage_perc" [] []
+    num_requests_waiting_by_reason: GaugeVec<1> = Gauge "vllm:num_requests_waiting_by_reason" ["reason"] []
+        "Sequences that wait, by what they wait for (capacity: a place in the batch; deferred: something else, never here)";
+    kv_cache_usage: GaugeF64 = Gauge "vllm:kv_cache_usage_perc" | "vllm:gpu_cache_usage_perc" [] []
         "Fraction of KV blocks that hold a live sequence, 0 to 1";
     num_preemptions: Counter = Counter "vllm:num_preemptions_total" [] []
         "Sequences put back into the queue because KV blocks ran out";
-    prefix_cache_queries: Counter = Counter "vllm:prefix_cache_queries_total" [] []
+    prefix_cache_queries: Counter = Counter "vllm:prefix_cache_queries_total" | "vllm:gpu_prefix_cache_queries_total" [] []
         "Prompt tokens looked up in the prefix cache";
-    prefix_cache_hits: Counter = Counter "vllm:prefix_cache_hits_total" [] []
+    prefix_cache_hits: Counter = Counter "vllm:prefix_cache_hits_total" | "vllm:gpu_prefix_cache_hits_total" [] []
         "Prompt tokens found in the prefix cache";
     prompt_tokens: Counter = Counter "vllm:prompt_tokens_total" [] []
-        "Prompt tokens of requests whose prefill ended";
+        "Prompt tokens of requests whose prefill ended here";
     generation_tokens: Counter = Counter "vllm:generation_tokens_total" [] []
-        "Tokens generated";
+        "Tokens generated here";
+    iteration_tokens: Histogram = Histogram "vllm:iteration_tokens_total" [] (*STEP_TOKENS)
+        "Tokens computed in one step of the engine, of prompts and generated ones";
     request_success: CounterVec<1> = Counter "vllm:request_success_total" ["finished_reason"] []
-        "Requests that ended, by finish reason (abort: the client went away)";
+        "Choices that ended here, by finish reason (abort: nobody needed it any more)";
     request_prompt_tokens: Histogram = Histogram "vllm:request_prompt_tokens" [] (*TOKEN_COUNTS)
         "Prompt tokens per request";
     request_generation_tokens: Histogram = Histogram "vllm:request_generation_tokens" [] (*TOKEN_COUNTS)
         "Tokens generated per request, over all its choices";
+    request_max_num_generation_tokens: Histogram = Histogram "vllm:request_max_num_generation_tokens" [] (*TOKEN_COUNTS)
+        "Tokens of the longest choice of each request";
     request_params_n: Histogram = Histogram "vllm:request_params_n" [] (*CHOICE_COUNTS)
         "Choices asked for per request";
     request_params_max_tokens: Histogram = Histogram "vllm:request_params_max_tokens" [] (*TOKEN_COUNTS)
         "The max_tokens that each request was served with";
     time_to_first_token: Histogram = Histogram "vllm:time_to_first_token_seconds" [] (*FIRST_TOKEN_SECONDS)
-        "Seconds from a request's arrival to its first token";
-    inter_token_latency: Histogram = Histogram "vllm:inter_token_latency_seconds" [] (*TOKEN_SECONDS)
+        "Seconds from a request's arrival at the engine to its first token";
+    inter_token_latency: Histogram = Histogram "vllm:inter_token_latency_seconds" | "vllm:time_per_output_token_seconds" [] (*TOKEN_SECONDS)
         "Seconds between two tokens of one choice";
     request_time_per_output_token: Histogram = Histogram "vllm:request_time_per_output_token_seconds" [] (*TOKEN_SECONDS)
         "Mean seconds per token after the first, of each request";
     e2e_request_latency: Histogram = Histogram "vllm:e2e_request_latency_seconds" [] (*REQUEST_SECONDS)
-        "Seconds from a request's arrival to its last token";
+        "Seconds from a request's arrival at the engine to its end";
     request_queue_time: Histogram = Histogram "vllm:request_queue_time_seconds" [] (*REQUEST_SECONDS)
         "Seconds that a request waited to be scheduled";
     request_prefill_time: Histogram = Histogram "vllm:request_prefill_time_seconds" [] (*REQUEST_SECONDS)
@@ -151,6 +180,21 @@ metrics! {
         "Seconds from being scheduled to the last token";
     cache_config: LabelledValue = Gauge "vllm:cache_config_info" ["block_size", "num_gpu_blocks", "enable_prefix_caching"] []
         "The KV cache: tokens per block and number of blocks, on whichever device it lies";
+    lora_requests: LabelledValue = Gauge "vllm:lora_requests_info" ["max_lora", "waiting_lora_adapters", "running_lora_adapters"] []
+        "Time of the scrape, in seconds since the epoch, and adapters in use: always none";
+
+    client_choices: CounterVec<1> = Counter "outrigger_client_choices_total" ["finished_reason"] []
+        "Choices that ended for clients of this node, wherever they were computed, by finish reason (abort: the client went away)";
+    client_prompt_tokens: Counter = Counter "outrigger_client_prompt_tokens_total" [] []
+        "Prompt tokens of this node's clients, once they have got a token";
+    client_generation_tokens: Counter = Counter "outrigger_client_generation_tokens_total" [] []
+        "Tokens generated for clients of this node, wherever they were computed";
+    client_time_to_first_token: Histogram = Histogram "outrigger_client_time_to_first_token_seconds" [] (*FIRST_TOKEN_SECONDS)
+        "Seconds from a client's request to the first token for it, wherever it was computed";
+    client_inter_token_latency: Histogram = Histogram "outrigger_client_inter_token_latency_seconds" [] (*TOKEN_SECONDS)
+        "Seconds between two tokens of one choice for a client, wherever they were computed";
+    client_request_duration: Histogram = Histogram "outrigger_client_request_duration_seconds" [] (*REQUEST_SECONDS)
+        "Seconds from a client's request to the end of its last choice";
 
     build: LabelledValue = Gauge "outrigger_build_info" ["version"] []
         "The running build";
@@ -165,7 +209,9 @@ metrics! {
     engine_alive: Gauge = Gauge "outrigger_engine_alive" [] []
         "1 while the engine thread runs";
     engine_heartbeat_age: GaugeF64 = Gauge "outrigger_engine_heartbeat_age_seconds" [] []
-        "Seconds since the engine last made progress";
+        "Seconds since the engine last made progress, or woke up with nothing to do";
+    engine_outstanding: Gauge = Gauge "outrigger_engine_outstanding" [] []
+        "Requests and commands that were handed to the engine and are not answered yet, counted outside the engine";
     waiting_tokens: Gauge = Gauge "outrigger_waiting_tokens" [] []
         "Tokens of waiting sequences that are still to be computed";
     kv_blocks: Gauge = Gauge "outrigger_kv_blocks" [] []
@@ -266,6 +312,7 @@ impl Metrics {
         // Series that exist from the start let `rate()` see the first increment.
         for reason in ["stop", "length", "abort", "deadline", "shutdown"] {
             metrics.request_success.with([reason]);
+            metrics.client_choices.with([reason]);
         }
         for kind in FailureKind::ALL {
             metrics.failures.with([kind.label()]);
@@ -273,6 +320,8 @@ impl Metrics {
         for kind in ["xid_application", "xid_notice", "xid_fatal", "uncorrectable_memory", "lost"] {
             metrics.device_errors.with([kind]);
         }
+        metrics.num_requests_waiting_by_reason.with(["deferred"]).set(0.0);
+        metrics.num_requests_waiting_by_reason.with(["capacity"]).set(0.0);
         for target in ["local", "peer", "shed"] {
             metrics.placements.with([target]);
         }
@@ -289,6 +338,9 @@ impl Metrics {
     pub fn observe_engine(&self, status: &EngineStatus) {
         self.num_requests_running.set(status.running.into());
         self.num_requests_waiting.set(status.waiting.into());
+        // Nothing is waited for but a place: the engine has no transfers and no adapters to load.
+        self.num_requests_waiting_by_reason.with(["capacity"]).set(status.waiting.into());
+        self.engine_outstanding.set(i64::try_from(status.outstanding).unwrap_or(i64::MAX));
         self.waiting_tokens.set(i64::try_from(status.waiting_tokens).unwrap_or(i64::MAX));
         self.kv_blocks.set(status.kv_blocks_total.into());
         self.kv_blocks_used.set(status.kv_blocks_used.into());
@@ -310,6 +362,7 @@ impl Metrics {
     /// OpenMetrics text, for scrapers that ask for `application/openmetrics-text`.
     pub fn open_metrics(&self) -> String {
         self.observe_process();
+        self.lora_requests.set_to(&["0", "", ""], unix_seconds());
         let mut text = String::new();
         encode(&mut text, &self.registry).expect("writing to a string cannot fail");
         text
@@ -345,6 +398,11 @@ impl Metrics {
         self.process_start_time.set(process.start_time_seconds);
         self.process_open_fds.set(process.open_fds);
     }
+}
+
+fn unix_seconds() -> i64 {
+    let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// The table as Markdown, for the documentation.
@@ -428,8 +486,8 @@ mod tests {
         EngineStatus {
             alive: true,
             heartbeat: Instant::now(),
-            progress: 0,
-            outstanding: 0,
+            progress: 9,
+            outstanding: 6,
             running: 3,
             waiting: 2,
             waiting_tokens: 70,
@@ -447,7 +505,14 @@ mod tests {
         let mut names = HashSet::new();
         for spec in Metrics::table() {
             assert!(names.insert(spec.name), "{} is declared twice", spec.name);
-            assert_eq!(spec.kind == MetricKind::Counter, spec.name.ends_with("_total"), "{}", spec.name);
+            // vLLM has a histogram of this name.
+            let is_exception = spec.name == "vllm:iteration_tokens_total";
+            assert_eq!(
+                spec.kind == MetricKind::Counter || is_exception,
+                spec.name.ends_with("_total"),
+                "{}",
+                spec.name
+            );
             assert_eq!(spec.kind == MetricKind::Histogram, !spec.buckets.is_empty(), "{}", spec.name);
             assert!(spec.buckets.is_sorted_by(|a, b| a < b), "{}", spec.name);
             assert!(!spec.help.ends_with('.'), "{}", spec.name);
@@ -504,12 +569,45 @@ mod tests {
             "vllm:num_requests_running{model_name=\"smol\",engine=\"0\"} 3",
             "vllm:num_requests_waiting{model_name=\"smol\",engine=\"0\"} 2",
             "vllm:kv_cache_usage_perc{model_name=\"smol\",engine=\"0\"} 0.25",
+            "vllm:gpu_cache_usage_perc{model_name=\"smol\",engine=\"0\"} 0.25",
+            "vllm:num_requests_waiting_by_reason{model_name=\"smol\",engine=\"0\",reason=\"capacity\"} 2.0",
+            "vllm:num_requests_waiting_by_reason{model_name=\"smol\",engine=\"0\",reason=\"deferred\"} 0.0",
             "vllm:num_preemptions_total{model_name=\"smol\",engine=\"0\"} 5",
             "outrigger_drain_tokens_per_second 12.5",
+            "outrigger_engine_outstanding 6",
             "outrigger_device_busy_seconds_total 1.5",
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
+    }
+
+    #[test]
+    fn older_names_of_vllm_tell_the_same() {
+        let metrics = Metrics::new("m");
+        metrics.inter_token_latency.observe(0.3);
+        metrics.prefix_cache_queries.inc_by(9);
+        metrics.prefix_cache_hits.inc_by(4);
+        let text = metrics.prometheus_text();
+        for line in [
+            "vllm:inter_token_latency_seconds_sum{model_name=\"m\",engine=\"0\"} 0.3",
+            "vllm:time_per_output_token_seconds_sum{model_name=\"m\",engine=\"0\"} 0.3",
+            "vllm:time_per_output_token_seconds_bucket{le=\"0.3\",model_name=\"m\",engine=\"0\"} 1",
+            "vllm:gpu_prefix_cache_queries_total{model_name=\"m\",engine=\"0\"} 9",
+            "vllm:gpu_prefix_cache_hits_total{model_name=\"m\",engine=\"0\"} 4",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+    }
+
+    #[test]
+    fn who_asks_for_adapters_learns_that_there_are_none() {
+        let text = Metrics::new("m").prometheus_text();
+        let series = text.lines().find(|line| line.starts_with("vllm:lora_requests_info{")).expect("a series");
+        for label in ["max_lora=\"0\"", "waiting_lora_adapters=\"\"", "running_lora_adapters=\"\""] {
+            assert!(series.contains(label), "{series}");
+        }
+        let value: f64 = series.rsplit_once(' ').and_then(|(_, value)| value.parse().ok()).expect("a number");
+        assert!(value > 1.7e9, "pickers take the youngest series: {series}");
     }
 
     #[test]

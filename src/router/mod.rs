@@ -12,6 +12,7 @@ mod failover;
 pub mod hot_prefixes;
 mod ledger;
 mod load;
+mod meter;
 mod no_peers;
 pub mod overview;
 pub mod placement;

@@ -21,6 +21,7 @@ use super::failover::now;
 use super::hot_prefixes::HotPrefixes;
 use super::ledger::{InFlight, Ledger};
 use super::load::Latencies;
+use super::meter::Meter;
 use super::no_peers::NoPeers;
 use super::replicator::Replicator;
 use super::retry_budget::{self, RetryBudget};
@@ -308,9 +309,10 @@ impl Shared {
                 self.admission.try_admit(demand, rate).map_err(Failure::from)?
             }
         };
+        let meter = Meter::new(self.metrics.clone(), &request, now());
         let stream = engine.generate(request)?;
         self.hot_prefixes.lock().record(prefixes);
-        Ok(Source::engine(stream, engine, permit, cursor, now()))
+        Ok(Source::engine(stream, engine, permit, meter, cursor, now()))
     }
 
     pub(super) fn open_peer(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::breaker::Attempt;
+use super::meter::Meter;
 use super::stream_log::Cursor;
 use crate::admission::Permit;
 use crate::cluster::{PeerFrame, PeerStream};
@@ -45,7 +46,7 @@ pub struct Source {
 }
 
 enum Origin {
-    Engine { stream: GenerationStream, engine: Arc<dyn Backend>, permit: Permit },
+    Engine { stream: GenerationStream, engine: Arc<dyn Backend>, permit: Permit, meter: Meter },
     Peer { stream: PeerStream, _in_flight: Box<dyn Send + Sync> },
 }
 
@@ -62,10 +63,11 @@ impl Source {
         stream: GenerationStream,
         engine: Arc<dyn Backend>,
         permit: Permit,
+        meter: Meter,
         cursor: Cursor,
         now: Instant,
     ) -> Self {
-        Self::new(Replica::Here, None, Origin::Engine { stream, engine, permit }, cursor, now)
+        Self::new(Replica::Here, None, Origin::Engine { stream, engine, permit, meter }, cursor, now)
     }
 
     /// `in_flight` is dropped with the source.
@@ -142,6 +144,9 @@ impl Source {
 
     fn heard(&mut self, sign: &Sign) {
         self.last_sign = tokio::time::Instant::now().into_std();
+        if let (Origin::Engine { meter, .. }, Sign::Event(event)) = (&mut self.origin, sign) {
+            meter.hear(event, self.last_sign);
+        }
         match sign {
             Sign::Event(GenerationEvent::Scheduled { .. }) => {
                 if let Origin::Engine { permit, .. } = &mut self.origin {

@@ -100,6 +100,16 @@ pub enum FinishReason {
 }
 
 impl FinishReason {
+    /// As clients and metrics know it.
+    pub fn label(&self) -> &'static str {
+        match self {
+            FinishReason::Stop(_) => "stop",
+            FinishReason::Length => "length",
+            FinishReason::Deadline => "deadline",
+            FinishReason::Shutdown => "shutdown",
+        }
+    }
+
     /// Whether every undisturbed run of the request ends in this way, at this token.
     pub fn is_of_the_generation(&self) -> bool {
         match self {

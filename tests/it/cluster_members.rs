@@ -22,6 +22,13 @@ async fn model_names(cluster: &Cluster, node: usize) -> Vec<String> {
     cards.iter().map(|card| card["id"].as_str().expect("an id").to_owned()).collect()
 }
 
+/// The value of a metric with one series.
+async fn series(url: &str, name: &str) -> f64 {
+    let text = reqwest::get(format!("{url}/metrics")).await.expect("an answer").text().await.expect("text");
+    let line = text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name}"));
+    line.rsplit_once(' ').and_then(|(_, value)| value.parse().ok()).expect("a number")
+}
+
 #[tokio::test]
 async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() {
     let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE), "--served-model-name=alpha"]).await;
@@ -65,6 +72,17 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
         names.sort();
         assert_eq!(names, ["alpha", "beta"], "n{node}");
     }
+
+    // What a node computes counts there, and what its clients get counts where they came in.
+    let mut computed = Vec::new();
+    let mut delivered = Vec::new();
+    for node in 0..3 {
+        computed.push(series(cluster.url(node), "vllm:generation_tokens_total").await);
+        delivered.push(series(cluster.url(node), "outrigger_client_generation_tokens_total").await);
+    }
+    assert!(computed[2] > 0.0 && delivered[0] > 0.0, "{computed:?} {delivered:?}");
+    assert_eq!(computed.iter().sum::<f64>(), delivered.iter().sum::<f64>(), "{computed:?} {delivered:?}");
+    assert_ne!(computed, delivered);
 
     // With its only node, the model goes.
     cluster.nodes[2].act(Action::Kill).await.expect("killed");

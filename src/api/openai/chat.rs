@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::body::{RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
-use super::generation::{Emitted, StopReason, Update, finish_label};
+use super::generation::{Emitted, StopReason, Update};
 use super::head::{Head, HeadFields};
 use super::logprobs::ChatLogprobs;
 use super::prepare::{Prepared, Prompt, prepare};
@@ -23,7 +23,7 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{Failure, TokenId};
+use crate::types::{Failure, FinishReason, TokenId};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     state.check_serving()?;
@@ -79,7 +79,7 @@ async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiEr
     let choice = |(index, choice): (usize, Collected)| ChatChoice {
         index,
         logprobs: wants_logprobs.then(|| chat_logprobs(&head.model, &choice)),
-        finish_reason: choice.reason.as_ref().map(finish_label),
+        finish_reason: choice.reason.as_ref().map(FinishReason::label),
         stop_reason: choice.reason.as_ref().and_then(StopReason::of),
         message: Message { role: "assistant", content: choice.text, refusal: None },
         token_ids: wants_ids.then_some(choice.tokens),
@@ -172,7 +172,7 @@ impl ChatChunks {
         let mut choice = ChunkChoice {
             index,
             delta: Delta { role: None, content: Some(text).filter(|text| token.is_some() || !text.is_empty()) },
-            finish_reason: finished.as_ref().map(finish_label),
+            finish_reason: finished.as_ref().map(FinishReason::label),
             stop_reason: finished.as_ref().and_then(StopReason::of),
             ..ChunkChoice::default()
         };

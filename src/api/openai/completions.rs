@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::body::{LogprobsInput, RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
-use super::generation::{Emitted, StopReason, Update, finish_label};
+use super::generation::{Emitted, StopReason, Update};
 use super::head::{Head, HeadFields};
 use super::logprobs::CompletionLogprobs;
 use super::prepare::{Prepared, Prompt, prepare};
@@ -23,7 +23,7 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{Failure, TokenId};
+use crate::types::{Failure, FinishReason, TokenId};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     state.check_serving()?;
@@ -99,7 +99,7 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
             index: index as u32,
             text: echo + &choice.text,
             logprobs,
-            finish_reason: choice.reason.as_ref().map(finish_label),
+            finish_reason: choice.reason.as_ref().map(FinishReason::label),
             stop_reason: choice.reason.as_ref().and_then(StopReason::of),
             token_ids: shape.wants_ids.then_some(choice.tokens),
             prompt_token_ids: shape.wants_ids.then_some(&*prompt.tokens),
@@ -162,7 +162,7 @@ impl ChunkFormat for CompletionChunks {
             index,
             text: echo + &text,
             logprobs: None,
-            finish_reason: finished.as_ref().map(finish_label),
+            finish_reason: finished.as_ref().map(FinishReason::label),
             stop_reason: finished.as_ref().and_then(StopReason::of),
             token_ids: None,
             prompt_token_ids: (is_first && self.shape.wants_ids).then_some(&*prompt.tokens),

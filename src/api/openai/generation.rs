@@ -75,7 +75,8 @@ pub struct Part {
     is_expired: bool,
     prompt_tokens: u64,
     cached_tokens: u64,
-    times: Times,
+    arrived: Instant,
+    has_tokens: bool,
 }
 
 struct Choice {
@@ -90,13 +91,6 @@ struct Choice {
     last: Option<Update>,
     last_token: Option<Instant>,
     finished: bool,
-}
-
-struct Times {
-    arrived: Instant,
-    scheduled: Option<Instant>,
-    first_token: Option<Instant>,
-    last_token: Option<Instant>,
 }
 
 impl Part {
@@ -128,7 +122,8 @@ impl Part {
             first_choice,
             prompt_tokens: prompt_tokens as u64,
             cached_tokens: 0,
-            times: Times { arrived, scheduled: None, first_token: None, last_token: None },
+            arrived,
+            has_tokens: false,
         }
     }
 
@@ -162,7 +157,7 @@ impl Part {
             return Ok(());
         }
         match event {
-            GenerationEvent::Scheduled { cached_tokens } => self.scheduled(cached_tokens, metrics),
+            GenerationEvent::Scheduled { cached_tokens } => self.cached_tokens = cached_tokens.into(),
             GenerationEvent::Token { choice, token, logprobs } => {
                 self.observe_token(choice, metrics);
                 self.token(choice, token, logprobs);
@@ -195,13 +190,6 @@ impl Part {
         }
     }
 
-    fn scheduled(&mut self, cached_tokens: u32, metrics: &Metrics) {
-        self.times.scheduled = Some(Instant::now());
-        self.cached_tokens = cached_tokens.into();
-        metrics.prefix_cache_queries.inc_by(self.prompt_tokens);
-        metrics.prefix_cache_hits.inc_by(self.cached_tokens);
-    }
-
     fn finish(&mut self, choice: u32, reason: FinishReason, metrics: &Metrics) {
         let state = &mut self.choices[choice as usize];
         assert!(!state.finished, "a choice finishes once");
@@ -212,7 +200,7 @@ impl Part {
             FinishReason::Length | FinishReason::Deadline | FinishReason::Shutdown => None,
         };
         let text = state.text.finish(cause);
-        metrics.request_success.with([finish_label(&reason)]).inc();
+        metrics.client_choices.with([reason.label()]).inc();
         let last = state.last.take();
         if last.is_some() || !state.has.finished {
             let mut update = last.unwrap_or_default();
@@ -222,41 +210,19 @@ impl Part {
             self.updates.push_back(update);
         }
         if self.unfinished == 0 {
-            self.observe_end(metrics);
+            metrics.client_request_duration.observe(self.arrived.elapsed().as_secs_f64());
         }
     }
 
     fn observe_token(&mut self, choice: u32, metrics: &Metrics) {
         let now = Instant::now();
-        metrics.generation_tokens.inc();
-        if self.times.first_token.is_none() {
-            self.times.first_token = Some(now);
-            metrics.prompt_tokens.inc_by(self.prompt_tokens);
-            metrics.time_to_first_token.observe((now - self.times.arrived).as_secs_f64());
+        metrics.client_generation_tokens.inc();
+        if !std::mem::replace(&mut self.has_tokens, true) {
+            metrics.client_prompt_tokens.inc_by(self.prompt_tokens);
+            metrics.client_time_to_first_token.observe((now - self.arrived).as_secs_f64());
         }
-        self.times.last_token = Some(now);
         if let Some(last) = self.choices[choice as usize].last_token.replace(now) {
-            metrics.inter_token_latency.observe((now - last).as_secs_f64());
-        }
-    }
-
-    fn observe_end(&self, metrics: &Metrics) {
-        let generated = self.generated();
-        metrics.request_prompt_tokens.observe(self.prompt_tokens as f64);
-        metrics.request_generation_tokens.observe(generated as f64);
-        metrics.request_params_n.observe(self.sampling.n.into());
-        metrics.request_params_max_tokens.observe(self.sampling.max_tokens.into());
-        let Times { arrived, scheduled, first_token, last_token } = self.times;
-        metrics.e2e_request_latency.observe(arrived.elapsed().as_secs_f64());
-        let (Some(scheduled), Some(first), Some(last)) = (scheduled, first_token, last_token) else { return };
-        metrics.request_queue_time.observe((scheduled - arrived).as_secs_f64());
-        metrics.request_prefill_time.observe((first - scheduled).as_secs_f64());
-        metrics.request_decode_time.observe((last - first).as_secs_f64());
-        metrics.request_inference_time.observe((last - scheduled).as_secs_f64());
-        let per_choice = generated.div_ceil(self.choices.len() as u64);
-        if per_choice > 1 {
-            let seconds = (last - first).as_secs_f64() / (per_choice - 1) as f64;
-            metrics.request_time_per_output_token.observe(seconds);
+            metrics.client_inter_token_latency.observe((now - last).as_secs_f64());
         }
     }
 
@@ -346,7 +312,7 @@ impl Generation {
     }
 
     fn has_tokens(&self) -> bool {
-        self.parts.iter().any(|part| part.times.first_token.is_some())
+        self.parts.iter().any(|part| part.has_tokens)
     }
 
     /// The client has this much of each choice already: it is not told again.
@@ -399,18 +365,8 @@ impl Drop for Generation {
             return;
         }
         for part in self.parts.iter().filter(|part| !part.is_finished()) {
-            self.metrics.request_success.with(["abort"]).inc_by(part.unfinished.into());
+            self.metrics.client_choices.with(["abort"]).inc_by(part.unfinished.into());
         }
-    }
-}
-
-/// `finish_reason` as clients see it.
-pub fn finish_label(reason: &FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Stop(_) => "stop",
-        FinishReason::Length => "length",
-        FinishReason::Deadline => "deadline",
-        FinishReason::Shutdown => "shutdown",
     }
 }
 

@@ -207,8 +207,20 @@ async fn what_the_request_used_is_measured() {
         ("vllm:e2e_request_latency_seconds_count", 1),
         ("vllm:request_queue_time_seconds_count", 1),
         ("vllm:request_decode_time_seconds_count", 1),
+        ("vllm:request_max_num_generation_tokens_count", 1),
     ] {
         let line = format!("{name}{labels} {value}");
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+    for (name, value) in [
+        ("prompt_tokens_total", 3),
+        ("generation_tokens_total", generated),
+        ("time_to_first_token_seconds_count", 1),
+        ("inter_token_latency_seconds_count", generated - 1),
+        ("request_duration_seconds_count", 1),
+        ("choices_total{finished_reason=\"stop\"}", 1),
+    ] {
+        let line = format!("outrigger_client_{name} {value}");
         assert!(text.lines().any(|found| found == line), "{line}\n{text}");
     }
 }
