@@ -591,7 +591,7 @@ mod tests {
         for line in [
             "vllm:inter_token_latency_seconds_sum{model_name=\"m\",engine=\"0\"} 0.3",
             "vllm:time_per_output_token_seconds_sum{model_name=\"m\",engine=\"0\"} 0.3",
-            "vllm:time_per_output_token_seconds_bucket{le=\"0.3\",model_name=\"m\",engine=\"0\"} 1",
+            "vllm:time_per_output_token_seconds_count{model_name=\"m\",engine=\"0\"} 1",
             "vllm:gpu_prefix_cache_queries_total{model_name=\"m\",engine=\"0\"} 9",
             "vllm:gpu_prefix_cache_hits_total{model_name=\"m\",engine=\"0\"} 4",
         ] {
