@@ -226,10 +226,6 @@ impl Part {
         }
     }
 
-    fn generated(&self) -> u64 {
-        self.choices.iter().map(|choice| u64::from(choice.tokens)).sum()
-    }
-
     /// A choice that has not finished, if any.
     fn first_unfinished(&self) -> Option<u32> {
         self.choices.iter().position(|choice| !choice.finished).map(|index| index as u32)
