@@ -11,7 +11,6 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
 
 use crate::observability::Metrics;
 use crate::types::{Failure, FailureKind};
@@ -139,15 +138,13 @@ pub struct AdmissionController {
 struct Shared {
     queue: Mutex<Queue>,
     metrics: Arc<Metrics>,
-    /// Notified when the last admitted request has ended.
-    drained: Notify,
 }
 
 impl AdmissionController {
     /// `max_num_seqs` is the number of choices that the engine runs at once.
     pub fn new(config: Config, max_num_seqs: u32, metrics: Arc<Metrics>) -> Self {
         let queue = Mutex::new(Queue::new(config, max_num_seqs, now()));
-        Self { shared: Arc::new(Shared { queue, metrics, drained: Notify::new() }) }
+        Self { shared: Arc::new(Shared { queue, metrics }) }
     }
 
     /// Admits or refuses the request at once. `engine_tokens_per_second` is the engine's own measurement
@@ -187,17 +184,6 @@ impl AdmissionController {
     pub fn status(&self) -> AdmissionStatus {
         self.shared.queue.lock().status()
     }
-
-    /// Returns when no admitted request is left. Call [`Self::close`] first, or it may never return.
-    pub async fn drained(&self) {
-        loop {
-            let notified = self.shared.drained.notified();
-            if self.status().admitted_requests == 0 {
-                return;
-            }
-            notified.await;
-        }
-    }
 }
 
 /// The runtime's clock, which a simulator may control.
@@ -224,14 +210,7 @@ impl Permit {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let last = {
-            let mut queue = self.shared.queue.lock();
-            queue.release(self.demand, self.scheduled, now());
-            queue.status().admitted_requests == 0
-        };
-        if last {
-            self.shared.drained.notify_waiters();
-        }
+        self.shared.queue.lock().release(self.demand, self.scheduled, now());
     }
 }
 
@@ -281,23 +260,15 @@ mod tests {
         assert!(late.message.contains("2.5 s"), "{}", late.message);
     }
 
-    #[tokio::test]
-    async fn drained_waits_for_the_last_permit() {
+    #[test]
+    fn a_closed_door_refuses_and_what_was_let_in_goes_on() {
         let controller = controller(Config::default(), 4);
-        let permits = [0, 1].map(|_| controller.try_admit(demand(1), 0.0).ok().unwrap());
+        let permit = controller.try_admit(demand(1), 0.0).ok().unwrap();
         controller.close();
         assert_eq!(refusal(&controller, demand(1)), RejectionReason::Closed);
-        let waiting = tokio::spawn({
-            let controller = controller.clone();
-            async move { controller.drained().await }
-        });
-        let [first, last] = permits;
-        drop(first);
-        tokio::task::yield_now().await;
-        assert!(!waiting.is_finished());
-        drop(last);
-        tokio::time::timeout(Duration::from_secs(5), waiting).await.expect("drained").unwrap();
-        controller.drained().await;
+        assert_eq!(controller.status().admitted_requests, 1);
+        drop(permit);
+        assert_eq!(controller.status().admitted_requests, 0);
     }
 
     #[test]

@@ -2,25 +2,27 @@
 
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use axum::http::HeaderMap;
 use tokio::sync::Semaphore;
 
 use super::auth::{ApiKeyError, ApiKeys};
 use super::config::Config;
 use super::error::ApiError;
 use super::model::{DEFAULT_ALIAS, ServedModel};
+use super::openai::deadline;
 use super::remote_models::RemoteModels;
 use crate::admission::AdmissionController;
 use crate::health::Health;
 use crate::observability::Metrics;
-use crate::router::Router;
+use crate::router::{Hold, Router};
 use crate::types::{Failure, FailureKind, NodeState};
 
 /// Long texts that are tokenised at once, beside the engine.
 const TOKENIZE_WORKERS: usize = 2;
-/// When a client may ask again that came while the model was loading.
-const LOADING_RETRY_AFTER: Duration = Duration::from_secs(2);
+/// When a client may ask again that came while nobody could serve it.
+const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// Cheap to clone.
 #[derive(Clone)]
@@ -84,12 +86,25 @@ impl ApiState {
         self.model.get()
     }
 
-    /// The model that a request names, if this node or another may serve it now.
-    pub async fn serving_model(&self, name: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
+    /// The model that a request names, if this node or another may serve it now. While this node starts, the request waits
+    /// for one.
+    pub async fn serving_model(&self, hold: &mut Hold, name: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
+        loop {
+            match self.find_model(name).await {
+                Err(_) if hold.waits().await => {}
+                found => {
+                    hold.succeeded();
+                    return found;
+                }
+            }
+        }
+    }
+
+    async fn find_model(&self, name: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
         let is_own = |model: &&Arc<ServedModel>| name.is_none_or(|name| name == DEFAULT_ALIAS || model.has_name(name));
         let own = self.model().filter(is_own);
         if let Some(own) = own
-            && (self.may_generate() || self.router.serves_elsewhere(own.name(), &own.tokenizer_digest))
+            && (self.router.can_serve_here() || self.router.serves_elsewhere(own.name(), &own.tokenizer_digest))
         {
             return Ok(own.clone());
         }
@@ -103,17 +118,13 @@ impl ApiState {
             Some(name) if self.remote.knew(name) => Err(ApiError::unavailable(
                 "No node that serves the model can be reached now.",
                 "no_replica",
-                Some(LOADING_RETRY_AFTER),
+                Some(RETRY_AFTER),
             )),
             Some(name) if self.model().is_some_and(|model| !model.has_name(name)) => {
                 Err(ApiError::model_not_found(name))
             }
             _ => Err(self.unavailable()),
         }
-    }
-
-    fn may_generate(&self) -> bool {
-        matches!(self.health.lifecycle().state(), NodeState::Ready | NodeState::Degraded)
     }
 
     /// The node will not be here for long.
@@ -124,24 +135,25 @@ impl ApiState {
         }
     }
 
-    /// Refuses at once, before a body is read, when nobody here could serve it.
-    pub fn check_serving(&self) -> Result<(), ApiError> {
-        let is_served = self.may_generate() && self.model().is_some();
-        if is_served || self.router.has_ready_peer() { Ok(()) } else { Err(self.unavailable()) }
+    /// Refuses before a body is read, when nobody could serve it; at once, unless this node starts. The request may wait no
+    /// longer than the given hold allows.
+    pub async fn check_serving(&self, headers: &HeaderMap) -> Result<Hold, ApiError> {
+        // One that is wrong is told so later.
+        let deadline = deadline(headers, Instant::now()).unwrap_or_default();
+        let mut hold = self.router.hold(deadline);
+        while !self.router.can_serve() {
+            if !hold.waits().await {
+                hold.check_deadline()?;
+                return Err(self.unavailable());
+            }
+        }
+        hold.succeeded();
+        Ok(hold)
     }
 
     fn unavailable(&self) -> ApiError {
-        match self.health.lifecycle().state() {
-            NodeState::Starting | NodeState::Warming | NodeState::Ready | NodeState::Degraded => ApiError::unavailable(
-                "The model is still loading. See /startupz.",
-                "model_loading",
-                Some(LOADING_RETRY_AFTER),
-            ),
-            NodeState::Draining | NodeState::Stopped => {
-                ApiError::unavailable("The server is shutting down.", "shutting_down", None)
-            }
-            NodeState::Failed => ApiError::unavailable("The engine has failed. See /livez.", "engine_failed", None),
-        }
+        let failure = self.router.unavailable();
+        ApiError::unavailable(failure.message, failure.code.unwrap_or("no_replica"), failure.retry_after)
     }
 
     /// Runs work here, or on a blocking thread when it is long; then only a few at once.

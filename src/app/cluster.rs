@@ -124,9 +124,12 @@ impl Cluster {
     }
 
     /// Says goodbye, so that nobody has to find out.
-    pub async fn leave(&self) {
-        self.membership.leave().await;
-        self.shutdown.cancel();
+    pub fn leave(&self) -> impl Future<Output = ()> + Send + use<> {
+        let (membership, shutdown) = (self.membership.clone(), self.shutdown.clone());
+        async move {
+            membership.leave().await;
+            shutdown.cancel();
+        }
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::announce;
 use super::cluster::Cluster;
@@ -33,12 +33,13 @@ pub struct Front {
     /// Reached from this machine only.
     pub is_local: bool,
     server: JoinHandle<()>,
-    admin: Option<JoinHandle<()>>,
-    server_shutdown: CancellationToken,
+    stops_accepting: CancellationToken,
+    /// Ends the admin address with the front.
+    _admin: DropGuard,
 }
 
 impl Front {
-    /// Listens and answers: health truthfully, generation with 503 until a model is set.
+    /// Listens and answers: health truthfully, generation through peers until a model is served here.
     pub async fn open(config: &Config) -> anyhow::Result<Self> {
         // What can never be served is refused before anything listens.
         let model = ModelReference::parse(&config.process.model, &Catalog::embedded())?.name();
@@ -60,19 +61,16 @@ impl Front {
         api.expect_model(config.process.served_names(&model).swap_remove(0));
         let fault_target = config.process.fault_injection.then(FaultTarget::default);
         let extra = fault_target.as_ref().map(|target| fault_routes(target.clone(), api.clone())).unwrap_or_default();
-        let server_shutdown = CancellationToken::new();
-        let server = tokio::spawn(api::serve(listener, api.clone(), extra, server_shutdown.clone()));
-        let admin = match config.api.admin_addr {
-            Some(address) => {
-                let listener = TcpListener::bind(address)
-                    .await
-                    .with_context(|| format!("admin_addr: cannot listen on {address}"))?;
-                let overview = router.clone();
-                let overview = Arc::new(move || overview.overview());
-                Some(tokio::spawn(api::admin::serve(listener, api.clone(), overview, server_shutdown.clone())))
-            }
-            None => None,
-        };
+        let stops_accepting = CancellationToken::new();
+        let server = tokio::spawn(api::serve(listener, api.clone(), extra, stops_accepting.clone()));
+        let admin = CancellationToken::new();
+        if let Some(address) = config.api.admin_addr {
+            let listener =
+                TcpListener::bind(address).await.with_context(|| format!("admin_addr: cannot listen on {address}"))?;
+            let overview = router.clone();
+            let overview = Arc::new(move || overview.overview());
+            tokio::spawn(api::admin::serve(listener, api.clone(), overview, admin.clone()));
+        }
         Ok(Self {
             api,
             metrics,
@@ -84,8 +82,8 @@ impl Front {
             base_url: announce::base_url(address),
             is_local: address.ip().is_loopback(),
             server,
-            admin,
-            server_shutdown,
+            stops_accepting,
+            _admin: admin.drop_guard(),
         })
     }
 
@@ -99,14 +97,19 @@ impl Front {
         }
     }
 
-    /// Accepts nothing more and returns when every connection has ended, each after the response that it is in. The caller
-    /// bounds that time.
-    pub async fn close(self) {
-        self.server_shutdown.cancel();
-        for server in [Some(self.server), self.admin].into_iter().flatten() {
-            if let Err(error) = server.await {
-                tracing::error!(%error, "the HTTP server ended unexpectedly");
-            }
-        }
+    /// Accepts no connection any more; those that exist end after the answer that they wait for. The admin address stays
+    /// open, so that probes and scrapers see the end.
+    pub fn stop_accepting(&self) {
+        self.stops_accepting.cancel();
+    }
+
+    /// Whether a client is connected, or could connect.
+    pub fn has_connections(&self) -> bool {
+        !self.server.is_finished()
+    }
+
+    /// Whether a stream of a client's or work for a peer goes on.
+    pub fn has_work(&self) -> bool {
+        self.router.open_streams() > 0 || self.admission.status().admitted_requests > 0
     }
 }

@@ -1,4 +1,4 @@
-//! From what `--model` says to a node that is ready: obtain, open, load, try, attach.
+//! From what `--model` says to a model that can be served: obtain, open, load, try.
 //!
 //! What does not depend on one another runs at one time: the tokenizer is built while the weights are packed.
 
@@ -40,9 +40,24 @@ pub struct LoadedModel {
     pub has_chat_template: bool,
     /// Ends the watchers and the probe. Do so before the engine is ended on purpose.
     pub watchers: CancellationToken,
+    /// What clients and peers get, until it is served.
+    offer: Option<(ServedModel, LocalReplica)>,
 }
 
-/// Loads and tries the model, gives it to the front, and makes the node ready.
+impl LoadedModel {
+    /// Gives the model to clients and peers, and makes the node ready.
+    pub fn serve(&mut self, front: &Front) {
+        let (served, replica) = self.offer.take().expect("a model is served once");
+        let report = replica.model.clone();
+        front.api.set_model(served);
+        front.router.attach(replica);
+        // Refused only if the engine has failed in this moment; then the node ends.
+        let _ = front.health.lifecycle().ready("the model is loaded and gives the same numbers twice");
+        front.cluster.describe(vec![report]);
+    }
+}
+
+/// Obtains, loads and tries the model.
 pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyhow::Result<LoadedModel> {
     let health = &front.health;
     health.set_loading(LoadPhase::Downloading, 0.0);
@@ -127,13 +142,13 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         max_model_len: u32::try_from(limits.max_model_len).unwrap_or(u32::MAX),
         created: unix_seconds(),
     };
-    front.api.set_model(ServedModel::new(&model, tokenizer, chat_template, eos_token_ids));
-    front.router.attach(LocalReplica {
+    let served = ServedModel::new(&model, tokenizer, chat_template, eos_token_ids);
+    let replica = LocalReplica {
         engine: backend,
-        model: model.clone(),
+        model,
         seats: u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX),
         tokenizer: bundle.into(),
-    });
+    };
     health.supervise("tries the engine", probe.run(watchers.clone()));
     let memory = watch_memory(health.clone(), Box::new(HostMemory::detect()), watchers.clone());
     health.supervise("watches the memory", memory);
@@ -141,9 +156,8 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         let device = watch_device(health.clone(), probe, block_bytes, watchers.clone());
         health.supervise("watches the device", device);
     }
-    health.lifecycle().ready("the model is loaded and gives the same numbers twice")?;
-    front.cluster.describe(vec![model]);
-    Ok(LoadedModel { name, engine, fingerprint, limits, has_chat_template, watchers })
+    let offer = Some((served, replica));
+    Ok(LoadedModel { name, engine, fingerprint, limits, has_chat_template, watchers, offer })
 }
 
 /// A GPU whose driver cannot be asked is used all the same; its errors then show in steps alone.

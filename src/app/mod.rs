@@ -1,15 +1,16 @@
 //! The composition root: builds and starts every task, and owns the order in which they end.
 //!
 //! The front listens before anything is loaded, so that probes see how far loading has come. Then the model is obtained and
-//! loaded, the engine started, tried and attached, and the node is ready. From there on it waits for one of two ends: a
-//! signal, after which running work may finish; or a failed engine, after which the process ends so that it is restarted.
+//! loaded, the engine started and tried, and the node is ready. `life` says in which order it serves and ends; `driver` does
+//! what it says.
 
 mod announce;
 mod cluster;
-mod ending;
+mod driver;
 mod fault_injection;
 mod front;
 pub mod healthcheck;
+pub mod life;
 mod load;
 mod signals;
 pub mod status;
@@ -24,7 +25,6 @@ use anyhow::Context;
 use crate::config::{Config, Invocation, KEYS};
 use crate::engine::model_runner::{ComputeDevice, DeviceChoice};
 use crate::observability::trace;
-use ending::Ending;
 use front::Front;
 use load::LoadedModel;
 use signals::Signals;
@@ -67,29 +67,9 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
     if config.api.api_keys.is_empty() && !front.is_local {
         tracing::warn!("no api_keys are set: anybody who can reach `host` can use the model");
     }
-    let model = tokio::select! {
-        loaded = load::load(&config, device, &front) => match loaded {
-            Ok(model) => model,
-            Err(error) => {
-                ending::without_model(&config, front).await;
-                return Err(error);
-            }
-        },
-        caught = signals.next() => {
-            tracing::info!(signal = caught.name, "exiting while the model loads");
-            return Ok(ending::while_loading(&config, front, caught).await);
-        }
-        reason = front.failed() => {
-            ending::without_model(&config, front).await;
-            anyhow::bail!("the node failed while the model was loaded: {reason}");
-        }
-    };
-    welcome(&config, &front, &model, started.elapsed());
-    let ending = tokio::select! {
-        caught = signals.next() => Ending::Signal(caught),
-        reason = front.failed() => Ending::Failure(reason),
-    };
-    Ok(ending::end(ending, &config, front, model, &mut signals).await)
+    let loading = load::load(&config, device, &front);
+    let welcome = |model: &LoadedModel| welcome(&config, &front, model, started.elapsed());
+    driver::drive(&config, &front, loading, welcome, &mut signals).await
 }
 
 /// Before anything listens: the limits of the queue depend on what computes.

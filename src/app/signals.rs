@@ -18,6 +18,11 @@ pub struct Caught {
 }
 
 impl Caught {
+    /// Whether clients may still be sent here: a load balancer needs a while to notice. SIGINT comes from a terminal.
+    pub fn lingers(self) -> bool {
+        self.name == "SIGTERM"
+    }
+
     /// What shells report of a process that a signal ended.
     pub fn exit_code(self) -> u8 {
         128 + self.number

@@ -313,7 +313,7 @@ keys! {
         max_failovers: Count => router.max_failovers,
             "Most times that one stream may move to another replica after a failure.";
         failover_timeout: Time => router.failover_timeout,
-            "End a stream with an error when no replica can continue it within this time.";
+            "End a stream with an error when no replica can continue it within this time, and refuse a request that a starting node has held for so long.";
         retry_budget: Number => router.retry_budget,
             "Most retries before the first token, as a fraction of the requests.";
         journal_ttl: Time => router.journal_ttl,
@@ -331,11 +331,11 @@ keys! {
     }
     "Shutdown and faults" {
         shutdown_timeout: Time => process.shutdown_timeout,
-            "Let running requests continue for at most this long after SIGTERM or SIGINT.";
+            "Let running requests continue for at most this long after SIGTERM, SIGINT or a failed engine.";
         drain_linger: Time => process.drain_linger,
-            "Keep taking requests, and pass them to peers, for this long after SIGTERM. Must be longer than a load balancer takes to notice.";
+            "Keep accepting connections, and pass their requests to peers, for this long after SIGTERM. Must be longer than a load balancer takes to notice.";
         failure_linger: Time => process.failure_linger,
-            "Keep answering probes for this long after the engine has failed; then exit.";
+            "Keep accepting connections and answering probes for this long after the engine has failed.";
         fault_injection: Switch => process.fault_injection,
             "Open `POST /debug/fault`, which makes the engine hang, panic or compute wrong numbers. For drills only.";
     }

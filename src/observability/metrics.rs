@@ -266,6 +266,10 @@ metrics! {
         "Requests by where they were first placed (local, peer), or that they were shed";
     placement_retries: Counter = Counter "outrigger_placement_retries_total" [] []
         "Attempts before the first token after one that was refused";
+    requests_held: Gauge = Gauge "outrigger_requests_held" [] []
+        "Requests that wait for this node, which is starting, to have a model or a peer that has one";
+    held_requests: CounterVec<1> = Counter "outrigger_held_requests_total" ["outcome"] []
+        "Requests that waited so, by what became of them: served, refused (nobody came in time), abandoned by their client";
     streams_open: Gauge = Gauge "outrigger_streams_open" [] []
         "Streams for which this node answers to clients";
     streams_served: Gauge = Gauge "outrigger_streams_served_for_peers" [] []

@@ -12,8 +12,19 @@ use crate::cluster::{ModelReport, Peer};
 use crate::types::{Failure, FailureKind, NodeState};
 
 impl Shared {
-    /// Where the request goes, among the replicas for which `is_free` holds.
+    /// Where the request goes, among the replicas for which `is_free` holds. A node that leaves serves itself what nobody else
+    /// takes.
     pub(super) fn choose(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Choice {
+        let choice = self.choose_placed(want, is_free, is_continuation);
+        let is_last_resort = matches!(choice, Choice::Shed(_) | Choice::Nowhere(_)) && self.leaves();
+        let suits = || self.local().is_some_and(|local| self.suits(want, &local.model));
+        match is_last_resort && self.can_serve_here() && is_free(&Replica::Here) && suits() {
+            true => Choice::Here,
+            false => choice,
+        }
+    }
+
+    fn choose_placed(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Choice {
         let (view, now) = (self.view.borrow().clone(), now());
         let here = self.local().filter(|local| self.suits(want, &local.model));
         let peers: Vec<(&Arc<Peer>, &ModelReport)> = view
@@ -95,10 +106,17 @@ impl Shared {
             && (has_same_numbers || (may_differ && model.names.contains(&want.model)))
     }
 
+    /// Whether requests are placed here.
     pub(super) fn may_serve_here(&self) -> bool {
-        let is_up = matches!(self.health.lifecycle().state(), NodeState::Ready | NodeState::Degraded);
+        self.can_serve_here() && !self.leaves()
+    }
+
+    /// Whether the engine would take a request.
+    pub(super) fn can_serve_here(&self) -> bool {
+        let state = self.health.lifecycle().state();
+        let is_up = matches!(state, NodeState::Ready | NodeState::Degraded | NodeState::Draining);
         // Whatever an engine that hangs is given would wait until the node fails.
-        is_up && self.local().is_some() && !self.leaves() && !self.health.engine_is_stalled()
+        is_up && self.local().is_some() && !self.is_cut() && !self.health.engine_is_stalled()
     }
 
     pub(super) fn unavailable(&self) -> Failure {

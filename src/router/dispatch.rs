@@ -16,6 +16,9 @@ use crate::types::{
     TokenId,
 };
 
+/// A replica does not serve at all. Its caller heard of that too late, which is no reason to spare others a second attempt.
+pub(super) const NOT_SERVING: &str = "shutting_down";
+
 /// A request of a client's, ready to be served by any replica of its model.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
@@ -171,9 +174,20 @@ impl Want {
 impl Router {
     /// Finds or starts the stream. What fails here has cost nothing.
     pub async fn dispatch(&self, dispatch: Dispatch) -> Result<Dispatched, Failure> {
-        self.shared.check_open()?;
+        if self.shared.is_cut() {
+            return Err(self.shared.unavailable());
+        }
         if let Some(name) = dispatch.name.as_ref().filter(|name| name.may_exist) {
-            match self.recall(&name.key).await {
+            let mut hold = self.hold(dispatch.deadline);
+            let recalled = loop {
+                let recalled = self.recall(&name.key).await;
+                // Without its tokens it cannot be made again: peers that are not known yet may have them.
+                if !(matches!(recalled, Recalled::Nothing) && name.must_exist && hold.waits().await) {
+                    break recalled;
+                }
+            };
+            hold.succeeded();
+            match recalled {
                 Recalled::Running(log) => {
                     return match self.join(&log, &dispatch)? {
                         Some(joined) => Ok(joined),
@@ -186,12 +200,19 @@ impl Router {
                 Recalled::Nothing => {}
             }
         }
-        self.start(&dispatch)
+        self.start(&dispatch).await
     }
 
-    fn start(&self, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
+    async fn start(&self, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
         let shared = &self.shared;
         let mut want = Want::new(dispatch, shared);
+        let mut hold = self.hold(dispatch.deadline);
+        let is_placeable = |want: &Want| !matches!(shared.choose(want, &|_| true, false), Choice::Nowhere(_));
+        if hold.is_on() {
+            while !is_placeable(&want) && hold.waits().await {}
+            hold.check_deadline()?;
+        }
+        hold.succeeded();
         shared.first_attempt();
         let (beginning, fingerprint) = shared.begin(&want)?;
         want.fingerprint = Some(fingerprint.clone());

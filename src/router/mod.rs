@@ -9,6 +9,7 @@ mod choosing;
 pub mod config;
 pub mod dispatch;
 mod failover;
+mod hold;
 pub mod hot_prefixes;
 mod ledger;
 mod load;
@@ -25,6 +26,7 @@ mod stream_log;
 
 pub use config::{Config, Strategy};
 pub use dispatch::{Dispatch, Dispatched, StreamName};
+pub use hold::Hold;
 pub use overview::{ClusterOverview, NodeOverview, PeerOverview, StreamCounts};
 pub use shared::{LocalReplica, NodeIdentity, Router, RouterParts};
 pub use stream_log::StreamFingerprint;

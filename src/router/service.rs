@@ -8,6 +8,7 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Router;
+use super::dispatch::NOT_SERVING;
 use super::failover::now;
 use super::hot_prefixes;
 use super::shared::Shared;
@@ -28,7 +29,7 @@ impl PeerService for Router {
         let shared = &self.shared;
         let refuse = |message: &str| Failure::new(FailureKind::Overloaded, message);
         let local = shared.local().filter(|_| shared.may_serve_here());
-        let local = local.ok_or_else(|| refuse("The replica is not ready, or is leaving."))?;
+        let local = local.ok_or_else(|| refuse("The replica is not ready, or is leaving.").with_code(NOT_SERVING))?;
         if local.model.fingerprint != call.fingerprint {
             return Err(refuse("The replica has another fingerprint."));
         }

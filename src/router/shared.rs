@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -10,7 +10,6 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
-use tokio::sync::Notify;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -103,9 +102,8 @@ pub struct Shared {
     pub(super) latencies: Mutex<Latencies>,
     draws: AtomicU64,
     open_streams: AtomicU32,
-    /// The last stream has ended.
-    pub(super) idle: Notify,
-    is_closed: AtomicBool,
+    /// Requests that wait while the node starts.
+    pub(super) held: AtomicUsize,
     pub(super) is_leaving: watch::Sender<bool>,
     pub(super) is_cut: watch::Sender<bool>,
 }
@@ -144,8 +142,7 @@ impl Router {
             latencies: Mutex::default(),
             draws: seed.into(),
             open_streams: 0.into(),
-            idle: Notify::new(),
-            is_closed: false.into(),
+            held: 0.into(),
             is_leaving: watch::Sender::new(false),
             is_cut: watch::Sender::new(false),
         };
@@ -210,28 +207,13 @@ impl Router {
         self.shared.open_streams.load(Ordering::Relaxed)
     }
 
-    /// The node wants to end: what it generates is taken elsewhere where that can be, and nothing new is begun here.
+    /// The node wants to end: what it generates is taken elsewhere where that can be, and nothing is begun here that a peer could
+    /// take.
     pub fn leave(&self) {
         self.shared.is_leaving.send_replace(true);
     }
 
-    /// Returns once no stream is open any more.
-    pub async fn drained(&self) {
-        loop {
-            let idle = self.shared.idle.notified();
-            if self.open_streams() == 0 {
-                return;
-            }
-            idle.await;
-        }
-    }
-
-    /// From now on no stream is begun, neither here nor at a peer.
-    pub fn close(&self) {
-        self.shared.is_closed.store(true, Ordering::Relaxed);
-    }
-
-    /// Ends all streams; their clients are told how to go on elsewhere.
+    /// Ends all streams; their clients are told how to go on elsewhere. No stream is begun any more.
     pub fn cut(&self) {
         self.shared.is_cut.send_replace(true);
     }
@@ -248,9 +230,19 @@ impl Router {
         peers.values().any(|peer| peer.report.ready && peer.description.models.iter().any(is_it))
     }
 
-    /// Whether another node could take a request now.
-    pub fn has_ready_peer(&self) -> bool {
-        self.shared.view.borrow().peers.values().any(|peer| peer.report.ready)
+    /// Whether this node or another could take a request now.
+    pub fn can_serve(&self) -> bool {
+        self.can_serve_here() || self.shared.view.borrow().peers.values().any(|peer| peer.report.ready)
+    }
+
+    /// Why nobody can take a request now, for its client.
+    pub fn unavailable(&self) -> Failure {
+        self.shared.unavailable()
+    }
+
+    /// Whether this node's engine could take a request now; where it leaves, only for want of a peer.
+    pub fn can_serve_here(&self) -> bool {
+        self.shared.can_serve_here()
     }
 }
 
@@ -264,13 +256,17 @@ impl Shared {
         self.is_clustered
     }
 
+    pub(super) fn is_clustered(&self) -> bool {
+        self.is_clustered
+    }
+
     pub(super) fn has_peers(&self) -> bool {
         self.is_clustered && !self.view.borrow().peers.is_empty()
     }
 
-    /// Refuses when no stream may be begun any more.
-    pub(super) fn check_open(&self) -> Result<(), Failure> {
-        if self.is_closed.load(Ordering::Relaxed) { Err(self.unavailable()) } else { Ok(()) }
+    /// Nothing may be begun any more.
+    pub(super) fn is_cut(&self) -> bool {
+        *self.is_cut.borrow()
     }
 
     pub(super) fn leaves(&self) -> bool {
@@ -285,7 +281,7 @@ impl Shared {
         cursor: Cursor,
         is_continuation: bool,
     ) -> Result<Source, Failure> {
-        let local = self.local.get().filter(|_| self.may_serve_here()).ok_or_else(|| self.unavailable())?;
+        let local = self.local.get().filter(|_| self.can_serve_here()).ok_or_else(|| self.unavailable())?;
         let request = want.request(starts, is_continuation);
         self.admit(local, want.demand(), request, &want.prefixes, cursor, is_continuation)
     }
@@ -435,9 +431,7 @@ impl Shared {
             self.replicator.end(log);
         }
         self.metrics.streams_open.dec();
-        if self.open_streams.fetch_sub(1, Ordering::Relaxed) == 1 {
-            self.idle.notify_waiters();
-        }
+        self.open_streams.fetch_sub(1, Ordering::Relaxed);
     }
 
     /// What other nodes know of a stream.

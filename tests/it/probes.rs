@@ -276,7 +276,19 @@ async fn a_node_that_downloads_is_alive_unready_and_says_so() {
     let endpoint = format!("http://{}", hub.local_addr().expect("an address"));
     let home = tempfile::tempdir().expect("a directory");
     let home = home.path().to_str().expect("UTF-8");
-    let mut server = RealServer::start(&["--model", "owner/name", "--hub-endpoint", &endpoint, "--home", home]).await;
+    let mut server = RealServer::start(&[
+        "--model",
+        "owner/name",
+        "--hub-endpoint",
+        &endpoint,
+        "--home",
+        home,
+        "--failover-timeout",
+        "200ms",
+        "--drain-linger",
+        "0s",
+    ])
+    .await;
     let (held, _) = hub.accept().await.expect("the node asks the hub");
     let startup = server.get("/startupz").await;
     assert_eq!((startup.status.as_u16(), &startup.body["phase"]), (503, &json!("downloading")), "{}", startup.body);

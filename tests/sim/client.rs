@@ -9,6 +9,7 @@ use outrigger::router::{Dispatch, Dispatched, StreamName};
 use outrigger::types::{Failure, FailureKind, FinishReason, GenerationEvent, RequestId, TokenId, TokenLogprobs};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::net::Process;
 use crate::node::{MODEL, Node, TOKENIZER};
 use crate::oracle::{Reference, Violation};
 use crate::plan::ClientPlan;
@@ -49,6 +50,8 @@ pub struct Client {
     deadline: Option<Instant>,
     /// What the stream is called: the client's own key, or the name that a server gave it.
     key: String,
+    /// The process that it was last connected to.
+    connected: Option<Process>,
     /// Since when a server has answered: the stream can be asked for by its name.
     known_since: Option<Instant>,
 }
@@ -67,6 +70,7 @@ impl Client {
             hang_ups: 0,
             deadline: None,
             key: String::new(),
+            connected: None,
             known_since: None,
         }
     }
@@ -120,6 +124,12 @@ impl Client {
     }
 
     async fn connect(&mut self, node: &Node) -> Result<Ending, Violation> {
+        let is_connected = self.connected.as_ref() == Some(&node.process);
+        let Some(_connection) = node.connect(is_connected) else {
+            self.world.trace.note(format_args!("{} finds n{} closed", self.name, node.process.node));
+            return Ok(Ending::Broken);
+        };
+        self.connected = Some(node.process.clone());
         sleep(self.random.micros(100, 2000)).await;
         let dispatch = self.dispatch();
         let answer = async {
@@ -256,7 +266,9 @@ impl Client {
             FailureKind::Overloaded if self.world.has_tight_queues() && (!has_begun || was_troubled) => true,
             // Its entry node and the holders of its journal were lost together.
             _ if failure.code == Some(FORGOTTEN) => was_troubled,
-            _ if failure.code == Some("stream_interrupted") => self.world.is_ending(node),
+            // The node could wait no longer.
+            _ if failure.code == Some("stream_interrupted") => node.has_stopped(),
+            _ if failure.code == Some("shutting_down") && node.has_stopped() => true,
             _ => !self.world.could_serve(node),
         };
         match is_allowed {

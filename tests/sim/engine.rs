@@ -192,6 +192,12 @@ impl SimEngine {
         .await;
     }
 
+    /// Ends every stream with the failure, unless it hangs.
+    pub fn give_up(&self, failure: Failure) {
+        self.handle.give_up(failure);
+        self.wake.notify_one();
+    }
+
     pub fn stand_still(&self, stands: bool) {
         self.stands_still.send_replace(stands);
     }

@@ -1,17 +1,22 @@
-//! A node in the simulation: the real router, admission, health and engine of one process, wired as the server wires them.
+//! A node in the simulation: the real router, admission, health and engine of one process, wired as the server wires them, and
+//! its real order of serving and ending.
 
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use outrigger::admission::{self, AdmissionController};
+use outrigger::app::life::{Action, Bounds, Life, Seen};
 use outrigger::cluster::{ClusterView, ModelReport, NodeDescription, PROTOCOL_VERSION};
 use outrigger::health::inference_probe::InferenceProbe;
 use outrigger::health::{self, Health, watch_engine};
 use outrigger::observability::Metrics;
 use outrigger::router::{self, LocalReplica, NodeIdentity, Router, RouterParts};
 use outrigger::types::{Backend, NodeState, watch};
-use tokio::time::{sleep, timeout};
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::{EngineSize, MAX_MODEL_LEN, SimEngine, fingerprint};
@@ -27,6 +32,8 @@ pub struct NodeConfig {
     pub admission: admission::Config,
     pub engine: EngineSize,
     pub zones: usize,
+    /// How long the phases of ending may take.
+    pub bounds: Bounds,
     /// The bits of the nodes whose engines plan a step while another is in flight.
     pub devices: u64,
 }
@@ -51,6 +58,31 @@ pub struct Node {
     pub death: CancellationToken,
     pub view: Arc<watch::Sender<Arc<ClusterView>>>,
     zone: String,
+    door: Arc<Door>,
+}
+
+/// What stands between clients and the node's process.
+#[derive(Default)]
+struct Door {
+    /// New connections are refused.
+    is_shut: AtomicBool,
+    /// The node has ended what still ran, and begins nothing more: connections end with the answer that they wait for.
+    has_stopped: AtomicBool,
+    /// Clients that are connected and wait for something.
+    connections: AtomicUsize,
+    /// Told when the process is asked to end.
+    signal: Notify,
+    /// The process has ended by itself.
+    ended: CancellationToken,
+}
+
+/// A connection of a client's, while it is used.
+pub struct Connection(Arc<Door>);
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Node {
@@ -83,63 +115,141 @@ impl Node {
         let depth = if config.devices >> process.node & 1 == 1 { 2 } else { 1 };
         let engine = SimEngine::spawn(&EngineSize { depth, ..config.engine.clone() }, death.clone());
         net.join(&process, router.clone(), death.clone());
-        let node = Self { process, router, admission, health, metrics, engine, death, view, zone };
+        let door = Arc::default();
+        let node = Self { process, router, admission, health, metrics, engine, death, view, zone, door };
         tokio::spawn({
             let (router, death) = (node.router.clone(), node.death.clone());
             async move { router.run(death).await }
         });
         tokio::spawn({
-            let (node, seats) = (node.clone(), config.engine.seats);
+            let (node, seats, bounds) = (node.clone(), config.engine.seats, config.bounds);
             async move {
                 let death = node.death.clone();
-                death.run_until_cancelled(node.load(loading, seats)).await;
+                death.run_until_cancelled(node.live(bounds, loading, seats)).await;
             }
         });
         node
     }
 
-    async fn load(self, loading: Duration, seats: usize) {
-        let Self { router, health, engine, death, .. } = self;
-        sleep(loading).await;
-        let backend: Arc<dyn Backend> = Arc::new(engine);
-        health.attach(backend.clone());
-        if health.lifecycle().warming("simulated").is_err() {
-            return;
-        }
-        tokio::spawn(watch_engine(health.clone(), death.clone()));
-        let Ok(probe) = InferenceProbe::calibrate(health.clone(), backend.clone(), Arc::from([3, 1, 2])).await else {
-            // Whoever looks after the process starts it again.
-            let _ = health.lifecycle().fail("the first inference failed");
-            return;
-        };
-        router.attach(LocalReplica { engine: backend, model: model(), seats: seats as u32, tokenizer: Bytes::new() });
-        if health.lifecycle().ready("simulated").is_ok() {
-            probe.run(death).await;
-        }
-    }
-
-    pub fn state(&self) -> NodeState {
-        self.health.lifecycle().state()
-    }
-
-    /// As at SIGTERM, in the server's order: gives away what it can, ends the rest at the limit, and goes on serving for a
-    /// while whoever does not know yet.
-    pub async fn drain(&self, limit: Duration, linger: Duration) {
-        // A node that has failed meanwhile leaves all the same.
-        let _ = self.health.lifecycle().drain("simulated");
-        self.router.leave();
-        self.admission.close();
-        let relayed = async {
-            if timeout(limit, self.router.drained()).await.is_err() {
-                self.router.cut();
+    /// The life of the process, as `app` lives it.
+    async fn live(self, bounds: Bounds, loading: Duration, seats: usize) {
+        let mut life = Life::new(bounds);
+        let mut loading = pin!(self.load(loading, seats));
+        let (mut model, mut has_failed) = (None, false);
+        let has_engine = Arc::new(AtomicBool::new(false));
+        loop {
+            let seen = Seen {
+                has_work: self.router.open_streams() > 0 || self.admission.status().admitted_requests > 0,
+                has_connections: self.door.connections.load(Ordering::Relaxed) > 0,
+                has_engine: has_engine.load(Ordering::Relaxed),
+                has_left: true,
+            };
+            for action in life.look(seen, now()) {
+                self.act(action, &has_engine);
             }
-        };
-        let ended = async {
-            tokio::join!(self.engine.drain(limit), relayed, sleep(linger.min(limit)));
-        };
-        // A hung engine does not end its streams.
-        let _ = timeout(limit + Duration::from_secs(1), ended).await;
-        sleep(Duration::from_millis(50)).await;
+            if self.door.ended.is_cancelled() {
+                return;
+            }
+            let is_loading = life.is_loading();
+            let wake = life.wake(now());
+            let actions = tokio::select! {
+                biased;
+                () = self.door.signal.notified() => life.signalled(true, now()),
+                () = self.failed(), if !is_loading && !has_failed => {
+                    has_failed = true;
+                    life.failed(now())
+                }
+                loaded = &mut loading, if is_loading => match loaded {
+                    Some(loaded) => {
+                        has_engine.store(true, Ordering::Relaxed);
+                        model = Some(loaded);
+                        life.loaded()
+                    }
+                    None => {
+                        let _ = self.health.lifecycle().fail("the first inference failed");
+                        life.load_failed(now())
+                    }
+                },
+                () = sleep_until(wake.map_or_else(far_away, Instant::from_std)) => Vec::new(),
+            };
+            for action in actions {
+                if action == Action::Serve
+                    && let Some((replica, probe)) = model.take()
+                {
+                    self.router.attach(replica);
+                    let _ = self.health.lifecycle().ready("simulated");
+                    tokio::spawn(probe.run(self.death.clone()));
+                }
+                self.act(action, &has_engine);
+            }
+        }
+    }
+
+    fn act(&self, action: Action, has_engine: &Arc<AtomicBool>) {
+        match action {
+            Action::Serve => {}
+            Action::Leave => {
+                // A node that has failed meanwhile leaves all the same.
+                let _ = self.health.lifecycle().drain("simulated");
+                self.router.leave();
+            }
+            Action::GiveUpEngine => self.engine.give_up(self.health.engine_failure()),
+            Action::StopAccepting => self.door.is_shut.store(true, Ordering::Relaxed),
+            Action::Stop => {
+                self.door.has_stopped.store(true, Ordering::Relaxed);
+                self.admission.close();
+                self.router.cut();
+                let (engine, has_engine) = (self.engine.clone(), has_engine.clone());
+                tokio::spawn(async move {
+                    engine.drain(Duration::ZERO).await;
+                    has_engine.store(false, Ordering::Relaxed);
+                });
+            }
+            Action::SayGoodbye => {}
+            Action::Exit(_) => self.door.ended.cancel(),
+        }
+    }
+
+    async fn load(&self, loading: Duration, seats: usize) -> Option<(LocalReplica, InferenceProbe)> {
+        sleep(loading).await;
+        let backend: Arc<dyn Backend> = Arc::new(self.engine.clone());
+        self.health.attach(backend.clone());
+        self.health.lifecycle().warming("simulated").ok()?;
+        tokio::spawn(watch_engine(self.health.clone(), self.death.clone()));
+        let probe = InferenceProbe::calibrate(self.health.clone(), backend.clone(), Arc::from([3, 1, 2])).await.ok()?;
+        let replica = LocalReplica { engine: backend, model: model(), seats: seats as u32, tokenizer: Bytes::new() };
+        Some((replica, probe))
+    }
+
+    async fn failed(&self) {
+        let mut phases = self.health.lifecycle().subscribe();
+        // The lifecycle lives in `self`.
+        drop(phases.wait_for(|phase| phase.state == NodeState::Failed).await);
+    }
+
+    /// Its time is over: clients are told to go elsewhere.
+    pub fn has_stopped(&self) -> bool {
+        self.door.has_stopped.load(Ordering::Relaxed)
+    }
+
+    /// As SIGTERM.
+    pub fn terminate(&self) {
+        self.door.signal.notify_one();
+    }
+
+    /// Returns once the process has ended by itself.
+    pub async fn ended(&self) {
+        self.door.ended.cancelled().await;
+    }
+
+    /// Connects, or goes on with a connection that the client has. None: there is nobody to answer.
+    pub fn connect(&self, has_connection: bool) -> Option<Connection> {
+        let is_refused = !has_connection && self.door.is_shut.load(Ordering::Relaxed);
+        if is_refused || self.has_stopped() {
+            return None;
+        }
+        self.door.connections.fetch_add(1, Ordering::Relaxed);
+        Some(Connection(self.door.clone()))
     }
 
     pub fn description(&self) -> NodeDescription {
@@ -176,6 +286,14 @@ impl Node {
         };
         (status.alive && !is_clean).then(text)
     }
+}
+
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+fn far_away() -> Instant {
+    Instant::now() + Duration::from_secs(3600)
 }
 
 fn model() -> ModelReport {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outrigger::admission;
+use outrigger::app::life::Bounds;
 use outrigger::router::{self, Strategy};
 use outrigger::types::{SamplingParams, TokenId};
 
@@ -96,17 +97,17 @@ pub enum Fault {
     Crash {
         node: usize,
     },
-    /// Drains the process, then starts another.
+    /// Asks the process to end; then another starts.
     Restart {
         node: usize,
-        limit: Duration,
-        linger: Duration,
+    },
+    /// At one time.
+    RestartTwo {
+        one: usize,
+        other: usize,
     },
     /// One after another.
-    RollingRestart {
-        limit: Duration,
-        linger: Duration,
-    },
+    RollingRestart,
 }
 
 impl Plan {
@@ -144,7 +145,13 @@ fn config(random: &mut Random) -> NodeConfig {
     let queue = if is_tight { random.between(1, 3) as u32 } else { 512 };
     let admission = admission::Config { max_num_queued_requests: queue, ..admission::Config::default() };
     let zones = random.between(1, 2) as usize;
-    NodeConfig { router, admission, engine, zones, devices: random.between(0, 31) }
+    let is_patient = random.percent(50);
+    let bounds = Bounds {
+        shutdown_timeout: if is_patient { random.millis(4000, 9000) } else { random.millis(300, 4000) },
+        drain_linger: random.millis(0, 1500),
+        failure_linger: random.millis(0, 1500),
+    };
+    NodeConfig { router, admission, engine, zones, bounds, devices: random.between(0, 31) }
 }
 
 /// One client, or twins with the same key and body.
@@ -245,10 +252,7 @@ fn faults(nodes: usize, random: &mut Random) -> Vec<(Duration, Fault)> {
         (0..random.between(0, 9)).map(|_| (random.millis(1200, latest), fault(nodes, spared, random))).collect();
     if random.percent(15) {
         faults.retain(|_| random.percent(30));
-        faults.push((
-            random.millis(1500, 4000),
-            Fault::RollingRestart { limit: random.millis(1500, 4000), linger: random.millis(0, 1500) },
-        ));
+        faults.push((random.millis(1500, 4000), Fault::RollingRestart));
     }
     faults.sort_by_key(|(at, _)| *at);
     faults
@@ -275,6 +279,7 @@ fn fault(nodes: usize, spared: Option<usize>, random: &mut Random) -> Fault {
         68..75 => Fault::Nan { node, lasts },
         75..80 => Fault::OutOfMemory { node, lasts: lasts / 2 },
         80..86 => Fault::Crash { node },
-        _ => Fault::Restart { node, limit: random.millis(300, 4000), linger: random.millis(0, 1500) },
+        86..90 => Fault::RestartTwo { one: node, other },
+        _ => Fault::Restart { node },
     }
 }

@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outrigger::cluster::{JournalKey, PeerService};
-use outrigger::types::NodeState;
 use parking_lot::Mutex;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use crate::gossip::Gossip;
 use crate::net::{Net, Process};
@@ -23,8 +22,6 @@ const GOSSIP_INTERVAL: Duration = Duration::from_millis(250);
 const ROUNDS_PER_CHECK: u32 = 3;
 /// A replica that has been well and within reach for so long must be of help: whoever is refused now is wronged.
 const SETTLED: Duration = Duration::from_secs(6);
-/// How long a process with a dead engine looks after its streams.
-const RELAY_LIMIT: Duration = Duration::from_secs(8);
 
 pub struct World {
     pub trace: Arc<Trace>,
@@ -46,8 +43,8 @@ struct Weather {
     troubles: Vec<u32>,
     /// When it could last not compute for others.
     unfit: Vec<Instant>,
-    /// When its process last did not move, or did not exist.
-    absent: Vec<Instant>,
+    /// When its process last did not move.
+    paused: Vec<Instant>,
     broken_links: BTreeMap<(usize, usize), Instant>,
 }
 
@@ -58,7 +55,7 @@ impl World {
             incarnations: 0,
             troubles: vec![0; nodes],
             unfit: vec![now; nodes],
-            absent: vec![now; nodes],
+            paused: vec![now; nodes],
             broken_links: BTreeMap::new(),
         };
         let world = Arc::new(Self {
@@ -90,8 +87,8 @@ impl World {
         if others.is_empty() { nodes.first().cloned() } else { Some((*random.pick(&others)).clone()) }
     }
 
-    /// Whether a request at this node ought to be served: the node has been up, and a replica that is well has been within
-    /// its reach, for long enough.
+    /// Whether a request at this node ought to be served, however young the node is: it does not stand still, and a replica
+    /// that is well has been within its reach for long enough.
     pub fn could_serve(&self, entry: &Node) -> bool {
         let (weather, own) = (self.weather.lock(), entry.process.node);
         let is_settled = |since: &Instant| since.elapsed() >= SETTLED;
@@ -99,7 +96,7 @@ impl World {
             to == own || [(own, to), (to, own)].iter().all(|link| weather.broken_links.get(link).is_none_or(is_settled))
         };
         let mut replicas = weather.unfit.iter().enumerate();
-        is_settled(&weather.absent[own]) && replicas.any(|(node, since)| is_settled(since) && reaches(node))
+        is_settled(&weather.paused[own]) && replicas.any(|(node, since)| is_settled(since) && reaches(node))
     }
 
     /// Whether anything went wrong after, or shortly before.
@@ -139,11 +136,6 @@ impl World {
         self.config.admission.max_num_queued_requests < 100
     }
 
-    /// The node may tell its clients to go elsewhere.
-    pub fn is_ending(&self, node: &Node) -> bool {
-        matches!(node.state(), NodeState::Draining | NodeState::Failed)
-    }
-
     /// Lets nodes gossip for ever, and watches over them.
     pub async fn gossip(self: Arc<Self>, mut gossip: Gossip) {
         let mut ticks = interval(GOSSIP_INTERVAL);
@@ -159,12 +151,12 @@ impl World {
             }
             let mut weather = self.weather.lock();
             for (index, node) in nodes.iter().enumerate() {
-                let is_absent = node.is_none() || self.net.is_paused(index);
+                let is_paused = self.net.is_paused(index);
                 let is_ready = node.as_ref().is_some_and(|node| node.router.report().ready);
-                if is_absent {
-                    weather.absent[index] = Instant::now();
+                if is_paused {
+                    weather.paused[index] = Instant::now();
                 }
-                if is_absent || !is_ready || weather.troubles[index] > 0 {
+                if is_paused || !is_ready || weather.troubles[index] > 0 {
                     weather.unfit[index] = Instant::now();
                 }
                 for to in (0..nodes.len()).filter(|to| self.net.is_cut(index, *to)) {
@@ -182,7 +174,6 @@ impl World {
         let incarnation = {
             let mut weather = self.weather.lock();
             weather.incarnations += 1;
-            weather.absent[node] = Instant::now();
             weather.unfit[node] = Instant::now();
             weather.incarnations
         };
@@ -193,7 +184,15 @@ impl World {
         self.trace.note(format_args!("n{node} starts as {incarnation}"));
         let process = Process { node, incarnation };
         let started = Node::start(process, &self.config, &self.net, seed, loading);
-        self.nodes.lock()[node] = Some(started);
+        self.nodes.lock()[node] = Some(started.clone());
+        // Whoever looks after processes starts the next one.
+        let world = self.clone();
+        tokio::spawn(async move {
+            let death = started.death.clone();
+            if death.run_until_cancelled(started.ended()).await.is_some() {
+                world.replace(&started).await;
+            }
+        });
     }
 
     /// Ends the process, if it still lives.
@@ -264,11 +263,14 @@ impl World {
                 self.harm(node, lasts, |node, harmed| node.engine.lack_memory(harmed)).await;
             }
             Fault::Crash { node } => self.crash(node).await,
-            Fault::Restart { node, limit, linger } => self.restart(node, limit, linger).await,
-            Fault::RollingRestart { limit, linger } => {
+            Fault::Restart { node } => self.restart(node).await,
+            Fault::RestartTwo { one, other } => {
+                tokio::join!(self.restart(one), self.restart(other));
+            }
+            Fault::RollingRestart => {
                 let nodes = self.nodes.lock().len();
                 for node in 0..nodes {
-                    self.restart(node, limit, linger).await;
+                    self.restart(node).await;
                     sleep(Duration::from_millis(1500)).await;
                 }
             }
@@ -307,7 +309,7 @@ impl World {
         if is_current {
             self.net.pause(node, false);
         }
-        self.weather.lock().absent[node] = Instant::now();
+        self.weather.lock().paused[node] = Instant::now();
         self.trace.note(format_args!("n{node} resumes"));
         self.end_trouble(node);
     }
@@ -319,28 +321,29 @@ impl World {
         self.trace.note(format_args!("links {links:?} are whole again"));
     }
 
-    async fn crash(self: &Arc<Self>, node: usize) {
+    async fn crash(&self, node: usize) {
         let Some(process) = self.node(node) else { return };
         self.begin_trouble(node);
         process.engine.crash();
-        // Until its health notices, and then until nobody needs it any more.
-        sleep(Duration::from_millis(500)).await;
-        let _ = timeout(RELAY_LIMIT, process.router.drained()).await;
-        self.replace(&process).await;
+        self.next_process(&process).await;
         self.end_trouble(node);
     }
 
-    async fn restart(self: &Arc<Self>, node: usize, limit: Duration, linger: Duration) {
+    async fn restart(&self, node: usize) {
         let Some(process) = self.node(node) else { return };
         self.begin_trouble(node);
-        self.trace.note(format_args!("n{node} drains"));
-        tokio::select! {
-            biased;
-            () = process.death.cancelled() => {}
-            () = process.drain(limit, linger) => {}
-        }
-        self.replace(&process).await;
+        self.trace.note(format_args!("n{node} is asked to end"));
+        process.terminate();
+        self.next_process(&process).await;
         self.end_trouble(node);
+    }
+
+    /// Returns once another process has taken its place.
+    async fn next_process(&self, process: &Node) {
+        process.death.cancelled().await;
+        while self.node(process.process.node).is_none() {
+            sleep(Duration::from_millis(20)).await;
+        }
     }
 
     async fn replace(self: &Arc<Self>, process: &Node) {

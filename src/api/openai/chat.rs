@@ -26,10 +26,10 @@ use crate::api::state::ApiState;
 use crate::types::{Failure, FinishReason, TokenId};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
-    state.check_serving()?;
+    let mut hold = state.check_serving(&headers).await?;
     let bytes = read(&state.config, &headers, body).await?;
     let mut body: RequestBody = json::parse(&bytes)?;
-    let model = state.serving_model(body.model.as_deref()).await?;
+    let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
     if body.echo == Some(true) {
         return Err(Failure::invalid("echo", "`echo` is not supported in chat.")
             .with_code("unsupported_parameter")

@@ -20,3 +20,4 @@ pub mod unsupported;
 mod usage;
 
 pub use body::RequestBody;
+pub(super) use prepare::deadline;

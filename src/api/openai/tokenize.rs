@@ -54,9 +54,9 @@ pub async fn tokenize(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Tokenized>, ApiError> {
-    state.check_serving()?;
+    let mut hold = state.check_serving(&headers).await?;
     let body: TokenizeBody = read_json(&state.config, &headers, body).await?;
-    let model = state.serving_model(body.model.as_deref()).await?;
+    let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
     let wants_strings = body.return_token_strs.unwrap_or(false);
     // Unlike a generation, nothing bounds this text but the body's size: always leave the async threads.
     let worker = model.clone();
@@ -87,9 +87,9 @@ pub async fn detokenize(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Json<Detokenized>, ApiError> {
-    state.check_serving()?;
+    let mut hold = state.check_serving(&headers).await?;
     let body: DetokenizeBody = read_json(&state.config, &headers, body).await?;
-    let model = state.serving_model(body.model.as_deref()).await?;
+    let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
     let tokens = body.tokens.ok_or_else(|| Failure::invalid("tokens", "`tokens` is required."))?;
     for &token in &tokens {
         check_token("tokens", token, model.tokenizer.vocab_size())?;

@@ -150,11 +150,17 @@ impl Node {
         })
     }
 
+    /// What comes before there is a model is not held for long.
     fn loading(config: Config, admission: admission::Config) -> Self {
+        Self::loading_and_holding(config, admission, Duration::from_millis(100))
+    }
+
+    fn loading_and_holding(config: Config, admission: admission::Config, failover_timeout: Duration) -> Self {
         let metrics = Arc::new(Metrics::new("tiny"));
         let health = Health::new(health::Config::default(), metrics.clone());
         let admission = AdmissionController::new(admission, 1, metrics.clone());
-        let router = Router::alone(router::Config::default(), admission.clone(), health.clone(), metrics.clone());
+        let routing = router::Config { failover_timeout, ..router::Config::default() };
+        let router = Router::alone(routing, admission.clone(), health.clone(), metrics.clone());
         let state = ApiState::new(config, metrics, admission, health, router).expect("a valid configuration");
         Self { state, requests: Arc::default() }
     }

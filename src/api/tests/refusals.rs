@@ -277,9 +277,13 @@ async fn a_header_is_true_or_false() {
 }
 
 #[tokio::test]
-async fn a_node_that_loads_drains_or_failed_is_503() {
+async fn a_node_that_loads_has_ended_or_failed_is_503_and_one_that_drains_serves() {
     let loading = Node::loading(Config::default(), admission::Config::default());
+    let begin = std::time::Instant::now();
     let answer = loading.post_json(CHAT, json!({})).await;
+    assert!(begin.elapsed() >= Duration::from_millis(100), "it was held as long as it may be");
+    let metrics = loading.get("/metrics").await.text;
+    assert!(metrics.contains("outrigger_held_requests_total{outcome=\"refused\"} 1\n"), "{metrics}");
     assert_eq!((answer.status, &answer.error()["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("model_loading")));
     assert!(answer.headers.contains_key("retry-after"));
     assert_eq!(loading.get("/startupz").await.status, StatusCode::SERVICE_UNAVAILABLE);
@@ -291,17 +295,51 @@ async fn a_node_that_loads_drains_or_failed_is_503() {
     assert_eq!(draining.get("/startupz").await.status, StatusCode::OK);
     assert_eq!(draining.get("/health").await.status, StatusCode::OK);
     draining.state.health.lifecycle().drain("told to").expect("a step of the diagram");
-    assert_eq!(draining.post_json(CHAT, json!({})).await.error()["code"], "shutting_down");
+    assert_eq!(
+        draining.post_json(COMPLETIONS, json!({"prompt": [5]})).await.status,
+        StatusCode::OK,
+        "nobody else could"
+    );
     assert_eq!(draining.get("/health").await.status, StatusCode::OK);
     let unready = draining.get("/readyz").await;
     assert_eq!(unready.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(unready.json()["state"], "draining");
+    draining.state.router.cut();
+    let late = draining.post_json(COMPLETIONS, json!({"prompt": [5]})).await;
+    assert_eq!((late.status, &late.error()["code"]), (StatusCode::SERVICE_UNAVAILABLE, &json!("shutting_down")));
+    assert!(late.headers.contains_key("retry-after"));
 
     let failed = quiet();
     failed.state.health.lifecycle().fail("broken").expect("a step of the diagram");
     assert_eq!(failed.post_json(CHAT, json!({})).await.error()["code"], "engine_failed");
     assert_eq!(failed.get("/livez").await.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!(failed.get("/health").await.status, StatusCode::SERVICE_UNAVAILABLE);
+}
+
+/// A client that is early waits for the model, and one that has a deadline no longer than that.
+#[tokio::test]
+async fn a_request_that_comes_while_the_model_loads_is_held_and_served() {
+    let patience = Duration::from_secs(60);
+    let node = Arc::new(Node::loading_and_holding(Config::default(), admission::Config::default(), patience));
+    let early = tokio::spawn({
+        let node = node.clone();
+        async move { node.post_json(COMPLETIONS, json!({"prompt": [5]})).await }
+    });
+    let impatient = Request::post(COMPLETIONS).header("x-request-timeout-ms", "50").body(Body::from("{}"));
+    let refused = node.send(impatient.expect("a request")).await;
+    assert_eq!(refused.status, StatusCode::GATEWAY_TIMEOUT, "{}", refused.text);
+    assert!(!early.is_finished());
+    assert!(node.get("/metrics").await.text.contains("outrigger_requests_held 1\n"));
+    let script = |request: &GenerateRequest, events: Events| {
+        play(&events, request, &ids("x"), FinishReason::Stop(StopCause::EndOfSequence(EOS)));
+        Ok(())
+    };
+    node.load(ScriptedBackend { script: Box::new(script), requests: node.requests.clone() });
+    let answer = early.await.expect("no panic");
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
+    let metrics = node.get("/metrics").await.text;
+    assert!(metrics.contains("outrigger_requests_held 0\n"), "{metrics}");
+    assert!(metrics.contains("outrigger_held_requests_total{outcome=\"served\"} 1\n"), "{metrics}");
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use tracing::info;
 use super::{FailoverStream, SEARCH_INTERVAL, is_survivable, now};
 use crate::cluster::PeerStream;
 use crate::router::breaker::Attempt;
-use crate::router::dispatch::Choice;
+use crate::router::dispatch::{Choice, NOT_SERVING};
 use crate::router::ledger::InFlight;
 use crate::router::source::{Replica, Source};
 use crate::router::stream_log::Cursor;
@@ -145,7 +145,8 @@ impl FailoverStream {
             return;
         }
         let is_load =
-            matches!(failure.kind, FailureKind::Overloaded | FailureKind::RateLimited | FailureKind::Internal);
+            matches!(failure.kind, FailureKind::Overloaded | FailureKind::RateLimited | FailureKind::Internal)
+                && failure.code != Some(NOT_SERVING);
         let tries_too_often = self.attempts > self.shared.config.max_failovers + 1;
         if !is_continuation && (tries_too_often || (is_load && !self.shared.may_retry())) {
             return self.log.fail(failure);

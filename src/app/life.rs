@@ -1,0 +1,422 @@
+//! The order in which a node serves and ends: a pure machine. What has happened goes in, what is to be done comes out, and
+//! time is passed in. `app` runs it with sockets, signals and an engine, the simulator with its own.
+//!
+//! A node listens before this begins. From there:
+//!
+//! | phase | new connections | requests on those that exist | left by |
+//! |---|---|---|---|
+//! | loading | accepted | to peers; held while no peer is known | the model is loaded |
+//! | serving | accepted | here or to peers | a signal, or a failed engine |
+//! | lingering | accepted | to peers; here only if no peer can | `drain_linger` or `failure_linger` |
+//! | closing | refused | as before; each connection ends after its answer | all have ended, or the deadline |
+//! | stopping | refused | what is left is told to go on elsewhere | all have ended, or `STOP_GRACE` |
+//! | parting | refused | none is left | the peers have been told |
+//!
+//! The deadline is `shutdown_timeout` after the signal or the failure.
+
+use std::time::{Duration, Instant};
+
+/// For an engine to end its streams, and for their last words to reach the clients.
+const STOP_GRACE: Duration = Duration::from_secs(3);
+/// For a goodbye.
+const PART_GRACE: Duration = Duration::from_secs(3);
+/// From one look at what still runs to the next.
+const LOOK_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How long the phases may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    pub shutdown_timeout: Duration,
+    pub drain_linger: Duration,
+    pub failure_linger: Duration,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    /// Serve the model, and say so.
+    Serve,
+    /// Report unready, hand what runs here to peers, and begin nothing here that a peer could take.
+    Leave,
+    /// Trust the engine no more; its streams continue at peers.
+    GiveUpEngine,
+    /// Accept no connection any more. Those that exist end after the answer that they wait for.
+    StopAccepting,
+    /// End the engine and every stream that is left; clients are told how to go on elsewhere.
+    Stop,
+    /// Tell the peers that this node goes.
+    SayGoodbye,
+    Exit(Exit),
+}
+
+/// How the process ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    Success,
+    Failure,
+    /// The second signal: nothing is waited for.
+    AtOnce,
+}
+
+/// What still goes on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// A stream of a client's or work for a peer.
+    pub has_work: bool,
+    /// A client is connected.
+    pub has_connections: bool,
+    /// An engine that has not ended.
+    pub has_engine: bool,
+    /// The peers have been told.
+    pub has_left: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Loading,
+    Serving,
+    Lingering { until: Instant },
+    Closing,
+    Stopping { until: Instant },
+    Parting { until: Instant },
+    Ended,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// The process was asked to end.
+    Signal,
+    /// The engine has failed, or the model cannot be loaded.
+    Failure,
+}
+
+pub struct Life {
+    bounds: Bounds,
+    phase: Phase,
+    cause: Option<Cause>,
+    /// Of all that runs; set when the node begins to end.
+    deadline: Option<Instant>,
+    signals: u32,
+    exit: Exit,
+}
+
+impl Life {
+    /// A node that listens and loads its model.
+    pub fn new(bounds: Bounds) -> Self {
+        Self { bounds, phase: Phase::Loading, cause: None, deadline: None, signals: 0, exit: Exit::Success }
+    }
+
+    /// The model is loaded and was tried.
+    pub fn loaded(&mut self) -> Vec<Action> {
+        if self.phase != Phase::Loading {
+            return Vec::new();
+        }
+        self.phase = Phase::Serving;
+        vec![Action::Serve]
+    }
+
+    /// The model cannot be loaded. Clients were never sent here, so nobody has to notice first.
+    pub fn load_failed(&mut self, now: Instant) -> Vec<Action> {
+        if self.phase == Phase::Loading {
+            self.begin_to_end(Cause::Failure, Duration::ZERO, now);
+        }
+        Vec::new()
+    }
+
+    /// The engine has failed.
+    pub fn failed(&mut self, now: Instant) -> Vec<Action> {
+        match self.phase {
+            Phase::Ended => return Vec::new(),
+            Phase::Loading | Phase::Serving => self.begin_to_end(Cause::Failure, self.bounds.failure_linger, now),
+            Phase::Lingering { .. } | Phase::Closing | Phase::Stopping { .. } | Phase::Parting { .. } => {
+                if self.cause == Some(Cause::Failure) {
+                    return Vec::new();
+                }
+                self.cause = Some(Cause::Failure);
+            }
+        }
+        self.exit = Exit::Failure;
+        vec![Action::GiveUpEngine]
+    }
+
+    /// A signal to end. Without `lingers` it comes from somebody who sends no clients here, such as a person at a terminal.
+    pub fn signalled(&mut self, lingers: bool, now: Instant) -> Vec<Action> {
+        self.signals += 1;
+        match self.phase {
+            Phase::Ended => Vec::new(),
+            Phase::Loading | Phase::Serving => {
+                let linger = if lingers { self.bounds.drain_linger } else { Duration::ZERO };
+                self.begin_to_end(Cause::Signal, linger, now);
+                vec![Action::Leave]
+            }
+            _ if self.signals > 1 => {
+                self.phase = Phase::Ended;
+                vec![Action::Exit(Exit::AtOnce)]
+            }
+            // A node that has failed does not wait for load balancers when somebody wants it gone.
+            Phase::Lingering { .. } => {
+                self.phase = Phase::Lingering { until: now };
+                Vec::new()
+            }
+            Phase::Closing | Phase::Stopping { .. } | Phase::Parting { .. } => Vec::new(),
+        }
+    }
+
+    fn begin_to_end(&mut self, cause: Cause, linger: Duration, now: Instant) {
+        self.cause = Some(cause);
+        self.deadline = Some(now + self.bounds.shutdown_timeout);
+        self.phase = Phase::Lingering { until: now + linger.min(self.bounds.shutdown_timeout) };
+        if cause == Cause::Failure {
+            self.exit = Exit::Failure;
+        }
+    }
+
+    /// Goes on as far as time and what is seen allow. Call it after every other call, and at [`Self::wake`].
+    pub fn look(&mut self, seen: Seen, now: Instant) -> Vec<Action> {
+        let mut actions = Vec::new();
+        while let Some(action) = self.step(seen, now) {
+            actions.push(action);
+        }
+        actions
+    }
+
+    fn step(&mut self, seen: Seen, now: Instant) -> Option<Action> {
+        let is_quiet = !seen.has_work && !seen.has_connections;
+        let is_late = self.deadline.is_some_and(|deadline| deadline <= now);
+        // One that has failed may never end.
+        let has_engine = seen.has_engine && self.cause != Some(Cause::Failure);
+        match self.phase {
+            Phase::Lingering { until } if until <= now => {
+                self.phase = Phase::Closing;
+                Some(Action::StopAccepting)
+            }
+            Phase::Closing if is_quiet || is_late => {
+                self.phase = Phase::Stopping { until: now + STOP_GRACE };
+                Some(Action::Stop)
+            }
+            Phase::Stopping { until } if (is_quiet && !has_engine) || until <= now => {
+                if has_engine {
+                    self.exit = Exit::Failure;
+                }
+                self.phase = Phase::Parting { until: now + PART_GRACE };
+                Some(Action::SayGoodbye)
+            }
+            Phase::Parting { until } if seen.has_left || until <= now => {
+                self.phase = Phase::Ended;
+                Some(Action::Exit(self.exit))
+            }
+            Phase::Loading
+            | Phase::Serving
+            | Phase::Lingering { .. }
+            | Phase::Closing
+            | Phase::Stopping { .. }
+            | Phase::Parting { .. }
+            | Phase::Ended => None,
+        }
+    }
+
+    /// When to look next, if nothing happens before; `None` while only events matter.
+    pub fn wake(&self, now: Instant) -> Option<Instant> {
+        match self.phase {
+            Phase::Loading | Phase::Serving | Phase::Ended => None,
+            Phase::Lingering { until } => Some(until),
+            Phase::Closing | Phase::Stopping { .. } | Phase::Parting { .. } => Some(now + LOOK_INTERVAL),
+        }
+    }
+
+    pub fn is_loading(&self) -> bool {
+        self.phase == Phase::Loading
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const BOUNDS: Bounds = Bounds {
+        shutdown_timeout: Duration::from_secs(30),
+        drain_linger: Duration::from_secs(5),
+        failure_linger: Duration::from_secs(2),
+    };
+    const BUSY: Seen = Seen { has_work: true, has_connections: true, has_engine: true, has_left: false };
+    const QUIET: Seen = Seen { has_work: false, has_connections: false, has_engine: true, has_left: false };
+    const GONE: Seen = Seen { has_work: false, has_connections: false, has_engine: false, has_left: true };
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    fn serving() -> Life {
+        let mut life = Life::new(BOUNDS);
+        assert_eq!(life.loaded(), [Action::Serve]);
+        life
+    }
+
+    #[test]
+    fn a_busy_node_lingers_then_serves_the_connections_that_it_has_until_they_end() {
+        let (mut life, start) = (serving(), Instant::now());
+        assert_eq!(life.wake(start), None);
+        assert_eq!(life.signalled(true, start), [Action::Leave]);
+        assert_eq!(life.look(BUSY, start + seconds(4)), []);
+        assert_eq!(life.wake(start), Some(start + seconds(5)));
+        assert_eq!(life.look(BUSY, start + seconds(5)), [Action::StopAccepting]);
+        assert_eq!(life.look(BUSY, start + seconds(29)), []);
+        assert_eq!(life.look(QUIET, start + seconds(29)), [Action::Stop]);
+        assert_eq!(life.look(QUIET, start + seconds(29)), [], "the engine has not ended yet");
+        assert_eq!(life.look(Seen { has_left: false, ..GONE }, start + seconds(29)), [Action::SayGoodbye]);
+        assert_eq!(life.look(GONE, start + seconds(29)), [Action::Exit(Exit::Success)]);
+        assert_eq!(life.look(GONE, start + seconds(99)), []);
+    }
+
+    #[test]
+    fn an_idle_node_lingers_as_well_and_one_at_a_terminal_does_not() {
+        for (lingers, until) in [(true, 5), (false, 0)] {
+            let (mut life, start) = (serving(), Instant::now());
+            life.signalled(lingers, start);
+            let actions = life.look(GONE, start + seconds(until));
+            let whole = [Action::StopAccepting, Action::Stop, Action::SayGoodbye, Action::Exit(Exit::Success)];
+            assert_eq!(actions, whole, "{lingers}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_end_is_ended_at_the_deadline_and_an_engine_that_hangs_is_a_failure() {
+        for (seen, exit) in [(BUSY, Exit::Failure), (Seen { has_engine: false, ..BUSY }, Exit::Success)] {
+            let (mut life, start) = (serving(), Instant::now());
+            life.signalled(true, start);
+            life.look(seen, start + seconds(5));
+            let deadline = start + seconds(30);
+            assert_eq!(life.look(seen, deadline), [Action::Stop]);
+            assert_eq!(life.look(seen, deadline + STOP_GRACE), [Action::SayGoodbye]);
+            assert_eq!(life.look(seen, deadline + STOP_GRACE + PART_GRACE), [Action::Exit(exit)]);
+        }
+    }
+
+    #[test]
+    fn a_failed_engine_is_given_up_and_the_node_ends_in_the_same_order() {
+        let (mut life, start) = (serving(), Instant::now());
+        assert_eq!(life.failed(start), [Action::GiveUpEngine]);
+        assert_eq!(life.failed(start), [], "once");
+        assert_eq!(life.look(BUSY, start + seconds(1)), []);
+        assert_eq!(life.look(BUSY, start + seconds(2)), [Action::StopAccepting]);
+        assert_eq!(life.look(GONE, start + seconds(3))[2], Action::Exit(Exit::Failure));
+        // Somebody wants it gone: nobody is waited for who might still come, but those who are here are served.
+        let mut life = serving();
+        life.failed(start);
+        assert_eq!(life.signalled(true, start), []);
+        assert_eq!(life.look(BUSY, start), [Action::StopAccepting]);
+        assert_eq!(life.signalled(true, start), [Action::Exit(Exit::AtOnce)]);
+        // It fails while it drains.
+        let mut life = serving();
+        life.signalled(true, start);
+        assert_eq!(life.failed(start), [Action::GiveUpEngine]);
+        assert_eq!(life.look(GONE, start + seconds(5)).last(), Some(&Action::Exit(Exit::Failure)));
+    }
+
+    #[test]
+    fn a_node_without_a_model_finishes_what_it_relays() {
+        let (mut life, start) = (Life::new(BOUNDS), Instant::now());
+        assert_eq!(life.load_failed(start), []);
+        assert_eq!(life.loaded(), [], "too late");
+        assert_eq!(life.look(BUSY, start), [Action::StopAccepting]);
+        assert_eq!(life.look(GONE, start).last(), Some(&Action::Exit(Exit::Failure)));
+        let mut life = Life::new(BOUNDS);
+        assert_eq!(life.signalled(true, start), [Action::Leave]);
+        assert!(!life.is_loading());
+        assert_eq!(life.look(GONE, start + seconds(5)).last(), Some(&Action::Exit(Exit::Success)));
+    }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Event {
+        Loaded,
+        LoadFailed,
+        Failed,
+        Signal(bool),
+        Nothing,
+    }
+
+    fn event() -> impl Strategy<Value = Event> {
+        prop_oneof![
+            2 => Just(Event::Loaded),
+            1 => Just(Event::LoadFailed),
+            1 => Just(Event::Failed),
+            1 => any::<bool>().prop_map(Event::Signal),
+            12 => Just(Event::Nothing),
+        ]
+    }
+
+    fn seen() -> impl Strategy<Value = Seen> {
+        let flag = prop::bool::weighted(0.7);
+        (flag, flag, flag, flag).prop_map(|(work, connections, engine, stays)| Seen {
+            has_work: work,
+            has_connections: connections,
+            has_engine: engine,
+            has_left: !stays,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn the_order_is_kept_and_every_wait_is_bounded(
+            steps in prop::collection::vec((event(), seen(), 0u64..3000), 1..120)
+        ) {
+            let start = Instant::now();
+            let (mut life, mut now, mut done, mut signals) = (Life::new(BOUNDS), start, Vec::new(), 0);
+            let (mut began, mut accepts_until) = (None, start);
+            for (event, seen, millis) in steps {
+                now += Duration::from_millis(millis);
+                let was_ending = began.is_some();
+                let actions = match event {
+                    Event::Loaded => life.loaded(),
+                    Event::LoadFailed => life.load_failed(now),
+                    Event::Failed => life.failed(now),
+                    Event::Signal(lingers) => {
+                        signals += 1;
+                        life.signalled(lingers, now)
+                    }
+                    Event::Nothing => Vec::new(),
+                };
+                if !was_ending && life.deadline.is_some() {
+                    began = Some(now);
+                    let linger = match event {
+                        Event::Signal(true) => BOUNDS.drain_linger,
+                        Event::Failed => BOUNDS.failure_linger,
+                        _ => Duration::ZERO,
+                    };
+                    accepts_until = now + linger;
+                }
+                done.extend(actions);
+                for action in life.look(seen, now) {
+                    match action {
+                        Action::StopAccepting => prop_assert!(now >= accepts_until || signals > 0),
+                        Action::Stop => {
+                            let is_quiet = !seen.has_work && !seen.has_connections;
+                            prop_assert!(is_quiet || began.is_some_and(|began| now >= began + BOUNDS.shutdown_timeout));
+                        }
+                        _ => {}
+                    }
+                    done.push(action);
+                }
+            }
+            let ordered = [Action::StopAccepting, Action::Stop, Action::SayGoodbye];
+            let places: Vec<_> =
+                ordered.iter().map(|action| done.iter().position(|other| other == action)).collect();
+            for pair in places.windows(2) {
+                prop_assert!(pair[1].is_none() || (pair[0].is_some() && pair[0] < pair[1]), "{done:?}");
+            }
+            for action in &done {
+                prop_assert_eq!(done.iter().filter(|other| *other == action).count(), 1, "{:?}", done);
+            }
+            if began.is_some() {
+                // Whatever is seen, it ends.
+                for _ in 0..4 {
+                    now += BOUNDS.shutdown_timeout;
+                    done.extend(life.look(BUSY, now));
+                }
+                prop_assert!(matches!(done.last(), Some(Action::Exit(_))), "{done:?}");
+            }
+        }
+    }
+}
