@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use outrigger::config::{Command, ConfigError, Invocation};
+use outrigger::types::with_causes;
 use outrigger::{app, drill};
 
 /// Wrong usage or configuration, as `sysexits.h` and clap have it: restarting does not help.
@@ -19,7 +20,7 @@ fn main() -> ExitCode {
         }
     };
     run(invocation).unwrap_or_else(|error| {
-        eprintln!("outrigger: {error:#}");
+        eprintln!("outrigger: {}", with_causes(&*error));
         ExitCode::FAILURE
     })
 }

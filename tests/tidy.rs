@@ -6,6 +6,8 @@
 
 #[path = "tidy/documents.rs"]
 mod documents;
+#[path = "tidy/errors.rs"]
+mod errors;
 #[path = "tidy/links.rs"]
 mod links;
 

@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::front::Front;
+use super::memory;
 use crate::api::{ServedModel, unix_seconds};
 use crate::cluster::ModelReport;
 use crate::config::Config;
@@ -23,7 +24,7 @@ use crate::health::{
 use crate::hub::{self, Progress};
 use crate::router::LocalReplica;
 use crate::tokenizer::{self, ChatTemplate, Tokenizer, TokenizerBundle};
-use crate::types::{Backend, Fingerprint, TokenId};
+use crate::types::{Backend, Fingerprint, TokenId, with_causes};
 
 /// What the synthetic inference continues, where the tokenizer can spell it.
 const PROBE_TEXT: &str = "The capital of France is";
@@ -90,7 +91,11 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     };
     let runner = {
         let (health, progress) = (health.clone(), Progress::detect());
-        let runner_config = config.compute.runner(&config.engine);
+        let mut runner_config = config.compute.runner(&config.engine);
+        if !device.is_gpu() {
+            let (weights, mark) = (files.tensors.total_bytes(), config.health.memory_removal_mark);
+            runner_config.kv_cache_memory = memory::kv_pool(&config.compute, weights, mark)?;
+        }
         off_runtime(move || load_runner(files, &device, &runner_config, &health, &progress))
     };
     let ((tokenizer, bundle), runner) = tokio::try_join!(tokenizer, runner)?;
@@ -166,7 +171,7 @@ async fn open_probe(pci_bus_id: String) -> anyhow::Result<Option<Box<dyn DeviceP
     let problem = match opened {
         Ok(opened) => match opened? {
             Ok(probe) => return Ok(Some(Box::new(probe))),
-            Err(error) => error.to_string(),
+            Err(error) => with_causes(&error).to_string(),
         },
         Err(_) => "the driver does not answer".to_owned(),
     };
@@ -177,7 +182,8 @@ async fn open_probe(pci_bus_id: String) -> anyhow::Result<Option<Box<dyn DeviceP
 /// The node has failed as soon as its engine has, and says why.
 fn fails_node(health: Health) -> OnFailure {
     Box::new(move |failure| {
-        let cause = failure.source.as_ref().map_or_else(|| failure.message.to_string(), |source| source.to_string());
+        let cause = failure.source.as_deref().map(|source| with_causes(source).to_string());
+        let cause = cause.unwrap_or_else(|| failure.message.clone());
         // Refused when the node has failed or stopped already.
         let _ = health.lifecycle().fail(format!("the engine failed: {cause}"));
     })
@@ -241,7 +247,7 @@ fn load_runner(
 fn open_chat_template(tokenizer: &Tokenizer) -> anyhow::Result<ChatTemplate> {
     const UNREADABLE: &str = "{{ raise_exception('the chat template of this model cannot be read by this server') }}";
     tokenizer.chat_template().or_else(|error| {
-        tracing::warn!(%error, "the model's chat template cannot be used; chat requests will be refused");
+        tracing::warn!(error = %with_causes(&error), "the model's chat template cannot be used; chat requests will be refused");
         Ok(ChatTemplate::new(UNREADABLE, tokenizer.special_tokens())?)
     })
 }

@@ -12,6 +12,7 @@ mod front;
 pub mod healthcheck;
 pub mod life;
 mod load;
+mod memory;
 mod signals;
 pub mod status;
 mod watchdog;
@@ -61,6 +62,10 @@ async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install().context("signals cannot be caught")?;
     let device = open_device(&config).await?;
     let config = config.for_device(device.is_gpu())?;
+    if !device.is_gpu() {
+        // Before the download: what does not fit alone does not fit beside the weights.
+        memory::kv_pool(&config.compute, 0, config.health.memory_removal_mark)?;
+    }
     let front = Front::open(&config).await?;
     watchdog::start(&config, front.health.lifecycle().clone())?;
     say(&format!("Listening on {}", front.base_url));

@@ -15,6 +15,7 @@ use super::sse::SseParser;
 use super::transcript::Transcript;
 use super::workload::PlannedStream;
 use crate::router::ClusterOverview;
+use crate::types::with_causes;
 
 /// Random placement: otherwise an entry node with free seats would compute every stream itself.
 const PLACEMENT: (&str, &str) = ("x-outrigger-placement", "least-request");
@@ -152,7 +153,7 @@ impl DrillClient {
         last_id: &mut Option<String>,
         record: &SharedRecord,
     ) -> Result<(), Broken> {
-        let broken = |error: reqwest::Error| Broken::Connection(format!("{url}: {}", chain(&error)));
+        let broken = |error: reqwest::Error| Broken::Connection(format!("{url}: {}", with_causes(&error)));
         let mut request = self.http.post(format!("{url}{}", stream.path)).json(&stream.body);
         request = self.authorized(request).header("idempotency-key", key).header(PLACEMENT.0, PLACEMENT.1);
         match last_id {
@@ -215,9 +216,9 @@ impl DrillClient {
     }
 
     async fn answer(&self, request: RequestBuilder) -> Result<Value, String> {
-        let answer = self.authorized(request).send().await.map_err(|error| chain(&error))?;
+        let answer = self.authorized(request).send().await.map_err(|error| with_causes(&error).to_string())?;
         let status = answer.status();
-        let text = answer.text().await.map_err(|error| chain(&error))?;
+        let text = answer.text().await.map_err(|error| with_causes(&error).to_string())?;
         match status.is_success() {
             true => Ok(serde_json::from_str(&text).unwrap_or(Value::Null)),
             false => Err(format!("{status}: {}", text.trim())),
@@ -260,17 +261,6 @@ fn take(data: &str, record: &SharedRecord) -> Result<(), Broken> {
         record.token_times.push(Instant::now());
     }
     Ok(())
-}
-
-/// An error with its causes, which reqwest's own text leaves out.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text += &format!(": {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

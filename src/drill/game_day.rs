@@ -16,7 +16,7 @@ use super::moves::{Moves, Watch, total_of_others};
 use super::served_model::ServedModel;
 use super::transcript::Transcript;
 use super::workload::{COMPLETIONS, Kind, PlannedStream, Shape, plan, with_stop_string};
-use crate::types::NodeId;
+use crate::types::{NodeId, with_causes};
 
 /// The node that clients connect to if they do not spread.
 const ENTRY: usize = 0;
@@ -125,7 +125,7 @@ impl GameDay {
             Ok(()) => {}
             Err(error) if self.arena.is_foreign() => {
                 self.is_broken = true;
-                return Ok(Outcome::skipped(exercise.name(), error.to_string()));
+                return Ok(Outcome::skipped(exercise.name(), with_causes(&error).to_string()));
             }
             Err(error) => return Err(error.into()),
         }

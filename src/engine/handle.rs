@@ -22,7 +22,8 @@ use super::engine::{Serial, Submission, draining, engine_failed};
 use super::generation::StopTexts;
 use super::stepped::{EngineCommand, Inbox, SteppedEngine};
 use crate::types::{
-    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId, panic_message,
+    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId,
+    panic_message, with_causes,
 };
 
 /// An idle engine wakes this often to show that it lives.
@@ -291,7 +292,7 @@ fn drive(engine: &mut SteppedEngine) {
             return;
         }
         Ok(Err(failure)) => {
-            let cause = failure.source.clone().map(|source| source.to_string());
+            let cause = failure.source.as_deref().map(|source| with_causes(source).to_string());
             error!(cause, "the engine failed");
             failure
         }

@@ -82,7 +82,7 @@ pub struct RunnerConfig {
 }
 
 /// The KV pool on processors where nothing is said.
-const CPU_KV_CACHE_MEMORY: u64 = 1 << 30;
+pub const CPU_KV_CACHE_MEMORY: u64 = 1 << 30;
 
 #[derive(Debug, thiserror::Error)]
 pub enum RunnerLoadError {

@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use thiserror::Error;
 use tracing::warn;
 
+use crate::types::with_causes;
+
 /// Where memory is measured.
 pub trait MemoryProbe: Send {
     /// The label of metrics: `cgroup` or `host`.
@@ -30,7 +32,7 @@ impl MemoryReading {
 
 #[derive(Debug, Error)]
 pub enum MemoryProbeError {
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}")]
     Unreadable { path: String, source: std::io::Error },
     #[error("{path} does not say {what}")]
     Malformed { path: String, what: &'static str },
@@ -87,6 +89,24 @@ impl HostMemory {
         };
         let (total, available) = (kilobytes("MemTotal")?, kilobytes("MemAvailable")?);
         Ok(MemoryReading { used_bytes: total.saturating_sub(available) << 10, total_bytes: total << 10 })
+    }
+}
+
+/// The memory that this process may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryLimit {
+    pub bytes: u64,
+    /// Whose memory it is, in words.
+    pub source_name: &'static str,
+}
+
+impl HostMemory {
+    /// The machine's memory, or the lowest limit of the process's control group and its ancestors.
+    pub fn limit(&self) -> Result<MemoryLimit, MemoryProbeError> {
+        let machine = MemoryLimit { bytes: self.read_machine()?.total_bytes, source_name: "this machine" };
+        let groups = self.levels.iter();
+        let groups = groups.map(|level| MemoryLimit { bytes: level.limit_bytes, source_name: "the control group" });
+        Ok(groups.fold(machine, |lowest, next| if next.bytes < lowest.bytes { next } else { lowest }))
     }
 }
 
@@ -177,7 +197,7 @@ impl MemoryState {
     /// What cannot be read is unknown, which is no reason to refuse.
     pub(super) fn unreadable(&mut self, error: &MemoryProbeError) {
         if !self.is_unreadable {
-            warn!(%error, "cannot read the memory use");
+            warn!(error = %with_causes(error), "cannot read the memory use");
         }
         *self = Self { is_unreadable: true, ..Self::default() };
     }
@@ -264,6 +284,20 @@ mod tests {
         tree.write("cgroup/pod/app/memory.max", "1000");
         tree.write("cgroup/pod/app/memory.stat", "inactive_file 0\n");
         assert_eq!(tree.probe().read().unwrap(), MemoryReading { used_bytes: 900, total_bytes: 1000 });
+    }
+
+    #[test]
+    fn the_lowest_limit_counts_and_never_more_than_the_machine_has() {
+        let tree = Tree::new(&[
+            MEMINFO,
+            ("proc/self/cgroup", "0::/pod/app\n"),
+            ("cgroup/pod/memory.max", "2000\n"),
+            ("cgroup/pod/app/memory.max", "3000\n"),
+        ]);
+        assert_eq!(tree.probe().limit().unwrap(), MemoryLimit { bytes: 2000, source_name: "the control group" });
+        tree.write("cgroup/pod/memory.max", "9999999");
+        tree.write("cgroup/pod/app/memory.max", "max");
+        assert_eq!(tree.probe().limit().unwrap(), MemoryLimit { bytes: 1000 << 10, source_name: "this machine" });
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 
 use super::checksum::Checksum;
+use crate::types::with_causes;
 
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
@@ -24,27 +25,12 @@ pub enum HubError {
     },
     #[error("the disk is full: {directory} needs room for {needed} bytes")]
     DiskFull { directory: PathBuf, needed: u64 },
-    #[error("cannot use {path} for downloads: {source}")]
+    #[error("cannot use {path} for downloads")]
     Directory { path: PathBuf, source: io::Error },
 }
 
 fn list(attempts: &[(String, SourceError)]) -> String {
-    attempts.iter().map(|(source, reason)| format!("\n  - {source}: {}", chain(reason))).collect()
-}
-
-/// An error with its causes.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let inner = error.to_string();
-        // Many libraries repeat the cause in their own message.
-        if !text.contains(&inner) {
-            text += &format!(": {inner}");
-        }
-        cause = error.source();
-    }
-    text
+    attempts.iter().map(|(source, reason)| format!("\n  - {source}: {}", with_causes(reason))).collect()
 }
 
 /// Why one source failed.

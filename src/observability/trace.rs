@@ -8,6 +8,8 @@ use tracing_subscriber::fmt;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 
+use crate::types::with_causes;
+
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -43,7 +45,7 @@ impl Default for Config {
 impl Config {
     pub fn validate(&self, errors: &mut Vec<String>) {
         if let Err(error) = self.filter() {
-            errors.push(error.to_string());
+            errors.push(with_causes(&error).to_string());
         }
     }
 
@@ -77,7 +79,11 @@ mod tests {
         let config = Config { log_level: "outrigger=loud".into(), ..Config::default() };
         let mut errors = Vec::new();
         config.validate(&mut errors);
-        assert_eq!(errors, ["log_level \"outrigger=loud\" is not a list of filter directives"]);
+        assert_eq!(errors.len(), 1);
+        assert!(
+            errors[0].starts_with("log_level \"outrigger=loud\" is not a list of filter directives: "),
+            "{errors:?}"
+        );
         errors.clear();
         Config { log_level: "warn,outrigger=debug".into(), ..Config::default() }.validate(&mut errors);
         assert!(errors.is_empty());

@@ -47,7 +47,7 @@ pub enum ChatTemplateError {
     Missing,
     #[error("the chat template has {0} bytes, more than {MAX_TEMPLATE_BYTES}")]
     TemplateTooLarge(usize),
-    #[error("the chat template cannot be read: {0}")]
+    #[error("the chat template cannot be read")]
     Syntax(#[source] minijinja::Error),
     /// The template called `raise_exception`: the messages are not what it wants.
     #[error("the chat template refuses the messages: {0}")]
@@ -56,7 +56,7 @@ pub enum ChatTemplateError {
     OutputTooLarge,
     #[error("rendering the chat template takes too long")]
     TooExpensive,
-    #[error("the chat template cannot be rendered: {0}")]
+    #[error("the chat template cannot be rendered")]
     Render(#[source] minijinja::Error),
     /// A bug in the template engine, which some input brought to light.
     #[error("the template engine failed on the chat template")]

@@ -1,6 +1,7 @@
 //! Types that all modules share. Uses no other module of the crate.
 
 pub mod backend;
+pub mod causes;
 pub mod failure;
 pub mod ids;
 mod panic;
@@ -9,6 +10,7 @@ pub mod status;
 pub mod watch;
 
 pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};
+pub use causes::with_causes;
 pub use failure::{Failure, FailureKind};
 pub use ids::{Fingerprint, NodeId, RequestId, TokenId};
 pub use panic::panic_message;

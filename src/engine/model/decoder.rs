@@ -46,7 +46,7 @@ impl DType {
 pub enum DecoderError {
     #[error(transparent)]
     Load(#[from] LoadError),
-    #[error("cannot pack {name}: {source}")]
+    #[error("cannot pack {name}")]
     Pack { name: String, source: PackError },
     #[error("head_dim {0} is more than the {MAX_HEAD_DIM} that attention supports")]
     HeadDim(usize),

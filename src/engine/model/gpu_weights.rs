@@ -85,9 +85,9 @@ pub enum GpuLoadError {
     QuantizedTwice,
     #[error("quantization fp8 needs compute capability 8.9 or later, which {0} has not")]
     NoFp8(String),
-    #[error("{name} cannot be multiplied on a GPU: {source}")]
+    #[error("{name} cannot be multiplied on a GPU")]
     Matrix { name: String, source: MatrixError },
-    #[error("{name} cannot be packed for a GPU: {source}")]
+    #[error("{name} cannot be packed for a GPU")]
     QuantMatrix { name: String, source: QuantMatrixError },
 }
 

@@ -40,13 +40,13 @@ pub enum LoadError {
         #[source]
         source: serde_json::Error,
     },
-    #[error("{path}: this model cannot be served: {source}")]
+    #[error("{path}: this model cannot be served")]
     Config { path: PathBuf, source: ConfigError },
-    #[error("cannot open {path}: {source}")]
+    #[error("cannot open {path}")]
     OpenGguf { path: PathBuf, source: GgufError },
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    #[error("cannot open {path}: {source}")]
+    #[error("cannot open {path}")]
     Safetensors { path: PathBuf, source: SafetensorsError },
     #[error(transparent)]
     SafetensorsTensor(#[from] SafetensorsError),

@@ -1,0 +1,134 @@
+//! The text of an error leaves its cause out: whoever shows the error shows its causes (`types::with_causes`), and would show
+//! this one twice.
+
+use super::{assert_none, rust_files};
+
+/// The end of the group that opens at `start`, which must be a bracket; literals are passed over.
+fn end_of_group(text: &str, start: usize) -> Option<usize> {
+    let (mut depth, mut in_string, mut escaped) = (0, false, false);
+    for (at, c) in text[start..].char_indices() {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' if in_string => escaped = true,
+            '"' => in_string = !in_string,
+            '(' | '{' | '[' if !in_string => depth += 1,
+            ')' | '}' | ']' if !in_string => {
+                depth -= 1;
+                if depth == 0 {
+                    return Some(start + at + 1);
+                }
+            }
+            _ => {}
+        }
+    }
+    None
+}
+
+/// The fields of the variant or struct that follows an attribute: a group, or nothing.
+fn fields(text: &str) -> &str {
+    let mut at = 0;
+    loop {
+        let rest = &text[at..];
+        let Some(offset) = rest.find(['#', '{', '(', ',', ';', '}']) else { return "" };
+        let start = at + offset;
+        match rest[offset..].chars().next() {
+            // Another attribute, or a comment's example.
+            Some('#') => match text[start..].find('[').and_then(|bracket| end_of_group(text, start + bracket)) {
+                Some(end) => at = end,
+                None => return "",
+            },
+            Some('{' | '(') => return end_of_group(text, start).map_or("", |end| &text[start..end]),
+            _ => return "",
+        }
+    }
+}
+
+/// Whether the text shows the field: as `{name…}`, or among the arguments.
+fn shows(attribute: &str, field: &str) -> bool {
+    let is_word = |c: char| c.is_alphanumeric() || c == '_';
+    let starts = |(at, _): &(usize, &str)| {
+        let before = attribute[..*at].chars().next_back();
+        let after = attribute[at + field.len()..].chars().next();
+        matches!(before, Some('{' | '.' | ' ' | '(' | '&')) && !after.is_some_and(is_word)
+    };
+    match field.chars().all(|c| c.is_ascii_digit()) {
+        true => attribute.contains(&format!("{{{field}")) || attribute.contains(&format!(".{field}")),
+        false => attribute.match_indices(field).any(|found| starts(&found) && !is_prose(attribute, found.0)),
+    }
+}
+
+/// A word of the sentence is no field.
+fn is_prose(attribute: &str, at: usize) -> bool {
+    let quotes = attribute[..at].matches('"').count() - attribute[..at].matches("\\\"").count();
+    quotes % 2 == 1 && !attribute[..at].ends_with('{')
+}
+
+/// What is wrong with the errors of one file.
+fn findings(file: &str, source: &str) -> Vec<String> {
+    let mut findings = Vec::new();
+    for (at, opening) in source.match_indices("#[error(") {
+        let Some(end) = end_of_group(source, at + opening.len() - 1) else { continue };
+        let (attribute, fields) = (&source[at..end], fields(&source[end + 1..]));
+        let has_cause = fields.contains("#[source]") || fields.contains("#[from]");
+        let cause = if fields.contains("source:") {
+            "source"
+        } else if has_cause && fields.starts_with('(') {
+            // The cause is the field that the attribute stands at.
+            let before = fields.find("#[source]").or_else(|| fields.find("#[from]")).unwrap_or_default();
+            match fields[..before].matches(',').count() {
+                0 => "0",
+                1 => "1",
+                _ => continue,
+            }
+        } else {
+            continue;
+        };
+        if shows(attribute, cause) {
+            let line = source[..at].matches('\n').count() + 1;
+            findings.push(format!("{file}:{line}: the text repeats the cause, which `with_causes` adds; leave it out"));
+        }
+    }
+    findings
+}
+
+#[test]
+fn errors_leave_their_causes_to_whoever_shows_them() {
+    let of = |folder: &'static str| {
+        let files = rust_files(folder).into_iter();
+        files.flat_map(move |(file, source)| findings(&format!("{folder}/{file}"), &source))
+    };
+    assert_none(of("src").chain(of("kernels/src")).collect());
+}
+
+mod broken_on_purpose {
+    use super::*;
+
+    #[test]
+    fn a_repeated_cause_is_found() {
+        for source in [
+            "#[error(\"cannot open {path}: {source}\")]\nOpen { path: PathBuf, source: io::Error },",
+            "#[error(\"no: {source:#}\")]\n/// Why.\nOpen { #[source] source: io::Error },",
+            "#[error(\"no: {0}\")]\nSyntax(#[source] minijinja::Error),",
+            "#[error(\"no: {0:?}\")]\nSyntax(#[from] minijinja::Error),",
+            "#[error(\"{0}: {1}\")]\nRead(PathBuf, #[source] io::Error),",
+            "#[error(\"no: {}\", .0)]\nRead(#[source] io::Error),",
+            "#[error(\"no: {}\", source)]\n#[non_exhaustive]\nstruct Read { source: io::Error }",
+        ] {
+            assert_eq!(findings("x.rs", source).len(), 1, "{source}");
+        }
+    }
+
+    #[test]
+    fn a_cause_that_is_left_out_is_none() {
+        for source in [
+            "#[error(\"cannot open {path}\")]\nOpen { path: PathBuf, source: io::Error },",
+            "#[error(\"the source {path} is gone\")]\nOpen { path: PathBuf, source: io::Error },",
+            "#[error(\"{0}\")]\nConfig(String),",
+            "#[error(\"{0} cannot be read\")]\nRead(PathBuf, #[source] io::Error),",
+            "#[error(transparent)]\nRead(#[from] io::Error),",
+            "#[error(\"not there\")]\nNotThere,\n#[error(\"broken\")]\nBroken(#[source] io::Error),",
+        ] {
+            assert_eq!(findings("x.rs", source), Vec::<String>::new(), "{source}");
+        }
+    }
+}
