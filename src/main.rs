@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use outrigger::config::{Command, ConfigError, Invocation};
+use outrigger::observability::trace::last_words;
 use outrigger::types::with_causes;
 use outrigger::{app, drill};
 
@@ -15,12 +16,12 @@ fn main() -> ExitCode {
         Ok(invocation) => invocation,
         Err(ConfigError::Usage(usage)) => usage.exit(),
         Err(problems) => {
-            eprintln!("outrigger: {problems}");
+            last_words(&format!("outrigger: {problems}"));
             return ExitCode::from(EXIT_USAGE);
         }
     };
     run(invocation).unwrap_or_else(|error| {
-        eprintln!("outrigger: {}", with_causes(&*error));
+        last_words(&format!("outrigger: {}", with_causes(&*error)));
         ExitCode::FAILURE
     })
 }

@@ -422,6 +422,12 @@ fn the_manifest_fits_the_server() {
     assert_eq!(port(config.cluster.gossip_addr), Some(number_after(&manifest, "name: gossip, containerPort:")));
     assert_eq!(port(config.cluster.peer_listen_addr()), Some(number_after(&manifest, "name: peer, containerPort:")));
     assert_eq!(port(config.api.admin_addr), Some(number_after(&manifest, "name: admin, containerPort:")));
+    for probe in ["/startupz", "/readyz", "/livez"] {
+        let on_admin = format!("httpGet: {{ path: {probe}, port: admin }}");
+        assert!(manifest.contains(&on_admin), "{probe} is asked where clients can take every connection");
+    }
+    let scraped = number_after(&manifest, "prometheus.io/port: \"");
+    assert_eq!(port(config.api.admin_addr), Some(scraped));
     let grace = number_after(&manifest, "terminationGracePeriodSeconds:");
     assert!(config.process.drain_linger < config.process.shutdown_timeout);
     let needed = config.process.shutdown_timeout.as_secs();

@@ -1,6 +1,8 @@
 //! What operators ask, at an address of its own (`admin_addr`): the cluster as this node sees it, and the probes and metrics
 //! that the main port has as well. Several nodes of one machine have one each.
 //!
+//! Its connections have places of their own: however many clients the main port has, orchestrators are heard here.
+//!
 //! `/cluster` names nodes and addresses, so it asks for an API key where the API does. Knows nothing of routing: the overview
 //! comes from whoever is asked for it.
 
@@ -14,18 +16,25 @@ use axum::{Extension, Json, Router};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::routes::{finish, open_routes, require_key, unknown_route};
-use super::server::serve_router;
+use super::connection::Routes;
+use super::places::PlaceLimits;
+use super::routes::{finish, overflow_router, require_key, unknown_route};
+use super::server::serve_routes;
 use super::state::ApiState;
 use crate::router::ClusterOverview;
 
 /// Tells how the cluster looks now.
 pub type OverviewSource = Arc<dyn Fn() -> ClusterOverview + Send + Sync>;
 
+/// Connections of orchestrators, scrapers and operators.
+pub const ADMIN_LIMITS: PlaceLimits = PlaceLimits { served: 64, overflow: 16 };
+
 /// Serves until `shutdown`, as the main port does.
 pub async fn serve(listener: TcpListener, state: ApiState, overview: OverviewSource, shutdown: CancellationToken) {
-    let router = admin_router(state.clone(), overview);
-    serve_router(listener, state, router, shutdown).await;
+    let busy = format!("All {} connections of admin_addr are busy.", ADMIN_LIMITS.served);
+    let overflow = overflow_router(state.clone(), busy);
+    let routes = Routes { served: admin_router(state.clone(), overview), overflow };
+    serve_routes(listener, state, routes, ADMIN_LIMITS, shutdown).await;
 }
 
 /// The whole of the admin address.
@@ -34,7 +43,7 @@ pub fn admin_router(state: ApiState, overview: OverviewSource) -> Router {
         .route("/cluster", get(cluster))
         .route_layer(from_fn_with_state(state.clone(), require_key))
         .layer(Extension(Overview(overview)));
-    finish(open_routes().merge(guarded).fallback(unknown_route), state)
+    finish(guarded.fallback(unknown_route), state)
 }
 
 #[derive(Clone)]

@@ -5,9 +5,11 @@ use axum::http::{HeaderMap, StatusCode, header};
 use bytes::Bytes;
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use super::config::Config;
+use super::content_coding::ContentCoding;
 use super::error::ApiError;
 use super::json;
 use crate::types::{Failure, FailureKind};
@@ -17,8 +19,23 @@ pub async fn read_json<T: DeserializeOwned>(config: &Config, headers: &HeaderMap
     Ok(json::parse(&read(config, headers, body).await?)?)
 }
 
-/// The body, whole.
+/// The body, whole, and decoded if it was compressed. Its bound holds before and after that.
 pub async fn read(config: &Config, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
+    let coding = ContentCoding::of(headers)?;
+    let (bytes, limit) = (read_as_sent(config, headers, body).await?, config.max_body_bytes);
+    if coding == ContentCoding::Identity {
+        return Ok(bytes);
+    }
+    // A few bytes may take as long as `max_body_bytes` of them.
+    let decoding = spawn_blocking(move || coding.decode(bytes, limit));
+    let failed = |_| Failure::new(FailureKind::Internal, "The body could not be decoded.");
+    match decoding.await.map_err(failed)?? {
+        decoded if decoded.len() > limit => Err(too_large(limit)),
+        decoded => Ok(decoded),
+    }
+}
+
+async fn read_as_sent(config: &Config, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
     let limit = config.max_body_bytes;
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if announced.is_some_and(|length| length > limit) {

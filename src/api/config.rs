@@ -7,6 +7,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use super::auth::ApiKeys;
+use super::cors;
 
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -15,8 +16,8 @@ pub struct Config {
     pub host: String,
     /// Port to listen on; 0 takes a free one. Default: 8000.
     pub port: u16,
-    /// Connections served at once. Beyond it, connections get 503 at once for everything but health and metrics, so that
-    /// probes still see the truth. Default: 900, which fits into the usual limit of 1024 open files.
+    /// Connections served at once. When they run out, the one that has been idle longest is closed for a newcomer; where all
+    /// are busy, newcomers get 503 for everything but health and metrics. Default: 900.
     pub max_connections: usize,
     /// Bytes of a request's body. Default: 4 MiB.
     pub max_body_bytes: usize,
@@ -37,6 +38,14 @@ pub struct Config {
     /// Keys that clients present as `Authorization: Bearer …`; plain, or `sha256:` and 64 hexadecimal digits. Default: none,
     /// which admits everybody.
     pub api_keys: Vec<String>,
+    /// Origins of web pages that may call the API; `*` is any, none turns CORS off. Default: `*`, as in vLLM.
+    pub allowed_origins: Vec<String>,
+    /// Methods that these pages may use. Default: `*`.
+    pub allowed_methods: Vec<String>,
+    /// Headers that these pages may send. Default: `*`.
+    pub allowed_headers: Vec<String>,
+    /// Whether browsers may send cookies and the like with a page's request. Default: false.
+    pub allow_credentials: bool,
 }
 
 impl fmt::Debug for Config {
@@ -55,6 +64,10 @@ impl fmt::Debug for Config {
             max_output_tokens,
             admin_addr,
             api_keys,
+            allowed_origins,
+            allowed_methods,
+            allowed_headers,
+            allow_credentials,
         } = self;
         f.debug_struct("Config")
             .field("host", host)
@@ -69,6 +82,10 @@ impl fmt::Debug for Config {
             .field("max_output_tokens", max_output_tokens)
             .field("admin_addr", admin_addr)
             .field("api_keys", &format_args!("{} redacted", api_keys.len()))
+            .field("allowed_origins", allowed_origins)
+            .field("allowed_methods", allowed_methods)
+            .field("allowed_headers", allowed_headers)
+            .field("allow_credentials", allow_credentials)
             .finish()
     }
 }
@@ -88,6 +105,10 @@ impl Default for Config {
             max_output_tokens: None,
             admin_addr: None,
             api_keys: Vec::new(),
+            allowed_origins: vec!["*".into()],
+            allowed_methods: vec!["*".into()],
+            allowed_headers: vec!["*".into()],
+            allow_credentials: false,
         }
     }
 }
@@ -117,6 +138,7 @@ impl Config {
         if let Err(error) = ApiKeys::new(&self.api_keys) {
             errors.push(error.to_string());
         }
+        cors::validate(self, errors);
     }
 }
 

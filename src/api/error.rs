@@ -8,6 +8,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use tracing::{debug, error};
 
+use super::content_coding;
 use crate::types::{Failure, FailureKind};
 
 /// What a client gets instead of an answer.
@@ -148,6 +149,9 @@ impl IntoResponse for ApiError {
             // Whole seconds, rounded up: coming back too early only means being refused again.
             let seconds = delay.as_secs() + u64::from(delay.subsec_nanos() > 0);
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        if self.status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+            response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static(content_coding::SUPPORTED));
         }
         // The observing middleware counts failures by kind.
         response.extensions_mut().insert(self.kind);

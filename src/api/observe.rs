@@ -75,12 +75,14 @@ fn route_label(path: &str) -> &'static str {
 fn status_label(status: StatusCode) -> &'static str {
     match status.as_u16() {
         200 => "200",
+        204 => "204",
         400 => "400",
         401 => "401",
         404 => "404",
         405 => "405",
         408 => "408",
         413 => "413",
+        415 => "415",
         422 => "422",
         429 => "429",
         499 => "499",

@@ -23,10 +23,11 @@ use serde::de::DeserializeOwned;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, warn};
+use tracing::debug;
 
+use super::listener::AcceptErrors;
 use crate::cluster::tls::{CalledStream, PeerTls};
 use crate::cluster::wire::{self, WireError};
 use crate::cluster::{PeerFrame, PeerService, PeerStream};
@@ -39,8 +40,6 @@ const MAX_CONNECTIONS: usize = 1024;
 const MAX_HANDSHAKES: usize = 128;
 /// For TLS.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Out of file descriptors: the next accept waits, so that the loop does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// A peer that vanished without a word is noticed after the sum of both, and what it asked for is cancelled.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -79,6 +78,7 @@ pub async fn serve(
         shutdown,
     };
     let mut connections = JoinSet::new();
+    let mut errors = AcceptErrors::new("peers");
     loop {
         let accepted = tokio::select! {
             biased;
@@ -91,20 +91,11 @@ pub async fn serve(
                 Ok(place) => drop(connections.spawn(server.clone().connection(stream, address, place))),
                 Err(_) => server.refuse("full"),
             },
-            Err(error) => pause_after(error).await,
+            Err(error) => drop(errors.note(&error).await),
         }
     }
     drop(listener);
     while connections.join_next().await.is_some() {}
-}
-
-async fn pause_after(error: io::Error) {
-    let of_the_peer =
-        [io::ErrorKind::ConnectionAborted, io::ErrorKind::ConnectionReset, io::ErrorKind::ConnectionRefused];
-    if !of_the_peer.contains(&error.kind()) {
-        warn!(%error, "cannot accept connections from peers");
-        sleep(ACCEPT_PAUSE).await;
-    }
 }
 
 #[derive(Clone)]

@@ -11,16 +11,17 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
 /// A stream on which a write that waits for `limit` is an error.
-pub struct WriteTimeout<S> {
+pub struct WriteTimeout<S, F, G> {
     stream: S,
     limit: Duration,
-    /// Runs while a write waits.
-    waiting: Option<Pin<Box<Sleep>>>,
+    /// Makes what is held while a write waits.
+    on_wait: F,
+    waiting: Option<(Pin<Box<Sleep>>, G)>,
 }
 
-impl<S: Unpin> WriteTimeout<S> {
-    pub fn new(stream: S, limit: Duration) -> Self {
-        Self { stream, limit, waiting: None }
+impl<S: Unpin, F: Fn() -> G + Unpin, G: Unpin> WriteTimeout<S, F, G> {
+    pub fn new(stream: S, limit: Duration, on_wait: F) -> Self {
+        Self { stream, limit, on_wait, waiting: None }
     }
 
     fn bounded<T>(
@@ -32,13 +33,14 @@ impl<S: Unpin> WriteTimeout<S> {
             self.waiting = None;
             return done;
         }
-        let limit = self.limit;
-        ready!(self.waiting.get_or_insert_with(|| Box::pin(sleep(limit))).as_mut().poll(context));
+        let (limit, on_wait) = (self.limit, &self.on_wait);
+        let (time, _) = self.waiting.get_or_insert_with(|| (Box::pin(sleep(limit)), on_wait()));
+        ready!(time.as_mut().poll(context));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for WriteTimeout<S> {
+impl<S: AsyncRead + Unpin, F: Unpin, G: Unpin> AsyncRead for WriteTimeout<S, F, G> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -48,7 +50,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for WriteTimeout<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for WriteTimeout<S> {
+impl<S: AsyncWrite + Unpin, F: Fn() -> G + Unpin, G: Unpin> AsyncWrite for WriteTimeout<S, F, G> {
     fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.bounded(context, |stream, context| stream.poll_write(context, bytes))
     }
@@ -76,6 +78,8 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for WriteTimeout<S> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
     use tokio::time::{Instant, timeout};
 
@@ -87,7 +91,8 @@ mod tests {
     #[tokio::test]
     async fn a_reader_that_stops_is_given_up_and_a_slow_one_is_not() {
         let (ours, mut theirs) = duplex(1);
-        let mut writer = WriteTimeout::new(ours, LIMIT);
+        let held = Arc::new(());
+        let mut writer = WriteTimeout::new(ours, LIMIT, || held.clone());
         let slow_reader = tokio::spawn(async move {
             for _ in 0..5 {
                 sleep(LIMIT / 4).await;
@@ -96,8 +101,11 @@ mod tests {
             theirs
         });
         writer.write_all(b"123456").await.expect("slow is allowed");
+        assert_eq!(Arc::strong_count(&held), 1, "nothing waits any more");
         let _silent = slow_reader.await.expect("no panic");
         let start = Instant::now();
+        assert!(timeout(LIMIT / 4, writer.write_all(b"7")).await.is_err());
+        assert_eq!(Arc::strong_count(&held), 2, "a write waits");
         let error = timeout(10 * LIMIT, writer.write_all(b"7")).await.expect("it ends").expect_err("nobody reads");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         assert!(start.elapsed() >= LIMIT, "{:?}", start.elapsed());
@@ -106,7 +114,7 @@ mod tests {
     #[tokio::test]
     async fn our_own_silence_counts_for_nothing() {
         let (ours, mut theirs) = duplex(4);
-        let mut writer = WriteTimeout::new(ours, Duration::from_millis(1));
+        let mut writer = WriteTimeout::new(ours, Duration::from_millis(1), || ());
         assert!(timeout(Duration::from_millis(50), writer.read_u8()).await.is_err(), "reading has no bound here");
         writer.write_all(b"ok").await.expect("there is room");
         assert_eq!(theirs.read_u16().await.expect("two bytes"), u16::from_be_bytes(*b"ok"));

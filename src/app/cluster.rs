@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use crate::admission::AdmissionController;
 use crate::api;
+use crate::api::listener::listen;
 use crate::cluster::membership::Membership;
 use crate::cluster::peer_client::HttpPeerTransport;
 use crate::cluster::tls::PeerTls;
@@ -52,9 +53,8 @@ impl Cluster {
         let tls = PeerTls::new(config, &key)?;
         let membership = Membership::start(config, &key, metrics.clone()).await?;
         let address = config.peer_listen_addr().context("there is no address for peers")?;
-        let listener = TcpListener::bind(address)
-            .await
-            .with_context(|| format!("peer_addr: cannot listen on {address} for other nodes"))?;
+        let listener =
+            listen(address).await.with_context(|| format!("peer_addr: cannot listen on {address} for other nodes"))?;
         let bound = listener.local_addr().context("the listener for peers has no address")?;
         let peer_addr = config.peer_advertised(bound);
         let network = Network { listener: Some(listener), tls, peer_addr };

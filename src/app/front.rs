@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use anyhow::Context;
-use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -11,6 +10,7 @@ use super::announce;
 use super::cluster::Cluster;
 use super::fault_injection::{FaultTarget, fault_routes};
 use crate::admission::AdmissionController;
+use crate::api::listener::listen;
 use crate::api::{self, ApiState};
 use crate::config::Config;
 use crate::health::Health;
@@ -45,8 +45,7 @@ impl Front {
         let model = ModelReference::parse(&config.process.model, &Catalog::embedded())?.name();
         let (host, port) = (config.api.host.as_str(), config.api.port);
         let host = host.trim_start_matches('[').trim_end_matches(']');
-        let listener =
-            TcpListener::bind((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))?;
+        let listener = listen((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))?;
         let address = listener.local_addr().context("the listener has no address")?;
 
         let metrics = Arc::new(Metrics::new(&config.process.served_names(&model)[0]));
@@ -65,8 +64,7 @@ impl Front {
         let server = tokio::spawn(api::serve(listener, api.clone(), extra, stops_accepting.clone()));
         let admin = CancellationToken::new();
         if let Some(address) = config.api.admin_addr {
-            let listener =
-                TcpListener::bind(address).await.with_context(|| format!("admin_addr: cannot listen on {address}"))?;
+            let listener = listen(address).await.with_context(|| format!("admin_addr: cannot listen on {address}"))?;
             let overview = router.clone();
             let overview = Arc::new(move || overview.overview());
             tokio::spawn(api::admin::serve(listener, api.clone(), overview, admin.clone()));

@@ -13,11 +13,11 @@ pub mod healthcheck;
 pub mod life;
 mod load;
 mod memory;
+mod open_files;
 mod signals;
 pub mod status;
 mod watchdog;
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use anyhow::Context;
 
 use crate::config::{Config, Invocation, KEYS};
 use crate::engine::model_runner::{ComputeDevice, DeviceChoice};
-use crate::observability::trace;
+use crate::observability::trace::{self, Output};
 use front::Front;
 use load::LoadedModel;
 use signals::Signals;
@@ -36,14 +36,16 @@ const RUNTIME_END: Duration = Duration::from_millis(200);
 /// Serves until a signal or a failure; the exit code says which. An error is one of starting.
 pub fn serve(invocation: Invocation) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    trace::init(&invocation.config.trace)?;
+    // Dropped last, so that what the end logs is written, too.
+    let _log = trace::init(&invocation.config.trace)?;
+    let terminal = Output::terminal().context("standard output cannot be used")?;
     log_configuration(&invocation);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("front")
         .build()
         .context("the runtime cannot be started")?;
-    let ended = runtime.block_on(run(invocation.config, started));
+    let ended = runtime.block_on(run(invocation.config, started, &terminal));
     runtime.shutdown_timeout(RUNTIME_END);
     ended
 }
@@ -58,22 +60,23 @@ fn log_configuration(invocation: &Invocation) {
     }
 }
 
-async fn run(config: Config, started: Instant) -> anyhow::Result<ExitCode> {
+async fn run(config: Config, started: Instant, terminal: &Output) -> anyhow::Result<ExitCode> {
     let mut signals = Signals::install().context("signals cannot be caught")?;
     let device = open_device(&config).await?;
-    let config = config.for_device(device.is_gpu())?;
+    let mut config = config.for_device(device.is_gpu())?;
+    open_files::make_room(&mut config);
     if !device.is_gpu() {
         // Before the download: what does not fit alone does not fit beside the weights.
         memory::kv_pool(&config.compute, 0, config.health.memory_removal_mark)?;
     }
     let front = Front::open(&config).await?;
     watchdog::start(&config, front.health.lifecycle().clone())?;
-    say(&format!("Listening on {}", front.base_url));
+    terminal.say(&format!("Listening on {}", front.base_url));
     if config.api.api_keys.is_empty() && !front.is_local {
         tracing::warn!("no api_keys are set: anybody who can reach `host` can use the model");
     }
     let loading = load::load(&config, device, &front);
-    let welcome = |model: &LoadedModel| welcome(&config, &front, model, started.elapsed());
+    let welcome = |model: &LoadedModel| welcome(&config, &front, model, started.elapsed(), terminal);
     driver::drive(&config, &front, loading, welcome, &mut signals).await
 }
 
@@ -91,7 +94,7 @@ async fn open_device(config: &Config) -> anyhow::Result<ComputeDevice> {
     Ok(device)
 }
 
-fn welcome(config: &Config, front: &Front, model: &LoadedModel, elapsed: Duration) {
+fn welcome(config: &Config, front: &Front, model: &LoadedModel, elapsed: Duration, terminal: &Output) {
     tracing::info!(
         model = model.name,
         fingerprint = %model.fingerprint,
@@ -102,10 +105,5 @@ fn welcome(config: &Config, front: &Front, model: &LoadedModel, elapsed: Duratio
         "ready"
     );
     let line = announce::curl_line(&front.base_url, model.has_chat_template, !config.api.api_keys.is_empty());
-    say(&format!("Serving {} after {:.2} s. Try it:\n\n{line}\n", model.name, elapsed.as_secs_f64()));
-}
-
-/// Tells the person at the terminal. Nobody there is no reason to stop.
-fn say(text: &str) {
-    let _ = writeln!(std::io::stdout(), "{text}");
+    terminal.say(&format!("Serving {} after {:.2} s. Try it:\n\n{line}\n", model.name, elapsed.as_secs_f64()));
 }

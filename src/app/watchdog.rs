@@ -15,6 +15,7 @@ use tokio::time::interval;
 use crate::config::Config;
 use crate::health::Lifecycle;
 use crate::health::engine_watch::EngineWatch;
+use crate::observability::trace;
 use crate::types::NodeState;
 
 /// From one look at the front to the next, and from one sign of its life to the next.
@@ -98,6 +99,7 @@ fn end(reason: String) -> ! {
     // Another thread says why and exits in order, because either may block for ever.
     let said = thread::Builder::new().spawn(move || {
         tracing::error!(reason, "ending the process at once, to be restarted");
+        trace::flush();
         process::exit(1)
     });
     if said.is_ok() {

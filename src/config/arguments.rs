@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Arg, ArgAction, ArgMatches, value_parser};
 
+use super::syntax::{Switch, Syntax};
 use super::{Assignment, Command, KEYS, Key, Origin, drill};
 
 pub(super) struct Arguments {
@@ -15,6 +16,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn read(arguments: impl IntoIterator<Item = String>) -> Result<Arguments, clap::Error> {
+    let arguments = join_switches(arguments)?;
     let matches = command().try_get_matches_from(std::iter::once("outrigger".to_owned()).chain(arguments))?;
     let (name, matches) = matches.subcommand().unwrap_or(("serve", &matches));
     let file = matches.get_one("config").cloned();
@@ -32,6 +34,34 @@ pub(super) fn read(arguments: impl IntoIterator<Item = String>) -> Result<Argume
     Ok(Arguments { command, file, assignments })
 }
 
+/// Joins `--fault-injection true` to `--fault-injection=true`. A switch may stand alone, so the word behind it would otherwise be
+/// taken for the model. A flag that takes no value refuses one for the same reason.
+fn join_switches(arguments: impl IntoIterator<Item = String>) -> Result<Vec<String>, clap::Error> {
+    let is_switch = |name: &str| KEYS.iter().any(|key| key.is_switch && key.names().any(|known| kebab(known) == name));
+    let mut joined: Vec<String> = Vec::new();
+    let mut are_flags = true;
+    for argument in arguments {
+        let flag = joined.last().filter(|_| are_flags).and_then(|last| last.strip_prefix("--"));
+        match flag {
+            Some("") => are_flags = false,
+            Some(name) if Switch::read(&argument).is_ok() => {
+                if is_switch(name) {
+                    let last = joined.pop().unwrap_or_default();
+                    joined.push(format!("{last}={argument}"));
+                    continue;
+                }
+                if name == "json" || name.strip_prefix("no-").is_some_and(is_switch) {
+                    let message = format!("--{name} takes no value, and got `{argument}`\n");
+                    return Err(clap::Error::raw(clap::error::ErrorKind::TooManyValues, message));
+                }
+            }
+            _ => {}
+        }
+        joined.push(argument);
+    }
+    Ok(joined)
+}
+
 fn command() -> clap::Command {
     let model = Arg::new("MODEL").help("The same as --model").value_parser(NonEmptyStringValueParser::new());
     clap::Command::new("outrigger")
@@ -40,6 +70,7 @@ fn command() -> clap::Command {
         .after_help(
             "Every flag is a configuration key: `--max-num-seqs 32`, OUTRIGGER_MAX_NUM_SEQS=32 and `max_num_seqs = 32` in \
              the file of --config mean the same. Flags win over variables, variables over the file.\n\
+             Switches: `--fault-injection`, `--fault-injection true` or `=false`, `--no-fault-injection`.\n\
              Sizes: 512MiB, 4GiB, 4GB, or bytes. Durations: 250ms, 30s, 5m, or seconds. Counts: 64, 8k (8000), 8K (8192).",
         )
         .args_conflicts_with_subcommands(true)

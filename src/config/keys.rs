@@ -175,7 +175,7 @@ keys! {
         api_keys | api_key: Secrets => api.api_keys,
             "API keys that clients may present, in plain text or as `sha256:` and 64 hexadecimal digits. Without any, no key is asked for.";
         max_connections: Count => api.max_connections,
-            "Most connections served at once. Further connections get 503, except for health and metrics.";
+            "Most connections served at once. When all are taken, the connection that has been idle longest is closed for a new one; when none is idle, new ones get 503, except for health and metrics.";
         max_body_bytes: Size => api.max_body_bytes,
             "Largest request body.";
         header_read_timeout | header_timeout: Time => api.header_read_timeout,
@@ -186,6 +186,14 @@ keys! {
             "Disconnect a client that reads nothing for this long.";
         stream_keep_alive: Time => api.stream_keep_alive,
             "Send a comment line on a stream that has been silent for this long.";
+        allowed_origins: List => api.allowed_origins,
+            "Origins of web pages that may call the API from a browser (CORS), such as `https://chat.example.org`; `*` is any, an empty list turns CORS off.";
+        allowed_methods: List => api.allowed_methods,
+            "HTTP methods that these pages may use.";
+        allowed_headers: List => api.allowed_headers,
+            "Request headers that these pages may send.";
+        allow_credentials: Switch => api.allow_credentials,
+            "Let browsers send cookies with requests of these pages; `allowed_origins` must then name them.";
         max_input_tokens: Auto<Count> => api.max_input_tokens,
             "Longest prompt in tokens; `auto` is the model's context length.";
         max_output_tokens: Auto<Count> => api.max_output_tokens,

@@ -276,7 +276,7 @@ impl Syntax<PathBuf> for Location {
     }
 }
 
-/// Several texts: a TOML array, a repeated flag, or one text with commas.
+/// Several texts: a TOML array, a repeated flag, one text with commas, or a JSON array, as vLLM has it.
 pub struct List;
 
 impl Notation for List {
@@ -286,6 +286,10 @@ impl Notation for List {
 
 impl Syntax<Vec<String>> for List {
     fn read(text: &str) -> Result<Vec<String>, String> {
+        // `[::1]:7946` begins like one, too.
+        if let Ok(items) = serde_json::from_str(text) {
+            return Ok(items);
+        }
         Ok(text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect())
     }
 

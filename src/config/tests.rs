@@ -140,6 +140,49 @@ fn a_switch_is_set_alone_or_with_a_value_and_negated() {
 }
 
 #[test]
+fn the_word_behind_a_switch_is_its_value_and_never_the_model() {
+    for (value, expected) in [("true", true), ("FALSE", false), ("1", true), ("off", false)] {
+        let config = read(&["serve", "--fault-injection", value, "owner/name"], &[]).unwrap().config;
+        assert_eq!(
+            (config.process.fault_injection, config.process.model.as_str()),
+            (expected, "owner/name"),
+            "{value}"
+        );
+        let config = read(&["--fault-injection", value], &[]).unwrap().config;
+        assert_eq!(config.process.fault_injection, expected, "{value}");
+    }
+    let config = read(&["serve", "--fault-injection", "owner/name"], &[]).unwrap().config;
+    assert_eq!((config.process.fault_injection, config.process.model.as_str()), (true, "owner/name"));
+    for arguments in [
+        &["serve", "--no-fault-injection", "true"][..],
+        &["drill", "--json", "true"],
+        &["serve", "--fault-injection=perhaps"],
+        &["serve", "--fault-injection", "true", "true", "false"],
+    ] {
+        assert!(read(arguments, &[]).is_err(), "{arguments:?}");
+    }
+    // Values of other flags, and whatever stands behind `--`, are left alone.
+    assert_eq!(read(&["--model", "true"], &[]).unwrap().config.process.model, "true");
+    assert_eq!(read(&["serve", "--", "on"], &[]).unwrap().config.process.model, "on");
+}
+
+#[test]
+fn lists_are_understood_as_vllm_writes_them() {
+    let origins = |arguments: &[&str]| read(arguments, &[]).unwrap().config.api.allowed_origins;
+    assert_eq!(origins(&[]), ["*"]);
+    let two = ["https://a.example", "http://localhost:3000"];
+    assert_eq!(origins(&["--allowed-origins", "https://a.example,http://localhost:3000"]), two);
+    assert_eq!(origins(&["--allowed-origins", r#"["https://a.example", "http://localhost:3000"]"#]), two);
+    assert_eq!(origins(&["--allowed-origins", two[0], "--allowed-origins", two[1]]), two);
+    assert!(origins(&["--allowed-origins", "[]"]).is_empty());
+    assert!(problems(&["--allowed-origins", "[1]"], &[])[0].starts_with("allowed_origins: `[1]` is not an origin"));
+    assert_eq!(<syntax::List as syntax::Syntax<Vec<String>>>::read("[::1]:7946"), Ok(vec!["[::1]:7946".into()]));
+    assert!(problems(&["--allow-credentials"], &[])[0].starts_with("allow_credentials"));
+    let file = file("allowed_origins = []\n");
+    assert!(origins(&["--config", file.path().to_str().unwrap()]).is_empty());
+}
+
+#[test]
 fn kubernetes_service_links_are_not_taken_for_keys() {
     let links = [
         ("OUTRIGGER_PORT", "tcp://10.96.0.7:8000"),

@@ -16,7 +16,7 @@ use super::instruments::{
     Aliased, Counter, CounterF64, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, Instrument,
     LabelledValue, store_counter, store_seconds,
 };
-use super::process;
+use super::{process, trace};
 use crate::types::{EngineStatus, FailureKind, NodeState};
 
 /// One row of the table.
@@ -235,7 +235,9 @@ metrics! {
     http_connections_opened: Counter = Counter "outrigger_http_connections_opened_total" [] []
         "Connections accepted";
     http_connections_refused: Counter = Counter "outrigger_http_connections_refused_total" [] []
-        "Connections answered 503 because max_connections was reached";
+        "Requests that were answered 503 because all connections of max_connections were busy";
+    http_connections_recycled: Counter = Counter "outrigger_http_connections_recycled_total" [] []
+        "Connections that were closed, mostly idle ones, to make room for newcomers";
     peer_connections: Gauge = Gauge "outrigger_peer_connections" [] []
         "Open connections that peers have made";
     peer_connections_refused: CounterVec<1> = Counter "outrigger_peer_connections_refused_total" ["reason"] []
@@ -298,6 +300,8 @@ metrics! {
         "Other nodes of the cluster, alive and dead ones";
     cluster_changes: CounterVec<1> = Counter "outrigger_cluster_changes_total" ["change"] []
         "Nodes that joined, left, died, or were replaced by a later process of the same name";
+    log_lines_dropped: Counter = Counter "outrigger_log_lines_dropped_total" [] []
+        "Lines of the log that standard error did not take";
     process_cpu_seconds: CounterF64 = Counter "process_cpu_seconds_total" [] []
         "User and system CPU seconds of this process";
     process_resident_memory: Gauge = Gauge "process_resident_memory_bytes" [] []
@@ -396,6 +400,7 @@ impl Metrics {
     }
 
     fn observe_process(&self) {
+        store_counter(&self.log_lines_dropped, trace::dropped_lines());
         let Some(process) = process::read() else { return };
         self.process_cpu_seconds.inner().store(process.cpu_seconds.to_bits(), Ordering::Relaxed);
         self.process_resident_memory.set(process.resident_bytes);

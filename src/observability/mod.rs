@@ -3,6 +3,7 @@
 pub mod instruments;
 pub mod metrics;
 pub mod process;
+pub mod sink;
 pub mod text_table;
 pub mod trace;
 

@@ -38,18 +38,22 @@ pub fn outrigger() -> Command {
 impl Server {
     /// Starts with `--port 0` and these arguments; returns as soon as it listens, the model not yet loaded.
     pub fn start(arguments: &[&str]) -> Self {
-        let mut child = outrigger().args(["serve", "--port", "0"]).args(arguments).spawn().expect("the program starts");
+        Self::start_as(outrigger(), arguments)
+    }
+
+    /// As `start`, but this program, whose standard output must be piped. Only a piped standard error is kept as the log.
+    pub fn start_as(mut program: Command, arguments: &[&str]) -> Self {
+        let mut child = program.args(["serve", "--port", "0"]).args(arguments).spawn().expect("the program starts");
         let log = Arc::new(Mutex::new(String::new()));
-        let mut stderr = child.stderr.take().expect("piped");
-        thread::spawn({
+        if let Some(mut stderr) = child.stderr.take() {
             let log = log.clone();
-            move || {
+            thread::spawn(move || {
                 let mut buffer = [0; 4096];
                 while let Ok(read @ 1..) = stderr.read(&mut buffer) {
                     log.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..read]));
                 }
-            }
-        });
+            });
+        }
         let stdout = BufReader::new(child.stdout.take().expect("piped"));
         let mut server = Self { child, stdout, log, base_url: String::new() };
         let line = server.next_line();
@@ -87,6 +91,14 @@ impl Server {
             assert!(start.elapsed() < PATIENCE, "not {what} after {PATIENCE:?}");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// The sum of a metric's series.
+    pub async fn metric(&self, name: &str) -> f64 {
+        let text = reqwest::get(self.url("/metrics")).await.expect("an answer").text().await.expect("text");
+        let lines = text.lines().filter_map(|line| line.rsplit_once(' '));
+        let of_metric = lines.filter(|(series, _)| series.split('{').next() == Some(name));
+        of_metric.map(|(_, value)| value.parse::<f64>().expect("a number")).sum()
     }
 
     pub fn signal(&self, signal: i32) {

@@ -5,6 +5,7 @@ mod completions;
 mod peer;
 mod refusals;
 mod resumption;
+mod routes;
 mod sockets;
 mod streams;
 

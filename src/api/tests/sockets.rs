@@ -24,10 +24,14 @@ struct Served {
 }
 
 async fn serve_node(node: &Node) -> Served {
+    serve_node_with(node, axum::Router::new()).await
+}
+
+async fn serve_node_with(node: &Node, extra: axum::Router) -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("an address");
     let shutdown = CancellationToken::new();
-    let server = tokio::spawn(serve(listener, node.state.clone(), axum::Router::new(), shutdown.clone()));
+    let server = tokio::spawn(serve(listener, node.state.clone(), extra, shutdown.clone()));
     Served { address, shutdown, server }
 }
 
@@ -62,6 +66,16 @@ impl Served {
         let head = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
         stream.write_all(head.as_bytes()).await.expect("sent");
         read_all(&mut stream).await
+    }
+
+    /// As clients do that are asked to come back.
+    async fn get_in_the_end(&self, path: &str) {
+        let coming_back = async {
+            while !self.get(path).await.starts_with("HTTP/1.1 200") {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        in_time("served", coming_back).await;
     }
 }
 
@@ -142,10 +156,54 @@ async fn connections_beyond_the_limit_get_503_and_probes_the_truth() {
     let refused = served.get("/v1/models").await;
     assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("max_connections"), "{refused}");
     assert!(served.get("/livez").await.starts_with("HTTP/1.1 200"));
-    assert!(served.get("/metrics").await.contains("outrigger_http_connections_refused_total 3\n"));
+    assert!(served.get("/metrics").await.contains("outrigger_http_connections_refused_total 1\n"));
     drop(first);
     until("the place", || node.state.metrics.http_connections.get() == 0).await;
     assert!(served.get("/v1/models").await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test]
+async fn idle_connections_make_room_for_newcomers_and_streams_do_not() {
+    let (node, senders) = waiting_node(Config { max_connections: 3, ..Config::default() });
+    let served = serve_node(&node).await;
+    let mut stream = served.post(json!({"prompt": [5], "stream": true})).await;
+    read_until(&mut stream, "data: {").await;
+    // One that has had an answer, and one that never says anything.
+    let mut kept_alive = served.connect().await;
+    kept_alive.write_all(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    read_until(&mut kept_alive, env!("CARGO_PKG_VERSION")).await;
+    let mut silent = served.connect().await;
+    until("three connections", || node.state.metrics.http_connections.get() == 3).await;
+    served.get_in_the_end("/v1/models").await;
+    assert_eq!(read_all(&mut kept_alive).await, "", "the one that was idle for longest is closed");
+    let _another = served.connect().await;
+    served.get_in_the_end("/v1/models").await;
+    assert_eq!(read_all(&mut silent).await, "");
+    assert_eq!(node.state.metrics.http_connections_recycled.get(), 2);
+    let events = senders.lock().pop().expect("a request");
+    events.send(GenerationEvent::Finished { choice: 0, reason: FinishReason::Length }).expect("somebody listens");
+    read_until(&mut stream, "data: [DONE]").await;
+}
+
+/// The end of a long answer is in the kernel's and the library's buffers when its request is done.
+#[tokio::test]
+async fn a_connection_that_still_sends_is_not_idle() {
+    let node = Node::saying(&"wave ".repeat(40));
+    let mut config = node.state.config.clone();
+    config.max_connections = 1;
+    let overview = "x".repeat(8 << 20);
+    let long = axum::Router::new().route("/long", axum::routing::get(async move || overview.clone()));
+    let node = Node::with_config(config, admission::Config::default(), |_, _| panic!("nothing is generated"));
+    let served = serve_node_with(&node, long).await;
+    let mut slow = served.connect().await;
+    slow.write_all(b"GET /long HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.expect("sent");
+    read_until(&mut slow, "HTTP/1.1 200").await;
+    for _ in 0..3 {
+        assert!(served.get("/v1/models").await.starts_with("HTTP/1.1 503"));
+    }
+    let rest = read_all(&mut slow).await;
+    assert!(rest.len() > 8 << 20 >> 1 && rest.ends_with("xxx"), "{} bytes", rest.len());
+    assert_eq!(node.state.metrics.http_connections_recycled.get(), 0);
 }
 
 #[tokio::test]
