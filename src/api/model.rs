@@ -4,7 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::cluster::ModelReport;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
-use crate::types::TokenId;
+use crate::types::{SamplingDefaults, TokenId};
 
 /// In a request, always names the node's own model.
 pub const DEFAULT_ALIAS: &str = "default";
@@ -19,6 +19,8 @@ pub struct ServedModel {
     pub chat_template: ChatTemplate,
     /// Tokens that end a generation, of the model and of its tokenizer.
     pub eos_token_ids: Vec<TokenId>,
+    /// For requests that leave sampling parameters out.
+    pub sampling_defaults: SamplingDefaults,
     /// Prompt and generated tokens together.
     pub max_model_len: usize,
     /// Seconds since the epoch.
@@ -39,9 +41,15 @@ impl ServedModel {
             tokenizer_digest: report.tokenizer.clone(),
             chat_template,
             eos_token_ids,
+            sampling_defaults: SamplingDefaults::default(),
             max_model_len: report.max_model_len as usize,
             created: report.created,
         }
+    }
+
+    pub fn with_sampling_defaults(mut self, defaults: SamplingDefaults) -> Self {
+        self.sampling_defaults = defaults;
+        self
     }
 
     /// The name that responses give.

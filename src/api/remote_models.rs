@@ -95,7 +95,10 @@ async fn open(report: ModelReport, bytes: Vec<u8>) -> Result<ServedModel, Failur
         let bundle = TokenizerBundle::decode(&bytes).map_err(|error| unusable(DAMAGED).with_source(error))?;
         let tokenizer = bundle.build().map_err(|error| unusable(DAMAGED).with_source(error))?;
         let template = tokenizer.chat_template().map_err(|error| unusable(DAMAGED).with_source(error))?;
-        Ok(ServedModel::new(&report, tokenizer, template, bundle.eos_token_ids))
+        // Tried now, and not by the first request.
+        let _ = (template.traits(false), template.traits(true));
+        let model = ServedModel::new(&report, tokenizer, template, bundle.eos_token_ids().to_vec());
+        Ok(model.with_sampling_defaults(bundle.sampling_defaults().clone()))
     };
     tokio::task::spawn_blocking(open).await.map_err(|_| unusable("Cannot open a peer's tokenizer."))?
 }

@@ -14,7 +14,7 @@ use super::front::Front;
 use super::memory;
 use crate::api::{ServedModel, unix_seconds};
 use crate::cluster::ModelReport;
-use crate::config::Config;
+use crate::config::{Config, GenerationConfig};
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, GpuModelRunner, RunnerConfig};
 use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner, OnFailure};
@@ -23,8 +23,8 @@ use crate::health::{
 };
 use crate::hub::{self, Progress};
 use crate::router::LocalReplica;
-use crate::tokenizer::{self, ChatTemplate, Tokenizer, TokenizerBundle};
-use crate::types::{Backend, Fingerprint, TokenId, with_causes};
+use crate::tokenizer::{self, ChatTemplate, Tokenizer, TokenizerBundle, TokenizerFiles};
+use crate::types::{Backend, Fingerprint, SamplingDefaults, TokenId, with_causes};
 
 /// What the synthetic inference continues, where the tokenizer can spell it.
 const PROBE_TEXT: &str = "The capital of France is";
@@ -81,12 +81,23 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     };
     let model_eos = files.eos_token_ids.clone();
     let tokenizer = {
-        let (source, model_eos) = (files.tokenizer.clone(), model_eos.clone());
+        let source = files.tokenizer.clone();
+        let (wanted, catalog) = (config.process.generation_config, resolved.sampling.clone());
+        let own_template = config.process.chat_template.clone();
         off_runtime(move || {
-            let tokenizer = open_tokenizer(&source)?;
-            let eos_token_ids = union(&model_eos, tokenizer.eos_token_ids());
-            let bundle = bundle(&source, eos_token_ids)?;
-            Ok((tokenizer, bundle))
+            let (tokenizer, bundle) = open_tokenizer(&source, &model_eos)?;
+            let defaults = sampling_defaults(wanted, &tokenizer, catalog);
+            let own_template = own_template.map(|path| {
+                let template = std::fs::read_to_string(&path);
+                template.with_context(|| format!("chat_template: cannot read {}", path.display()))
+            });
+            let own_template = own_template.transpose()?;
+            let tokenizer = match &own_template {
+                Some(template) => tokenizer.with_chat_template(template.clone()),
+                None => tokenizer,
+            };
+            let chat_template = open_chat_template(&tokenizer, own_template.is_some())?;
+            Ok((tokenizer, chat_template, bundle.with_sampling_defaults(defaults).with_chat_template(own_template)))
         })
     };
     let runner = {
@@ -98,9 +109,9 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         }
         off_runtime(move || load_runner(files, &device, &runner_config, &health, &progress))
     };
-    let ((tokenizer, bundle), runner) = tokio::try_join!(tokenizer, runner)?;
+    let ((tokenizer, chat_template, bundle), runner) = tokio::try_join!(tokenizer, runner)?;
     let (runner, fingerprint) = runner;
-    let eos_token_ids = bundle.eos_token_ids.clone();
+    let eos_token_ids = bundle.eos_token_ids().to_vec();
     let block_bytes = runner.block_bytes() as u64;
     let room = runner.max_model_len().saturating_sub(config.health.probe_max_tokens as usize);
     let prompt = probe_prompt(&tokenizer, room);
@@ -135,11 +146,10 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     health.supervise("watches the engine", watch_engine(health.clone(), watchers.clone()));
     let probe = InferenceProbe::calibrate(health.clone(), backend.clone(), prompt.into()).await?;
 
-    let chat_template = open_chat_template(&tokenizer)?;
     let has_chat_template = chat_template.exists();
     let name = names[0].clone();
     record(front, config, &name, &fingerprint, limits);
-    let bundle = bundle.encode();
+    let (bundle, defaults) = (bundle.encode(), bundle.sampling_defaults().clone());
     let model = ModelReport {
         names,
         fingerprint: fingerprint.clone(),
@@ -148,6 +158,7 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         created: unix_seconds(),
     };
     let served = ServedModel::new(&model, tokenizer, chat_template, eos_token_ids);
+    let served = served.with_sampling_defaults(defaults);
     let replica = LocalReplica {
         engine: backend,
         model,
@@ -196,22 +207,47 @@ async fn off_runtime<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.context("loading panicked")?
 }
 
-fn open_tokenizer(source: &TokenizerSource) -> anyhow::Result<Tokenizer> {
-    let tokenizer = match source {
-        TokenizerSource::Gguf(file) => Tokenizer::from_gguf(file.metadata()),
-        TokenizerSource::Directory(directory) => Tokenizer::from_dir(directory),
-    };
-    tokenizer.context("the model's tokenizer cannot be used")
-}
-
-/// What other nodes need to take requests for this model.
-fn bundle(source: &TokenizerSource, eos_token_ids: Vec<TokenId>) -> anyhow::Result<TokenizerBundle> {
+/// The tokenizer, and what other nodes need to take requests for this model. Both are made of one reading of the files.
+fn open_tokenizer(source: &TokenizerSource, model_eos: &[TokenId]) -> anyhow::Result<(Tokenizer, TokenizerBundle)> {
+    const UNUSABLE: &str = "the model's tokenizer cannot be used";
+    let ends = |tokenizer: &Tokenizer| union(model_eos, tokenizer.eos_token_ids());
     match source {
-        TokenizerSource::Gguf(file) => Ok(TokenizerBundle::from_gguf(file.metadata(), eos_token_ids)),
+        TokenizerSource::Gguf(file) => {
+            let tokenizer = Tokenizer::from_gguf(file.metadata()).context(UNUSABLE)?;
+            let bundle = TokenizerBundle::from_gguf(file.metadata(), ends(&tokenizer));
+            Ok((tokenizer, bundle))
+        }
         TokenizerSource::Directory(directory) => {
-            TokenizerBundle::from_dir(directory, eos_token_ids).context("the model's tokenizer cannot be copied")
+            let files = TokenizerFiles::read(directory).context(UNUSABLE)?;
+            let tokenizer = Tokenizer::from_files(&files).context(UNUSABLE)?;
+            let bundle = TokenizerBundle::from_files(files, ends(&tokenizer));
+            Ok((tokenizer, bundle))
         }
     }
+}
+
+/// What requests get that leave sampling parameters out. The model's files go before the catalog.
+fn sampling_defaults(wanted: GenerationConfig, tokenizer: &Tokenizer, catalog: SamplingDefaults) -> SamplingDefaults {
+    let of_files = tokenizer.sampling_defaults();
+    let defaults = match wanted {
+        GenerationConfig::Vllm => return SamplingDefaults::default(),
+        GenerationConfig::Auto if of_files.is_empty() => catalog,
+        GenerationConfig::Auto => of_files.clone(),
+    };
+    if !defaults.is_empty() {
+        let SamplingDefaults { temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens } = &defaults;
+        tracing::info!(
+            temperature,
+            top_p,
+            top_k,
+            min_p,
+            repetition_penalty,
+            max_new_tokens,
+            "requests that give no values of their own are sampled as the model's authors recommend; \
+             generation_config = \"vllm\" turns this off"
+        );
+    }
+    defaults
 }
 
 /// Brings the weights to the device, telling probes and the person at the terminal how far it has come.
@@ -243,13 +279,21 @@ fn load_runner(
     })
 }
 
-/// A model whose template we cannot read is served all the same; chat requests are told why they are not.
-fn open_chat_template(tokenizer: &Tokenizer) -> anyhow::Result<ChatTemplate> {
+/// A model whose template we cannot read is served all the same; chat requests are told why they are not. A template that
+/// the operator has chosen must be right.
+fn open_chat_template(tokenizer: &Tokenizer, is_chosen: bool) -> anyhow::Result<ChatTemplate> {
     const UNREADABLE: &str = "{{ raise_exception('the chat template of this model cannot be read by this server') }}";
-    tokenizer.chat_template().or_else(|error| {
-        tracing::warn!(error = %with_causes(&error), "the model's chat template cannot be used; chat requests will be refused");
-        Ok(ChatTemplate::new(UNREADABLE, tokenizer.special_tokens())?)
-    })
+    let template = match tokenizer.chat_template() {
+        Ok(template) => template,
+        Err(error) if is_chosen => return Err(error).context("chat_template: the file cannot be used"),
+        Err(error) => {
+            tracing::warn!(error = %with_causes(&error), "the model's chat template cannot be used; chat requests will be refused");
+            ChatTemplate::new(UNREADABLE, tokenizer.special_tokens())?
+        }
+    };
+    // Tried now, and not by the first request.
+    let _ = (template.traits(false), template.traits(true));
+    Ok(template)
 }
 
 /// At most `room` tokens, but at least one.

@@ -4,6 +4,7 @@
 //! Defaults are the sections' own; they are not repeated here.
 
 use super::Config;
+use super::process::GenerationConfig;
 use super::syntax::{
     Address, Auto, Choice, Count, List, Location, Notation, Number, Plain, Secrets, Size, Switch, Syntax, Text, Time,
     Token, choice,
@@ -149,6 +150,8 @@ choice!(LoadFormat, "auto|safetensors|gguf|dummy" {
     Dummy: "dummy",
 });
 
+choice!(GenerationConfig, "auto|vllm" { Auto: "auto", Vllm: "vllm" | "none" });
+
 /// `cuda:1` among them, which no list of choices can name.
 struct Device;
 
@@ -206,6 +209,11 @@ keys! {
             "Names under which the API serves the model; responses carry the first. Without any, the model's own name.";
         load_format: Choice<LoadFormat> => process.load_format,
             "Which files to load. `dummy` fills the shapes of a `config.json` with random weights, for benchmarks.";
+        generation_config: Choice<GenerationConfig> => process.generation_config,
+            "Sampling defaults for requests that give no value of their own. `auto` takes those of the model's authors \
+             (`generation_config.json`, the GGUF file or the catalog), `vllm` the API's (temperature 1, nothing cut off).";
+        chat_template: Auto<Location> => process.chat_template,
+            "File with a Jinja chat template to use instead of the model's own; `auto` is the model's own.";
     }
     "Downloads" {
         home | download_dir: Auto<Location> => process.home,

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 pub use compute::Compute;
 pub use drill::{DrillArguments, DrillTarget};
 pub use keys::{KEYS, Key, markdown_tables};
-pub use process::Process;
+pub use process::{GenerationConfig, Process};
 
 use crate::observability::trace;
 use crate::{admission, api, cluster, engine, health, hub, router};

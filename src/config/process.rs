@@ -5,6 +5,16 @@ use std::time::Duration;
 
 use crate::engine::model::LoadFormat;
 
+/// Where the sampling defaults of requests come from, as vLLM's key of this name says it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GenerationConfig {
+    /// The model's authors.
+    #[default]
+    Auto,
+    /// The API.
+    Vllm,
+}
+
 #[derive(Clone, Debug, PartialEq)]
 pub struct Process {
     /// Default: the catalog's `smollm2-135m-instruct`.
@@ -13,6 +23,10 @@ pub struct Process {
     pub served_model_name: Vec<String>,
     /// Default: `auto`.
     pub load_format: LoadFormat,
+    /// Default: `auto`.
+    pub generation_config: GenerationConfig,
+    /// Default: none, which stands for the model's own.
+    pub chat_template: Option<PathBuf>,
     /// Holds downloads. Default: none, which stands for the XDG cache folder.
     pub home: Option<PathBuf>,
     /// Default: 30 s. An orchestrator's own grace period must be longer.
@@ -31,6 +45,8 @@ impl Default for Process {
             model: "smollm2-135m-instruct".into(),
             served_model_name: Vec::new(),
             load_format: LoadFormat::Auto,
+            generation_config: GenerationConfig::Auto,
+            chat_template: None,
             home: None,
             shutdown_timeout: Duration::from_secs(30),
             drain_linger: Duration::from_secs(5),

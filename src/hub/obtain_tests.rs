@@ -3,6 +3,7 @@
 use super::super::fake_hub::{Behaviour, FakeHub};
 use super::super::{Checksum, default_home};
 use super::*;
+use crate::types::SamplingDefaults;
 
 const CONTENT: &[u8] = b"the weights of a model";
 
@@ -14,6 +15,7 @@ fn entry(sources: Vec<Source>) -> CatalogEntry {
         file: "tiny.gguf".to_owned(),
         sha256: checksum.sha256,
         size: checksum.size,
+        sampling: SamplingDefaults::default(),
         sources,
     }
 }

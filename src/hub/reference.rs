@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::catalog::{Catalog, CatalogEntry};
 use super::error::HubError;
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum ModelReference {
     Catalog(CatalogEntry),
     /// `owner/name`, and a part of a file name where the repository holds several GGUF files (`owner/name:Q4_K_M`).

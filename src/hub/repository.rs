@@ -14,17 +14,11 @@ use super::download::{HubClient, Limits, RemoteFile};
 use super::error::{HubError, SourceError};
 use super::progress::Progress;
 use super::store::{Presence, Store};
+use crate::tokenizer::{TOKENIZER_FILE, TOKENIZER_FILES};
 
 const INDEX_FILE: &str = "model.safetensors.index.json";
-/// Read with the weights where they are there.
-const OPTIONAL_FILES: [&str; 5] = [
-    "generation_config.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-];
-const REQUIRED_FILES: [&str; 2] = ["config.json", "tokenizer.json"];
+/// What has to be there beside the weights; the other tokenizer files come along where they are there.
+const REQUIRED_FILES: [&str; 2] = ["config.json", TOKENIZER_FILE];
 
 /// The record of a downloaded revision, written when all of its files are there.
 #[derive(Debug, Serialize, Deserialize)]
@@ -185,7 +179,7 @@ fn select(names: &BTreeSet<String>, variant: Option<&str>, needs_weights: bool) 
         if let Some(missing) = REQUIRED_FILES.iter().find(|name| !has(name)) {
             return Err(format!("there is no {missing}"));
         }
-        let present = REQUIRED_FILES.into_iter().chain(OPTIONAL_FILES).filter(|name| has(name));
+        let present = REQUIRED_FILES.into_iter().chain(TOKENIZER_FILES).filter(|name| has(name));
         let mut files: BTreeSet<String> = present.map(str::to_owned).collect();
         let is_indexed = needs_weights && has(INDEX_FILE);
         if needs_weights && !is_indexed {

@@ -58,6 +58,24 @@ fn what_is_no_model_is_refused() {
     assert!(selected(&ambiguous, None, true).is_err());
 }
 
+#[tokio::test]
+async fn all_tokenizer_files_come_along_those_in_folders_too() {
+    let content = |name: &str| format!("{{\"of\": \"{name}\"}}").into_bytes();
+    let mut behaviour = sharded();
+    behaviour.files.extend(TOKENIZER_FILES.map(|name| (name.to_owned(), content(name))));
+    let (home, hub) = (tempfile::tempdir().unwrap(), FakeHub::start(behaviour).await);
+    let path = fetch(&home, &hub.endpoint, false).await.unwrap();
+    for name in TOKENIZER_FILES {
+        assert_eq!(std::fs::read(path.join(name)).unwrap(), content(name), "{name}");
+    }
+    let downloads = hub.downloads();
+    assert_eq!(fetch(&home, &hub.endpoint, false).await.unwrap(), path);
+    assert_eq!(hub.downloads(), downloads, "all of it is there");
+    std::fs::remove_file(path.join("additional_chat_templates/tool_use.jinja")).unwrap();
+    fetch(&home, &hub.endpoint, false).await.unwrap();
+    assert_eq!(hub.downloads(), downloads + 1, "what is missing is noticed");
+}
+
 fn sharded() -> Behaviour {
     let index =
         r#"{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}"#;

@@ -88,7 +88,9 @@ impl Store {
     }
 
     fn record_path(&self, name: &str) -> PathBuf {
-        self.path(&format!(".{name}.verified"))
+        // Beside the file, which may lie in a folder.
+        let (folder, name) = name.rsplit_once('/').unwrap_or(("", name));
+        self.path(folder).join(format!(".{name}.verified"))
     }
 
     fn record(&self, name: &str) -> Option<Record> {
@@ -177,18 +179,20 @@ impl Partial {
         self.checksum.size()
     }
 
-    /// Verifies the file and gives it its name. Blocks until it is on the disk.
+    /// Verifies the file and gives it its name, in a folder if the name says so. Blocks until it is on the disk.
     pub fn commit(self, name: &str, expected: Option<&Checksum>) -> Result<Checksum, SourceError> {
         let found = self.checksum.clone().finish();
         if let Some(expected) = expected.filter(|expected| **expected != found) {
             return Err(SourceError::Checksum { expected: expected.clone(), found });
         }
         let target = self.store.path(name);
+        let folder = target.parent().unwrap_or(&self.store.directory);
         let written = || -> io::Result<u64> {
             self.file.sync_all()?;
+            std::fs::create_dir_all(folder)?;
             std::fs::rename(&self.path, &target)?;
             // Syncing the folder makes the rename durable.
-            File::open(&self.store.directory)?.sync_all()?;
+            File::open(folder)?.sync_all()?;
             modified_nanoseconds(&self.file)
         };
         let modified_nanoseconds = written().map_err(|error| SourceError::disk(error, found.size))?;

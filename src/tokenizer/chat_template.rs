@@ -10,7 +10,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use minijinja::value::{Kwargs, Value, ValueKind};
@@ -19,6 +19,7 @@ use serde_json::Map;
 
 use super::python::{self, JsonStyle};
 use super::strftime::strftime;
+use super::template_traits::{Render, TemplateTraits, probe_tool};
 use crate::types::{Failure, FailureKind};
 
 /// The longest in use have some 20 kB.
@@ -45,6 +46,8 @@ const TOOL_USE: &str = "tool_use";
 pub enum ChatTemplateError {
     #[error("the model has no chat template")]
     Missing,
+    #[error("the model has a chat template for requests with tools alone")]
+    OnlyForTools,
     #[error("the chat template has {0} bytes, more than {MAX_TEMPLATE_BYTES}")]
     TemplateTooLarge(usize),
     #[error("the chat template cannot be read")]
@@ -70,6 +73,10 @@ impl From<ChatTemplateError> for Failure {
         let message = match &error {
             ChatTemplateError::Missing => {
                 "This model has no chat template; use /v1/completions with a prompt of your own.".to_owned()
+            }
+            ChatTemplateError::OnlyForTools => {
+                "This model has a chat template for requests with `tools` only (tool_use), and this request has none."
+                    .to_owned()
             }
             ChatTemplateError::Raised(reason) => format!("The model's chat template refuses these messages: {reason}"),
             ChatTemplateError::OutputTooLarge | ChatTemplateError::TooExpensive => {
@@ -102,6 +109,8 @@ pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
     special_tokens: Arc<BTreeMap<String, String>>,
     needs_deep_stack: bool,
+    /// Without and with tools; found out when they are first asked for.
+    traits: Arc<[OnceLock<TemplateTraits>; 2]>,
 }
 
 impl ChatTemplate {
@@ -137,15 +146,58 @@ impl ChatTemplate {
             environment: Arc::new(environment),
             special_tokens: Arc::new(special_tokens.clone()),
             needs_deep_stack,
+            traits: Arc::default(),
         })
     }
 
     /// Whether the model came with a template at all.
     pub fn exists(&self) -> bool {
-        self.environment.get_template(DEFAULT).is_ok()
+        self.template(false).or_else(|_| self.template(true)).is_ok()
     }
 
-    /// The prompt. `messages` is the list as the client sent it, `tools` a list of tool definitions; `extra` holds
+    /// What messages have to look like for it. The first call renders some, so make it before there are requests.
+    pub fn traits(&self, has_tools: bool) -> &TemplateTraits {
+        self.traits[usize::from(has_tools)].get_or_init(|| {
+            let render = |tools: Option<&serde_json::Value>, messages: &serde_json::Value| {
+                self.render(messages, tools, true, &Map::new()).map_err(|error| match error {
+                    // What is endless once is endless each time.
+                    ChatTemplateError::TooExpensive
+                    | ChatTemplateError::OutputTooLarge
+                    | ChatTemplateError::Missing => true,
+                    _ => false,
+                })
+            };
+            let tool = probe_tool();
+            let tools = has_tools.then_some(&tool);
+            if render(tools, &serde_json::json!([{"role": "user", "content": "q"}])) == Err(true) {
+                return TemplateTraits::default();
+            }
+            let without = |messages: &serde_json::Value| render(None, messages).ok();
+            let without = has_tools.then_some(&without as &Render<'_>);
+            TemplateTraits::find(&|messages| render(tools, messages).ok(), self.names(has_tools, "developer"), without)
+        })
+    }
+
+    /// Whether the template's source names a word as a string of its own, as it does with the roles that it knows.
+    pub fn names(&self, has_tools: bool, word: &str) -> bool {
+        self.template(has_tools).is_ok_and(|template| {
+            let source = template.source();
+            ['\'', '"'].iter().any(|quote| source.contains(&format!("{quote}{word}{quote}")))
+        })
+    }
+
+    /// The one for tools where there is one, for a request that has tools.
+    fn template(&self, has_tools: bool) -> Result<minijinja::Template<'_, '_>, ChatTemplateError> {
+        if has_tools && let Ok(template) = self.environment.get_template(TOOL_USE) {
+            return Ok(template);
+        }
+        self.environment.get_template(DEFAULT).map_err(|_| match self.environment.get_template(TOOL_USE) {
+            Ok(_) => ChatTemplateError::OnlyForTools,
+            Err(_) => ChatTemplateError::Missing,
+        })
+    }
+
+    /// The prompt. `messages` is a list in the form that the traits ask for, `tools` a list of tool definitions; `extra` holds
     /// further variables (`documents`, `enable_thinking`, …), which may replace special tokens but not the arguments.
     pub fn render(
         &self,
@@ -154,11 +206,7 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: &Map<String, serde_json::Value>,
     ) -> Result<String, ChatTemplateError> {
-        let name = match tools {
-            Some(_) if self.environment.get_template(TOOL_USE).is_ok() => TOOL_USE,
-            _ => DEFAULT,
-        };
-        let template = self.environment.get_template(name).map_err(|_| ChatTemplateError::Missing)?;
+        let template = self.template(tools.is_some())?;
         let variables = || {
             let mut variables = BTreeMap::from([("documents", Value::from(()))]);
             variables.extend(self.special_tokens.iter().map(|(name, text)| (name.as_str(), Value::from(text))));

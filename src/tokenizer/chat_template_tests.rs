@@ -1,6 +1,7 @@
 //! What a template may see, what its errors tell, and where its work ends.
 
 use super::*;
+use crate::tokenizer::template_traits::{Arguments, Content};
 use serde_json::json;
 
 fn render_with(source: &str, extra: serde_json::Value) -> Result<String, ChatTemplateError> {
@@ -37,6 +38,49 @@ fn a_model_without_a_template_says_so_when_asked() {
     assert!(!template.exists());
     let error = template.render(&json!([]), None, true, &Map::new()).unwrap_err();
     assert!(Failure::from(error).message.contains("no chat template"));
+}
+
+#[test]
+fn a_template_for_tools_alone_serves_requests_with_tools() {
+    let sources = TemplateSources { default: None, tool_use: Some("T{{ tools | tojson }}".to_owned()) };
+    let template = ChatTemplate::from_sources(&sources, &BTreeMap::new()).unwrap();
+    assert!(template.exists() && template.traits(true).takes_tools);
+    let render = |tools| template.render(&json!([]), tools, true, &Map::new());
+    let tools = json!([1]);
+    assert_eq!(render(Some(&tools)).unwrap(), "T[1]");
+    let failure = Failure::from(render(None).unwrap_err());
+    assert!(failure.message.contains("with `tools` only"), "{}", failure.message);
+}
+
+#[test]
+fn traits_are_found_by_trying() {
+    let traits =
+        |source: &str, has_tools| ChatTemplate::new(source, &BTreeMap::new()).unwrap().traits(has_tools).clone();
+    let text = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}";
+    let expected = TemplateTraits {
+        content: Content::Text,
+        arguments: Arguments::Object,
+        has_developer_role: false,
+        loses_instructions: false,
+        keeps_system_and_developer: false,
+        later_instructions: Some("system"),
+        takes_tools: true,
+    };
+    assert_eq!(traits(text, false), expected);
+    assert_eq!(traits(text, true), TemplateTraits { takes_tools: false, ..expected.clone() });
+    let list = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}";
+    assert_eq!(traits(list, false).content, Content::Parts);
+    // Written as it is, a list would be a listing.
+    assert_eq!(traits("{{ messages[0].content }}", false).content, Content::Text);
+    // That it names the word is not enough, nor that it writes any role.
+    assert!(!traits("{{ messages[-1].content }}{# 'developer' #}", false).has_developer_role);
+    assert!(!traits(text, false).has_developer_role);
+    assert!(traits(&format!("{text}{{# 'developer' #}}"), false).has_developer_role);
+    assert!(traits("{{ messages[-1].content }}", false).loses_instructions);
+    // What cannot be tried is taken as it is.
+    assert_eq!(traits("{{ raise_exception('no') }}", true), TemplateTraits { later_instructions: None, ..expected });
+    let endless = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
+    assert_eq!(traits(endless, true), TemplateTraits::default());
 }
 
 #[test]

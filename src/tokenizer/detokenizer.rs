@@ -89,12 +89,12 @@ mod tests {
     fn pieces(sentence_piece: bool) -> Arc<Pieces> {
         let mut pieces = Pieces::builder(sentence_piece, sentence_piece);
         for byte in 0..=255u8 {
-            pieces.push(&[byte], PieceKind::Text);
+            pieces.push("", &[byte], PieceKind::Text);
         }
         for word in [" the", "日本", "é", " ", ""] {
-            pieces.push(word.as_bytes(), PieceKind::Text);
+            pieces.push(word, word.as_bytes(), PieceKind::Text);
         }
-        pieces.push(b"<|end|>", PieceKind::Special);
+        pieces.push("<|end|>", b"<|end|>", PieceKind::Special);
         Arc::new(pieces.build())
     }
 

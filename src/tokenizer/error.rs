@@ -36,6 +36,10 @@ pub enum TokenizerError {
     InvalidByteToken { token: usize, text: String },
     #[error("{what} of tokenizer.json is of a kind that is not supported: {kind}")]
     Unsupported { what: &'static str, kind: String },
+    #[error("{token:?} should be token {id}, which tokenizer.json gives to {other:?}")]
+    AddedToken { token: String, id: u32, other: String },
+    #[error("{token:?} should be token {id}; it stands beside tokenizer.json and cannot be put there under that id")]
+    AddedTokenPlace { token: String, id: u32 },
     #[error("the tokenizer refused: {0}")]
     Library(String),
     #[error("the text cannot be split within the limits of the pre-tokenizer's pattern: {0}")]

@@ -1,24 +1,26 @@
 //! A tokenizer from a directory as Hugging Face publishes them. `tokenizer.json` is read by the library that defines
 //! it; what stands around it follows transformers: `tokenizer_config.json` may override how texts are framed.
 
-use std::path::Path;
+use std::collections::BTreeSet;
 
 use serde_json::{Map, Value};
 
 use super::Tokenizer;
 use super::byte_level;
 use super::chat_template::TemplateSources;
+use super::declared_tokens;
 use super::encoder::{Encoder, EncoderKind};
 use super::error::TokenizerError;
+use super::file_set::{
+    CHAT_TEMPLATE, CHAT_TEMPLATE_JSON, GENERATION_CONFIG, SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG, TOKENIZER_FILE,
+    TOOL_USE_TEMPLATE, TokenizerFiles,
+};
 use super::pieces::{PieceKind, Pieces};
-use super::special_tokens::{SpecialTokens, TURN_ENDS};
+use super::recommended;
+use super::special_tokens::{SpecialTokens, is_turn_end};
 use super::spm::SPACE;
 use crate::types::TokenId;
 
-const TOKENIZER: &str = "tokenizer.json";
-/// The largest in use are some 35 MB.
-const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
 /// The largest in use have 262,144 tokens.
 const MAX_VOCABULARY: usize = 1 << 22;
 
@@ -28,24 +30,36 @@ const NAMED_TOKENS: [&str; 7] =
 
 type Object = Map<String, Value>;
 
-pub(super) fn load(directory: &Path) -> Result<Tokenizer, TokenizerError> {
-    let path = directory.join(TOKENIZER);
-    let text =
-        read(&path, MAX_TOKENIZER_BYTES)?.ok_or_else(|| TokenizerError::NoTokenizerFile(directory.to_owned()))?;
-    let json = parse(&path, &text)?;
+pub(super) fn load(files: &TokenizerFiles) -> Result<Tokenizer, TokenizerError> {
+    let text = files.text(TOKENIZER_FILE)?;
+    let text = text.ok_or_else(|| TokenizerError::NoTokenizerFile(files.directory().to_owned()))?;
+    let mut json = files.json(TOKENIZER_FILE)?.unwrap_or_default();
+    let config = files.object(TOKENIZER_CONFIG)?;
+    let map = files.object(SPECIAL_TOKENS_MAP)?;
+    let named = named_tokens(&config, &map);
+    let declared = declared_tokens::complete(&mut json, files, &config, &special_texts(&config, &map, &named))?;
+    let tokenizer = match declared.is_empty() {
+        true => text.parse(),
+        false => json.to_string().parse(),
+    };
     let mut tokenizer: tokenizers::Tokenizer =
-        text.parse().map_err(|error: tokenizers::Error| TokenizerError::Library(error.to_string()))?;
+        tokenizer.map_err(|error: tokenizers::Error| TokenizerError::Library(error.to_string()))?;
+    for (token, id) in declared {
+        if tokenizer.token_to_id(&token) != Some(id) {
+            return Err(TokenizerError::AddedTokenPlace { token, id });
+        }
+    }
     // These are for training batches; a prompt is never cut or padded silently.
     tokenizer.with_truncation(None).map_err(|error| TokenizerError::Library(error.to_string()))?;
     tokenizer.with_padding(None);
 
-    let config = read_object(&directory.join("tokenizer_config.json"))?;
-    let named = named_tokens(directory, &config)?;
-    let special = special_tokens(directory, &tokenizer, named)?;
+    let generation = files.object(GENERATION_CONFIG)?;
+    let special = special_tokens(&tokenizer, named, &generation);
     let decoder = Decoder::from_json(json.get("decoder").unwrap_or(&Value::Null))?;
     let pieces = pieces(&tokenizer, &decoder)?;
     let encoder = encoder(tokenizer, &config, &special);
-    Ok(Tokenizer::assemble(encoder, pieces, special, templates(directory, &config)?))
+    let defaults = recommended::of_generation_config(&generation);
+    Ok(Tokenizer::assemble(encoder, pieces, special, templates(files, &config)?, defaults))
 }
 
 /// The framing is the file's own, unless `tokenizer_config.json` says which tokens to add.
@@ -145,32 +159,49 @@ fn pieces(tokenizer: &tokenizers::Tokenizer, decoder: &Decoder) -> Result<Pieces
     for (index, text) in texts.into_iter().enumerate() {
         let added = added.get(&(index as TokenId));
         bytes.clear();
-        decoder.push_bytes(added.map_or(text, |added| added.content.as_str()), &mut bytes);
+        let text = added.map_or(text, |added| added.content.as_str());
+        decoder.push_bytes(text, &mut bytes);
         let special = added.is_some_and(|added| added.special);
-        pieces.push(&bytes, if special { PieceKind::Special } else { PieceKind::Text });
+        pieces.push(text, &bytes, if special { PieceKind::Special } else { PieceKind::Text });
     }
     Ok(pieces.build())
 }
 
 /// The texts of the named tokens; `tokenizer_config.json` goes before the older `special_tokens_map.json`.
-fn named_tokens(directory: &Path, config: &Object) -> Result<Vec<(&'static str, String)>, TokenizerError> {
-    let map = read_object(&directory.join("special_tokens_map.json"))?;
-    let text = |value: &Value| {
-        let text = value.as_str().or_else(|| value.get("content").and_then(Value::as_str));
-        text.map(str::to_owned)
-    };
+fn named_tokens(config: &Object, map: &Object) -> Vec<(&'static str, String)> {
     let named = NAMED_TOKENS.into_iter().filter_map(|name| {
-        let token = config.get(name).and_then(text).or_else(|| map.get(name).and_then(text))?;
-        Some((name, token))
+        let token = config.get(name).and_then(token_text).or_else(|| map.get(name).and_then(token_text))?;
+        Some((name, token.to_owned()))
     });
-    Ok(named.collect())
+    named.collect()
+}
+
+/// A token is its text, or an object that has the text in it.
+fn token_text(token: &Value) -> Option<&str> {
+    token.as_str().or_else(|| token.get("content").and_then(Value::as_str))
+}
+
+/// The texts of all special tokens, those without a name of their own among them.
+fn special_texts(config: &Object, map: &Object, named: &[(&'static str, String)]) -> BTreeSet<String> {
+    let mut texts: BTreeSet<String> = named.iter().map(|(_, text)| text.clone()).collect();
+    for list in ["additional_special_tokens", "extra_special_tokens"] {
+        for tokens in [config.get(list), map.get(list)].into_iter().flatten() {
+            match tokens {
+                Value::Array(tokens) => texts.extend(tokens.iter().filter_map(token_text).map(str::to_owned)),
+                Value::Object(tokens) => texts.extend(tokens.values().filter_map(token_text).map(str::to_owned)),
+                _ => {}
+            }
+        }
+    }
+    texts.remove("");
+    texts
 }
 
 fn special_tokens(
-    directory: &Path,
     tokenizer: &tokenizers::Tokenizer,
     named: Vec<(&'static str, String)>,
-) -> Result<SpecialTokens, TokenizerError> {
+    generation: &Object,
+) -> SpecialTokens {
     let mut special = SpecialTokens::default();
     for (name, text) in named {
         let token = tokenizer.token_to_id(&text);
@@ -181,7 +212,6 @@ fn special_tokens(
         }
         special.texts.insert(name.to_owned(), text);
     }
-    let generation = read_object(&directory.join("generation_config.json"))?;
     let ends = match generation.get("eos_token_id") {
         Some(Value::Array(ends)) => ends.as_slice(),
         Some(end) => std::slice::from_ref(end),
@@ -191,68 +221,46 @@ fn special_tokens(
     let added = tokenizer.get_added_tokens_decoder();
     let mut turn_ends: Vec<TokenId> = added
         .iter()
-        .filter(|(_, token)| token.special && TURN_ENDS.contains(&token.content.as_str()))
+        .filter(|(_, token)| token.special && is_turn_end(&token.content, |text| tokenizer.token_to_id(text).is_some()))
         .map(|(&id, _)| id)
         .collect();
     turn_ends.sort_unstable();
     turn_ends.into_iter().for_each(|token| special.add_eos(token));
-    Ok(special)
+    special
 }
 
 /// A file of its own goes before what `tokenizer_config.json` holds: one template, or a list of named ones.
-fn templates(directory: &Path, config: &Object) -> Result<TemplateSources, TokenizerError> {
+fn templates(files: &TokenizerFiles, config: &Object) -> Result<TemplateSources, TokenizerError> {
     let mut sources = TemplateSources::default();
-    match config.get("chat_template") {
-        Some(Value::String(template)) => sources.default = Some(template.clone()),
-        Some(Value::Array(templates)) => {
-            for template in templates {
-                let field = |name| template.get(name).and_then(Value::as_str);
-                match field("name") {
-                    Some("default") => sources.default = field("template").map(str::to_owned),
-                    Some("tool_use") => sources.tool_use = field("template").map(str::to_owned),
-                    _ => {}
-                }
-            }
-        }
-        _ => {}
-    }
-    let json = read_object(&directory.join("chat_template.json"))?;
-    if let Some(template) = json.get("chat_template").and_then(Value::as_str) {
+    read_templates(config.get("chat_template"), &mut sources);
+    read_templates(files.object(CHAT_TEMPLATE_JSON)?.get("chat_template"), &mut sources);
+    if let Some(template) = files.text(CHAT_TEMPLATE)? {
         sources.default = Some(template.to_owned());
     }
-    if let Some(template) = read(&directory.join("chat_template.jinja"), MAX_CONFIG_BYTES)? {
-        sources.default = Some(template);
-    }
-    if let Some(template) = read(&directory.join("additional_chat_templates/tool_use.jinja"), MAX_CONFIG_BYTES)? {
-        sources.tool_use = Some(template);
+    if let Some(template) = files.text(TOOL_USE_TEMPLATE)? {
+        sources.tool_use = Some(template.to_owned());
     }
     Ok(sources)
 }
 
-/// Empty when there is no such file.
-fn read_object(path: &Path) -> Result<Object, TokenizerError> {
-    let Some(text) = read(path, MAX_CONFIG_BYTES)? else { return Ok(Object::new()) };
-    match parse(path, &text)? {
-        Value::Object(object) => Ok(object),
-        _ => Err(TokenizerError::Json { path: path.to_owned(), reason: "it is not an object".to_owned() }),
-    }
-}
-
-fn parse(path: &Path, text: &str) -> Result<Value, TokenizerError> {
-    serde_json::from_str(text)
-        .map_err(|error| TokenizerError::Json { path: path.to_owned(), reason: error.to_string() })
-}
-
-/// `None` when there is no such file.
-fn read(path: &Path, limit: u64) -> Result<Option<String>, TokenizerError> {
-    let io = |source| TokenizerError::Io { path: path.to_owned(), source };
-    let length = match std::fs::metadata(path) {
-        Ok(metadata) => metadata.len(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(io(error)),
+/// A template, a list of objects with a name and a template, or an object of templates by name.
+fn read_templates(templates: Option<&Value>, sources: &mut TemplateSources) {
+    let mut put = |name: Option<&str>, template: Option<&str>| match (name, template) {
+        (Some("default"), Some(template)) => sources.default = Some(template.to_owned()),
+        (Some("tool_use"), Some(template)) => sources.tool_use = Some(template.to_owned()),
+        _ => {}
     };
-    if length > limit {
-        return Err(TokenizerError::TooLarge { path: path.to_owned(), limit });
+    match templates {
+        Some(Value::String(template)) => put(Some("default"), Some(template)),
+        Some(Value::Array(templates)) => {
+            for template in templates {
+                let field = |name| template.get(name).and_then(Value::as_str);
+                put(field("name"), field("template"));
+            }
+        }
+        Some(Value::Object(templates)) => {
+            templates.iter().for_each(|(name, template)| put(Some(name), template.as_str()));
+        }
+        _ => {}
     }
-    std::fs::read_to_string(path).map(Some).map_err(io)
 }

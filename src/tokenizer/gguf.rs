@@ -11,7 +11,8 @@ use super::encoder::{Encoder, EncoderKind};
 use super::error::TokenizerError;
 use super::pieces::{PieceKind, Pieces};
 use super::pre_tokenizer::PreTokenizer;
-use super::special_tokens::{SpecialTokens, TURN_ENDS};
+use super::recommended;
+use super::special_tokens::{SpecialTokens, is_control_end, is_unmistakable_end};
 use super::spm::{self, SentencePieceEncoder};
 use crate::formats::gguf::Value;
 use crate::types::TokenId;
@@ -26,6 +27,9 @@ const ADD_BOS: &str = "tokenizer.ggml.add_bos_token";
 const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 const ADD_SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
+const TOOL_USE_TEMPLATE: &str = "tokenizer.chat_template.tool_use";
+/// SentencePiece's own ids for the beginning and the end of a text, where the file names none.
+const SENTENCE_PIECE_ENDS: [(&str, TokenId); 2] = [("bos", 1), ("eos", 2)];
 
 type Metadata = BTreeMap<String, Value>;
 
@@ -69,7 +73,7 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer,
     for (text, ty) in vocabulary.iter() {
         bytes.clear();
         byte_level::decode(text, &mut bytes);
-        pieces.push(&bytes, piece_kind(ty));
+        pieces.push(text, &bytes, piece_kind(ty));
     }
     let adds_bos = pre_tokenizer.adds_bos;
     let added = vocabulary.added(|text| vec![text.to_owned()]);
@@ -94,7 +98,7 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokeni
                 let byte = spm::parse_byte(text)
                     .ok_or_else(|| TokenizerError::InvalidByteToken { token: index, text: text.to_owned() })?;
                 bytes[usize::from(byte)] = Some(token);
-                pieces.push(&[byte], PieceKind::Text);
+                pieces.push(text, &[byte], PieceKind::Text);
                 continue;
             }
             TokenType::Normal | TokenType::UserDefined | TokenType::Unused => {
@@ -103,7 +107,7 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokeni
             }
             TokenType::Control | TokenType::Unknown => {}
         }
-        pieces.push(text.replace(spm::SPACE, " ").as_bytes(), piece_kind(ty));
+        pieces.push(text, text.replace(spm::SPACE, " ").as_bytes(), piece_kind(ty));
     }
     let unknown = vocabulary.types.iter().position(|&ty| ty == TokenType::Unknown).map(|index| index as TokenId);
     let bytes = bytes.iter().copied().collect::<Option<Vec<_>>>().and_then(|bytes| Box::try_from(bytes).ok());
@@ -121,23 +125,40 @@ fn finish(
     pieces: Pieces,
     adds_bos: bool,
 ) -> Result<Tokenizer, TokenizerError> {
-    let special = special_tokens(metadata, vocabulary)?;
+    let defaults = match kind {
+        EncoderKind::SentencePiece { .. } => &SENTENCE_PIECE_ENDS[..],
+        EncoderKind::ByteLevel { .. } | EncoderKind::Json { .. } => &[],
+    };
+    let special = special_tokens(metadata, vocabulary, defaults)?;
     let add_bos = boolean(metadata, ADD_BOS)?.unwrap_or(adds_bos);
     let add_eos = boolean(metadata, ADD_EOS)?.unwrap_or(false);
     let prefix = special.bos.filter(|_| add_bos);
     let suffix = special.eos.first().copied().filter(|_| add_eos);
-    Ok(Tokenizer::assemble(Encoder { kind, prefix, suffix }, pieces, special, templates(metadata)?))
+    let encoder = Encoder { kind, prefix, suffix };
+    Ok(Tokenizer::assemble(encoder, pieces, special, templates(metadata)?, recommended::of_gguf(metadata)))
 }
 
-fn special_tokens(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<SpecialTokens, TokenizerError> {
-    let id = |name: &str| token_id(metadata, name, vocabulary.texts.len());
+fn special_tokens(
+    metadata: &Metadata,
+    vocabulary: &Vocabulary,
+    defaults: &[(&str, TokenId)],
+) -> Result<SpecialTokens, TokenizerError> {
+    let default = |name: &str| {
+        let token = defaults.iter().find(|(known, _)| *known == name).map(|&(_, token)| token);
+        token.filter(|&token| vocabulary.types.get(token as usize) == Some(&TokenType::Control))
+    };
+    let id = |name: &str| match token_id(metadata, name, vocabulary.texts.len())? {
+        NamedToken::Absent => Ok(default(name)),
+        NamedToken::None => Ok(None),
+        NamedToken::Id(token) => Ok(Some(token)),
+    };
     let mut special = SpecialTokens { bos: id("bos")?, ..SpecialTokens::default() };
     let eos = id("eos")?;
     for token in [eos, id("eot")?, id("eom")?].into_iter().flatten() {
         special.add_eos(token);
     }
     for (index, (text, ty)) in vocabulary.iter().enumerate() {
-        if ty == TokenType::Control && TURN_ENDS.contains(&text) {
+        if ty == TokenType::Control && is_control_end(text, |text| vocabulary.has(text)) {
             special.add_eos(index as TokenId);
         }
     }
@@ -158,7 +179,7 @@ fn special_tokens(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Specia
 
 fn templates(metadata: &Metadata) -> Result<TemplateSources, TokenizerError> {
     let default = string(metadata, CHAT_TEMPLATE)?.map(str::to_owned);
-    let tool_use = metadata.get("tokenizer.chat_template.tool_use").and_then(Value::as_str).map(str::to_owned);
+    let tool_use = string(metadata, TOOL_USE_TEMPLATE)?.map(str::to_owned);
     Ok(TemplateSources { default, tool_use })
 }
 
@@ -174,7 +195,27 @@ impl<'a> Vocabulary<'a> {
             return Err(TokenizerError::WrongType { key: TOKEN_TYPES, expected: "one type for each token" });
         }
         let types = types.iter().enumerate().map(|(token, ty)| token_type(token, ty)).collect::<Result<_, _>>()?;
-        Ok(Self { texts, types })
+        let mut vocabulary = Self { texts, types };
+        vocabulary.correct_types();
+        Ok(vocabulary)
+    }
+
+    /// Converters give the ends of turns other types; the text says what they are.
+    fn correct_types(&mut self) {
+        let is_end = |text: &&str| is_unmistakable_end(text, |text| self.has(text));
+        let ends: Vec<usize> = (0..self.texts.len()).filter(|&index| is_end(&self.texts[index])).collect();
+        for index in ends {
+            if self.types[index] != TokenType::Control {
+                let (text, ty) = (self.texts[index], self.types[index]);
+                tracing::info!(token = text, ?ty, "a token that ends a turn is taken for a control token");
+                self.types[index] = TokenType::Control;
+            }
+        }
+    }
+
+    /// Whether a token has this text. Looks at all of them.
+    fn has(&self, text: &str) -> bool {
+        self.texts.contains(&text)
     }
 
     fn iter(&self) -> impl Iterator<Item = (&'a str, TokenType)> {
@@ -224,16 +265,24 @@ fn piece_kind(ty: TokenType) -> PieceKind {
     }
 }
 
-fn token_id(metadata: &Metadata, name: &str, size: usize) -> Result<Option<TokenId>, TokenizerError> {
+enum NamedToken {
+    /// The file says nothing.
+    Absent,
+    /// The file says that there is none.
+    None,
+    Id(TokenId),
+}
+
+fn token_id(metadata: &Metadata, name: &str, size: usize) -> Result<NamedToken, TokenizerError> {
     let key = format!("tokenizer.ggml.{name}_token_id");
-    let Some(value) = metadata.get(&key) else { return Ok(None) };
+    let Some(value) = metadata.get(&key) else { return Ok(NamedToken::Absent) };
     let id = value.as_u64().unwrap_or(u64::MAX);
     // Converters write the largest integer for "none".
     if id == u64::from(u32::MAX) {
-        return Ok(None);
+        return Ok(NamedToken::None);
     }
     match TokenId::try_from(id) {
-        Ok(token) if (token as usize) < size => Ok(Some(token)),
+        Ok(token) if (token as usize) < size => Ok(NamedToken::Id(token)),
         _ => Err(TokenizerError::TokenOutOfRange { key, id, size }),
     }
 }

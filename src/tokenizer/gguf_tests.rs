@@ -81,6 +81,58 @@ fn turn_ends_end_a_generation_beside_the_file_s_own() {
 }
 
 #[test]
+fn a_turn_ends_whatever_type_the_file_gives_its_end() {
+    // Normal, control, user-defined and unused.
+    for ty in [1, 3, 4, 5] {
+        let tokens = strings(&["a", "b", "ab", "<|endoftext|>", "<|im_end|>", "</s>"]);
+        let metadata = with(with(byte_level(), TOKENS, tokens), TOKEN_TYPES, integers(&[1, 1, 1, 3, ty, 1]));
+        let tokenizer = load(&with(metadata, "tokenizer.ggml.eos_token_id", Value::U64(3))).unwrap();
+        assert_eq!(tokenizer.eos_token_ids(), [3, 4], "type {ty}; of ordinary tokens, `</s>` may be text");
+        assert_eq!(tokenizer.encode("a<|im_end|>", false).unwrap(), [0, 4], "type {ty}");
+        assert!(tokenizer.is_special(4), "type {ty}");
+    }
+}
+
+#[test]
+fn the_end_of_a_message_does_not_end_a_turn_that_goes_on() {
+    let ends = |texts: [&str; 6]| {
+        let metadata = with(with(byte_level(), TOKENS, strings(&texts)), TOKEN_TYPES, integers(&[1, 1, 1, 3, 3, 3]));
+        load(&metadata).unwrap().eos_token_ids().to_vec()
+    };
+    assert_eq!(ends(["a", "b", "ab", "<|end|>", "<|x|>", "<|assistant|>"]), [3], "Phi");
+    assert_eq!(ends(["a", "b", "ab", "<|end|>", "<|return|>", "<|call|>"]), [4, 5], "gpt-oss");
+    assert_eq!(ends(["a", "b", "ab", "</s>", "<eos>", "[EOT]"]), [3, 4, 5]);
+    assert_eq!(ends(["a", "b", "ab", "</s>", "<turn|>", "<|tool_response>"]), [4, 5], "Gemma 4 has a tag of that text");
+}
+
+#[test]
+fn sentence_piece_has_its_own_ids_where_the_file_names_none() {
+    let tokens = strings(&["<unk>", "<s>", "</s>", "▁", "<0x41>"]);
+    let metadata = with(with(sentence_piece(), TOKENS, tokens), TOKEN_TYPES, integers(&[2, 3, 3, 1, 6]));
+    let tokenizer = load(&metadata).unwrap();
+    assert_eq!((tokenizer.bos_token_id(), tokenizer.eos_token_ids()), (Some(1), [2].as_slice()));
+    assert_eq!(tokenizer.encode("A", true).unwrap()[0], 1);
+    let other = with(metadata.clone(), "tokenizer.ggml.eos_token_id", Value::U64(3));
+    assert_eq!(load(&other).unwrap().eos_token_ids(), [3, 2], "the file's own first");
+    let none = with(metadata, "tokenizer.ggml.bos_token_id", Value::U64(u32::MAX.into()));
+    assert_eq!(load(&none).unwrap().bos_token_id(), None);
+    // Whatever is at these places is no end unless it is a control token.
+    assert!(load(&sentence_piece()).unwrap().eos_token_ids().is_empty());
+}
+
+#[test]
+fn tokens_are_named_as_the_vocabulary_spells_them() {
+    let tokens = strings(&["Ġ", "b", "Ġb", "<s>", "<u>", "<|eot_id|>"]);
+    let metadata = with(with(byte_level(), TOKENS, tokens), MERGES, strings(&["Ġ b"]));
+    let tokenizer = load(&metadata).unwrap();
+    let names: Vec<_> = (2..7).map(|token| tokenizer.token_name(token)).collect();
+    assert_eq!(names, [Some("Ġb"), Some("<s>"), Some("<u>"), Some("<|eot_id|>"), None]);
+    assert_eq!(tokenizer.token_text(2).as_deref(), Some(" b"));
+    let tokenizer = load(&sentence_piece()).unwrap();
+    assert_eq!((tokenizer.token_name(3), tokenizer.token_name(4)), (Some("▁"), Some("<0x41>")));
+}
+
+#[test]
 fn templates_come_from_the_file() {
     let metadata = with(byte_level(), CHAT_TEMPLATE, Value::String("default".into()));
     let metadata = with(metadata, "tokenizer.chat_template.tool_use", Value::String("tools".into()));

@@ -9,20 +9,24 @@ pub mod bundle;
 mod byte_level;
 mod char_class;
 mod chat_template;
+mod declared_tokens;
 mod detokenizer;
 mod encoder;
 mod error;
+mod file_set;
 mod files;
 mod gguf;
 mod merge;
 mod pieces;
 mod pre_tokenizer;
 mod python;
+mod recommended;
 mod special_tokens;
 mod split;
 mod spm;
 mod stop_matcher;
 mod strftime;
+mod template_traits;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -32,10 +36,12 @@ pub use bundle::{BundleError, TokenizerBundle};
 pub use chat_template::{ChatTemplate, ChatTemplateError};
 pub use detokenizer::Detokenizer;
 pub use error::TokenizerError;
+pub use file_set::{TOKENIZER_FILE, TOKENIZER_FILES, TokenizerFiles};
 pub use stop_matcher::{StopMatcher, StopOutcome};
+pub use template_traits::{Arguments, Content, TemplateTraits};
 
 use crate::formats::gguf::Value;
-use crate::types::TokenId;
+use crate::types::{SamplingDefaults, TokenId};
 use chat_template::TemplateSources;
 use encoder::Encoder;
 use pieces::Pieces;
@@ -43,14 +49,17 @@ use special_tokens::SpecialTokens;
 
 /// The tokenizer of one model. Cloning is cheap; all methods may be called from any thread.
 #[derive(Clone, Debug)]
-pub struct Tokenizer(Arc<Inner>);
+pub struct Tokenizer {
+    shared: Arc<Shared>,
+    templates: Arc<TemplateSources>,
+}
 
 #[derive(Debug)]
-struct Inner {
+struct Shared {
     encoder: Encoder,
     pieces: Arc<Pieces>,
     special: SpecialTokens,
-    templates: TemplateSources,
+    sampling_defaults: SamplingDefaults,
 }
 
 impl Tokenizer {
@@ -59,27 +68,43 @@ impl Tokenizer {
         gguf::load(metadata)
     }
 
-    /// From a directory with a `tokenizer.json` and, where there are, `tokenizer_config.json`,
-    /// `generation_config.json`, `special_tokens_map.json` and `chat_template.jinja`.
+    /// From a directory with a `tokenizer.json` and, where they are there, the other [`TOKENIZER_FILES`].
     pub fn from_dir(directory: &Path) -> Result<Self, TokenizerError> {
-        files::load(directory)
+        Self::from_files(&TokenizerFiles::read(directory)?)
     }
 
-    fn assemble(encoder: Encoder, pieces: Pieces, special: SpecialTokens, templates: TemplateSources) -> Self {
-        Self(Arc::new(Inner { encoder, pieces: Arc::new(pieces), special, templates }))
+    /// From such files, wherever they were read.
+    pub fn from_files(files: &TokenizerFiles) -> Result<Self, TokenizerError> {
+        files::load(files)
+    }
+
+    fn assemble(
+        encoder: Encoder,
+        pieces: Pieces,
+        special: SpecialTokens,
+        templates: TemplateSources,
+        sampling_defaults: SamplingDefaults,
+    ) -> Self {
+        let shared = Shared { encoder, pieces: Arc::new(pieces), special, sampling_defaults };
+        Self { shared: Arc::new(shared), templates: Arc::new(templates) }
+    }
+
+    /// With this chat template instead of those that came with the model.
+    pub fn with_chat_template(self, source: String) -> Self {
+        Self { templates: Arc::new(TemplateSources { default: Some(source), tool_use: None }), ..self }
     }
 
     /// The ids of a text. Special tokens that are spelled out in the text become those tokens, as a rendered chat
     /// template wants it. With `add_special_tokens` the text is framed as the model was trained (often a token at the
     /// beginning); rendered chat templates bring their own frame and want `false`.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TokenizerError> {
-        self.0.encoder.encode(text, add_special_tokens)
+        self.shared.encoder.encode(text, add_special_tokens)
     }
 
     /// The text of the ids, taken as a whole text: where encoding puts a space before the first word, it is taken away
     /// again. Ids outside the vocabulary have no text.
     pub fn decode(&self, tokens: &[TokenId], skip_special_tokens: bool) -> String {
-        let mut detokenizer = Detokenizer::new(self.0.pieces.clone(), skip_special_tokens, true);
+        let mut detokenizer = Detokenizer::new(self.shared.pieces.clone(), skip_special_tokens, true);
         let mut text = String::new();
         for &token in tokens {
             detokenizer.push_to(token, &mut text);
@@ -91,49 +116,59 @@ impl Tokenizer {
     /// For text that continues a prompt: a space that begins it is part of it. For all tokenizers but SentencePiece's
     /// the deltas join to what [`Tokenizer::decode`] returns; for those they are what it returns beyond the prompt.
     pub fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
-        Detokenizer::new(self.0.pieces.clone(), skip_special_tokens, false)
+        Detokenizer::new(self.shared.pieces.clone(), skip_special_tokens, false)
     }
 
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
-        self.0.pieces.len()
+        self.shared.pieces.len()
+    }
+
+    /// How the vocabulary spells a token, which is not its text: `Ġsea` is ` sea`. `None` outside the vocabulary.
+    pub fn token_name(&self, token: TokenId) -> Option<&str> {
+        ((token as usize) < self.vocab_size()).then(|| self.shared.pieces.name(token))
+    }
+
+    /// What the model's files recommend to requests that say nothing themselves.
+    pub fn sampling_defaults(&self) -> &SamplingDefaults {
+        &self.shared.sampling_defaults
     }
 
     /// What a token stands for, on its own: bytes that are no complete character become U+FFFD. `None` outside the
     /// vocabulary.
     pub fn token_text(&self, token: TokenId) -> Option<String> {
         let known = (token as usize) < self.vocab_size();
-        known.then(|| String::from_utf8_lossy(self.0.pieces.bytes(token)).into_owned())
+        known.then(|| String::from_utf8_lossy(self.shared.pieces.bytes(token)).into_owned())
     }
 
     /// The bytes a token stands for; empty outside the vocabulary.
     pub fn token_bytes(&self, token: TokenId) -> Vec<u8> {
-        self.0.pieces.bytes(token).to_vec()
+        self.shared.pieces.bytes(token).to_vec()
     }
 
     /// Whether it is a control token, which `skip_special_tokens` leaves out of the text.
     pub fn is_special(&self, token: TokenId) -> bool {
-        self.0.pieces.is_special(token)
+        self.shared.pieces.is_special(token)
     }
 
     /// Put before a text by `encode` where the model wants it.
     pub fn bos_token_id(&self) -> Option<TokenId> {
-        self.0.special.bos
+        self.shared.special.bos
     }
 
     /// The tokens that end a generation, the model's own first. May be empty.
     pub fn eos_token_ids(&self) -> &[TokenId] {
-        &self.0.special.eos
+        &self.shared.special.eos
     }
 
     /// The texts of the special tokens by the names that chat templates use (`bos_token`, `eos_token`, …).
     pub fn special_tokens(&self) -> &BTreeMap<String, String> {
-        &self.0.special.texts
+        &self.shared.special.texts
     }
 
     /// The chat template that came with the model, compiled. Without one every rendering fails with
     /// [`ChatTemplateError::Missing`].
     pub fn chat_template(&self) -> Result<ChatTemplate, ChatTemplateError> {
-        ChatTemplate::from_sources(&self.0.templates, self.special_tokens())
+        ChatTemplate::from_sources(&self.templates, self.special_tokens())
     }
 }

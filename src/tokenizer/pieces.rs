@@ -1,4 +1,4 @@
-//! The bytes that each token stands for, in one table. Decoding needs nothing else of the vocabulary.
+//! What each token is called and the bytes that it stands for, in one table. Decoding needs nothing else of the vocabulary.
 
 use crate::types::TokenId;
 
@@ -11,9 +11,8 @@ pub(super) enum PieceKind {
 
 #[derive(Debug)]
 pub(super) struct Pieces {
-    bytes: Vec<u8>,
-    /// Piece `i` is `bytes[ends[i - 1]..ends[i]]`.
-    ends: Vec<u32>,
+    names: Joined,
+    bytes: Joined,
     special: Vec<bool>,
     strips_leading_space: bool,
     replaces_bytewise: bool,
@@ -24,8 +23,8 @@ impl Pieces {
     /// `replaces_bytewise`: every byte of an invalid sequence becomes a U+FFFD of its own, as SentencePiece does.
     pub fn builder(strips_leading_space: bool, replaces_bytewise: bool) -> PiecesBuilder {
         PiecesBuilder(Pieces {
-            bytes: Vec::new(),
-            ends: Vec::new(),
+            names: Joined::default(),
+            bytes: Joined::default(),
             special: Vec::new(),
             strips_leading_space,
             replaces_bytewise,
@@ -33,15 +32,17 @@ impl Pieces {
     }
 
     pub fn len(&self) -> usize {
-        self.ends.len()
+        self.special.len()
     }
 
     /// Empty for ids outside the vocabulary.
     pub fn bytes(&self, token: TokenId) -> &[u8] {
-        let index = token as usize;
-        let Some(&end) = self.ends.get(index) else { return &[] };
-        let start = if index == 0 { 0 } else { self.ends[index - 1] };
-        &self.bytes[start as usize..end as usize]
+        self.bytes.get(token)
+    }
+
+    /// As the vocabulary spells the token; empty for ids outside of it.
+    pub fn name(&self, token: TokenId) -> &str {
+        std::str::from_utf8(self.names.get(token)).expect("names are pushed as text")
     }
 
     pub fn is_special(&self, token: TokenId) -> bool {
@@ -61,13 +62,37 @@ impl Pieces {
 pub(super) struct PiecesBuilder(Pieces);
 
 impl PiecesBuilder {
-    pub fn push(&mut self, bytes: &[u8], kind: PieceKind) {
-        self.0.bytes.extend_from_slice(bytes);
-        self.0.ends.push(u32::try_from(self.0.bytes.len()).expect("a vocabulary's text is far below 4 GiB"));
+    /// `name` is how the vocabulary spells the token.
+    pub fn push(&mut self, name: &str, bytes: &[u8], kind: PieceKind) {
+        self.0.names.push(name.as_bytes());
+        self.0.bytes.push(bytes);
         self.0.special.push(kind == PieceKind::Special);
     }
 
     pub fn build(self) -> Pieces {
         self.0
+    }
+}
+
+/// Many short pieces in one allocation.
+#[derive(Debug, Default)]
+struct Joined {
+    bytes: Vec<u8>,
+    /// Piece `i` is `bytes[ends[i - 1]..ends[i]]`.
+    ends: Vec<u32>,
+}
+
+impl Joined {
+    fn push(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+        self.ends.push(u32::try_from(self.bytes.len()).expect("a vocabulary's text is far below 4 GiB"));
+    }
+
+    /// Empty for one that is not there.
+    fn get(&self, token: TokenId) -> &[u8] {
+        let index = token as usize;
+        let Some(&end) = self.ends.get(index) else { return &[] };
+        let start = if index == 0 { 0 } else { self.ends[index - 1] };
+        &self.bytes[start as usize..end as usize]
     }
 }

@@ -111,3 +111,24 @@ impl Default for SamplingParams {
         }
     }
 }
+
+/// What the authors of a model recommend for requests that say nothing themselves. `None` leaves the server's own default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SamplingDefaults {
+    pub temperature: Option<f32>,
+    pub top_p: Option<f32>,
+    /// 0 is off.
+    pub top_k: Option<u32>,
+    pub min_p: Option<f32>,
+    pub repetition_penalty: Option<f32>,
+    /// Bound on generated tokens, at least 1.
+    pub max_new_tokens: Option<u32>,
+}
+
+impl SamplingDefaults {
+    /// Whether nothing is recommended.
+    pub fn is_empty(&self) -> bool {
+        *self == Self::default()
+    }
+}

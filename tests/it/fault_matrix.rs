@@ -253,8 +253,8 @@ async fn read(response: Response) -> Got {
     let status = response.status().as_u16();
     let Ok(text) = response.text().await else { return Got::Broken };
     let events = text.lines().map(|line| line.strip_prefix("data: ").unwrap_or(line));
-    let errors = events.filter_map(|text| serde_json::from_str::<Value>(text).ok()?.get("error").cloned());
-    match errors.last() {
+    let mut errors = events.filter_map(|text| serde_json::from_str::<Value>(text).ok()?.get("error").cloned());
+    match errors.next_back() {
         Some(error) => Got::Error { status, code: error["code"].as_str().unwrap_or_default().to_owned() },
         None => Got::Answer,
     }

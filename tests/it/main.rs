@@ -16,6 +16,7 @@ mod gpu_suite;
 mod invariance;
 mod loader;
 mod log_sinks;
+mod model_files;
 mod numerics;
 mod numerics_candle;
 mod numerics_smollm2;

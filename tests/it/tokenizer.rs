@@ -38,7 +38,8 @@ fn the_real_model_s_prompts_are_those_of_transformers() {
 fn the_real_model_s_special_tokens() {
     let tokenizer = real_tokenizer();
     assert_eq!(tokenizer.vocab_size(), 49_152);
-    assert_eq!((tokenizer.bos_token_id(), tokenizer.eos_token_ids()), (Some(1), [2].as_slice()));
+    assert_eq!((tokenizer.bos_token_id(), tokenizer.eos_token_ids()), (Some(1), [2, 0].as_slice()));
+    // `<|endoftext|>` ends a text as `<|im_end|>` ends a turn.
     assert_eq!(tokenizer.token_text(2).as_deref(), Some("<|im_end|>"));
     assert!(tokenizer.is_special(2) && !tokenizer.is_special(100));
     assert_eq!(tokenizer.decode(&[2, 504, 1], true), "The");

@@ -25,6 +25,7 @@ pub struct RequestBody {
     pub tools: Option<Vec<Value>>,
     pub tool_choice: Option<Value>,
     pub add_generation_prompt: Option<bool>,
+    pub continue_final_message: Option<bool>,
     pub chat_template_kwargs: Option<Map<String, Value>>,
     pub prompt: Option<PromptInput>,
     pub echo: Option<bool>,
@@ -65,6 +66,8 @@ pub struct RequestBody {
     #[serde(deserialize_with = "whole")]
     pub top_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
+    /// Of `/tokenize`, which takes the same body.
+    pub return_token_strs: Option<bool>,
     pub skip_special_tokens: Option<bool>,
 
     // Understood so far as their one value that can be served.

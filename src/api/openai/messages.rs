@@ -1,145 +1,286 @@
-//! Chat messages, checked and brought into the shape that templates expect.
+//! Chat messages, checked and brought into one normal form, which is the one that the model's template expects.
+//!
+//! Clients send messages as they got them, with fields that are null or empty, and templates ask whether a field is there.
+//! So what says nothing is left out, `content` is there, and calls have the shape that templates were written for. Fields
+//! that only some templates know pass through.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
+use crate::tokenizer::{Arguments, ChatTemplate, Content, TemplateTraits};
 use crate::types::Failure;
 
-/// Checks the conversation and makes each `content` a string. Fields that only templates know pass through.
-pub fn normalise(messages: &[Value]) -> Result<Value, Failure> {
+/// OpenAI's. Others are taken where the model's template names them.
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
+/// Between instructions that become one message.
+const PARAGRAPH: &str = "\n\n";
+
+type Message = Map<String, Value>;
+
+/// Checks the conversation and gives it the form that the template expects.
+pub fn normalise(messages: Vec<Value>, template: &ChatTemplate, has_tools: bool) -> Result<Vec<Value>, Failure> {
     if messages.is_empty() {
         return Err(Failure::invalid("messages", "`messages` must hold at least one message."));
     }
-    let messages = messages.iter().enumerate().map(|(index, message)| normalise_message(index, message));
-    Ok(Value::Array(messages.collect::<Result<_, _>>()?))
+    let form = Form { template, has_tools, traits: template.traits(has_tools) };
+    let messages = messages.into_iter().enumerate().map(|(index, message)| form.message(index, message));
+    let messages = place_instructions(messages.collect::<Result<_, _>>()?, form.traits)?;
+    Ok(messages.into_iter().map(|message| form.with_content(message)).collect())
 }
 
-fn normalise_message(index: usize, message: &Value) -> Result<Value, Failure> {
-    let path = format!("messages[{index}]");
-    let Value::Object(message) = message else {
-        return Err(Failure::invalid(path.clone(), format!("`{path}` must be an object.")));
-    };
-    if message.get("role").and_then(Value::as_str).is_none_or(str::is_empty) {
-        let path = format!("{path}.role");
-        return Err(Failure::invalid(path.clone(), format!("`{path}` must be a string such as \"user\".")));
-    }
-    let mut normal = Map::with_capacity(message.len());
-    for (field, value) in message {
-        let value = match field.as_str() {
-            "content" => content(&path, value)?,
-            "tool_calls" => tool_calls(value),
-            _ => value.clone(),
+/// What the template expects.
+struct Form<'a> {
+    template: &'a ChatTemplate,
+    has_tools: bool,
+    traits: &'a TemplateTraits,
+}
+
+impl Form<'_> {
+    /// With a content of text, or of parts where a user gave several.
+    fn message(&self, index: usize, message: Value) -> Result<Message, Failure> {
+        let path = format!("messages[{index}]");
+        let Value::Object(mut message) = message else {
+            return Err(invalid(&path, "must be an object"));
         };
-        normal.insert(field.clone(), value);
+        message.retain(|_, value| !value.is_null());
+        let role = self.role(&path, &message)?;
+        match role.as_str() {
+            "assistant" => self.assistant(&path, &mut message)?,
+            _ => refuse_calls(&path, &mut message)?,
+        }
+        if role == "function" {
+            message.insert("role".into(), "tool".into());
+        }
+        if let Some(name) = message.get("name") {
+            match name.as_str() {
+                Some("") => drop(message.shift_remove("name")),
+                Some(_) => {}
+                None => return Err(invalid(&format!("{path}.name"), "must be a string")),
+            }
+        }
+        let content = match message.shift_remove("content") {
+            Some(content) => content,
+            // What an assistant has not said is no text; of others it is missing.
+            None if role == "assistant" => json!(""),
+            None => Value::Null,
+        };
+        let content = content_of(&path, content, role == "user" && self.traits.content != Content::Text)?;
+        message.insert("content".into(), content);
+        Ok(message)
     }
-    let has_calls = normal.get("tool_calls").is_some_and(|calls| !calls.is_null());
-    if !has_calls && normal.get("content").is_none_or(Value::is_null) {
-        let path = format!("{path}.content");
-        return Err(Failure::invalid(path.clone(), format!("`{path}` must be a string or an array of text parts.")));
+
+    fn role(&self, path: &str, message: &Message) -> Result<String, Failure> {
+        let path = format!("{path}.role");
+        let Some(role) = message.get("role").and_then(Value::as_str).filter(|role| !role.is_empty()) else {
+            return Err(invalid(&path, "must be a string such as \"user\""));
+        };
+        let is_word = role.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        if ROLES.contains(&role) || (is_word && self.template.names(self.has_tools, role)) {
+            return Ok(role.to_owned());
+        }
+        let shown: String = role.chars().take(40).collect();
+        Err(invalid(&path, &format!("is {shown:?}; this model knows {}", ROLES.join(", "))))
     }
-    Ok(Value::Object(normal))
+
+    fn assistant(&self, path: &str, message: &mut Message) -> Result<(), Failure> {
+        // The field that `tool_calls` replaced.
+        if let Some(call) = message.shift_remove("function_call") {
+            let calls = json!([{"type": "function", "function": call}]);
+            message.entry("tool_calls").or_insert(calls);
+        }
+        match message.shift_remove("tool_calls") {
+            None => {}
+            Some(Value::Array(calls)) if calls.is_empty() => {}
+            Some(Value::Array(calls)) => {
+                let calls = calls.into_iter().enumerate();
+                let calls = calls.map(|(index, call)| self.call(&format!("{path}.tool_calls[{index}]"), call));
+                message.insert("tool_calls".into(), calls.collect::<Result<Vec<_>, _>>()?.into());
+            }
+            Some(_) => return Err(invalid(&format!("{path}.tool_calls"), "must be an array")),
+        }
+        if message.contains_key("audio") {
+            return Err(unsupported(&format!("{path}.audio"), "is not supported; this model takes text only"));
+        }
+        // What was refused is what was said.
+        if let Some(refusal) = message.shift_remove("refusal").filter(|refusal| *refusal != "") {
+            let text = refusal.as_str().ok_or_else(|| invalid(&format!("{path}.refusal"), "must be a string"))?;
+            message.entry("content").or_insert_with(|| text.into());
+        }
+        // Templates know it by either name.
+        for (name, other) in [("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")] {
+            match message.get(name) {
+                None => {}
+                Some(Value::String(text)) if text.is_empty() => drop(message.shift_remove(name)),
+                Some(text @ Value::String(_)) => {
+                    let text = text.clone();
+                    message.entry(other).or_insert(text);
+                }
+                Some(_) => return Err(invalid(&format!("{path}.{name}"), "must be a string")),
+            }
+        }
+        Ok(())
+    }
+
+    fn call(&self, path: &str, call: Value) -> Result<Value, Failure> {
+        let Value::Object(mut call) = call else {
+            return Err(invalid(path, "must be an object"));
+        };
+        call.retain(|_, value| !value.is_null());
+        match call.get("type").map(|ty| ty.as_str()) {
+            None => drop(call.insert("type".into(), "function".into())),
+            Some(Some("function")) => {}
+            Some(_) => return Err(unsupported(&format!("{path}.type"), "must be \"function\"")),
+        }
+        let Some(Value::Object(function)) = call.get_mut("function") else {
+            return Err(invalid(&format!("{path}.function"), "must be an object"));
+        };
+        if function.get("name").and_then(Value::as_str).is_none_or(str::is_empty) {
+            return Err(invalid(&format!("{path}.function.name"), "must be the name of a function"));
+        }
+        let arguments = function.shift_remove("arguments").unwrap_or(Value::Null);
+        function.insert("arguments".into(), self.arguments(&format!("{path}.function.arguments"), arguments)?);
+        Ok(call.into())
+    }
+
+    /// Clients send them as JSON in a string, empty where the function takes none.
+    fn arguments(&self, path: &str, arguments: Value) -> Result<Value, Failure> {
+        let object = match &arguments {
+            Value::Null => Map::new(),
+            Value::Object(object) => object.clone(),
+            Value::String(text) if text.trim().is_empty() => Map::new(),
+            Value::String(text) => match serde_json::from_str::<Option<Map<String, Value>>>(text) {
+                Ok(object) => object.unwrap_or_default(),
+                Err(error) => return Err(invalid(path, &format!("must be a JSON object in a string: {error}"))),
+            },
+            _ => return Err(invalid(path, "must be a JSON object in a string")),
+        };
+        Ok(match (self.traits.arguments, arguments) {
+            (Arguments::Object, _) => object.into(),
+            // As the client wrote it.
+            (Arguments::Text, Value::String(text)) if !object.is_empty() => text.into(),
+            (Arguments::Text, _) => serde_json::to_string(&object).expect("JSON serializes").into(),
+        })
+    }
+
+    /// The content as the template wants it.
+    fn with_content(&self, mut message: Message) -> Value {
+        if self.traits.content == Content::Parts
+            && let Some(Value::String(text)) = message.get("content")
+        {
+            let parts = if text.is_empty() { json!([]) } else { json!([{"type": "text", "text": text}]) };
+            message.insert("content".into(), parts);
+        }
+        message.into()
+    }
 }
 
-/// A string, or text parts joined by line breaks as vLLM joins them.
-fn content(path: &str, content: &Value) -> Result<Value, Failure> {
-    let parts = match content {
-        Value::String(_) | Value::Null => return Ok(content.clone()),
-        Value::Array(parts) => parts,
-        _ => {
-            let path = format!("{path}.content");
-            return Err(Failure::invalid(
-                path.clone(),
-                format!("`{path}` must be a string or an array of text parts."),
-            ));
+/// Only assistants call.
+fn refuse_calls(path: &str, message: &mut Message) -> Result<(), Failure> {
+    for field in ["tool_calls", "function_call"] {
+        match message.get(field) {
+            None => {}
+            Some(Value::Array(calls)) if calls.is_empty() => drop(message.shift_remove(field)),
+            Some(_) => return Err(invalid(&format!("{path}.{field}"), "belongs to messages of the role assistant")),
         }
+    }
+    Ok(())
+}
+
+/// A string, or text parts joined by line breaks as vLLM joins them; with `keeps_parts`, several stay parts.
+fn content_of(path: &str, content: Value, keeps_parts: bool) -> Result<Value, Failure> {
+    let path = format!("{path}.content");
+    let parts = match content {
+        Value::String(_) => return Ok(content),
+        Value::Array(parts) => parts,
+        _ => return Err(invalid(&path, "must be a string or an array of text parts")),
     };
     let mut texts = Vec::with_capacity(parts.len());
     for (index, part) in parts.iter().enumerate() {
-        texts.push(part_text(part).map_err(|reason| {
-            let path = format!("{path}.content[{index}]");
-            Failure::invalid(path.clone(), format!("`{path}` {reason}."))
-        })?);
+        let text = part_text(part).map_err(|reason| invalid(&format!("{path}[{index}]"), &reason))?;
+        texts.extend(text);
+    }
+    if keeps_parts && texts.len() > 1 {
+        return Ok(texts.into_iter().map(|text| json!({"type": "text", "text": text})).collect());
     }
     Ok(Value::String(texts.join("\n")))
 }
 
-fn part_text(part: &Value) -> Result<&str, String> {
+/// `None` for a part without text.
+fn part_text(part: &Value) -> Result<Option<&str>, String> {
     if let Value::String(text) = part {
-        return Ok(text);
+        return Ok(Some(text));
     }
+    let of = |field| match part.get(field) {
+        Some(Value::String(text)) => Ok(Some(text.as_str())),
+        Some(Value::Null) => Ok(None),
+        _ => Err(format!("must have a string `{field}`")),
+    };
     match part.get("type").and_then(Value::as_str) {
-        Some("text" | "input_text" | "output_text") => {
-            part.get("text").and_then(Value::as_str).ok_or_else(|| "must have a string `text`".to_string())
-        }
-        Some("refusal") => {
-            part.get("refusal").and_then(Value::as_str).ok_or_else(|| "must have a string `refusal`".to_string())
-        }
+        Some("text" | "input_text" | "output_text") => of("text"),
+        Some("refusal") => of("refusal"),
         Some(other) => Err(format!("is of type {other:?}; this model takes text only")),
         None => Err("must be an object with a `type`".to_string()),
     }
 }
 
-/// Templates want a call's arguments as an object; clients send them as JSON in a string.
-fn tool_calls(calls: &Value) -> Value {
-    let mut calls = calls.clone();
-    for call in calls.as_array_mut().into_iter().flatten() {
-        let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
-        let parsed = arguments.as_str().and_then(|text| serde_json::from_str::<Map<String, Value>>(text).ok());
-        if let Some(object) = parsed {
-            *arguments = Value::Object(object);
+/// Gives the messages of the role `developer` the role and the place in which the template writes them. Most templates leave
+/// out a role that they do not know, without a word.
+fn place_instructions(messages: Vec<Message>, traits: &TemplateTraits) -> Result<Vec<Message>, Failure> {
+    let Some(developer) = messages.iter().position(is_from_developer) else { return Ok(messages) };
+    if traits.loses_instructions {
+        let reason = "is \"developer\", but this model's chat template leaves out such instructions; put them into a user message";
+        return Err(invalid(&format!("messages[{developer}].role"), reason));
+    }
+    let leading = messages.iter().take_while(|message| is_instruction(message)).count();
+    let (mut instructions, mut rest) = (Vec::new(), Vec::new());
+    for (index, mut message) in messages.into_iter().enumerate() {
+        match traits.later_instructions {
+            _ if index < leading => instructions.push(message),
+            // The beginning is the only place that the template has.
+            None if is_from_developer(&message) => instructions.push(message),
+            Some(role) if is_from_developer(&message) => {
+                message.insert("role".into(), role.into());
+                rest.push(message);
+            }
+            _ => rest.push(message),
         }
     }
-    calls
+    let is_pair =
+        matches!(&instructions[..], [first, second] if first["role"] == "system" && is_from_developer(second));
+    if instructions.iter().any(is_from_developer) && !(is_pair && traits.keeps_system_and_developer) {
+        let mut first = merged(instructions);
+        let role = if traits.has_developer_role { "developer" } else { "system" };
+        first.insert("role".into(), role.into());
+        instructions = vec![first];
+    }
+    instructions.extend(rest);
+    Ok(instructions)
+}
+
+fn is_from_developer(message: &Message) -> bool {
+    message["role"] == "developer"
+}
+
+fn is_instruction(message: &Message) -> bool {
+    message["role"] == "system" || is_from_developer(message)
+}
+
+/// The first message, with the contents of all. Instructions are strings.
+fn merged(messages: Vec<Message>) -> Message {
+    let texts: Vec<&str> = messages.iter().filter_map(|message| message["content"].as_str()).collect();
+    let content = texts.join(PARAGRAPH);
+    let mut first = messages.into_iter().next().expect("there are instructions");
+    first.insert("content".into(), content.into());
+    first
+}
+
+fn invalid(path: &str, reason: &str) -> Failure {
+    Failure::invalid(path.to_owned(), format!("`{path}` {reason}."))
+}
+
+fn unsupported(path: &str, reason: &str) -> Failure {
+    invalid(path, reason).with_code("unsupported_parameter")
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn normal(messages: Value) -> Result<Value, Failure> {
-        normalise(messages.as_array().expect("an array"))
-    }
-
-    #[test]
-    fn text_parts_become_one_string_and_other_fields_pass() {
-        let messages = json!([
-            {"role": "system", "content": "s", "name": "n"},
-            {"role": "user", "content": [{"type": "text", "text": "a"}, "b", {"type": "input_text", "text": "c"}]},
-        ]);
-        let expected = json!([
-            {"role": "system", "content": "s", "name": "n"},
-            {"role": "user", "content": "a\nb\nc"},
-        ]);
-        assert_eq!(normal(messages), Ok(expected));
-    }
-
-    #[test]
-    fn arguments_of_earlier_calls_become_objects() {
-        let messages = json!([{"role": "assistant", "content": null, "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"x\": 1}"}},
-            {"id": "2", "type": "function", "function": {"name": "g", "arguments": "not json"}},
-        ]}]);
-        let normal = normal(messages).expect("valid");
-        assert_eq!(normal.pointer("/0/tool_calls/0/function/arguments"), Some(&json!({"x": 1})));
-        assert_eq!(normal.pointer("/0/tool_calls/1/function/arguments"), Some(&json!("not json")));
-    }
-
-    #[test]
-    fn faults_are_named_by_their_path() {
-        let cases = [
-            (json!([]), "messages"),
-            (json!([3]), "messages[0]"),
-            (json!([{"role": "user", "content": "x"}, {"content": "x"}]), "messages[1].role"),
-            (json!([{"role": 3, "content": "x"}]), "messages[0].role"),
-            (json!([{"role": "user"}]), "messages[0].content"),
-            (json!([{"role": "user", "content": 3}]), "messages[0].content"),
-            (json!([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]), "messages[0].content[0]"),
-            (json!([{"role": "user", "content": [{"type": "text"}]}]), "messages[0].content[0]"),
-        ];
-        for (messages, param) in cases {
-            let failure = normal(messages.clone()).expect_err(param);
-            assert_eq!(failure.param.as_deref(), Some(param), "{messages}");
-        }
-    }
-}
+#[path = "messages_tests.rs"]
+mod tests;

@@ -5,6 +5,7 @@ pub mod chat;
 mod choice;
 mod collect;
 pub mod completions;
+mod conversation;
 mod generation;
 mod head;
 mod logprobs;

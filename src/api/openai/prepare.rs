@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
-use serde_json::{Map, Value};
 
 use super::body::{PromptInput, RequestBody};
+use super::conversation::Conversation;
 use super::generation::{Generation, Part};
 use super::head::Head;
-use super::messages;
 use super::resumption::Resumption;
 use super::sampling::{self, Endpoint, MAX_CHOICES};
 use crate::api::config::Config;
@@ -76,7 +75,8 @@ pub async fn prepare(
     body.refuse_unsupported()?;
     let deadline = deadline(headers, arrived)?;
     let mut resumption = Resumption::read(state, headers, bytes, endpoint)?;
-    let sampling = sampling::params(body, endpoint, model.tokenizer.vocab_size(), resumption.seed)?;
+    let (defaults, vocab) = (&model.sampling_defaults, model.tokenizer.vocab_size());
+    let sampling = sampling::params(body, endpoint, defaults, vocab, resumption.seed)?;
     let prompts = match endpoint {
         Endpoint::Chat => vec![chat_prompt(state, &model, body).await?],
         Endpoint::Completions => completion_prompts(state, &model, body).await?,
@@ -214,66 +214,11 @@ fn allows_other_fingerprint(headers: &HeaderMap) -> Result<bool, Failure> {
 }
 
 async fn chat_prompt(state: &ApiState, model: &Arc<ServedModel>, body: &mut RequestBody) -> Result<Prompt, Failure> {
-    let messages = body.messages.take().ok_or_else(|| Failure::invalid("messages", "`messages` is required."))?;
-    let conversation = Conversation {
-        messages: messages::normalise(&messages)?,
-        tools: offered_tools(body)?,
-        add_generation_prompt: body.add_generation_prompt.unwrap_or(true),
-        kwargs: body.chat_template_kwargs.take().unwrap_or_default(),
-        add_special_tokens: body.add_special_tokens.unwrap_or(false),
-    };
-    let bytes: usize = messages.iter().filter_map(|message| message.get("content")).map(text_bytes).sum();
+    let conversation = Conversation::take(body)?;
+    let is_long = conversation.text_bytes() > INLINE_TEXT_BYTES;
     let model = model.clone();
-    let tokens = state.off_thread_if(bytes > INLINE_TEXT_BYTES, move || conversation.encode(&model)).await?;
+    let tokens = state.off_thread_if(is_long, move || conversation.encode(&model)).await?;
     Ok(Prompt { tokens: check_prompt(tokens, "messages")?, text: None })
-}
-
-/// A conversation ready to be rendered.
-pub struct Conversation {
-    pub messages: Value,
-    pub tools: Option<Value>,
-    pub add_generation_prompt: bool,
-    pub kwargs: Map<String, Value>,
-    pub add_special_tokens: bool,
-}
-
-impl Conversation {
-    pub fn encode(&self, model: &ServedModel) -> Result<Vec<TokenId>, Failure> {
-        let render = |tools| {
-            model
-                .chat_template
-                .render(&self.messages, tools, self.add_generation_prompt, &self.kwargs)
-                .map_err(Failure::from)
-        };
-        let text = render(self.tools.as_ref())?;
-        if self.tools.is_some() && text == render(None)? {
-            let message = format!("The model `{}` takes no tools: its chat template ignores them.", model.name());
-            return Err(Failure::invalid("tools", message).with_code("unsupported_parameter"));
-        }
-        encode(model, &text, self.add_special_tokens, "messages")
-    }
-}
-
-/// The tools to show to the model. Nothing constrains its output to a call of them, so a forced call is refused.
-fn offered_tools(body: &mut RequestBody) -> Result<Option<Value>, Failure> {
-    let tools = body.tools.take().filter(|tools| !tools.is_empty()).map(Value::Array);
-    match body.tool_choice.as_ref() {
-        None | Some(Value::Null) => Ok(tools),
-        Some(Value::String(choice)) if choice == "auto" => Ok(tools),
-        Some(Value::String(choice)) if choice == "none" => Ok(None),
-        Some(_) => {
-            let message = "`tool_choice` may be \"auto\" or \"none\"; forcing a tool call is not supported.";
-            Err(Failure::invalid("tool_choice", message).with_code("unsupported_parameter"))
-        }
-    }
-}
-
-fn text_bytes(content: &Value) -> usize {
-    match content {
-        Value::String(text) => text.len(),
-        Value::Array(parts) => parts.iter().filter_map(|part| part.get("text")).map(text_bytes).sum(),
-        _ => 0,
-    }
 }
 
 async fn completion_prompts(
@@ -348,7 +293,8 @@ pub fn encode(
     })
 }
 
-/// The bound on generated tokens: what the client asked for if it fits, else what is left of the context.
+/// The bound on generated tokens: what the client asked for if it fits, else what the model's authors recommend and what is
+/// left of the context.
 fn max_tokens(
     config: &Config,
     model: &ServedModel,
@@ -379,6 +325,7 @@ fn max_tokens(
     }
     let left = u32::try_from(context - prompt_tokens).unwrap_or(u32::MAX);
     let cap = config.max_output_tokens.unwrap_or(u32::MAX);
+    let recommended = model.sampling_defaults.max_new_tokens.unwrap_or(u32::MAX);
     match requested {
         Some((name, value)) if value > cap => {
             let message = format!("`{name}` is {value}; at most {cap} are allowed (max_output_tokens).");
@@ -394,8 +341,8 @@ fn max_tokens(
             Err(too_long(name, message))
         }
         Some((_, value)) => Ok(value),
-        None if endpoint == Endpoint::Completions => Ok(DEFAULT_COMPLETION_TOKENS.min(left).min(cap)),
-        None => Ok(left.min(cap)),
+        None if endpoint == Endpoint::Completions => Ok(DEFAULT_COMPLETION_TOKENS.min(recommended).min(left).min(cap)),
+        None => Ok(recommended.min(left).min(cap)),
     }
 }
 

@@ -5,7 +5,7 @@ use std::ops::RangeInclusive;
 
 use super::body::{LogprobsInput, RequestBody};
 use super::numbers;
-use crate::types::{Failure, SamplingParams, TokenId};
+use crate::types::{Failure, SamplingDefaults, SamplingParams, TokenId};
 
 /// OpenAI's bound on `n`.
 pub const MAX_CHOICES: u32 = 128;
@@ -24,29 +24,36 @@ pub enum Endpoint {
     Completions,
 }
 
-/// Builds the parameters but for `max_tokens`, which depends on the prompt's length.
-/// `random_seed` is taken when the client gave none.
+/// Builds the parameters but for `max_tokens`, which depends on the prompt's length. What the client left out is as the
+/// model's authors recommend, else as the API defines it. `random_seed` is taken when the client gave none.
 pub fn params(
     body: &RequestBody,
     endpoint: Endpoint,
+    recommended: &SamplingDefaults,
     vocab: usize,
     random_seed: u64,
 ) -> Result<SamplingParams, Failure> {
     let defaults = SamplingParams::default();
-    let top_k = within("top_k", body.top_k.unwrap_or(0), -1..=i64::from(u32::MAX))?.max(0);
+    let top_k = body.top_k.unwrap_or_else(|| recommended.top_k.unwrap_or(defaults.top_k).into());
+    let top_k = within("top_k", top_k, -1..=i64::from(u32::MAX))?.max(0);
+    let temperature = body.temperature.or(recommended.temperature).unwrap_or(defaults.temperature);
+    let top_p = body.top_p.or(recommended.top_p).unwrap_or(defaults.top_p);
+    let min_p = body.min_p.or(recommended.min_p).unwrap_or(defaults.min_p);
+    let repetition_penalty = body.repetition_penalty.or(recommended.repetition_penalty);
+    let repetition_penalty = repetition_penalty.unwrap_or(defaults.repetition_penalty);
     Ok(SamplingParams {
         n: whole("n", body.n.unwrap_or(1), 1..=MAX_CHOICES)?,
         seed: seed(body, random_seed)?,
         max_tokens: defaults.max_tokens,
         min_tokens: body.min_tokens.unwrap_or(0),
-        temperature: within("temperature", body.temperature.unwrap_or(1.0), 0.0..=2.0)?,
+        temperature: within("temperature", temperature, 0.0..=2.0)?,
         top_k: u32::try_from(top_k).unwrap_or(0),
         // Of a share of nothing, the likeliest token is left.
-        top_p: within("top_p", body.top_p.unwrap_or(1.0), 0.0..=1.0)?,
-        min_p: within("min_p", body.min_p.unwrap_or(0.0), 0.0..=1.0)?,
+        top_p: within("top_p", top_p, 0.0..=1.0)?,
+        min_p: within("min_p", min_p, 0.0..=1.0)?,
         repetition_penalty: positive(
             "repetition_penalty",
-            within("repetition_penalty", body.repetition_penalty.unwrap_or(1.0), 0.0..=10.0)?,
+            within("repetition_penalty", repetition_penalty, 0.0..=10.0)?,
         )?,
         presence_penalty: within("presence_penalty", body.presence_penalty.unwrap_or(0.0), -2.0..=2.0)?,
         frequency_penalty: within("frequency_penalty", body.frequency_penalty.unwrap_or(0.0), -2.0..=2.0)?,
@@ -193,11 +200,11 @@ mod tests {
     const VOCAB: usize = 100;
 
     fn chat(json: &str) -> Result<SamplingParams, Failure> {
-        params(&parse(json.as_bytes())?, Endpoint::Chat, VOCAB, 7)
+        params(&parse(json.as_bytes())?, Endpoint::Chat, &SamplingDefaults::default(), VOCAB, 7)
     }
 
     fn completions(json: &str) -> Result<SamplingParams, Failure> {
-        params(&parse(json.as_bytes())?, Endpoint::Completions, VOCAB, 7)
+        params(&parse(json.as_bytes())?, Endpoint::Completions, &SamplingDefaults::default(), VOCAB, 7)
     }
 
     #[test]
@@ -205,6 +212,33 @@ mod tests {
         let defaults = SamplingParams { seed: 7, ..SamplingParams::default() };
         assert_eq!(chat("{}"), Ok(defaults.clone()));
         assert_eq!(completions("{}"), Ok(defaults));
+    }
+
+    #[test]
+    fn what_the_authors_recommend_gives_way_to_what_the_client_says() {
+        let recommended = SamplingDefaults {
+            temperature: Some(0.2),
+            top_p: Some(0.9),
+            top_k: Some(20),
+            min_p: Some(0.1),
+            repetition_penalty: Some(1.1),
+            max_new_tokens: Some(5),
+        };
+        let of = |json: &str| params(&parse(json.as_bytes()).expect(json), Endpoint::Chat, &recommended, VOCAB, 7);
+        let expected = SamplingParams {
+            seed: 7,
+            temperature: 0.2,
+            top_p: 0.9,
+            top_k: 20,
+            min_p: 0.1,
+            repetition_penalty: 1.1,
+            ..SamplingParams::default()
+        };
+        assert_eq!(of("{}"), Ok(expected.clone()));
+        assert_eq!(of(r#"{"temperature": null}"#), Ok(expected.clone()));
+        assert_eq!(of(r#"{"temperature": 1}"#), Ok(SamplingParams { temperature: 1.0, ..expected }));
+        let all_off = r#"{"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1}"#;
+        assert_eq!(of(all_off), Ok(SamplingParams { seed: 7, ..SamplingParams::default() }));
     }
 
     #[test]

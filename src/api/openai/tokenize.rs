@@ -5,35 +5,22 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
 
-use super::messages;
-use super::prepare::{Conversation, encode};
+use super::body::{PromptInput, RequestBody};
+use super::conversation::Conversation;
+use super::prepare::encode;
 use super::sampling::check_token;
 use crate::api::body::read_json;
 use crate::api::error::ApiError;
 use crate::api::state::ApiState;
 use crate::types::{Failure, TokenId};
 
-/// Either `prompt` or `messages`.
-#[derive(Debug, Default, Deserialize)]
-#[serde(default)]
-pub struct TokenizeBody {
-    model: Option<String>,
-    prompt: Option<String>,
-    messages: Option<Vec<Value>>,
-    tools: Option<Vec<Value>>,
-    add_generation_prompt: Option<bool>,
-    add_special_tokens: Option<bool>,
-    chat_template_kwargs: Option<Map<String, Value>>,
-    return_token_strs: Option<bool>,
-}
-
 #[derive(Debug, Serialize)]
 pub struct Tokenized {
     count: usize,
     max_model_len: usize,
     tokens: Vec<TokenId>,
+    /// As the vocabulary spells them.
     token_strs: Option<Vec<String>>,
 }
 
@@ -55,29 +42,26 @@ pub async fn tokenize(
     body: Body,
 ) -> Result<Json<Tokenized>, ApiError> {
     let mut hold = state.check_serving(&headers).await?;
-    let body: TokenizeBody = read_json(&state.config, &headers, body).await?;
+    let mut body: RequestBody = read_json(&state.config, &headers, body).await?;
     let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
+    body.refuse_unsupported()?;
     let wants_strings = body.return_token_strs.unwrap_or(false);
     // Unlike a generation, nothing bounds this text but the body's size: always leave the async threads.
     let worker = model.clone();
-    let tokens = state.off_thread_if(true, move || match (body.prompt, body.messages) {
-        (Some(prompt), None) => encode(&worker, &prompt, body.add_special_tokens.unwrap_or(true), "prompt"),
-        (None, Some(messages)) => Conversation {
-            messages: messages::normalise(&messages)?,
-            tools: body.tools.map(Value::Array),
-            add_generation_prompt: body.add_generation_prompt.unwrap_or(true),
-            kwargs: body.chat_template_kwargs.unwrap_or_default(),
-            add_special_tokens: body.add_special_tokens.unwrap_or(false),
+    let tokens = state.off_thread_if(true, move || match (body.prompt.take(), body.messages.is_some()) {
+        (Some(PromptInput::Text(prompt)), false) => {
+            encode(&worker, &prompt, body.add_special_tokens.unwrap_or(true), "prompt")
         }
-        .encode(&worker),
+        (Some(_), false) => Err(Failure::invalid("prompt", "`prompt` must be a string here.")),
+        (None, true) => Conversation::take(&mut body)?.encode(&worker),
         _ => Err(Failure::invalid("prompt", "Exactly one of `prompt` and `messages` is required.")),
     });
     let tokens = tokens.await?;
-    let text = |&token: &TokenId| String::from_utf8_lossy(&model.tokenizer.token_bytes(token)).into_owned();
+    let name = |&token: &TokenId| model.tokenizer.token_name(token).unwrap_or_default().to_owned();
     Ok(Json(Tokenized {
         count: tokens.len(),
         max_model_len: model.max_model_len,
-        token_strs: wants_strings.then(|| tokens.iter().map(text).collect()),
+        token_strs: wants_strings.then(|| tokens.iter().map(name).collect()),
         tokens,
     }))
 }

@@ -112,7 +112,6 @@ const PROMPT: &[Field] = &[
     ("adapter_id", Empty, None),
     ("chat_template", Empty, None),
     ("context", Empty, Some("prompt")),
-    ("continue_final_message", Empty, None),
     ("control_vectors", Empty, None),
     ("documents", Empty, None),
     ("enable_thinking", Null, Some("chat_template_kwargs")),

@@ -199,25 +199,3 @@ async fn models_are_listed_and_looked_up() {
     let no_text = node.get("/v1/models/%ff").await;
     assert_eq!((no_text.status, &no_text.error()["code"]), (StatusCode::NOT_FOUND, &json!("not_found")));
 }
-
-#[tokio::test]
-async fn tokenize_and_detokenize_are_inverse() {
-    let node = parrot();
-    let text = "the <|im_end|> wave, é";
-    let answer = node.post_json("/tokenize", json!({"prompt": text, "add_special_tokens": false})).await.json();
-    let tokens = answer["tokens"].clone();
-    assert_eq!(answer["count"], tokens.as_array().expect("a list").len());
-    assert_eq!(answer["max_model_len"], MAX_MODEL_LEN);
-    assert_eq!(answer["token_strs"], serde_json::Value::Null);
-    assert_eq!(node.post_json("/detokenize", json!({"tokens": tokens})).await.json(), json!({"prompt": text}));
-
-    let messages = json!([{"role": "user", "content": "hi"}]);
-    let chat = node.post_json("/tokenize", json!({"messages": messages, "return_token_strs": true})).await.json();
-    assert_eq!(chat["tokens"], json!(ids("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")));
-    assert_eq!(chat["token_strs"][0], "<|im_start|>");
-
-    let both = node.post_json("/tokenize", json!({"messages": messages, "prompt": "x"})).await;
-    assert_eq!(both.status, StatusCode::BAD_REQUEST);
-    let foreign = node.post_json("/detokenize", json!({"tokens": [1, 100_000]})).await;
-    assert_eq!(foreign.error()["param"], "tokens");
-}

@@ -8,6 +8,7 @@ mod resumption;
 mod routes;
 mod sockets;
 mod streams;
+mod tokenize;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -31,7 +32,7 @@ use crate::router::{self, LocalReplica, Router};
 use crate::tokenizer::Tokenizer;
 use crate::types::{
     Backend, EngineStatus, Failure, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
-    StopCause, TokenId, TokenLogprobs,
+    SamplingDefaults, StopCause, TokenId, TokenLogprobs,
 };
 
 /// The end-of-sequence token of the fixture.
@@ -151,6 +152,18 @@ impl Node {
         })
     }
 
+    /// Whose model's authors recommend this to requests that leave it out.
+    fn recommending(defaults: SamplingDefaults) -> Self {
+        let node = Self::loading(Config::default(), admission::Config::default());
+        let script = Box::new(|request: &GenerateRequest, events: Events| {
+            play(&events, request, &[], FinishReason::Length);
+            Ok(())
+        });
+        let requests = node.requests.clone();
+        node.load_with(ScriptedBackend { script, requests }, defaults);
+        node
+    }
+
     /// What comes before there is a model is not held for long.
     fn loading(config: Config, admission: admission::Config) -> Self {
         Self::loading_and_holding(config, admission, Duration::from_millis(100))
@@ -167,6 +180,10 @@ impl Node {
     }
 
     fn load(&self, backend: ScriptedBackend) {
+        self.load_with(backend, SamplingDefaults::default());
+    }
+
+    fn load_with(&self, backend: ScriptedBackend, defaults: SamplingDefaults) {
         let tokenizer = tokenizer();
         let template = tokenizer.chat_template().expect("the fixture has a template");
         let model = ModelReport {
@@ -176,7 +193,8 @@ impl Node {
             max_model_len: MAX_MODEL_LEN as u32,
             created: 1,
         };
-        self.state.set_model(ServedModel::new(&model, tokenizer, template, vec![EOS]));
+        let served = ServedModel::new(&model, tokenizer, template, vec![EOS]);
+        self.state.set_model(served.with_sampling_defaults(defaults));
         let engine = Arc::new(backend);
         self.state.router.attach(LocalReplica { engine, model, seats: 1, tokenizer: Bytes::new() });
         let lifecycle = self.state.health.lifecycle();

@@ -16,13 +16,6 @@ const UNSUPPORTED_KEYS: [&str; 7] = [
     "residual_scale",
     "logit_scale",
 ];
-/// Control tokens that end a turn where the file's end-of-sequence id is the end of a text (Llama 3).
-const LLAMA_END_TOKENS: [&str; 2] = ["<|eot_id|>", "<|eom_id|>"];
-/// Qwen's ends of a turn and of a text: its generation configurations name both, a GGUF file one of them.
-const QWEN_END_TOKENS: [&str; 2] = ["<|im_end|>", "<|endoftext|>"];
-/// `tokenizer.ggml.token_type` of control tokens.
-const CONTROL_TOKEN: u64 = 3;
-
 /// The architectures whose data flow is ours, as `general.architecture` names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Family {
@@ -89,8 +82,11 @@ pub(super) fn parse(gguf: &Gguf, family: Family) -> Result<ModelConfig, ConfigEr
     config.validated()
 }
 
-/// The ids that end a generation: end of sequence, of turn and of message, as far as the file names them.
-pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>, family: Family) -> Result<Vec<u32>, ConfigError> {
+/// The ids that end a generation: end of sequence, of turn and of message, as far as a key names them. Those that only their
+/// text gives away, the tokenizer knows.
+pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>) -> Result<Vec<u32>, ConfigError> {
+    /// Converters write it for "none".
+    const NONE: u32 = u32::MAX;
     let mut ids = Vec::new();
     for key in ["eos", "eot", "eom"] {
         let key = format!("tokenizer.ggml.{key}_token_id");
@@ -99,18 +95,7 @@ pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>, family: Family) 
             ids.push(id.ok_or_else(|| wrong_type(&key, "a token id", value))?);
         }
     }
-    let ends = match family {
-        Family::Llama => LLAMA_END_TOKENS,
-        Family::Qwen2 | Family::Qwen3 => QWEN_END_TOKENS,
-    };
-    let texts = metadata.get("tokenizer.ggml.tokens").and_then(Value::as_array).unwrap_or_default();
-    let types = metadata.get("tokenizer.ggml.token_type").and_then(Value::as_array).unwrap_or_default();
-    for (id, (text, ty)) in texts.iter().zip(types).enumerate() {
-        let is_end = text.as_str().is_some_and(|text| ends.contains(&text));
-        if is_end && ty.as_u64() == Some(CONTROL_TOKEN) {
-            ids.extend(u32::try_from(id));
-        }
-    }
+    ids.retain(|&id| id != NONE);
     ids.sort_unstable();
     ids.dedup();
     Ok(ids)

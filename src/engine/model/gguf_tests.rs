@@ -234,22 +234,10 @@ fn what_is_not_computed_is_refused_by_name() {
 }
 
 #[test]
-fn tokens_that_end_a_turn_end_a_generation() {
-    let types = |types: &[i32]| {
-        let head = [5u32.to_le_bytes().to_vec(), (types.len() as u64).to_le_bytes().to_vec()].concat();
-        [head, types.iter().flat_map(|ty| ty.to_le_bytes()).collect()].concat()
-    };
-    let builder = metadata()
-        .u32("tokenizer.ggml.eot_token_id", 4)
-        .strings("tokenizer.ggml.tokens", &["a", "<|eot_id|>", "</s>", "<|eom_id|>", "<end>"])
-        .raw("tokenizer.ggml.token_type", 9, &types(&[1, 3, 3, 1, 3]));
+fn the_ends_are_those_that_keys_name() {
+    let builder = metadata().u32("tokenizer.ggml.eot_token_id", 4).u32("tokenizer.ggml.eom_token_id", u32::MAX);
     let files = open(&with_tensors(builder)).unwrap();
-    assert_eq!(files.eos_token_ids, [1, 2, 4], "an ordinary token of such a text is none");
-    let builder = metadata_of("qwen2")
-        .strings("tokenizer.ggml.tokens", &["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
-        .raw("tokenizer.ggml.token_type", 9, &types(&[3, 3, 3, 3]));
-    let files = open(&with_qkv_biases(with_tensors(builder))).unwrap();
-    assert_eq!(files.eos_token_ids, [0, 2], "the end of a text ends Qwen's turns too");
+    assert_eq!(files.eos_token_ids, [2, 4], "the largest id stands for none");
 }
 
 #[test]

@@ -19,10 +19,10 @@ use super::weights::{TensorSource, TensorType};
 use super::{gguf_config, hf_config};
 use crate::formats::gguf::{Gguf, GgufError};
 use crate::formats::safetensors::SafetensorsError;
+use crate::tokenizer::TOKENIZER_FILE;
 
 /// A `config.json` and its like are read up to this size.
 const MAX_JSON_BYTES: u64 = 64 << 20;
-const TOKENIZER_FILE: &str = "tokenizer.json";
 
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
@@ -126,7 +126,7 @@ pub struct ModelFiles {
     pub config: ModelConfig,
     pub tensors: Box<dyn TensorSource>,
     pub tokenizer: TokenizerSource,
-    /// Ids that end a generation; empty when the files name none.
+    /// Ids that end a generation, as the configuration names them; the tokenizer may know more. Empty when it names none.
     pub eos_token_ids: Vec<u32>,
     /// The file's or directory's own name, without extension.
     pub name: String,
@@ -186,7 +186,7 @@ fn open_gguf(path: &Path, format: LoadFormat) -> Result<ModelFiles, LoadError> {
     let invalid = |source| LoadError::Config { path: path.to_owned(), source };
     let family = gguf_config::Family::of(gguf.metadata()).map_err(invalid)?;
     let config = gguf_config::parse(&gguf, family).map_err(invalid)?;
-    let eos_token_ids = gguf_config::eos_token_ids(gguf.metadata(), family).map_err(invalid)?;
+    let eos_token_ids = gguf_config::eos_token_ids(gguf.metadata()).map_err(invalid)?;
     let tensors: Box<dyn TensorSource> = match format {
         LoadFormat::Dummy => Box::new(DummySource::new(&config, TensorType::BF16)),
         _ => Box::new(GgufSource::new(gguf.clone(), family, &config)?),

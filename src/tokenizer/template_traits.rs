@@ -1,0 +1,153 @@
+//! What a chat template makes of messages, found out by rendering small conversations. Templates are programs: whether one
+//! has a place for a developer's instructions, say, shows in what it writes and not in a flag that comes with it.
+
+use serde_json::{Value, json};
+
+/// Words that no template writes by itself.
+const FIRST: &str = "zqoutriggeronezq";
+const SECOND: &str = "zqoutriggertwozq";
+
+/// What a message's `content` has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// A string.
+    Text,
+    /// A list of parts: strings are written letter by letter, which is not at all.
+    Parts,
+    /// Either is written.
+    Any,
+}
+
+/// What the `arguments` of a call have to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arguments {
+    /// An object.
+    Object,
+    /// Its JSON in a string.
+    Text,
+}
+
+/// Of one template, with or without tools in the request.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TemplateTraits {
+    pub content: Content,
+    pub arguments: Arguments,
+    /// The template knows the role `developer` and writes such a message at the beginning.
+    pub has_developer_role: bool,
+    /// It leaves out instructions at the beginning, under any role, without an error.
+    pub loses_instructions: bool,
+    /// It writes both a system message and the developer message after it.
+    pub keeps_system_and_developer: bool,
+    /// The role of instructions in the middle of a conversation; none if they, or those at the beginning, would be lost.
+    pub later_instructions: Option<&'static str>,
+    /// It writes the tools; only of a request that has some.
+    pub takes_tools: bool,
+}
+
+impl Default for TemplateTraits {
+    /// Of a template that cannot be tried: messages pass as they are, and rendering says what is wrong.
+    fn default() -> Self {
+        Self {
+            content: Content::Text,
+            arguments: Arguments::Object,
+            has_developer_role: false,
+            loses_instructions: false,
+            keeps_system_and_developer: false,
+            later_instructions: Some("system"),
+            takes_tools: true,
+        }
+    }
+}
+
+/// Renders messages; `None` is an error.
+pub(super) type Render<'a> = dyn Fn(&Value) -> Option<String> + 'a;
+
+/// A tool as requests give it, named by the first word.
+pub(super) fn probe_tool() -> Value {
+    json!([{"type": "function", "function": {
+        "name": FIRST, "description": "d",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "d"}}, "required": ["a"]}
+    }}])
+}
+
+impl TemplateTraits {
+    /// `render` is the template with or without the tool of `probe_tool`; `without_tools` is there with it.
+    pub(super) fn find(render: &Render<'_>, names_developer: bool, without_tools: Option<&Render<'_>>) -> Self {
+        let content = content(render);
+        let said = |role: &str, text: &str| {
+            let content = match content {
+                Content::Parts => json!([{"type": "text", "text": text}]),
+                Content::Text | Content::Any => json!(text),
+            };
+            json!({"role": role, "content": content})
+        };
+        let writes = |messages: Value, words: &[&str]| {
+            render(&messages).is_some_and(|text| words.iter().all(|word| text.contains(word)))
+        };
+        let has_developer_role =
+            names_developer && writes(json!([said("developer", SECOND), said("user", "q")]), &[SECOND]);
+        let as_system = render(&json!([said("system", SECOND), said("user", "q")]));
+        let loses_instructions = !has_developer_role && as_system.is_some_and(|text| !text.contains(SECOND));
+        let keeps_system_and_developer = has_developer_role
+            && writes(json!([said("system", "s"), said("developer", SECOND), said("user", "q")]), &[SECOND])
+            && writes(json!([said("system", SECOND), said("developer", "d"), said("user", "q")]), &[SECOND]);
+        let later = |role: &&str| {
+            let rest = [said("user", "q"), said("assistant", "a"), said(role, SECOND), said("user", "q")];
+            let with_first: Vec<Value> = [said("system", FIRST)].into_iter().chain(rest.clone()).collect();
+            writes(rest.to_vec().into(), &[SECOND]) && writes(with_first.into(), &[FIRST, SECOND])
+        };
+        let roles = if has_developer_role { &["developer", "system"][..] } else { &["system"] };
+        Self {
+            content,
+            arguments: arguments(render, &said("user", "q"), &said("assistant", "")["content"]),
+            has_developer_role,
+            loses_instructions,
+            keeps_system_and_developer,
+            later_instructions: roles.iter().copied().find(later),
+            takes_tools: without_tools.is_none_or(|without| takes_tools(render, without, &json!([said("user", "q")]))),
+        }
+    }
+}
+
+fn content(render: &Render<'_>) -> Content {
+    let as_text = render(&json!([{"role": "user", "content": FIRST}]));
+    let takes_text = as_text.is_some_and(|text| text.contains(FIRST));
+    let parts = json!([{"type": "text", "text": FIRST}, {"type": "text", "text": SECOND}]);
+    let as_parts = render(&json!([{"role": "user", "content": parts}]));
+    // A list that is written as it is shows its keys.
+    let takes_parts = as_parts.is_some_and(|text| {
+        let words = [FIRST, SECOND].iter().all(|word| text.contains(word));
+        words && !text.contains("'type'") && !text.contains("\"type\": \"text\"")
+    });
+    match (takes_text, takes_parts) {
+        (_, false) => Content::Text,
+        (false, true) => Content::Parts,
+        (true, true) => Content::Any,
+    }
+}
+
+fn arguments(render: &Render<'_>, question: &Value, nothing: &Value) -> Arguments {
+    let writes = |arguments: Value| {
+        let call = json!({"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}});
+        let messages = json!([
+            question,
+            {"role": "assistant", "content": nothing, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call00001", "name": "f", "content": "r"},
+        ]);
+        render(&messages).is_some_and(|text| text.contains(SECOND))
+    };
+    let object = json!({"a": SECOND});
+    match !writes(object.clone()) && writes(object.to_string().into()) {
+        true => Arguments::Text,
+        false => Arguments::Object,
+    }
+}
+
+/// A template that cannot be rendered with tools says so itself.
+fn takes_tools(render: &Render<'_>, without: &Render<'_>, messages: &Value) -> bool {
+    match (render(messages), without(messages)) {
+        (Some(with), Some(without)) => with != without,
+        (Some(with), None) => with.contains(FIRST),
+        (None, _) => true,
+    }
+}
