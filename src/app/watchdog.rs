@@ -14,7 +14,7 @@ use tokio::time::interval;
 
 use crate::config::Config;
 use crate::health::Lifecycle;
-use crate::health::engine_watch::EngineWatch;
+use crate::health::stall_watch::StallWatch;
 use crate::observability::trace;
 use crate::types::NodeState;
 
@@ -45,13 +45,13 @@ impl Bounds {
 #[derive(Debug)]
 struct Watchdog {
     bounds: Bounds,
-    front: EngineWatch,
-    ending: EngineWatch,
+    front: StallWatch,
+    ending: StallWatch,
 }
 
 impl Watchdog {
     fn new(bounds: Bounds) -> Self {
-        Self { bounds, front: EngineWatch::default(), ending: EngineWatch::default() }
+        Self { bounds, front: StallWatch::default(), ending: StallWatch::default() }
     }
 
     /// Why the process must be ended from outside, if it must. `signs`: of the front's life so far.

@@ -6,12 +6,12 @@
 
 mod config;
 pub mod device;
-pub mod engine_watch;
 pub mod gpu_probe;
 pub mod inference_probe;
 pub mod lifecycle;
 pub mod memory;
 mod monitor;
+pub mod stall_watch;
 pub mod verdict;
 
 use std::borrow::Cow;
@@ -29,7 +29,6 @@ use crate::types::{Backend, Failure, FailureKind};
 pub use config::Config;
 use device::TroubleJudge;
 pub use device::{DeviceProbe, DeviceReading};
-use engine_watch::EngineWatch;
 pub use gpu_probe::GpuProbe;
 use inference_probe::ProbeJudge;
 pub use inference_probe::{CalibrationError, InferenceProbe, ProbeOutcome};
@@ -37,6 +36,7 @@ pub use lifecycle::{DegradedBy, InvalidTransition, Lifecycle, NodePhase};
 pub use memory::{HostMemory, MemoryLimit, MemoryProbe, MemoryProbeError};
 use memory::{MemoryLevel, MemoryMarks, MemoryPlace, MemoryReading, MemoryState};
 pub use monitor::{watch_device, watch_engine, watch_memory};
+use stall_watch::StallWatch;
 use verdict::{Bounds, EngineView, MemoryView, ProbeView};
 pub use verdict::{HealthSnapshot, Liveness, LoadPhase, LoadProgress, QueueView, Readiness, Reason, Startup};
 
@@ -62,7 +62,7 @@ struct HealthState {
 /// What was reported last.
 struct Observed {
     loading: LoadProgress,
-    watch: EngineWatch,
+    watch: StallWatch,
     judge: ProbeJudge,
     memory: BTreeMap<MemoryPlace, MemoryState>,
     device_trouble: TroubleJudge,
@@ -74,7 +74,7 @@ impl Health {
     pub fn new(config: Config, metrics: Arc<Metrics>) -> Self {
         let observed = Observed {
             loading: LoadProgress::default(),
-            watch: EngineWatch::default(),
+            watch: StallWatch::default(),
             judge: ProbeJudge::new(&config),
             memory: BTreeMap::new(),
             device_trouble: TroubleJudge::default(),

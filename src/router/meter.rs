@@ -15,7 +15,7 @@ pub struct Meter {
     /// As asked for; a request that goes on elsewhere may have fewer choices left.
     n: u32,
     max_tokens: u32,
-    choices: BTreeMap<u32, Choice>,
+    choices: BTreeMap<u32, ChoiceMeter>,
     unfinished: u32,
     arrived: Instant,
     scheduled: Option<Instant>,
@@ -24,15 +24,15 @@ pub struct Meter {
 }
 
 #[derive(Default)]
-struct Choice {
+struct ChoiceMeter {
     tokens: u64,
     last_token: Option<Instant>,
 }
 
 impl Meter {
     pub fn new(metrics: Arc<Metrics>, request: &GenerateRequest, now: Instant) -> Self {
-        let choices: BTreeMap<u32, Choice> =
-            request.choices.iter().map(|choice| (choice.index, Choice::default())).collect();
+        let choices: BTreeMap<u32, ChoiceMeter> =
+            request.choices.iter().map(|choice| (choice.index, ChoiceMeter::default())).collect();
         Self {
             metrics,
             prompt_tokens: request.prompt.len() as u64,

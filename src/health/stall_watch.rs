@@ -1,7 +1,7 @@
 //! Tells a hang from idleness, from a long step and from a pause of the whole process. Pure: time is passed in.
 //!
-//! The engine itself has no say in whether it has work: that is counted by those who hand it over. Only progress starts the
-//! clock anew; neither a client that gives up nor a synthetic inference that was abandoned does.
+//! Whether there is work is counted by those who hand it over, never by the thread that is watched. Only progress resets the
+//! clock; neither a client that gives up nor an abandoned synthetic inference does.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ const MAX_GAP: Duration = Duration::from_secs(2);
 
 /// Should be told several times a second; told less often, it counts too little time rather than too much.
 #[derive(Clone, Debug, Default)]
-pub struct EngineWatch {
+pub struct StallWatch {
     last: Option<Observation>,
     stalled: Duration,
 }
@@ -22,7 +22,7 @@ struct Observation {
     progress: u64,
 }
 
-impl EngineWatch {
+impl StallWatch {
     /// How long there has been work and no progress; `None` without work. `outstanding`: what was handed over and is not
     /// answered. `progress` changes whenever some of it advances.
     pub fn observe(&mut self, outstanding: u64, progress: u64, now: Instant) -> Option<Duration> {
@@ -45,13 +45,13 @@ mod tests {
     const TICK: Duration = Duration::from_millis(500);
 
     struct Observed {
-        watch: EngineWatch,
+        watch: StallWatch,
         now: Instant,
     }
 
     impl Observed {
         fn new() -> Self {
-            Self { watch: EngineWatch::default(), now: Instant::now() }
+            Self { watch: StallWatch::default(), now: Instant::now() }
         }
 
         /// Observes every half second; returns the last answer.
@@ -101,7 +101,7 @@ mod tests {
 
     #[test]
     fn a_hang_shows_even_if_it_is_looked_at_seldom() {
-        let (mut watch, mut now) = (EngineWatch::default(), Instant::now());
+        let (mut watch, mut now) = (StallWatch::default(), Instant::now());
         let mut looks = 0;
         while watch.observe(1, 7, now).is_none_or(|stalled| stalled < Duration::from_secs(30)) {
             now += Duration::from_secs(10);
