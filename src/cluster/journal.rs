@@ -51,6 +51,14 @@ pub struct JournalHead {
     pub sampling: Arc<SamplingParams>,
 }
 
+impl JournalHead {
+    /// Of two streams with one key and different bodies, the lesser one keeps the key, on every node. Clocks that differ make
+    /// another one the older, but the same one everywhere.
+    pub fn seniority(&self) -> (u64, [u8; 16]) {
+        (self.created, self.body)
+    }
+}
+
 /// How far one choice has come.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChoiceProgress {

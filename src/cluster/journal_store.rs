@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::journal::{ChoiceProgress, JournalEntry, JournalKey, JournalRecord, JournalRefusal};
+use crate::types::NodeId;
 
 /// What a record costs beside its tokens.
 const RECORD_BYTES: u64 = 1024;
@@ -47,8 +48,8 @@ impl JournalStore {
         self.records.get(key).map(|kept| &kept.record)
     }
 
-    /// Takes a change from the stream's entry node, or says why not.
-    pub fn apply(&mut self, entry: JournalEntry, now: Instant) -> Result<(), JournalRefusal> {
+    /// Takes a change from the node `from`, the stream's entry node, or says why not.
+    pub fn apply(&mut self, entry: JournalEntry, from: &NodeId, now: Instant) -> Result<(), JournalRefusal> {
         self.expire(now);
         match entry {
             JournalEntry::Put(record) => self.put(record, now),
@@ -56,6 +57,10 @@ impl JournalStore {
                 let kept = self.records.get_mut(&key).ok_or(JournalRefusal::Unknown { key })?;
                 if epoch < kept.record.epoch {
                     return Err(JournalRefusal::Fenced { key, epoch: kept.record.epoch });
+                }
+                // Another stream may have got the key meanwhile: put this one again, and see.
+                if kept.record.entry != *from {
+                    return Err(JournalRefusal::Unknown { key });
                 }
                 let start = start as usize;
                 let choice = kept.record.choices.get_mut(choice as usize);
@@ -70,7 +75,7 @@ impl JournalStore {
                 Ok(())
             }
             JournalEntry::Drop { key, epoch } => {
-                if self.get(&key).is_some_and(|record| record.epoch <= epoch) {
+                if self.get(&key).is_some_and(|record| record.epoch <= epoch && record.entry == *from) {
                     self.remove(key);
                 }
                 Ok(())
@@ -78,7 +83,7 @@ impl JournalStore {
         }
     }
 
-    /// Keeps the record, unless a later epoch of the stream is kept already.
+    /// Keeps the record, unless a later epoch of the stream is kept already, or an older stream of the same key.
     pub fn put(&mut self, mut record: JournalRecord, now: Instant) -> Result<(), JournalRefusal> {
         let key = record.head.key;
         if size(&record) > self.max_bytes {
@@ -86,11 +91,16 @@ impl JournalStore {
         }
         if let Some(kept) = self.records.get(&key) {
             let held = &kept.record;
-            if held.epoch > record.epoch || (held.epoch == record.epoch && held.entry != record.entry) {
+            let is_rival = held.head.body != record.head.body;
+            if is_rival && held.head.seniority() < record.head.seniority() {
+                return Err(JournalRefusal::Fenced { key, epoch: held.epoch.max(record.epoch + 1) });
+            }
+            let is_behind = held.epoch > record.epoch || (held.epoch == record.epoch && held.entry != record.entry);
+            if is_behind && !is_rival {
                 return Err(JournalRefusal::Fenced { key, epoch: held.epoch });
             }
             // The same generation, so whichever is longer holds the other.
-            if held.head.fingerprint == record.head.fingerprint && held.head.body == record.head.body {
+            if held.head.fingerprint == record.head.fingerprint && !is_rival {
                 record.choices.iter_mut().zip(&held.choices).for_each(|(new, old)| extend(new, old));
             }
             let changed = kept.changed;
@@ -180,6 +190,18 @@ mod tests {
         JournalRecord { head: Arc::new(head), epoch, entry: NodeId::new(entry), choices: vec![choice] }
     }
 
+    /// From the node that most of the records here are of.
+    fn apply(store: &mut JournalStore, entry: JournalEntry, now: Instant) -> Result<(), JournalRefusal> {
+        store.apply(entry, &NodeId::new("x"), now)
+    }
+
+    /// Another request, `created` then, with the same key.
+    fn rival(body: u8, created: u64, entry: &str, tokens: &[u32]) -> JournalRecord {
+        let record = record("a", 1, entry, tokens);
+        let head = JournalHead { body: [body; 16], created, ..(*record.head).clone() };
+        JournalRecord { head: Arc::new(head), ..record }
+    }
+
     fn append(name: &str, epoch: u64, start: u32, tokens: &[u32], finished: bool) -> JournalEntry {
         JournalEntry::Append {
             key: JournalKey::new("tenant", name, 0),
@@ -199,13 +221,13 @@ mod tests {
     fn a_spoiled_stream_is_forgotten_but_not_a_later_epoch_of_it() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
         let drop = |epoch| JournalEntry::Drop { key: JournalKey::new("tenant", "a", 0), epoch };
-        store.apply(drop(1), now).expect("nothing to forget");
-        store.apply(JournalEntry::Put(record("a", 2, "x", &[7, 8])), now).expect("kept");
-        store.apply(drop(1), now).expect("late");
+        apply(&mut store, drop(1), now).expect("nothing to forget");
+        apply(&mut store, JournalEntry::Put(record("a", 2, "x", &[7, 8])), now).expect("kept");
+        apply(&mut store, drop(1), now).expect("late");
         assert_eq!(tokens(&store, "a"), Some(vec![7, 8]));
-        store.apply(drop(2), now).expect("forgotten");
+        apply(&mut store, drop(2), now).expect("forgotten");
         assert_eq!((tokens(&store, "a"), store.bytes()), (None, 0));
-        store.apply(JournalEntry::Put(record("a", 1, "x", &[9])), now).expect("a new stream");
+        apply(&mut store, JournalEntry::Put(record("a", 1, "x", &[9])), now).expect("a new stream");
         assert_eq!(tokens(&store, "a"), Some(vec![9]));
     }
 
@@ -213,13 +235,13 @@ mod tests {
     fn appends_overlap_but_leave_no_gap() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
         let key = JournalKey::new("tenant", "a", 0);
-        assert_eq!(store.apply(append("a", 1, 0, &[7], false), now), Err(JournalRefusal::Unknown { key }));
-        store.apply(JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
-        store.apply(append("a", 1, 1, &[8, 9], false), now).expect("overlaps");
-        store.apply(append("a", 1, 0, &[7], false), now).expect("known");
+        assert_eq!(apply(&mut store, append("a", 1, 0, &[7], false), now), Err(JournalRefusal::Unknown { key }));
+        apply(&mut store, JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
+        apply(&mut store, append("a", 1, 1, &[8, 9], false), now).expect("overlaps");
+        apply(&mut store, append("a", 1, 0, &[7], false), now).expect("known");
         assert_eq!(tokens(&store, "a"), Some(vec![7, 8, 9]));
-        assert_eq!(store.apply(append("a", 1, 4, &[1], false), now), Err(JournalRefusal::Unknown { key }));
-        store.apply(append("a", 1, 3, &[], true), now).expect("ends");
+        assert_eq!(apply(&mut store, append("a", 1, 4, &[1], false), now), Err(JournalRefusal::Unknown { key }));
+        apply(&mut store, append("a", 1, 3, &[], true), now).expect("ends");
         assert!(store.get(&key).expect("kept").is_finished());
     }
 
@@ -227,14 +249,14 @@ mod tests {
     fn a_later_epoch_fences_the_earlier_one() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
         let key = JournalKey::new("tenant", "a", 0);
-        store.apply(JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
-        store.apply(JournalEntry::Put(record("a", 2, "y", &[7])), now).expect("later");
+        apply(&mut store, JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
+        apply(&mut store, JournalEntry::Put(record("a", 2, "y", &[7])), now).expect("later");
         assert_eq!(tokens(&store, "a"), Some(vec![7, 8]), "what is known stays known");
         let fenced = Err(JournalRefusal::Fenced { key, epoch: 2 });
-        assert_eq!(store.apply(append("a", 1, 2, &[9], false), now), fenced);
-        assert_eq!(store.apply(JournalEntry::Put(record("a", 1, "x", &[7, 8, 9])), now), fenced);
+        assert_eq!(apply(&mut store, append("a", 1, 2, &[9], false), now), fenced);
+        assert_eq!(apply(&mut store, JournalEntry::Put(record("a", 1, "x", &[7, 8, 9])), now), fenced);
         assert_eq!(
-            store.apply(JournalEntry::Put(record("a", 2, "z", &[7, 8, 9])), now),
+            apply(&mut store, JournalEntry::Put(record("a", 2, "z", &[7, 8, 9])), now),
             fenced,
             "the first one counts"
         );
@@ -242,10 +264,44 @@ mod tests {
     }
 
     #[test]
+    fn of_two_streams_with_one_key_the_older_one_is_kept_in_whatever_order_they_come() {
+        let now = Instant::now();
+        let (older, younger) = (rival(2, 5, "x", &[1, 2]), rival(1, 6, "y", &[7, 8, 9]));
+        let later_epoch = JournalRecord { epoch: 9, ..younger.clone() };
+        for rival in [&younger, &later_epoch] {
+            for order in [[&older, rival], [rival, &older]] {
+                let mut store = JournalStore::new(SECOND, 1 << 20);
+                let results = order.map(|record| store.put(record.clone(), now));
+                assert_eq!(tokens(&store, "a"), Some(vec![1, 2]), "nothing of the other one is taken over");
+                assert_eq!(results[0], Ok(()));
+                match order[0] == &older {
+                    true => assert!(
+                        matches!(results[1], Err(JournalRefusal::Fenced { epoch, .. }) if epoch > rival.epoch),
+                        "its node has to learn that it lost"
+                    ),
+                    false => assert_eq!(results[1], Ok(())),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_node_of_another_stream_adds_nothing_and_drops_nothing() {
+        let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
+        let (key, other) = (JournalKey::new("tenant", "a", 0), NodeId::new("y"));
+        store.put(record("a", 1, "x", &[1, 2]), now).expect("kept");
+        assert_eq!(store.apply(append("a", 1, 2, &[9], false), &other, now), Err(JournalRefusal::Unknown { key }));
+        store.apply(JournalEntry::Drop { key, epoch: 1 }, &other, now).expect("nothing to do");
+        assert_eq!(tokens(&store, "a"), Some(vec![1, 2]));
+        apply(&mut store, append("a", 1, 2, &[3], false), now).expect("its own node");
+        assert_eq!(tokens(&store, "a"), Some(vec![1, 2, 3]));
+    }
+
+    #[test]
     fn records_live_for_their_time_after_the_last_change() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
-        store.apply(JournalEntry::Put(record("a", 1, "x", &[])), now).expect("kept");
-        store.apply(append("a", 1, 0, &[1], false), now + SECOND / 2).expect("kept");
+        apply(&mut store, JournalEntry::Put(record("a", 1, "x", &[])), now).expect("kept");
+        apply(&mut store, append("a", 1, 0, &[1], false), now + SECOND / 2).expect("kept");
         store.expire(now + SECOND);
         assert_eq!(store.len(), 1);
         store.expire(now + SECOND * 3 / 2);
@@ -258,7 +314,7 @@ mod tests {
         for (age, name) in ["a", "b", "c"].iter().enumerate() {
             store.put(record(name, 1, "x", &[1]), now + SECOND / 100 * age as u32).expect("kept");
         }
-        store.apply(append("b", 1, 1, &[], true), now + SECOND / 10).expect("ends");
+        apply(&mut store, append("b", 1, 1, &[], true), now + SECOND / 10).expect("ends");
         store.put(record("d", 1, "x", &[1]), now + SECOND / 5).expect("kept");
         assert_eq!((tokens(&store, "b"), store.len()), (None, 3));
         store.put(record("e", 1, "x", &[1]), now + SECOND / 4).expect("kept");

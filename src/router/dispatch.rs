@@ -6,6 +6,7 @@ use std::time::Instant;
 use super::Shared;
 use super::failover::{Beginning, FailoverStream, now};
 use super::hot_prefixes::{self, PrefixHashes};
+use super::recall::Recalled;
 use super::source::{Replica, Source};
 use super::stream_log::{Cursor, StreamFingerprint, StreamLog};
 use super::{Router, Strategy};
@@ -88,13 +89,6 @@ pub(super) enum Choice {
     Shed(Failure),
     /// No replica could serve it.
     Nowhere(Failure),
-}
-
-/// What this node and the others know of a stream.
-enum Recalled {
-    Running(Arc<StreamLog>),
-    Record(JournalRecord),
-    Nothing,
 }
 
 impl Want {
@@ -180,7 +174,7 @@ impl Router {
         if let Some(name) = dispatch.name.as_ref().filter(|name| name.may_exist) {
             let mut hold = self.hold(dispatch.deadline);
             let recalled = loop {
-                let recalled = self.recall(&name.key).await;
+                let recalled = self.shared.recall(name).await;
                 // Without its tokens it cannot be made again: peers that are not known yet may have them.
                 if !(matches!(recalled, Recalled::Nothing) && name.must_exist && hold.waits().await) {
                     break recalled;
@@ -316,25 +310,6 @@ impl Router {
         self.shared.stream_began();
         tokio::spawn(FailoverStream::new(self.shared.clone(), log, want, gate).run(beginning));
         dispatched
-    }
-
-    /// Asks this node and, in the order of the key's rendezvous, the others.
-    async fn recall(&self, key: &JournalKey) -> Recalled {
-        let shared = &self.shared;
-        let running = shared.streams.lock().get(key).cloned();
-        if let Some(log) = running {
-            return Recalled::Running(log);
-        }
-        let own = shared.kept(key);
-        if let Some(record) = own.clone().filter(JournalRecord::is_finished) {
-            return Recalled::Record(record);
-        }
-        let records = shared.lookup(key).await.into_iter().chain(own);
-        let best = records.max_by_key(|record| {
-            let tokens: usize = record.choices.iter().map(|choice| choice.tokens.len()).sum();
-            (record.is_finished(), record.epoch, tokens)
-        });
-        best.map_or(Recalled::Nothing, Recalled::Record)
     }
 }
 

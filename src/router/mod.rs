@@ -17,6 +17,7 @@ mod meter;
 mod no_peers;
 pub mod overview;
 pub mod placement;
+mod recall;
 mod replicator;
 pub mod retry_budget;
 mod service;

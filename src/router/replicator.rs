@@ -99,7 +99,7 @@ impl Replicator {
         if holders.len() < wanted {
             self.metrics.journal_unreplicated.inc();
         }
-        if !log.is_fenced() {
+        if !log.is_fenced() && !log.is_superseded() {
             self.streams.lock().insert(log.key(), Replicated { log, holders, lost, has_ended: false });
         }
     }
@@ -114,7 +114,7 @@ impl Replicator {
     /// The stream has wrong tokens: nobody is to go on with them. Returns when its holders have forgotten it, or do not answer
     /// in time.
     pub async fn forget(&self, log: &StreamLog) {
-        let Some(stream) = self.streams.lock().remove(&log.key()) else { return };
+        let Some(stream) = self.take(log) else { return };
         let view = self.view.borrow().clone();
         let tell = |holder: &Holder| {
             let entries = vec![JournalEntry::Drop { key: log.key(), epoch: log.epoch() }];
@@ -124,6 +124,18 @@ impl Replicator {
         let mut told: FuturesUnordered<_> = stream.holders.iter().filter_map(tell).collect();
         // Who does not answer may never: what it holds is gone when it ends, or with time.
         while told.next().await.is_some() {}
+    }
+
+    /// The stream's name belongs to another one: its holders hear nothing more of it.
+    pub fn abandon(&self, log: &StreamLog) {
+        self.take(log);
+    }
+
+    /// What is kept of this very stream: another one may have its name.
+    fn take(&self, log: &StreamLog) -> Option<Replicated> {
+        let mut streams = self.streams.lock();
+        streams.get(&log.key()).filter(|stream| std::ptr::eq(Arc::as_ptr(&stream.log), log))?;
+        streams.remove(&log.key())
     }
 
     /// Sends what is new, until `shutdown`.

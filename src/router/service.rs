@@ -16,8 +16,8 @@ use super::source::{Sign, Source};
 use super::stream_log::Cursor;
 use crate::admission::Demand;
 use crate::cluster::{
-    FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal, PeerFrame, PeerService,
-    PeerStream,
+    FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalKey, JournalRecord, JournalRefusal, PeerFrame,
+    PeerService, PeerStream,
 };
 use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, watch};
 
@@ -96,9 +96,16 @@ impl PeerService for Router {
     }
 
     fn journal(&self, batch: JournalBatch) -> Vec<JournalRefusal> {
-        let mut journals = self.shared.journals.lock();
-        let now = now();
-        batch.entries.into_iter().filter_map(|entry| journals.apply(entry, now).err()).collect()
+        let JournalBatch { from, entries } = batch;
+        let take = |entry: JournalEntry| {
+            if let JournalEntry::Put(record) = &entry
+                && !self.shared.yield_to(&record.head)
+            {
+                return Some(JournalRefusal::Fenced { key: record.head.key, epoch: record.epoch + 1 });
+            }
+            self.shared.journals.lock().apply(entry, &from, now()).err()
+        };
+        entries.into_iter().filter_map(take).collect()
     }
 
     fn lookup(&self, key: JournalKey) -> Option<JournalRecord> {

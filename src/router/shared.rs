@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use futures::stream::{FuturesUnordered, StreamExt};
 use parking_lot::Mutex;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -29,7 +28,7 @@ use super::stream_log::{Cursor, News, StreamLog};
 use crate::admission::{AdmissionController, Demand};
 use crate::cluster::{
     ClusterView, GenerateCall, JournalKey, JournalRecord, JournalStore, LoadReport, ModelReport, Peer, PeerStream,
-    PeerTransport, rendezvous,
+    PeerTransport,
 };
 use crate::health::Health;
 use crate::observability::Metrics;
@@ -37,9 +36,6 @@ use crate::types::{
     Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent, NodeId, watch,
 };
 
-/// Peers that are asked for a journal, in the order of the key's rendezvous.
-const LOOKUPS: usize = 8;
-const LOOKUP_TIMEOUT: Duration = Duration::from_millis(250);
 /// The model that this node serves, and the engine that does.
 pub struct LocalReplica {
     pub engine: Arc<dyn Backend>,
@@ -94,7 +90,7 @@ pub struct Shared {
     local: OnceLock<LocalReplica>,
     pub(super) streams: Mutex<BTreeMap<JournalKey, Arc<StreamLog>>>,
     pub(super) journals: Mutex<JournalStore>,
-    replicator: Arc<Replicator>,
+    pub(super) replicator: Arc<Replicator>,
     pub(super) ledger: Ledger,
     retry_budget: Mutex<RetryBudget>,
     pub(super) hot_prefixes: Mutex<HotPrefixes>,
@@ -418,10 +414,12 @@ impl Shared {
     /// The stream runs no more; what is known of it is kept for a while.
     pub(super) fn stream_ended(&self, log: &Arc<StreamLog>) {
         if log.is_named {
-            match log.is_spoiled() {
-                true => self.journals.lock().remove(log.key()),
+            match (log.is_superseded(), log.is_spoiled()) {
+                // Its key is another stream's.
+                (true, _) => {}
+                (false, true) => self.journals.lock().remove(log.key()),
                 // A later epoch than ours may be kept already.
-                false => _ = self.journals.lock().put(log.record(&self.own), now()),
+                (false, false) => _ = self.journals.lock().put(log.record(&self.own), now()),
             }
             let mut streams = self.streams.lock();
             if streams.get(&log.key()).is_some_and(|running| Arc::ptr_eq(running, log)) {
@@ -432,20 +430,6 @@ impl Shared {
         }
         self.metrics.streams_open.dec();
         self.open_streams.fetch_sub(1, Ordering::Relaxed);
-    }
-
-    /// What other nodes know of a stream.
-    pub(super) async fn lookup(&self, key: &JournalKey) -> Vec<JournalRecord> {
-        let view = self.view.borrow().clone();
-        let ranked = rendezvous::rank(key, view.peers.keys());
-        let lookups = ranked.into_iter().take(LOOKUPS);
-        let lookups = lookups.map(|node| timeout(LOOKUP_TIMEOUT, self.transport.lookup(&view.peers[node], *key)));
-        let mut answers: FuturesUnordered<_> = lookups.collect();
-        let mut records = Vec::new();
-        while let Some(answer) = answers.next().await {
-            records.extend(answer.ok().and_then(Result::ok).flatten());
-        }
-        records
     }
 
     /// A number that nobody else draws.

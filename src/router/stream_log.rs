@@ -68,6 +68,8 @@ pub struct StreamLog {
     followed: Mutex<Option<NodeId>>,
     /// A later epoch exists elsewhere.
     is_fenced: AtomicBool,
+    /// Its name belongs to another stream.
+    is_superseded: AtomicBool,
     state: Mutex<State>,
     /// Told when a listener goes.
     departures: Notify,
@@ -116,6 +118,7 @@ impl StreamLog {
             epoch: epoch.into(),
             followed: Mutex::default(),
             is_fenced: false.into(),
+            is_superseded: false.into(),
             state: Mutex::new(state),
             departures: Notify::new(),
         }
@@ -148,6 +151,15 @@ impl StreamLog {
 
     pub fn fence(&self) {
         self.is_fenced.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_superseded(&self) -> bool {
+        self.is_superseded.load(Ordering::Relaxed)
+    }
+
+    /// It ends for those who listen, and leaves nothing behind.
+    pub fn supersede(&self) {
+        self.is_superseded.store(true, Ordering::Relaxed);
     }
 
     /// Everything so far and everything to come, from token `have` of each choice on, which may be further than the stream

@@ -12,6 +12,7 @@
 //! but its timers run on. Membership is a model of gossip, not chitchat; HTTP/2 and TLS do not take part.
 
 mod client;
+mod conflict;
 mod engine;
 mod gossip;
 mod net;

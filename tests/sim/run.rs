@@ -61,12 +61,17 @@ impl Outcome {
 
 /// Runs the seed; an error is what must not happen.
 pub fn run(seed: u64, is_told: bool) -> Result<Outcome, Violation> {
+    simulate(live(seed, is_told))
+}
+
+/// Runs on a simulated clock. A panic of any task is a violation.
+pub fn simulate<T>(story: impl Future<Output = Result<T, Violation>>) -> Result<T, Violation> {
     catch_panics();
     PANIC.with_borrow_mut(|panic| *panic = None);
     IS_RUNNING.set(true);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let runtime = runtime.expect("a runtime without input and output");
-    let result = runtime.block_on(live(seed, is_told));
+    let result = runtime.block_on(story);
     drop(runtime);
     IS_RUNNING.set(false);
     match PANIC.take() {
