@@ -93,10 +93,10 @@ fn addr(number: usize) -> SocketAddr {
 
 async fn start(network: &Network, number: usize) -> Node {
     let config = Config { peers: vec![addr(0).to_string()], ..Config::default() };
-    let key = ClusterKey::from_secret(&[1; 32]).expect("long enough");
+    let keys = ClusterKey::from_secret(&[1; 32]).expect("long enough").into();
     let metrics = Arc::new(Metrics::new("m"));
     let port = network.bind(addr(number));
-    let membership = Membership::start_on(port, &config, &key, Arc::clone(&metrics)).await.expect("started");
+    let membership = Membership::start_on(port, &config, &keys, Arc::clone(&metrics)).await.expect("started");
     membership.describe(NodeDescription {
         protocol: PROTOCOL_VERSION,
         version: env!("CARGO_PKG_VERSION").into(),

@@ -20,7 +20,7 @@ use outrigger::cluster::peer_client::HttpPeerTransport;
 use outrigger::cluster::tls::PeerTls;
 use outrigger::cluster::{
     ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal,
-    LoadReport, NodeDescription, PROTOCOL_VERSION, Peer, PeerFrame, PeerService, PeerStream, PeerTransport,
+    LoadReport, NodeDescription, PROTOCOL_VERSION, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
 };
 use outrigger::observability::Metrics;
 use outrigger::types::watch;
@@ -96,7 +96,14 @@ fn start_peer() -> Peer {
     let addr = listener.local_addr().expect("an address");
     thread::spawn(move || {
         let metrics = Arc::new(Metrics::new("null"));
-        runtime.block_on(serve(listener, &tls(), Arc::new(AtOnce), metrics, CancellationToken::new()));
+        runtime.block_on(serve(
+            listener,
+            &tls(),
+            Arc::new(AtOnce),
+            metrics,
+            Problems::default(),
+            CancellationToken::new(),
+        ));
     });
     peer(addr)
 }
@@ -106,7 +113,7 @@ fn single_threaded() -> Runtime {
 }
 
 fn tls() -> PeerTls {
-    PeerTls::from_key(&ClusterKey::from_secret(&[7; 32]).expect("long enough")).expect("a certificate")
+    PeerTls::from_keys(&ClusterKey::from_secret(&[7; 32]).expect("long enough").into()).expect("a certificate")
 }
 
 fn peer(peer_addr: SocketAddr) -> Peer {

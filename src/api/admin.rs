@@ -84,6 +84,8 @@ mod tests {
             peers: Vec::new(),
             dead: Vec::new(),
             streams: StreamCounts::default(),
+            keys: Vec::new(),
+            problems: Vec::new(),
         }
     }
 

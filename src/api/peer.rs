@@ -28,9 +28,10 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::listener::AcceptErrors;
-use crate::cluster::tls::{CalledStream, PeerTls};
+use crate::cluster::problems::Reason;
+use crate::cluster::tls::{self, CalledStream, PeerTls};
 use crate::cluster::wire::{self, WireError};
-use crate::cluster::{PeerFrame, PeerService, PeerStream};
+use crate::cluster::{PeerFrame, PeerService, PeerStream, Problems};
 use crate::observability::Metrics;
 use crate::types::{Failure, FailureKind, GenerationEvent};
 
@@ -67,6 +68,7 @@ pub async fn serve(
     tls: &PeerTls,
     service: Arc<dyn PeerService>,
     metrics: Arc<Metrics>,
+    problems: Problems,
     shutdown: CancellationToken,
 ) {
     let server = Server {
@@ -75,6 +77,7 @@ pub async fn serve(
         places: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
         handshakes: Arc::new(Semaphore::new(MAX_HANDSHAKES)),
         metrics,
+        problems,
         shutdown,
     };
     let mut connections = JoinSet::new();
@@ -105,6 +108,7 @@ struct Server {
     places: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     metrics: Arc<Metrics>,
+    problems: Problems,
     shutdown: CancellationToken,
 }
 
@@ -114,6 +118,7 @@ impl Server {
     }
 
     async fn connection(self, stream: TcpStream, address: SocketAddr, handshake: OwnedSemaphorePermit) {
+        let mut revocations = self.tls.revocations();
         let handshaken = tokio::select! {
             biased;
             () = self.shutdown.cancelled() => return,
@@ -125,6 +130,11 @@ impl Server {
             Err(error) => {
                 // Whoever finds the port can cause it, so it is counted and does not fill the log.
                 debug!(%address, %error, "rejected a connection that is not from a peer");
+                if tls::is_distrust(&error) {
+                    // The caller's port is random.
+                    let host = address.ip().to_string();
+                    self.problems.event_at(Reason::Untrusted, &host, || error.to_string());
+                }
                 return self.refuse("handshake");
             }
         };
@@ -137,6 +147,8 @@ impl Server {
             biased;
             ended = &mut connection => Some(ended),
             () = self.shutdown.cancelled() => None,
+            // Whoever is still believed connects anew.
+            Ok(()) = revocations.changed() => None,
         };
         let ended = match ended {
             Some(ended) => ended,

@@ -1,6 +1,7 @@
 //! This node among the others: gossip, the port on which peers call, and what is told of this node.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,15 +13,18 @@ use uuid::Uuid;
 
 use crate::admission::AdmissionController;
 use crate::api;
+use crate::api::admin::OverviewSource;
 use crate::api::listener::listen;
 use crate::cluster::membership::Membership;
 use crate::cluster::peer_client::HttpPeerTransport;
+use crate::cluster::reach::Reach;
+use crate::cluster::reload::{CurrentKeys, Reload, check_permissions};
 use crate::cluster::tls::PeerTls;
-use crate::cluster::{ClusterKey, ModelReport, NodeDescription, PROTOCOL_VERSION};
+use crate::cluster::{self, KeyRing, ModelReport, NodeDescription, PROTOCOL_VERSION, PeerTransport};
 use crate::config::Config;
 use crate::health::Health;
 use crate::observability::Metrics;
-use crate::router::{NodeIdentity, Router, RouterParts};
+use crate::router::{ClusterOverview, NodeIdentity, Router, RouterParts};
 
 /// From one look at this node to the next.
 const ASSESSMENT_INTERVAL: Duration = Duration::from_millis(100);
@@ -36,7 +40,11 @@ pub struct Cluster {
 struct Network {
     /// Until it is served.
     listener: Option<TcpListener>,
+    config: cluster::Config,
+    key_file: PathBuf,
+    keys: CurrentKeys,
     tls: PeerTls,
+    transport: Arc<dyn PeerTransport>,
     /// As others reach it.
     peer_addr: SocketAddr,
 }
@@ -49,15 +57,26 @@ impl Cluster {
         let Some(key_file) = config.cluster_key_file.as_deref().filter(|_| config.is_clustered()) else {
             return Ok(Self { membership: Arc::new(Membership::alone(config)), network: None, zone, shutdown });
         };
-        let key = ClusterKey::from_file(key_file)?;
-        let tls = PeerTls::new(config, &key)?;
-        let membership = Membership::start(config, &key, metrics.clone()).await?;
+        let keys = KeyRing::from_file(key_file)?;
+        check_permissions(key_file);
+        tracing::info!(keys = ?keys.ids(), "cluster keys: the first one seals, any of them opens");
+        let tls = PeerTls::new(config, &keys)?;
+        let membership = Membership::start(config, &keys, metrics.clone()).await?;
         let address = config.peer_listen_addr().context("there is no address for peers")?;
         let listener =
             listen(address).await.with_context(|| format!("peer_addr: cannot listen on {address} for other nodes"))?;
         let bound = listener.local_addr().context("the listener for peers has no address")?;
         let peer_addr = config.peer_advertised(bound);
-        let network = Network { listener: Some(listener), tls, peer_addr };
+        let transport = HttpPeerTransport::new(tls.clone(), config.peer_connect_timeout, membership.view());
+        let network = Network {
+            listener: Some(listener),
+            config: config.clone(),
+            key_file: key_file.to_owned(),
+            keys: CurrentKeys::new(keys),
+            tls,
+            transport: Arc::new(transport),
+            peer_addr,
+        };
         Ok(Self { membership: Arc::new(membership), network: Some(network), zone, shutdown })
     }
 
@@ -72,8 +91,6 @@ impl Cluster {
         let Some(network) = &self.network else {
             return Router::alone(config.router.clone(), admission, health, metrics);
         };
-        let (tls, view) = (network.tls.clone(), self.membership.view());
-        let transport = HttpPeerTransport::new(tls, config.cluster.peer_connect_timeout, view);
         Router::new(RouterParts {
             config: config.router.clone(),
             own: self.membership.id().clone(),
@@ -87,7 +104,7 @@ impl Cluster {
             admission,
             health,
             metrics,
-            transport: Arc::new(transport),
+            transport: network.transport.clone(),
             view: self.membership.view(),
             seed: Uuid::new_v4().as_u64_pair().0,
         })
@@ -102,13 +119,27 @@ impl Cluster {
         health.supervise("replicates journals", async move { replicating.run(shutdown).await });
         let Some(network) = &mut self.network else { return };
         health.supervise("watches the gossip", fail_without_gossip(self.membership.clone(), health.clone()));
+        health.supervise("reads the keys again", network.reload(&self.membership).run(self.shutdown.clone()));
+        tokio::spawn(network.reach(&self.membership).run(self.shutdown.clone()));
+        let problems = self.membership.problems().clone();
         let (listener, tls, service) = (network.listener.take(), network.tls.clone(), Arc::new(router.clone()));
         let (metrics, shutdown) = (metrics.clone(), self.shutdown.clone());
         if let Some(listener) = listener {
             health.supervise("answers peers", async move {
-                api::peer::serve(listener, &tls, service, metrics, shutdown).await;
+                api::peer::serve(listener, &tls, service, metrics, problems, shutdown).await;
             });
         }
+    }
+
+    /// The cluster as this node sees it, with what is wrong between the nodes.
+    pub fn overview(&self, router: Router) -> OverviewSource {
+        let problems = self.membership.problems().clone();
+        let keys = self.network.as_ref().map(|network| network.keys.clone());
+        Arc::new(move || {
+            let ids = keys.as_ref().map(|keys| keys.get().ids()).unwrap_or_default();
+            let keys = ids.iter().map(ToString::to_string).collect();
+            ClusterOverview { keys, problems: problems.list(), ..router.overview() }
+        })
     }
 
     /// Tells the others what this node serves.
@@ -138,6 +169,29 @@ async fn fail_without_gossip(membership: Arc<Membership>, health: Health) {
     membership.broke().await;
     // Refused when the node has failed or stopped already.
     let _ = health.lifecycle().fail("the gossip with other nodes has ended by itself");
+}
+
+impl Network {
+    fn reload(&self, membership: &Arc<Membership>) -> Reload {
+        Reload {
+            config: self.config.clone(),
+            key_file: self.key_file.clone(),
+            keys: self.keys.clone(),
+            tls: self.tls.clone(),
+            membership: membership.clone(),
+            problems: membership.problems().clone(),
+        }
+    }
+
+    fn reach(&self, membership: &Membership) -> Reach {
+        Reach {
+            transport: self.transport.clone(),
+            tls: self.tls.clone(),
+            connect_timeout: self.config.peer_connect_timeout,
+            view: membership.view(),
+            problems: membership.problems().clone(),
+        }
+    }
 }
 
 /// Looks at this node again and again, at once when its state changes, and tells the others.

@@ -65,8 +65,7 @@ impl Front {
         let admin = CancellationToken::new();
         if let Some(address) = config.api.admin_addr {
             let listener = listen(address).await.with_context(|| format!("admin_addr: cannot listen on {address}"))?;
-            let overview = router.clone();
-            let overview = Arc::new(move || overview.overview());
+            let overview = cluster.overview(router.clone());
             tokio::spawn(api::admin::serve(listener, api.clone(), overview, admin.clone()));
         }
         Ok(Self {

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 
+use crate::cluster::Problem;
 use crate::observability::metrics::state_label;
 use crate::observability::text_table::TextTable;
 use crate::router::overview::{BreakerPosition, ClusterOverview, NodeOverview, PeerOverview, StreamCounts};
@@ -42,12 +43,21 @@ async fn ask(address: SocketAddr, key: Option<&str>) -> anyhow::Result<String> {
 
 /// At most 120 columns, unless names are long.
 fn render(overview: &ClusterOverview) -> String {
-    let ClusterOverview { cluster_id, node, peers, dead, streams } = overview;
-    let mut text = format!("cluster {cluster_id}, seen from {} ({})\n\n", node.id, node.version);
+    let ClusterOverview { cluster_id, node, peers, dead, streams, keys, problems } = overview;
+    let mut text = format!("cluster {cluster_id}, seen from {} ({})", node.id, node.version);
+    if let [first, others @ ..] = keys.as_slice() {
+        let others = if others.is_empty() { String::new() } else { format!(", {} opens as well", others.join(", ")) };
+        text += &format!(", key {first} seals{others}");
+    }
+    text += "\n\n";
     text += &node_table(overview).render();
     if !dead.is_empty() {
         let names: Vec<&str> = dead.iter().map(|id| id.as_str()).collect();
         text += &format!("\ndead: {}\n", names.join(", "));
+    }
+    if !problems.is_empty() {
+        let lines: Vec<String> = problems.iter().map(problem_line).collect();
+        text += &format!("\nproblems between nodes:\n{}\n", lines.join("\n"));
     }
     let troubles: Vec<String> =
         overview.nodes().flat_map(reasons).chain(peers.iter().filter_map(last_failure)).collect();
@@ -66,15 +76,14 @@ fn node_table(overview: &ClusterOverview) -> TextTable {
     let counts = &overview.streams;
     table.push(row(&overview.node, counts.local, [String::new(), String::new(), String::new(), String::new()]));
     for peer in &overview.peers {
-        let PeerOverview { node, report_age_seconds, breaker, weight, stability, streams, round_trip_seconds, .. } =
-            peer;
+        let PeerOverview { node, report_age_seconds, breaker, weight, streams, round_trip_seconds, .. } = peer;
         let breaker = match breaker {
             BreakerPosition::Closed => "closed",
             BreakerPosition::Open => "open",
             BreakerPosition::HalfOpen => "half-open",
         };
         let round_trip = round_trip_seconds.map_or("–".into(), time);
-        let weight = format!("{:.2}", weight * stability);
+        let weight = format!("{weight:.2}");
         table.push(row(node, *streams, [weight, breaker.into(), round_trip, time(*report_age_seconds)]));
     }
     table
@@ -136,6 +145,14 @@ fn last_failure(peer: &PeerOverview) -> Option<String> {
     Some(format!("{}: the last call failed {} ago ({})", peer.node.id, time(failure.age_seconds), failure.kind))
 }
 
+fn problem_line(problem: &Problem) -> String {
+    let Problem { reason, source, detail, count, since_seconds, age_seconds } = problem;
+    let parts = [source, detail].into_iter().filter(|part| !part.is_empty()).cloned();
+    let what = parts.collect::<Vec<_>>().join(": ");
+    let ages = format!("{count} times in {}, the last {} ago", time(*since_seconds), time(*age_seconds));
+    format!("  {}{}{what} ({ages})", reason.label(), if what.is_empty() { "" } else { ": " })
+}
+
 fn model_table(overview: &ClusterOverview) -> TextTable {
     let mut table = TextTable::new(["MODEL", "FINGERPRINT", "CONTEXT", "NODES"]);
     let mut seen: Vec<(&str, &str)> = Vec::new();
@@ -182,6 +199,7 @@ mod tests {
     use std::thread;
 
     use super::*;
+    use crate::cluster::problems::Reason;
     use crate::cluster::{LoadReport, ModelReport};
     use crate::router::overview::PeerFailure;
     use crate::types::{Fingerprint, NodeId};
@@ -241,6 +259,15 @@ mod tests {
                 failovers: [("peer_stalled".into(), 2)].into(),
                 ..StreamCounts::default()
             },
+            keys: vec!["0a1b2c3d".into(), "ffffffff".into()],
+            problems: vec![Problem {
+                reason: Reason::ForeignKey,
+                source: "10.0.0.9:7946".into(),
+                detail: String::new(),
+                count: 40,
+                since_seconds: 61.0,
+                age_seconds: 0.5,
+            }],
         }
     }
 
@@ -252,12 +279,14 @@ mod tests {
         let line = |id: &str| lines.iter().find(|line| line.starts_with(id)).unwrap_or_else(|| panic!("{id}\n{text}"));
         assert!(line("outrigger-0").contains(" ready "), "{text}");
         assert!(
-            line("outrigger-1").contains(" degraded ") && line("outrigger-1").contains(" 0.25  half-open "),
+            line("outrigger-1").contains(" degraded ") && line("outrigger-1").contains(" 0.50  half-open "),
             "{text}"
         );
         assert!(line("outrigger-2").contains(" unready "), "{text}");
         for part in [
             "dead: outrigger-3",
+            "key 0a1b2c3d seals, ffffffff opens as well",
+            "  foreign_key: 10.0.0.9:7946 (40 times in 61.0s, the last 500ms ago)",
             "outrigger-2: the memory is full",
             "outrigger-2: the last call failed 61.0s ago (peer_stalled)",
             "smol   0123456789ab     8192  outrigger-0, outrigger-1, outrigger-2",

@@ -3,11 +3,14 @@
 //! A certificate is accepted if the cluster's authority signed it and it is valid for the cluster's name. Both sides check
 //! this. Authority and name come from one of two sources:
 //!
-//! * the cluster key: every node derives the same authority from it and issues a certificate to itself, whose private key
-//!   never leaves the process. There is nothing to distribute or renew.
-//! * three files, read when the node starts. The name is the first DNS name of the node's own certificate that is not a
-//!   wildcard; the certificates of all nodes must have it. Addresses are not compared: gossip announces them, and nodes move.
-//!   A certificate with extended key usages must have those for server and client.
+//! * the cluster keys: every node derives the same authority from each of them and issues a certificate to itself, signed by
+//!   the authority of the first key. Its private key never leaves the process. There is nothing to distribute or renew.
+//! * three files. The name is the first DNS name of the node's own certificate that is not a wildcard; the certificates of
+//!   all nodes must have it. Addresses are not compared: gossip announces them, and nodes move. A certificate with extended
+//!   key usages must have those for server and client.
+//!
+//! Both can be replaced while the node runs. New connections use the replacement. When an authority is removed,
+//! `PeerTls::revocations` changes, and the owners of connections close them gracefully.
 //!
 //! Knows nothing of the traffic except that it is HTTP/2.
 
@@ -15,6 +18,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use arc_swap::ArcSwap;
 use rcgen::{
     BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
     KeyUsagePurpose, PKCS_ED25519, date_time_ymd,
@@ -27,12 +31,16 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, Serve
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
 use rustls::version::TLS13;
-use rustls::{ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig, SignatureScheme};
+use rustls::{
+    AlertDescription, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
+    SignatureScheme,
+};
 use tokio::net::TcpStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
 
 use super::config::Config;
-use super::key::ClusterKey;
+use super::key::{ClusterKey, KeyRing};
+use crate::types::watch;
 
 /// The name for which derived certificates are valid.
 const DERIVED_NAME: &str = "peer.outrigger.internal";
@@ -85,53 +93,61 @@ pub type CallingStream = client::TlsStream<TcpStream>;
 /// A connection that a peer made.
 pub type CalledStream = server::TlsStream<TcpStream>;
 
-/// This node's TLS configuration, for calls to peers and from peers.
+/// This node's TLS configuration, for calls to peers and from peers. Cheap to clone; clones change together.
 #[derive(Clone)]
-pub struct PeerTls {
+pub struct PeerTls(Arc<Shared>);
+
+struct Shared {
+    sides: ArcSwap<Sides>,
+    /// Counts the times that something was no longer trusted.
+    revocations: watch::Sender<u64>,
+}
+
+struct Sides {
     acceptor: TlsAcceptor,
     connector: TlsConnector,
     name: ServerName<'static>,
+    /// In DER.
+    authorities: Vec<CertificateDer<'static>>,
 }
 
 impl PeerTls {
-    /// Reads the certificate files if they are configured, else derives certificates from the cluster key.
-    pub fn new(config: &Config, key: &ClusterKey) -> Result<Self, PeerTlsError> {
-        match (&config.peer_tls_cert_file, &config.peer_tls_key_file, &config.peer_tls_ca_file) {
-            (Some(certificate), Some(private_key), Some(authority)) => {
-                Self::from_files(certificate, private_key, authority)
-            }
-            _ => Self::from_key(key),
-        }
+    /// Reads the certificate files if they are configured, else derives certificates from the cluster keys.
+    pub fn new(config: &Config, keys: &KeyRing) -> Result<Self, PeerTlsError> {
+        Ok(Self::of(Sides::new(config, keys)?))
     }
 
-    /// Issues a new certificate, signed by the authority that every holder of `key` derives.
-    pub fn from_key(key: &ClusterKey) -> Result<Self, PeerTlsError> {
-        let authority = derived_authority(key).map_err(PeerTlsError::Mint)?;
-        let (certificate, private_key) = mint(&authority).map_err(PeerTlsError::Mint)?;
-        Identity {
-            chain: vec![certificate],
-            private_key,
-            authorities: vec![authority.der().clone()],
-            name: ServerName::try_from(DERIVED_NAME).expect("a DNS name"),
-            keys: ["cluster_key_file"; 2],
-        }
-        .into_tls()
+    /// Issues a new certificate, signed by the authority that every holder of the first key derives.
+    pub fn from_keys(keys: &KeyRing) -> Result<Self, PeerTlsError> {
+        Ok(Self::of(Sides::from_keys(keys)?))
     }
 
-    /// PEM files: the chain of this node's certificate, its private key, and the authorities of the cluster.
-    pub fn from_files(certificate: &Path, private_key: &Path, authority: &Path) -> Result<Self, PeerTlsError> {
-        let chain = read_certificates("peer_tls_cert_file", certificate)?;
-        let key = "peer_tls_key_file";
-        let private_key = PrivateKeyDer::from_pem_slice(&read(key, private_key)?)
-            .map_err(|source| PeerTlsError::Pem { key, path: private_key.to_owned(), source })?;
-        let authorities = read_certificates("peer_tls_ca_file", authority)?;
-        let name = shared_name(&chain[0])?;
-        Identity { chain, private_key, authorities, name, keys: ["peer_tls_cert_file", "peer_tls_ca_file"] }.into_tls()
+    fn of(sides: Sides) -> Self {
+        let shared = Shared { sides: ArcSwap::from_pointee(sides), revocations: watch::Sender::new(0) };
+        Self(Arc::new(shared))
+    }
+
+    /// Reads the files again, or takes the keys. After an error everything stays as it was.
+    pub fn replace(&self, config: &Config, keys: &KeyRing) -> Result<(), PeerTlsError> {
+        let sides = Sides::new(config, keys)?;
+        let before = self.0.sides.swap(Arc::new(sides));
+        let now = self.0.sides.load();
+        if before.authorities.iter().any(|authority| !now.authorities.contains(authority)) {
+            let count = *self.0.revocations.borrow();
+            self.0.revocations.send_replace(count + 1);
+        }
+        Ok(())
+    }
+
+    /// Changes when an authority is no longer trusted.
+    pub fn revocations(&self) -> watch::Receiver<u64> {
+        self.0.revocations.subscribe()
     }
 
     /// The server's side of the handshake. It has no time limit of its own.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<CalledStream> {
-        let stream = self.acceptor.accept(stream).await?;
+        let acceptor = self.0.sides.load().acceptor.clone();
+        let stream = acceptor.accept(stream).await?;
         speaks_http2(stream.get_ref().1.alpn_protocol())?;
         Ok(stream)
     }
@@ -139,9 +155,82 @@ impl PeerTls {
     /// The client's side of the handshake. It has no time limit of its own. If the peer refuses this node's certificate, that
     /// shows only at the first read (TLS 1.3).
     pub async fn connect(&self, stream: TcpStream) -> io::Result<CallingStream> {
-        let stream = self.connector.connect(self.name.clone(), stream).await?;
+        let (connector, name) = {
+            let sides = self.0.sides.load();
+            (sides.connector.clone(), sides.name.clone())
+        };
+        let stream = connector.connect(name, stream).await?;
         speaks_http2(stream.get_ref().1.alpn_protocol())?;
         Ok(stream)
+    }
+}
+
+/// Whether the error, or one behind it, says that one side does not believe the other's certificate.
+pub fn is_distrust(error: &(dyn std::error::Error + 'static)) -> bool {
+    let of_io = |error: &io::Error| {
+        let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>());
+        inner.is_some_and(|error| match error {
+            rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => true,
+            rustls::Error::AlertReceived(alert) => matches!(
+                alert,
+                AlertDescription::BadCertificate
+                    | AlertDescription::UnsupportedCertificate
+                    | AlertDescription::CertificateRevoked
+                    | AlertDescription::CertificateExpired
+                    | AlertDescription::CertificateUnknown
+                    | AlertDescription::UnknownCA
+                    | AlertDescription::AccessDenied
+                    | AlertDescription::DecryptError
+                    | AlertDescription::CertificateRequired
+            ),
+            _ => false,
+        })
+    };
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let shared = error.downcast_ref::<Arc<io::Error>>().map(AsRef::as_ref);
+        if error.downcast_ref::<io::Error>().or(shared).is_some_and(of_io) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+impl Sides {
+    fn new(config: &Config, keys: &KeyRing) -> Result<Self, PeerTlsError> {
+        match (&config.peer_tls_cert_file, &config.peer_tls_key_file, &config.peer_tls_ca_file) {
+            (Some(certificate), Some(private_key), Some(authority)) => {
+                Self::from_files(certificate, private_key, authority)
+            }
+            _ => Self::from_keys(keys),
+        }
+    }
+
+    fn from_keys(keys: &KeyRing) -> Result<Self, PeerTlsError> {
+        let authorities = keys.iter().map(derived_authority).collect::<Result<Vec<_>, _>>();
+        let authorities = authorities.map_err(PeerTlsError::Mint)?;
+        let (certificate, private_key) = mint(&authorities[0]).map_err(PeerTlsError::Mint)?;
+        Identity {
+            chain: vec![certificate],
+            private_key,
+            authorities: authorities.iter().map(|authority| authority.der().clone()).collect(),
+            name: ServerName::try_from(DERIVED_NAME).expect("a DNS name"),
+            keys: ["cluster_key_file"; 2],
+        }
+        .into_sides()
+    }
+
+    /// PEM files: the chain of this node's certificate, its private key, and the authorities of the cluster.
+    fn from_files(certificate: &Path, private_key: &Path, authority: &Path) -> Result<Self, PeerTlsError> {
+        let chain = read_certificates("peer_tls_cert_file", certificate)?;
+        let key = "peer_tls_key_file";
+        let private_key = PrivateKeyDer::from_pem_slice(&read(key, private_key)?)
+            .map_err(|source| PeerTlsError::Pem { key, path: private_key.to_owned(), source })?;
+        let authorities = read_certificates("peer_tls_ca_file", authority)?;
+        let name = shared_name(&chain[0])?;
+        Identity { chain, private_key, authorities, name, keys: ["peer_tls_cert_file", "peer_tls_ca_file"] }
+            .into_sides()
     }
 }
 
@@ -164,12 +253,12 @@ struct Identity {
 }
 
 impl Identity {
-    fn into_tls(self) -> Result<PeerTls, PeerTlsError> {
+    fn into_sides(self) -> Result<Sides, PeerTlsError> {
         let [chain_key, authority_key] = self.keys;
         let unusable = |key| move |source| PeerTlsError::Unusable { key, source };
         let mut roots = RootCertStore::empty();
-        for authority in self.authorities {
-            roots.add(authority).map_err(unusable(authority_key))?;
+        for authority in &self.authorities {
+            roots.add(authority.clone()).map_err(unusable(authority_key))?;
         }
         let roots = Arc::new(roots);
         // Named here because the process may have another default provider, or none.
@@ -190,10 +279,11 @@ impl Identity {
         server.send_tls13_tickets = 0;
 
         let client = client_config(provider, roots, self.chain, self.private_key, chain_key)?;
-        Ok(PeerTls {
+        Ok(Sides {
             acceptor: TlsAcceptor::from(Arc::new(server)),
             connector: TlsConnector::from(Arc::new(client)),
             name: self.name,
+            authorities: self.authorities,
         })
     }
 }

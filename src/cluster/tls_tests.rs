@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::time::Duration;
 
+use base64::Engine;
 use rcgen::SanType;
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -20,7 +21,18 @@ fn key(secret: u8) -> ClusterKey {
 }
 
 fn node(secret: u8) -> PeerTls {
-    PeerTls::from_key(&key(secret)).expect("a certificate")
+    PeerTls::from_keys(&key(secret).into()).expect("a certificate")
+}
+
+/// A node whose key file lists these.
+fn node_of(secrets: &[u8]) -> PeerTls {
+    PeerTls::from_keys(&ring(secrets)).expect("a certificate")
+}
+
+fn ring(secrets: &[u8]) -> KeyRing {
+    let line = |secret: &u8| base64::engine::general_purpose::STANDARD.encode([*secret; 32]);
+    let lines: Vec<String> = secrets.iter().map(line).collect();
+    KeyRing::parse(format!("{}\n{}", crate::cluster::key::LIST_HEAD, lines.join("\n")).as_bytes()).expect("a list")
 }
 
 /// Whether each side got a byte of the other: (server, client).
@@ -72,12 +84,53 @@ async fn nodes_of_another_key_are_refused_by_either_side() {
             name: ServerName::try_from(DERIVED_NAME).expect("a name"),
             keys: ["test"; 2],
         }
-        .into_tls()
+        .into_sides()
+        .map(PeerTls::of)
         .expect("usable")
     };
     assert_refused(&node(1), &gullible(2, 1)).await;
     assert_refused(&gullible(2, 1), &node(1)).await;
     assert_talk(&gullible(1, 1), &node(1)).await;
+}
+
+#[tokio::test]
+async fn neighbouring_steps_of_a_change_of_keys_talk_and_others_do_not() {
+    let steps: [&[u8]; 4] = [&[1], &[1, 2], &[2, 1], &[2]];
+    for (at, step) in steps.iter().enumerate() {
+        for (other_at, other) in steps.iter().enumerate() {
+            match at.abs_diff(other_at) <= 1 {
+                true => assert_talk(&node_of(step), &node_of(other)).await,
+                false => assert_refused(&node_of(step), &node_of(other)).await,
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn replaced_keys_count_from_the_next_connection_on() {
+    let config = Config::default();
+    let changing = node(1);
+    let revocations = changing.revocations();
+    changing.replace(&config, &ring(&[1, 2])).expect("usable");
+    changing.replace(&config, &ring(&[2, 1])).expect("usable");
+    assert_talk(&changing, &node(2)).await;
+    assert_eq!(*revocations.borrow(), 0, "nobody lost trust");
+    changing.replace(&config, &ring(&[2])).expect("usable");
+    assert_refused(&changing, &node(1)).await;
+    assert_refused(&node_of(&[1, 3]), &changing).await;
+    assert_eq!(*revocations.borrow(), 1);
+}
+
+#[tokio::test]
+async fn distrust_is_told_from_other_errors_on_both_sides() {
+    let (served, called) = talk(&node(1), &node(2)).await;
+    for error in [served.expect_err("refused"), called.expect_err("refused")] {
+        assert!(is_distrust(&error), "{error:?}");
+    }
+    assert!(!is_distrust(&io::Error::from(io::ErrorKind::ConnectionReset)));
+    let behind = crate::types::Failure::new(crate::types::FailureKind::Internal, "x")
+        .with_source(io::Error::new(io::ErrorKind::InvalidData, rustls::Error::NoCertificatesPresented));
+    assert!(is_distrust(&behind));
 }
 
 #[tokio::test]
@@ -108,7 +161,8 @@ async fn plain_tcp_and_callers_without_a_certificate_are_refused() {
         .with_root_certificates(roots)
         .with_no_client_auth();
     anonymous.alpn_protocols = vec![ALPN.to_vec()];
-    let anonymous = PeerTls { connector: TlsConnector::from(Arc::new(anonymous)), ..node(1) };
+    let sides = Sides::from_keys(&key(1).into()).expect("a certificate");
+    let anonymous = PeerTls::of(Sides { connector: TlsConnector::from(Arc::new(anonymous)), ..sides });
     assert_refused(&node(1), &anonymous).await;
 }
 
@@ -184,7 +238,7 @@ impl Files {
     }
 
     fn load(&self) -> Result<PeerTls, PeerTlsError> {
-        PeerTls::new(&self.config(), &key(1))
+        PeerTls::new(&self.config(), &key(1).into())
     }
 
     fn error(&self) -> String {
@@ -206,15 +260,31 @@ async fn certificate_files_replace_the_derived_ones() {
 }
 
 #[tokio::test]
+async fn replaced_files_count_and_unusable_ones_change_nothing() {
+    let (before, after) = (Authority::new(), Authority::new());
+    let files = before.files(&[NAME], |_| ());
+    let (changing, keys) = (files.load().expect("usable files"), key(1).into());
+    fs::write(files.0.path().join("cert"), "half a fi").expect("written");
+    assert!(changing.replace(&files.config(), &keys).is_err());
+    assert_talk(&changing, &before.node(&[NAME], |_| ())).await;
+    let renewed = after.files(&[NAME], |_| ());
+    changing.replace(&renewed.config(), &keys).expect("usable files");
+    assert_talk(&changing, &after.node(&[NAME], |_| ())).await;
+    assert_refused(&changing, &before.node(&[NAME], |_| ())).await;
+    assert_eq!(*changing.revocations().borrow(), 1);
+}
+
+#[tokio::test]
 async fn strangers_of_the_same_authority_are_refused() {
     let authority = Authority::new();
     let (ours, stranger) = (authority.node(&[NAME], |_| ()), authority.node(&["printer.example"], |_| ()));
     assert_refused(&ours, &stranger).await;
     assert_refused(&stranger, &ours).await;
     // One that believes our name, and has not got it.
-    let mut believing = authority.node(&["printer.example"], |_| ());
-    believing.name = ServerName::try_from(NAME).expect("a name");
-    assert_refused(&ours, &believing).await;
+    let files = authority.files(&["printer.example"], |_| ());
+    let believing = Sides::new(&files.config(), &key(1).into()).expect("usable files");
+    let believing = Sides { name: ServerName::try_from(NAME).expect("a name"), ..believing };
+    assert_refused(&ours, &PeerTls::of(believing)).await;
 }
 
 #[tokio::test]

@@ -305,7 +305,7 @@ keys! {
         peers: List => cluster.peers,
             "Gossip addresses of other nodes, `host:port`. One is enough. Host names are resolved repeatedly.";
         cluster_key_file: Auto<Location> => cluster.cluster_key_file,
-            "File with the secret that all nodes share (32 bytes or more). It encrypts all traffic between nodes.";
+            "File with the secret that all nodes share (32 bytes or more), or a list of secrets: the first encrypts the traffic between nodes, any decrypts it. Read again when it changes.";
         zone: Plain => cluster.zone,
             "Name of this node's zone. Requests prefer nodes in the zone where they arrive.";
         gossip_interval: Time => cluster.gossip_interval,
@@ -313,7 +313,7 @@ keys! {
         peer_connect_timeout: Time => cluster.peer_connect_timeout,
             "Give up connecting to another node after this long.";
         peer_tls_cert_file: Auto<Location> => cluster.peer_tls_cert_file,
-            "Certificate chain (PEM) for calls between nodes; `auto` derives one from the cluster key.";
+            "Certificate chain (PEM) for calls between nodes; `auto` derives one from the cluster key. Read again when it changes.";
         peer_tls_key_file: Auto<Location> => cluster.peer_tls_key_file,
             "Private key (PEM) of `peer_tls_cert_file`.";
         peer_tls_ca_file: Auto<Location> => cluster.peer_tls_ca_file,

@@ -292,6 +292,8 @@ metrics! {
         "Streams that began with fewer holders of their journal than there could have been";
     journal_fenced: Counter = Counter "outrigger_journal_fenced_total" [] []
         "Streams that another node had taken over while this one was away";
+    journal_conflicts: Counter = Counter "outrigger_journal_conflicts_total" [] []
+        "Streams that lost their idempotency key to an older one with another body, begun beyond a partition";
     gossip_bytes: CounterVec<1> = Counter "outrigger_gossip_bytes_total" ["direction"] []
         "Bytes of gossip between nodes, sealed, without the headers of UDP and IP";
     gossip_drops: CounterVec<1> = Counter "outrigger_gossip_drops_total" ["reason"] []
@@ -302,6 +304,8 @@ metrics! {
         "Nodes that joined, left, died, or were replaced by a later process of the same name";
     log_lines_dropped: Counter = Counter "outrigger_log_lines_dropped_total" [] []
         "Lines of the log that standard error did not take";
+    cluster_problems: GaugeVec<1> = Gauge "outrigger_cluster_problems" ["reason"] []
+        "Sources of what keeps this node and others apart, by reason (alone, unheard, foreign_key, …); /cluster names them";
     process_cpu_seconds: CounterF64 = Counter "process_cpu_seconds_total" [] []
         "User and system CPU seconds of this process";
     process_resident_memory: Gauge = Gauge "process_resident_memory_bytes" [] []

@@ -11,7 +11,7 @@ use super::Router;
 use super::breaker::BreakerState;
 use super::failover::now;
 use super::shared::Shared;
-use crate::cluster::{LoadReport, ModelReport, Peer};
+use crate::cluster::{LoadReport, ModelReport, Peer, Problem};
 use crate::types::{FailureKind, NodeId};
 
 /// What a node knows of itself and of the others.
@@ -25,6 +25,12 @@ pub struct ClusterOverview {
     /// Peers that are held for dead and not forgotten yet.
     pub dead: Vec<NodeId>,
     pub streams: StreamCounts,
+    /// Names of the cluster keys that this node has; it seals with the first. The router knows none.
+    #[serde(default)]
+    pub keys: Vec<String>,
+    /// What keeps this node and others apart.
+    #[serde(default)]
+    pub problems: Vec<Problem>,
 }
 
 /// What a node says of itself.
@@ -155,6 +161,8 @@ impl Router {
             },
             peers,
             dead: view.dead.clone(),
+            keys: Vec::new(),
+            problems: Vec::new(),
         }
     }
 }

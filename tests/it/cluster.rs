@@ -131,11 +131,26 @@ impl Cluster {
         Self::start_in(Folder::new(), nodes, flags).await
     }
 
+    /// Nodes with these flags, and with those that `of_each` gives for the folder and the node's index.
+    pub async fn start_each(nodes: usize, flags: &[&str], of_each: impl Fn(&Path, usize) -> Vec<String>) -> Self {
+        Self::start_with(Folder::new(), nodes, flags, of_each).await
+    }
+
     async fn start_in(folder: Folder, nodes: usize, flags: &[&str]) -> Self {
+        Self::start_with(folder, nodes, flags, |_, _| Vec::new()).await
+    }
+
+    async fn start_with(
+        folder: Folder,
+        nodes: usize,
+        flags: &[&str],
+        of_each: impl Fn(&Path, usize) -> Vec<String>,
+    ) -> Self {
         let places = every_place().await;
         let addresses: Vec<_> = (0..nodes).map(|_| NodeAddresses::free().expect("free ports")).collect();
         let nodes = plan_nodes(&plan(folder.path().to_owned(), flags), &addresses).expect("a plan");
-        let nodes = nodes.into_iter().map(ArenaNode::own);
+        let nodes = nodes.into_iter().enumerate();
+        let nodes = nodes.map(|(index, node)| ArenaNode::own(node.with_flags(of_each(folder.path(), index))));
         let client = DrillClient::new(None).expect("a client");
         let arena = Arena::start(nodes.collect(), client).await.unwrap_or_else(|error| panic!("{error}"));
         Self { arena, folder, _places: places }

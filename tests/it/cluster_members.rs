@@ -1,11 +1,13 @@
 //! Who belongs to a cluster: nodes with other models do, nodes with another key do not; and what operators see of it.
 
+use std::path::Path;
 use std::time::Duration;
 
 use outrigger::drill::arena::Action;
 use outrigger::drill::client::DrillClient;
 use outrigger::drill::process::NodeAddresses;
 use outrigger::drill::transcript::Transcript;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
@@ -92,7 +94,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
 }
 
 #[tokio::test]
-async fn a_node_with_a_wrong_key_is_not_heard_and_sees_nothing() {
+async fn a_node_with_a_wrong_key_is_not_heard_and_all_say_so() {
     /// Many times what a node with the right key takes.
     const LONG_ENOUGH: Duration = Duration::from_secs(4);
     let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE)]).await;
@@ -121,6 +123,101 @@ async fn a_node_with_a_wrong_key_is_not_heard_and_sees_nothing() {
     for url in [&url, cluster.url(0)] {
         assert_eq!(post(url, COMPLETIONS, &body, &[]).await.status(), 200);
     }
+
+    // Each side says why; the stranger finds it out by a call, since its datagrams are not answered.
+    let stranger_gossip = stranger.process().expect("its own").addresses.peer.to_string();
+    until_problem(&client, &admin, "alone", "another cluster key").await;
+    until_problem(&client, &admin, "unheard", "another cluster key").await;
+    until_problem(&client, cluster.admin(0), "foreign_key", &stranger_gossip).await;
+    until_problem(&client, cluster.admin(0), "untrusted", "127.0.0.1").await;
+    let metrics = reqwest::get(format!("http://{admin}/metrics")).await.expect("an answer");
+    let metrics = metrics.text().await.expect("text");
+    assert!(metrics.contains("outrigger_cluster_problems{reason=\"alone\"} 1"), "{metrics}");
+    let logs =
+        [stranger.process().expect("its own").log_tail(), cluster.nodes[0].process().expect("its own").log_tail()];
+    for (log, part) in logs.iter().zip(["hears none of its configured peers", "cannot be opened with the keys"]) {
+        assert!(log.contains(part), "{log}");
+    }
+    let problems = outrigger_status(&admin).await;
+    assert!(problems.contains("  alone: "), "{problems}");
+}
+
+#[tokio::test]
+async fn a_node_of_another_cluster_and_peers_that_are_not_there_are_named() {
+    let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE)]).await;
+    let nowhere = NodeAddresses::free().expect("a free port").peer.to_string();
+    let flags = [
+        model_flag(FIXTURE),
+        "--cluster-id=another".into(),
+        format!("--peers={nowhere}"),
+        "--peers=no-such-host.invalid:7946".into(),
+    ];
+    let mut stranger = cluster.newcomer("stranger", &flags);
+    stranger.act(Action::Restart).await.expect("it starts");
+    let admin = stranger.admin.clone().expect("its own");
+    let client = cluster.client.clone();
+    until_problem(&client, &admin, "foreign_cluster", "cluster_id `outrigger`, node_id `n0`").await;
+    until_problem(&client, cluster.admin(0), "foreign_cluster", "cluster_id `another`, node_id `stranger`").await;
+    until_problem(&client, &admin, "unheard", &format!("{nowhere}: no answer over UDP, and over TCP: ")).await;
+    until_problem(&client, &admin, "unresolved", "no-such-host.invalid:7946").await;
+    let seen = client.overview(&admin).await.expect("it answers");
+    let foreign_keys = seen.problems.iter().filter(|problem| problem.reason.label() == "foreign_key");
+    assert_eq!(foreign_keys.count(), 0, "{:?}", seen.problems);
+}
+
+#[tokio::test]
+async fn a_peer_that_gossips_and_cannot_be_called_is_named() {
+    let nowhere = NodeAddresses::free().expect("a free port").peer;
+    let (certificates, config) = (tempfile::tempdir().expect("a folder"), model_flag(FIXTURE));
+    let mut cluster = Cluster::start(2, &[&config]).await;
+    let flags = [config.clone(), format!("--peer-advertise-addr={nowhere}")];
+    let mut unreachable = cluster.newcomer("unreachable", &flags);
+    let files = own_certificates(certificates.path());
+    let mut untrusted = cluster.newcomer("untrusted", &[vec![config], files].concat());
+    for node in [&mut unreachable, &mut untrusted] {
+        node.act(Action::Restart).await.expect("it starts");
+    }
+    let client = cluster.client.clone();
+    until_problem(&client, cluster.admin(0), "unreachable", "unreachable").await;
+    until_problem(&client, cluster.admin(0), "untrusted", "untrusted").await;
+    let admin = untrusted.admin.clone().expect("its own");
+    until_problem(&client, &admin, "untrusted", "n0").await;
+}
+
+/// Flags for certificates of an authority that nobody else has.
+fn own_certificates(folder: &Path) -> Vec<String> {
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority");
+    let key = KeyPair::generate().expect("a key");
+    let params = CertificateParams::new(["x.internal".to_owned()]).expect("a name");
+    let certificate = params.signed_by(&key, &authority).expect("a certificate");
+    let files = [("cert", certificate.pem()), ("key", key.serialize_pem()), ("ca", authority.pem())];
+    let flag = |(name, text): (&str, String)| {
+        std::fs::write(folder.join(name), text).expect("written");
+        format!("--peer-tls-{name}-file={}", folder.join(name).display())
+    };
+    files.map(flag).to_vec()
+}
+
+/// Waits until the node names the problem, with `part` in its source or its detail.
+async fn until_problem(client: &DrillClient, admin: &str, reason: &str, part: &str) {
+    let mut last = Vec::new();
+    let is_named = DrillClient::until(Instant::now() + PATIENCE, POLL, async || {
+        let Some(seen) = client.overview(admin).await else { return false };
+        last = seen.problems;
+        let told = last.iter().filter(|problem| problem.reason.label() == reason);
+        told.map(|problem| format!("{}: {}", problem.source, problem.detail)).any(|told| told.contains(part))
+    })
+    .await;
+    assert!(is_named, "{admin} does not say {reason}, {part}: {last:#?}");
+}
+
+async fn outrigger_status(admin: &str) -> String {
+    let mut command = outrigger();
+    command.args(["status", "--admin-addr", admin]);
+    let output = tokio::task::spawn_blocking(move || command.output().expect("it runs")).await.expect("no panic");
+    String::from_utf8(output.stdout).expect("text")
 }
 
 #[tokio::test]

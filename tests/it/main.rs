@@ -3,6 +3,7 @@
 mod chat_templates;
 mod cluster;
 mod cluster_drills;
+mod cluster_keys;
 mod cluster_members;
 mod cluster_network;
 mod cluster_numbers;

@@ -24,7 +24,8 @@ use crate::cluster::peer_client::HttpPeerTransport;
 use crate::cluster::tls::PeerTls;
 use crate::cluster::{
     ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalHead, JournalKey, JournalRecord,
-    JournalRefusal, LoadReport, NodeDescription, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, wire,
+    JournalRefusal, LoadReport, NodeDescription, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
+    wire,
 };
 use crate::observability::Metrics;
 use crate::types::{
@@ -138,7 +139,7 @@ fn call(max_tokens: u32) -> GenerateCall {
 }
 
 fn tls(secret: u8) -> PeerTls {
-    PeerTls::from_key(&ClusterKey::from_secret(&[secret; 32]).expect("long enough")).expect("a certificate")
+    PeerTls::from_keys(&ClusterKey::from_secret(&[secret; 32]).expect("long enough").into()).expect("a certificate")
 }
 
 /// A node that answers calls.
@@ -160,7 +161,7 @@ impl Callee {
         let (metrics, shutdown) = (Arc::new(Metrics::new("m")), CancellationToken::new());
         let server = tokio::spawn({
             let (metrics, shutdown) = (metrics.clone(), shutdown.clone());
-            async move { serve(listener, &tls(secret), service, metrics, shutdown).await }
+            async move { serve(listener, &tls(secret), service, metrics, Problems::default(), shutdown).await }
         });
         Self { addr, metrics, shutdown, server }
     }

@@ -5,6 +5,7 @@
 //! (`roster`). One task owns all of it; `Membership` is its handle.
 
 mod damping;
+mod diagnosis;
 mod publisher;
 mod roster;
 mod seeds;
@@ -23,9 +24,10 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use self::task::{Own, Task};
+use self::task::{Own, Parts, Task};
+use super::seal::Introduction;
 use super::seal::transport::{Datagrams, NoRandomness, SealedTransport};
-use super::{ClusterKey, ClusterView, Config, LoadReport, NodeDescription};
+use super::{ClusterView, Config, KeyRing, LoadReport, NodeDescription, Problems};
 use crate::observability::Metrics;
 use crate::types::{NodeId, watch};
 
@@ -56,7 +58,9 @@ pub struct Membership {
     gossip_addr: Option<SocketAddr>,
     view: watch::Receiver<Arc<ClusterView>>,
     own: watch::Sender<Own>,
-    /// `None` in a cluster of one.
+    problems: Problems,
+    /// `None` in a cluster of one, as is `leave`.
+    transport: Option<SealedTransport>,
     leave: Option<tokio::sync::mpsc::Sender<oneshot::Sender<()>>>,
     has_left: Arc<AtomicBool>,
 }
@@ -71,36 +75,58 @@ impl Membership {
             gossip_addr: None,
             view,
             own: watch::channel(Own::default()).0,
+            problems: Problems::default(),
+            transport: None,
             leave: None,
             has_left: Arc::default(),
         }
     }
 
     /// Binds the gossip address and begins to gossip. Nobody hears of this node as a peer before `describe`.
-    pub async fn start(config: &Config, key: &ClusterKey, metrics: Arc<Metrics>) -> Result<Self, MembershipError> {
+    pub async fn start(config: &Config, keys: &KeyRing, metrics: Arc<Metrics>) -> Result<Self, MembershipError> {
         let addr = config.gossip_addr.ok_or(MembershipError::Alone)?;
         let socket = UdpSocket::bind(addr).await.map_err(|source| MembershipError::Bind { addr, source })?;
-        Self::start_on(Arc::new(socket), config, key, metrics).await
+        Self::start_on(Arc::new(socket), config, keys, metrics).await
     }
 
     /// As `start`, on another network than the machine's.
     pub async fn start_on(
         datagrams: Arc<dyn Datagrams>,
         config: &Config,
-        key: &ClusterKey,
+        keys: &KeyRing,
         metrics: Arc<Metrics>,
     ) -> Result<Self, MembershipError> {
         let bound = datagrams.local_addr().map_err(|error| MembershipError::Gossip(error.into()))?;
-        let transport = SealedTransport::new(datagrams, key, &config.cluster_id, Arc::clone(&metrics))?;
-        let (id, incarnation) = (node_id(config), incarnation_now());
+        let (id, incarnation, problems) = (node_id(config), incarnation_now(), Problems::default());
+        let introduction = Introduction { cluster_id: config.cluster_id.clone(), node_id: id.as_str().to_owned() };
+        let transport = SealedTransport::new(datagrams, keys, introduction, Arc::clone(&metrics), problems.clone())?;
         let (view_sender, view) = watch::channel(Arc::default());
         let (own, own_receiver) = watch::channel(Own::default());
         let (leave, leave_receiver) = tokio::sync::mpsc::channel(1);
-        let task = Task::start((id.clone(), incarnation), bound, config, transport, metrics, view_sender, own_receiver)
-            .await
-            .map_err(MembershipError::Gossip)?;
+        let parts = Parts {
+            id: id.clone(),
+            incarnation,
+            bound,
+            config: config.clone(),
+            transport: transport.clone(),
+            metrics,
+            problems: problems.clone(),
+            view: view_sender,
+            own: own_receiver,
+        };
+        let task = Task::start(parts).await.map_err(MembershipError::Gossip)?;
         tokio::spawn(task.run(leave_receiver));
-        Ok(Self { id, incarnation, gossip_addr: Some(bound), view, own, leave: Some(leave), has_left: Arc::default() })
+        Ok(Self {
+            id,
+            incarnation,
+            gossip_addr: Some(bound),
+            view,
+            own,
+            problems,
+            transport: Some(transport),
+            leave: Some(leave),
+            has_left: Arc::default(),
+        })
     }
 
     pub fn id(&self) -> &NodeId {
@@ -119,6 +145,18 @@ impl Membership {
 
     pub fn view(&self) -> watch::Receiver<Arc<ClusterView>> {
         self.view.clone()
+    }
+
+    /// What keeps this node and others apart.
+    pub fn problems(&self) -> &Problems {
+        &self.problems
+    }
+
+    /// Seals with the first of these keys from now on, and opens with any.
+    pub fn set_keys(&self, keys: &KeyRing) {
+        if let Some(transport) = &self.transport {
+            transport.set_keys(keys);
+        }
     }
 
     /// Tells the others how this node does. Call it several times a second: noise is not told, what decides on traffic is

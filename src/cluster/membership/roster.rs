@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::damping::{Damper, LOSS, UNREADINESS};
-use crate::cluster::gossip::{decode_description, decode_prefixes, decode_report};
+use crate::cluster::gossip::{GossipError, decode_description, decode_prefixes, decode_report};
 use crate::cluster::load_report::{LoadReport, NodeDescription};
 use crate::cluster::view::{ClusterView, Peer};
 use crate::types::{NodeId, NodeState};
@@ -66,7 +66,14 @@ pub(super) struct Update {
     pub(super) changes: Vec<(NodeId, Change)>,
     /// Values that could not be taken, with the reason; each is told once.
     pub(super) refused: Vec<(NodeId, String)>,
-    /// A later process uses this node's own name; told once.
+}
+
+/// Who gossips in this cluster and still cannot work with this node.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Strangers {
+    /// Live nodes, and the protocol that they speak.
+    pub(super) of_other_protocols: Vec<(NodeId, u16)>,
+    /// A later process uses this node's own name.
     pub(super) is_superseded: bool,
 }
 
@@ -77,6 +84,8 @@ struct Known {
     is_alive: bool,
     has_left: bool,
     description: Option<NodeDescription>,
+    /// It speaks this one instead of ours, so nothing else of it can be read.
+    other_protocol: Option<u16>,
     report: LoadReport,
     reported_at: Instant,
     /// Versions that were looked at, taken or refused.
@@ -123,9 +132,10 @@ impl Roster {
     pub(super) fn update<'a>(&mut self, observed: impl Iterator<Item = Observed<'a>>, now: Instant) -> Update {
         let mut update = Update::default();
         let mut present = BTreeSet::new();
+        self.is_superseded = false;
         for process in observed {
             if process.id == self.own.as_str() {
-                update.is_superseded |= self.is_later_self(&process);
+                self.is_superseded |= process.is_alive && process.incarnation > self.own_incarnation;
                 continue;
             }
             let key = (NodeId::new(process.id), process.incarnation);
@@ -143,11 +153,11 @@ impl Roster {
         update
     }
 
-    /// Whether a later process of this node's name lives; told once.
-    fn is_later_self(&mut self, process: &Observed<'_>) -> bool {
-        let is_news = process.is_alive && process.incarnation > self.own_incarnation && !self.is_superseded;
-        self.is_superseded |= is_news;
-        is_news
+    /// As of the last update.
+    pub(super) fn strangers(&self) -> Strangers {
+        let alive = self.known.iter().filter(|(_, known)| known.is_alive && !known.has_left);
+        let others = alive.filter_map(|((id, _), known)| Some((id.clone(), known.other_protocol?)));
+        Strangers { of_other_protocols: others.collect(), is_superseded: self.is_superseded }
     }
 
     fn observe(&mut self, key: &(NodeId, u64), process: &Observed<'_>, now: Instant, update: &mut Update) {
@@ -159,7 +169,18 @@ impl Roster {
         let mut refuse = |error: String| update.refused.push((key.0.clone(), error));
         if let Some(value) = process.description.filter(|value| value.version > known.seen.description) {
             known.seen.description = value.version;
-            known.description = decode_description(value.text).map_err(|error| refuse(error.to_string())).ok();
+            let decoded = decode_description(value.text);
+            known.other_protocol = match decoded {
+                Err(GossipError::OtherProtocol(protocol)) => Some(protocol),
+                Ok(_) | Err(GossipError::Malformed) => None,
+            };
+            if let Err(error @ GossipError::Malformed) = &decoded {
+                refuse(error.to_string());
+            }
+            known.description = decoded.ok();
+        }
+        if known.other_protocol.is_some() {
+            return;
         }
         if let Some(value) = process.report.filter(|value| value.version > known.seen.report) {
             known.seen.report = value.version;
@@ -255,6 +276,7 @@ impl Known {
             is_alive: false,
             has_left: false,
             description: None,
+            other_protocol: None,
             report: LoadReport::default(),
             reported_at: now,
             seen: SeenVersions::default(),

@@ -147,29 +147,34 @@ async fn this_node_is_no_peer_of_its_own() {
     let mut roster = roster();
     let own = Process::new("own", 100, 1);
     let (earlier, later) = (Process::new("own", 99, 1), Process::new("own", 101, 1));
-    assert!(!update(&mut roster, &[own.clone(), earlier.clone()], start).is_superseded);
-    let first = update(&mut roster, &[own.clone(), later.clone()], start);
-    assert!(first.is_superseded && first.view.is_none());
-    assert!(!update(&mut roster, &[own, later], start).is_superseded, "told once");
+    update(&mut roster, &[own.clone(), earlier.clone()], start);
+    assert!(!roster.strangers().is_superseded);
+    assert!(update(&mut roster, &[own.clone(), later.clone()], start).view.is_none());
+    assert!(roster.strangers().is_superseded);
+    let gone = Process { is_alive: false, ..later };
+    update(&mut roster, &[own, gone], start);
+    assert!(!roster.strangers().is_superseded);
 }
 
 #[tokio::test]
-async fn who_cannot_be_understood_is_left_out_and_told_of_once() {
+async fn who_cannot_be_understood_is_left_out_and_told_of() {
     let start = Instant::now();
     let mut roster = roster();
-    let other = postcard::to_stdvec(&(PROTOCOL_VERSION + 1)).expect("plain");
-    let text = String::from_utf8(other).expect("a small number is ASCII");
+    let other = NodeDescription { protocol: PROTOCOL_VERSION + 1, ..description(1) };
+    let text = encode_description(&other);
     let foreign = Process { description: Some((1, text)), ..Process::new("a", 1, 1) };
     let broken = Process { description: Some((1, "\u{7f}".repeat(50))), ..Process::new("b", 1, 1) };
     let silent = Process { description: None, ..Process::new("c", 1, 1) };
     let first = update(&mut roster, &[foreign.clone(), broken.clone(), silent.clone()], start);
     let refused: Vec<&str> = first.refused.iter().map(|(id, _)| id.as_str()).collect();
-    assert_eq!(refused, ["a", "b"]);
+    assert_eq!(refused, ["b"], "once");
+    assert_eq!(roster.strangers().of_other_protocols, [(NodeId::new("a"), PROTOCOL_VERSION + 1)]);
     assert!(first.view.is_none() && first.changes.is_empty());
     assert!(update(&mut roster, &[foreign.clone(), broken.clone(), silent], start).refused.is_empty());
     // It learns.
     let understood = Process { description: Some((2, encode_description(&description(1)))), ..foreign };
     assert_eq!(changes(&update(&mut roster, &[understood, broken], start)), [("a", Change::Joined)]);
+    assert_eq!((roster.strangers(), peer(&roster, "a").report.running), (Strangers::default(), 1));
 }
 
 #[tokio::test]

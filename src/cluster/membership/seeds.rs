@@ -1,5 +1,5 @@
 //! The addresses of the configured peers, resolved again and again: the names of a headless service stand for other
-//! addresses after every roll-out.
+//! addresses after every roll-out. And which of them have never answered.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -15,8 +15,25 @@ const RETRY: Duration = Duration::from_secs(2);
 /// Addresses that one name may stand for.
 const MAX_ADDRESSES: usize = 256;
 
-/// Addresses by the peer that they were configured as.
-type Addresses = BTreeMap<String, Vec<SocketAddr>>;
+/// What a configured peer stands for; the error of its last lookup if that failed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Resolved {
+    addresses: Vec<SocketAddr>,
+    error: Option<String>,
+}
+
+/// By the peer that they were configured as.
+type Addresses = BTreeMap<String, Resolved>;
+
+/// A configured peer, for those who look for what is wrong.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Seed {
+    /// As configured.
+    pub(super) peer: String,
+    pub(super) addresses: Vec<SocketAddr>,
+    /// Why its name does not resolve.
+    pub(super) error: Option<String>,
+}
 
 /// Keeps the addresses fresh until it is dropped.
 pub(super) struct Seeds {
@@ -29,7 +46,10 @@ pub(super) struct Seeds {
 impl Seeds {
     /// Each name has a task of its own: a lookup that hangs keeps no other waiting.
     pub(super) fn start(peers: &[String]) -> Self {
-        let literal = |peer: &String| Some((peer.clone(), vec![peer.parse().ok()?]));
+        let literal = |peer: &String| {
+            let addresses = vec![peer.parse().ok()?];
+            Some((peer.clone(), Resolved { addresses, error: None }))
+        };
         let literals: Addresses = peers.iter().filter_map(literal).collect();
         let names: Vec<String> = peers.iter().filter(|peer| !literals.contains_key(*peer)).cloned().collect();
         let (sender, addresses) = watch::channel(literals);
@@ -40,10 +60,22 @@ impl Seeds {
         Self { addresses, _lookups: lookups, turn: 0 }
     }
 
+    fn all(&self) -> BTreeSet<SocketAddr> {
+        self.addresses.borrow().values().flat_map(|resolved| resolved.addresses.iter().copied()).collect()
+    }
+
+    /// Those that have been looked up.
+    pub(super) fn list(&self) -> Vec<Seed> {
+        let seed = |(peer, resolved): (&String, &Resolved)| {
+            let Resolved { addresses, error } = resolved.clone();
+            Seed { peer: peer.clone(), addresses, error }
+        };
+        self.addresses.borrow().iter().map(seed).collect()
+    }
+
     /// The next `count` addresses that `is_wanted`, in turn.
     pub(super) fn next(&mut self, count: usize, is_wanted: impl Fn(SocketAddr) -> bool) -> Vec<SocketAddr> {
-        let addresses: BTreeSet<SocketAddr> =
-            self.addresses.borrow().values().flatten().copied().filter(|addr| is_wanted(*addr)).collect();
+        let addresses: BTreeSet<SocketAddr> = self.all().into_iter().filter(|addr| is_wanted(*addr)).collect();
         let count = count.min(addresses.len());
         let start = self.turn.checked_rem(addresses.len()).unwrap_or(0);
         self.turn = self.turn.wrapping_add(count);
@@ -52,29 +84,22 @@ impl Seeds {
 }
 
 async fn resolve_again_and_again(name: String, addresses: watch::Sender<Addresses>) {
-    let mut has_failed = false;
     loop {
-        // A name that does not resolve now keeps the addresses that it had.
-        let pause = match lookup_host(&name).await {
-            Ok(found) => {
-                let mut found: Vec<SocketAddr> = found.take(MAX_ADDRESSES).collect();
-                found.sort_unstable();
-                found.dedup();
-                if has_failed {
-                    tracing::info!(peer = name, "the peer's host name resolves again");
+        let found = lookup_host(&name).await;
+        let pause = if found.is_ok() { REFRESH } else { RETRY };
+        addresses.send_if_modified(|addresses| {
+            let resolved = addresses.entry(name.clone()).or_default();
+            let before = resolved.clone();
+            match found {
+                Ok(found) => {
+                    let found: BTreeSet<SocketAddr> = found.take(MAX_ADDRESSES).collect();
+                    *resolved = Resolved { addresses: found.into_iter().collect(), error: None };
                 }
-                has_failed = false;
-                addresses.send_if_modified(|addresses| addresses.insert(name.clone(), found.clone()) != Some(found));
-                REFRESH
+                // A name that does not resolve now keeps the addresses that it had.
+                Err(error) => resolved.error = Some(error.to_string()),
             }
-            Err(error) => {
-                if !has_failed {
-                    tracing::warn!(peer = name, %error, "the peer's host name does not resolve");
-                }
-                has_failed = true;
-                RETRY
-            }
-        };
+            *resolved != before
+        });
         tokio::time::sleep(pause).await;
     }
 }
@@ -100,9 +125,14 @@ mod tests {
     #[tokio::test]
     async fn names_are_resolved_and_one_that_is_unknown_stops_no_other() {
         let mut seeds = Seeds::start(&["no-such-host.invalid:1".into(), "localhost:7".into()]);
-        let resolved = seeds.addresses.wait_for(|addresses| addresses.contains_key("localhost:7"));
+        let resolved = seeds.addresses.wait_for(|addresses| {
+            let has = |peer: &str| addresses.contains_key(peer);
+            has("localhost:7") && has("no-such-host.invalid:1")
+        });
         tokio::time::timeout(Duration::from_secs(10), resolved).await.expect("in time").expect("running");
         let found = seeds.next(9, |_| true);
         assert!(!found.is_empty() && found.iter().all(|addr| addr.ip().is_loopback() && addr.port() == 7), "{found:?}");
+        let unknown = seeds.list().into_iter().find(|seed| seed.peer.starts_with("no-such-host")).expect("looked up");
+        assert!(unknown.error.is_some() && unknown.addresses.is_empty(), "{unknown:?}");
     }
 }

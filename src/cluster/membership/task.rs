@@ -8,13 +8,14 @@ use chitchat::{Chitchat, ChitchatConfig, ChitchatHandle, ChitchatId, FailureDete
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 
+use super::diagnosis::Diagnosis;
 use super::incarnation_now;
 use super::publisher::Publisher;
 use super::roster::{Change, Observed, Roster, Update, Value};
 use super::seeds::Seeds;
 use crate::cluster::gossip::encode_description;
 use crate::cluster::seal::transport::SealedTransport;
-use crate::cluster::{ClusterView, Config, LoadReport, NodeDescription};
+use crate::cluster::{ClusterView, Config, LoadReport, NodeDescription, Problems};
 use crate::observability::Metrics;
 use crate::types::{NodeId, watch};
 
@@ -68,18 +69,26 @@ pub(super) struct Own {
     pub(super) reported_at: Option<Instant>,
 }
 
+/// What the task is made of.
+pub(super) struct Parts {
+    pub(super) id: NodeId,
+    pub(super) incarnation: u64,
+    pub(super) bound: SocketAddr,
+    pub(super) config: Config,
+    pub(super) transport: SealedTransport,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) problems: Problems,
+    pub(super) view: watch::Sender<Arc<ClusterView>>,
+    pub(super) own: watch::Receiver<Own>,
+}
+
 pub(super) struct Task {
-    id: NodeId,
-    bound: SocketAddr,
-    config: Config,
-    transport: SealedTransport,
-    metrics: Arc<Metrics>,
-    view: watch::Sender<Arc<ClusterView>>,
-    own: watch::Receiver<Own>,
+    parts: Parts,
     seeds: Seeds,
     gossip: Gossip,
     publisher: Publisher,
     roster: Roster,
+    diagnosis: Diagnosis,
     rounds: u64,
     last_round: Instant,
     /// Until then the silence of others says nothing.
@@ -93,40 +102,26 @@ struct Gossip {
 }
 
 impl Task {
-    pub(super) async fn start(
-        (id, incarnation): (NodeId, u64),
-        bound: SocketAddr,
-        config: &Config,
-        transport: SealedTransport,
-        metrics: Arc<Metrics>,
-        view: watch::Sender<Arc<ClusterView>>,
-        own: watch::Receiver<Own>,
-    ) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
-        let gossip = Gossip::start(&id, incarnation, bound, config, &transport).await?;
-        let seeds = Seeds::start(&config.peers);
-        let roster = Roster::new(id.clone(), incarnation);
-        let publisher = Publisher::default();
+    pub(super) async fn start(parts: Parts) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let Parts { id, incarnation, bound, config, transport, .. } = &parts;
+        let gossip = Gossip::start(id, *incarnation, *bound, config, transport).await?;
+        let (problems, now) = (parts.problems.clone(), Instant::now());
         Ok(Self {
-            id,
-            bound,
-            config: config.clone(),
-            transport,
-            metrics,
-            view,
-            own,
-            seeds,
+            seeds: Seeds::start(&config.peers),
             gossip,
-            publisher,
-            roster,
+            publisher: Publisher::default(),
+            roster: Roster::new(id.clone(), *incarnation),
+            diagnosis: Diagnosis::new(problems, transport.clone(), config, *bound, now),
             rounds: 0,
-            last_round: Instant::now(),
-            trusts_silence_from: Instant::now(),
+            last_round: now,
+            trusts_silence_from: now,
+            parts,
         })
     }
 
     /// Until all handles are gone, or one asks to leave.
     pub(super) async fn run(mut self, mut leave: mpsc::Receiver<oneshot::Sender<()>>) {
-        let mut rounds = tokio::time::interval(self.config.gossip_interval);
+        let mut rounds = tokio::time::interval(self.parts.config.gossip_interval);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -141,7 +136,7 @@ impl Task {
                 }
                 _ = self.gossip.handle.termination_watcher() => self.restart().await,
                 _ = rounds.tick() => self.round().await,
-                changed = self.own.changed() => {
+                changed = self.parts.own.changed() => {
                     if changed.is_err() {
                         return;
                     }
@@ -157,11 +152,12 @@ impl Task {
         self.tell(true).await;
         self.look().await;
         self.meet_seeds().await;
+        self.diagnose().await;
         self.rounds += 1;
     }
 
     fn note_lateness(&mut self, now: Instant) {
-        let interval = self.config.gossip_interval;
+        let interval = self.parts.config.gossip_interval;
         let since = now.saturating_duration_since(self.last_round);
         if since > interval * LATE_ROUNDS {
             tracing::warn!(seconds = since.as_secs_f64(), "this node's gossip was stalled");
@@ -173,7 +169,7 @@ impl Task {
     /// Hands chitchat what is worth telling.
     async fn tell(&mut self, is_round: bool) {
         let (description, publication) = {
-            let own = self.own.borrow_and_update();
+            let own = self.parts.own.borrow_and_update();
             let description = own.description.as_ref().map(encode_description);
             let now = Instant::now();
             let is_kept_up = own.reported_at.is_some_and(|at| now.saturating_duration_since(at) <= REPORT_SILENCE);
@@ -209,7 +205,7 @@ impl Task {
 
     fn note(&self, update: Update) {
         for (peer, change) in &update.changes {
-            self.metrics.cluster_changes.with([change.label()]).inc();
+            self.parts.metrics.cluster_changes.with([change.label()]).inc();
             match change {
                 Change::Died => tracing::warn!(%peer, "a peer died"),
                 Change::Joined | Change::Left | Change::Replaced => {
@@ -220,13 +216,10 @@ impl Task {
         for (peer, reason) in &update.refused {
             tracing::warn!(%peer, reason, "ignoring what a node gossips");
         }
-        if update.is_superseded {
-            tracing::error!(node_id = %self.id, "another process uses this node's node_id; peers see that one instead of this one");
-        }
         if let Some(view) = update.view {
-            self.metrics.cluster_nodes.with(["alive"]).set(view.peers.len() as f64);
-            self.metrics.cluster_nodes.with(["dead"]).set(view.dead.len() as f64);
-            self.view.send_replace(view);
+            self.parts.metrics.cluster_nodes.with(["alive"]).set(view.peers.len() as f64);
+            self.parts.metrics.cluster_nodes.with(["dead"]).set(view.dead.len() as f64);
+            self.parts.view.send_replace(view);
         }
     }
 
@@ -236,12 +229,19 @@ impl Task {
             0 => SEEDS_WHEN_ALONE,
             _ => usize::from(self.rounds.is_multiple_of(SEED_ROUNDS)),
         };
-        let own = [Some(self.bound), Some(self.config.gossip_advertised(self.bound))];
-        let is_wanted = |addr: SocketAddr| {
-            addr.is_ipv4() == self.bound.is_ipv4() && !own.contains(&Some(addr)) && !peers.contains(&addr)
-        };
+        let is_wanted = |addr: SocketAddr| self.diagnosis.is_for_gossip(addr) && !peers.contains(&addr);
         for addr in self.seeds.next(count, is_wanted) {
             let _ = self.gossip.handle.gossip(addr);
+        }
+    }
+
+    /// Looks for what is wrong, every second or so.
+    async fn diagnose(&mut self) {
+        let now = Instant::now();
+        if self.diagnosis.is_due(now) {
+            let live = self.live_addrs().await;
+            self.diagnosis.run(&self.seeds.list(), &live, self.roster.strangers(), now).await;
+            self.parts.problems.publish(&self.parts.metrics);
         }
     }
 
@@ -276,7 +276,9 @@ impl Task {
         tracing::error!("gossip stopped unexpectedly; restarting it");
         tokio::time::sleep(RESTART_PAUSE).await;
         let incarnation = incarnation_now();
-        match Gossip::start(&self.id, incarnation, self.bound, &self.config, &self.transport).await {
+        match Gossip::start(&self.parts.id, incarnation, self.parts.bound, &self.parts.config, &self.parts.transport)
+            .await
+        {
             Ok(gossip) => self.gossip = gossip,
             Err(error) => return tracing::error!(error, "cannot restart gossip"),
         }

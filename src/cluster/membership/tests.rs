@@ -5,8 +5,8 @@ use std::net::Ipv4Addr;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
-use crate::cluster::PROTOCOL_VERSION;
 use crate::cluster::seal::DropReason;
+use crate::cluster::{ClusterKey, PROTOCOL_VERSION};
 use crate::types::NodeState;
 
 /// Generous: other tests keep the cores busy.
@@ -29,9 +29,9 @@ fn config(name: &str, seeds: &[&Node]) -> Config {
 }
 
 async fn start_with(config: &Config, secret: u8) -> Node {
-    let key = ClusterKey::from_secret(&[secret; 32]).expect("long enough");
+    let keys = ClusterKey::from_secret(&[secret; 32]).expect("long enough").into();
     let metrics = Arc::new(Metrics::new("m"));
-    let membership = Membership::start(config, &key, Arc::clone(&metrics)).await.expect("a port");
+    let membership = Membership::start(config, &keys, Arc::clone(&metrics)).await.expect("a port");
     let peer_addr = membership.gossip_addr().expect("clustered");
     membership.describe(NodeDescription {
         protocol: PROTOCOL_VERSION,
@@ -301,8 +301,8 @@ async fn a_cluster_of_one_has_a_name_and_sees_nobody() {
     assert!(alone.view().borrow().peers.is_empty());
     alone.publish(report(1));
     in_time("leave", alone.leave()).await;
-    let key = ClusterKey::from_secret(&[1; 32]).expect("long enough");
-    let started = Membership::start(&Config::default(), &key, Arc::new(Metrics::new("m"))).await;
+    let keys = ClusterKey::from_secret(&[1; 32]).expect("long enough").into();
+    let started = Membership::start(&Config::default(), &keys, Arc::new(Metrics::new("m"))).await;
     assert!(matches!(started, Err(MembershipError::Alone)));
 }
 
@@ -310,7 +310,7 @@ async fn a_cluster_of_one_has_a_name_and_sees_nobody() {
 async fn a_taken_port_is_reported() {
     let a = start("a", &[]).await;
     let taken = Config { gossip_addr: Some(a.addr()), ..config("b", &[]) };
-    let key = ClusterKey::from_secret(&[1; 32]).expect("long enough");
-    let started = Membership::start(&taken, &key, Arc::new(Metrics::new("m"))).await;
+    let keys = ClusterKey::from_secret(&[1; 32]).expect("long enough").into();
+    let started = Membership::start(&taken, &keys, Arc::new(Metrics::new("m"))).await;
     assert!(matches!(started, Err(MembershipError::Bind { addr, .. }) if addr == a.addr()));
 }

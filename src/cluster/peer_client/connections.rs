@@ -132,6 +132,8 @@ struct Slots {
 struct Slot {
     /// Tells this connection from later ones to the same peer.
     number: u64,
+    /// The revocations that had happened before.
+    revision: u64,
     opening: Opening,
 }
 
@@ -158,8 +160,10 @@ impl Connections {
     }
 
     fn slot(self: &Arc<Self>, peer: &PeerAddress) -> Result<(u64, Opening), ConnectError> {
+        let revision = *self.tls.revocations().borrow();
         let mut slots = self.slots.lock();
-        if let Some(slot) = slots.by_peer.get(peer).filter(|slot| !slot.is_over()) {
+        let is_usable = |slot: &&Slot| !slot.is_over() && slot.revision == revision;
+        if let Some(slot) = slots.by_peer.get(peer).filter(is_usable) {
             return Ok((slot.number, slot.opening.clone()));
         }
         if slots.by_peer.len() >= MAX_CONNECTIONS && !slots.by_peer.contains_key(peer) {
@@ -169,7 +173,7 @@ impl Connections {
         let number = slots.opened;
         let (opened, opening) = oneshot::channel();
         let opening = opening.map(|result| result.unwrap_or(Err(ConnectError::Ended))).boxed().shared();
-        slots.by_peer.insert(peer.clone(), Slot { number, opening: opening.clone() });
+        slots.by_peer.insert(peer.clone(), Slot { number, revision, opening: opening.clone() });
         let task = OpenTask {
             tls: self.tls.clone(),
             connect_timeout: self.connect_timeout,

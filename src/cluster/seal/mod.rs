@@ -1,4 +1,4 @@
-//! Encrypts and authenticates gossip. Without the cluster key, nobody can read, forge or replay a datagram.
+//! Encrypts and authenticates gossip. Without a cluster key, nobody can read, forge or replay a datagram.
 //!
 //! *Key and nonce.* Each run of a process is a session with a random 128-bit id. The session's key is derived from the
 //! cluster key, the purpose and the id (HKDF-SHA256). Its datagrams are numbered, and the number is the nonce of
@@ -14,7 +14,15 @@
 //! been silent for five minutes. Gossip is versioned, so late news changes nothing, but a node that has just died can be made
 //! to look alive for as many datagrams as were delayed.
 //!
-//! *Senders without the key* cost one key derivation and one failed tag check per datagram, and no memory.
+//! *Several keys.* The first key encrypts, and any of them decrypts. A session that changes its key keeps its id, its numbers
+//! and so its replay window. No nonce repeats under a key, because the numbers go on.
+//!
+//! *Senders without the key* cost one key derivation and one failed tag check per datagram and key, and no memory. They get no
+//! answer.
+//!
+//! *Introductions.* Nodes with the same key and different cluster ids cannot decrypt each other's gossip. A node whose
+//! configured peers do not answer sends them its ids, encrypted without the cluster id; a node of another cluster replies
+//! with its own.
 //!
 //! Messages are compressed before encryption. Their length then shows how well they compress, which is not a secret here.
 //!
@@ -22,6 +30,7 @@
 
 mod fragments;
 mod frame;
+mod introduction;
 mod keys;
 mod replay;
 mod sessions;
@@ -38,10 +47,11 @@ use tokio::time::Instant;
 
 use self::fragments::{Joined, Reassembly};
 use self::frame::{Challenge, Content, FRAGMENT_OVERHEAD, Frame};
+pub use self::introduction::Introduction;
 pub use self::keys::SessionId;
-use self::keys::{HEADER_BYTES, Header, Keys, SessionKey, TAG_BYTES};
+use self::keys::{HEADER_BYTES, Header, Keys, Purpose, SessionKey, TAG_BYTES};
 use self::sessions::{Cookie, NO_COOKIE, Sessions};
-use super::ClusterKey;
+use super::KeyRing;
 
 /// Fits every network without fragmentation: with its headers it is within IPv6's minimum packet of 1280 bytes.
 pub const MAX_DATAGRAM_BYTES: usize = 1200;
@@ -61,6 +71,8 @@ pub enum DropReason {
     Malformed,
     /// Encrypted with another key or for another cluster, or changed in transit.
     Unauthenticated,
+    /// An introduction from a node of another cluster.
+    ForeignCluster,
     /// Sent by this node itself.
     Own,
     Replayed,
@@ -77,9 +89,10 @@ pub enum DropReason {
 }
 
 impl DropReason {
-    pub const ALL: [DropReason; 9] = [
+    pub const ALL: [DropReason; 10] = [
         DropReason::Malformed,
         DropReason::Unauthenticated,
+        DropReason::ForeignCluster,
         DropReason::Own,
         DropReason::Replayed,
         DropReason::Unproven,
@@ -93,6 +106,7 @@ impl DropReason {
         match self {
             DropReason::Malformed => "malformed",
             DropReason::Unauthenticated => "unauthenticated",
+            DropReason::ForeignCluster => "foreign_cluster",
             DropReason::Own => "own",
             DropReason::Replayed => "replayed",
             DropReason::Unproven => "unproven",
@@ -112,6 +126,10 @@ pub struct Received {
     /// A datagram to send back to the sender.
     pub reply: Option<Vec<u8>>,
     pub dropped: Option<DropReason>,
+    /// Where a datagram was sent to that a node of this cluster has answered.
+    pub answered: Option<SocketAddr>,
+    /// A node of another cluster.
+    pub stranger: Option<Introduction>,
 }
 
 impl Received {
@@ -123,6 +141,7 @@ impl Received {
 /// This process's side of the encrypted gossip with all nodes.
 pub struct Endpoint {
     keys: Keys,
+    introduction: Introduction,
     own: SessionId,
     own_key: SessionKey,
     /// The number of the next datagram.
@@ -139,11 +158,12 @@ pub struct Endpoint {
 
 impl Endpoint {
     /// `session` and `secret` must be random and never used before.
-    pub fn new(key: &ClusterKey, cluster_id: &str, session: SessionId, secret: [u8; 32], now: Instant) -> Self {
-        let keys = Keys::new(key, cluster_id);
+    pub fn new(keys: &KeyRing, introduction: Introduction, session: SessionId, secret: [u8; 32], now: Instant) -> Self {
+        let keys = Keys::new(keys, &introduction.cluster_id);
         Self {
-            own_key: keys.session(&session),
+            own_key: keys.sealing(&session, Purpose::Gossip),
             keys,
+            introduction,
             own: session,
             next_number: 0,
             next_message: 0,
@@ -155,6 +175,24 @@ impl Endpoint {
         }
     }
 
+    /// Uses these keys from now on.
+    pub fn set_keys(&mut self, keys: &KeyRing) {
+        self.keys.replace(keys);
+        self.own_key = self.keys.sealing(&self.own, Purpose::Gossip);
+        self.sessions.drop_keys(|id| self.keys.has(id));
+    }
+
+    /// A datagram that tells who this node is, for whoever has the key.
+    pub fn introduce(&mut self, to: SocketAddr) -> Vec<u8> {
+        self.seal_introduction(to, false)
+    }
+
+    fn seal_introduction(&mut self, to: SocketAddr, is_reply: bool) -> Vec<u8> {
+        let header = self.next_header(to, Purpose::Introduction);
+        let key = self.keys.sealing(&self.own, Purpose::Introduction);
+        self.keys.seal(&key, header, &self.introduction.encode(is_reply))
+    }
+
     /// The datagrams of one message; `None` when it is too long.
     pub fn seal(&mut self, to: SocketAddr, message: &[u8]) -> Option<Vec<Vec<u8>>> {
         let fragments = fragments::split(self.next_message, message, FRAGMENT_BYTES)?;
@@ -164,13 +202,18 @@ impl Endpoint {
 
     fn seal_frame(&mut self, to: SocketAddr, content: Content<'_>) -> Vec<u8> {
         let cookie = self.cookies.get(&to).copied().unwrap_or(NO_COOKIE);
-        let header = Header { session: self.own, number: self.next_number };
+        let header = self.next_header(to, Purpose::Gossip);
+        self.keys.seal(&self.own_key, header, &Frame { cookie, content }.encode())
+    }
+
+    fn next_header(&mut self, to: SocketAddr, purpose: Purpose) -> Header {
+        let header = Header { purpose, session: self.own, number: self.next_number };
         self.next_number += 1;
         if self.recent.len() == MAX_RECENT {
             self.recent.pop_front();
         }
         self.recent.push_back(to);
-        self.keys.seal(&self.own_key, header, &Frame { cookie, content }.encode())
+        header
     }
 
     /// `datagram` is overwritten.
@@ -181,19 +224,38 @@ impl Endpoint {
         if header.session == self.own {
             return Received::dropped(DropReason::Own);
         }
-        match self.sessions.key(&header.session, now) {
-            Some(key) => match self.keys.open(key, header, datagram) {
-                Some(frame) => self.receive_known(from, header, frame, now),
-                None => Received::dropped(DropReason::Unauthenticated),
-            },
-            None => {
-                let key = self.keys.session(&header.session);
-                match self.keys.open(&key, header, datagram) {
-                    Some(frame) => self.receive_unknown(from, header, key, frame, now),
-                    None => Received::dropped(DropReason::Unauthenticated),
-                }
-            }
+        if header.purpose == Purpose::Introduction {
+            return self.receive_introduction(from, header, datagram, now);
         }
+        let is_known = self.sessions.is_known(&header.session, now);
+        let usual = self.sessions.key(&header.session).filter(|_| is_known);
+        match self.keys.open(usual, header, datagram) {
+            Some((frame, key)) if is_known => self.receive_known(from, header, key, frame, now),
+            Some((frame, Some(key))) => self.receive_unknown(from, header, key, frame, now),
+            Some((_, None)) => unreachable!("an unknown session has no usual key"),
+            None => Received::dropped(DropReason::Unauthenticated),
+        }
+    }
+
+    fn receive_introduction(
+        &mut self,
+        from: SocketAddr,
+        header: Header,
+        datagram: &mut [u8],
+        now: Instant,
+    ) -> Received {
+        let Some((bytes, _)) = self.keys.open(None, header, datagram) else {
+            return Received::dropped(DropReason::Unauthenticated);
+        };
+        let Some((stranger, is_reply)) = Introduction::decode(bytes) else {
+            return Received::dropped(DropReason::Malformed);
+        };
+        if stranger.cluster_id == self.introduction.cluster_id {
+            // It is met by way of gossip.
+            return Received::default();
+        }
+        let reply = (!is_reply && self.challenges.take(now)).then(|| self.seal_introduction(from, true));
+        Received { reply, stranger: Some(stranger), ..Received::dropped(DropReason::ForeignCluster) }
     }
 
     /// The number of messages dropped since the last call because fragments did not arrive.
@@ -201,9 +263,20 @@ impl Endpoint {
         self.reassembly.take_given_up()
     }
 
-    fn receive_known(&mut self, from: SocketAddr, header: Header, frame: &[u8], now: Instant) -> Received {
+    /// `key` is another one than it had before.
+    fn receive_known(
+        &mut self,
+        from: SocketAddr,
+        header: Header,
+        key: Option<SessionKey>,
+        frame: &[u8],
+        now: Instant,
+    ) -> Received {
         if !self.sessions.accept(&header.session, header.number, now) {
             return Received::dropped(DropReason::Replayed);
+        }
+        if let Some(key) = key {
+            self.sessions.change_key(&header.session, key);
         }
         match Frame::decode(frame) {
             Some(frame) => self.deliver(from, header, frame.content, now),
@@ -228,15 +301,16 @@ impl Endpoint {
         }
         // A challenge from an unknown session is accepted, because it names a recent datagram of this process. The reply
         // below carries our own challenge along.
-        if let Content::Challenge(challenge) = frame.content {
-            self.note_cookie(from, &challenge);
-        }
+        let answered = match frame.content {
+            Content::Challenge(challenge) => self.note_cookie(from, &challenge),
+            Content::Fragment(_) | Content::Answer => None,
+        };
         let reply = self.challenges.take(now).then(|| {
             let cookie = self.sessions.cookie(&header.session, now);
             let challenge = Challenge { session: header.session, number: header.number, cookie };
             self.seal_frame(from, Content::Challenge(challenge))
         });
-        Received { reply, ..Received::dropped(DropReason::Unproven) }
+        Received { reply, answered, ..Received::dropped(DropReason::Unproven) }
     }
 
     fn deliver(&mut self, from: SocketAddr, header: Header, content: Content<'_>, now: Instant) -> Received {
@@ -246,27 +320,30 @@ impl Endpoint {
                 Joined::Waiting => Received::default(),
                 Joined::Unsound => Received::dropped(DropReason::Malformed),
             },
-            Content::Challenge(challenge) if self.note_cookie(from, &challenge) => {
-                let reply = self.challenges.take(now).then(|| self.seal_frame(from, Content::Answer));
-                Received { reply, ..Received::default() }
+            Content::Challenge(challenge) => {
+                let answered = self.note_cookie(from, &challenge);
+                let may_answer = answered.is_some() && self.challenges.take(now);
+                let reply = may_answer.then(|| self.seal_frame(from, Content::Answer));
+                Received { reply, answered, ..Received::default() }
             }
-            Content::Challenge(_) | Content::Answer => Received::default(),
+            Content::Answer => Received::default(),
         }
     }
 
-    /// Remembers the cookie of a challenge, if the challenge answers a recent datagram of this process. The peer may be
-    /// reachable at another address than the one that it sends from, so both are remembered.
-    fn note_cookie(&mut self, from: SocketAddr, challenge: &Challenge) -> bool {
+    /// Remembers the cookie of a challenge, if the challenge answers a recent datagram of this process, and returns where
+    /// that datagram went. The peer may be reachable at another address than the one that it sends from, so both are
+    /// remembered.
+    fn note_cookie(&mut self, from: SocketAddr, challenge: &Challenge) -> Option<SocketAddr> {
         let age = self.next_number.checked_sub(challenge.number).filter(|_| challenge.session == self.own);
         let sent = age.and_then(|age| self.recent.len().checked_sub(usize::try_from(age).ok()?));
-        let Some(to) = sent.and_then(|at| self.recent.get(at)).copied() else { return false };
+        let to = *self.recent.get(sent?)?;
         for address in [to, from] {
             if self.cookies.len() >= MAX_COOKIES && !self.cookies.contains_key(&address) {
                 self.cookies.pop_first();
             }
             self.cookies.insert(address, challenge.cookie);
         }
-        true
+        Some(to)
     }
 }
 

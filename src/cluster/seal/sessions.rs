@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use super::keys::{SessionId, SessionKey};
 use super::replay::ReplayWindow;
+use crate::cluster::key::KeyId;
 
 pub(super) type Cookie = [u8; 16];
 /// Sent by a node that has no cookie yet.
@@ -34,7 +35,8 @@ pub(super) struct Sessions {
 }
 
 struct Session {
-    key: SessionKey,
+    /// `None` when the cluster key that it was derived from counts no more.
+    key: Option<SessionKey>,
     window: ReplayWindow,
     heard_at: Instant,
 }
@@ -45,10 +47,29 @@ impl Sessions {
         Self { secret: hmac::Key::new(hmac::HMAC_SHA256, &secret), start: now, known: HashMap::new() }
     }
 
-    /// The key of a known session.
-    pub(super) fn key(&self, id: &SessionId, now: Instant) -> Option<&SessionKey> {
-        let session = self.known.get(id)?;
-        (now.saturating_duration_since(session.heard_at) <= SESSION_IDLE).then_some(&session.key)
+    pub(super) fn is_known(&self, id: &SessionId, now: Instant) -> bool {
+        let is_recent = |session: &Session| now.saturating_duration_since(session.heard_at) <= SESSION_IDLE;
+        self.known.get(id).is_some_and(is_recent)
+    }
+
+    /// The key with which a known session's last datagram was sealed.
+    pub(super) fn key(&self, id: &SessionId) -> Option<&SessionKey> {
+        self.known.get(id)?.key.as_ref()
+    }
+
+    /// The session seals with another cluster key from now on. Its window stays: its numbers go on.
+    pub(super) fn change_key(&mut self, id: &SessionId, key: SessionKey) {
+        if let Some(session) = self.known.get_mut(id) {
+            session.key = Some(key);
+        }
+    }
+
+    /// Cluster keys for which `counts` is false open nothing any more. Their sessions stay known, with their windows, so that
+    /// nothing of them is heard a second time.
+    pub(super) fn drop_keys(&mut self, counts: impl Fn(KeyId) -> bool) {
+        for session in self.known.values_mut() {
+            session.key.take_if(|key| !counts(key.id));
+        }
     }
 
     /// Returns whether an authentic datagram of a known session is new.
@@ -66,7 +87,7 @@ impl Sessions {
         if self.known.len() >= MAX_SESSIONS && !self.known.contains_key(&id) && !self.make_room(now) {
             return false;
         }
-        self.known.insert(id, Session { key, window: ReplayWindow::starting_at(number), heard_at: now });
+        self.known.insert(id, Session { key: Some(key), window: ReplayWindow::starting_at(number), heard_at: now });
         true
     }
 
@@ -111,14 +132,15 @@ impl Sessions {
 
 #[cfg(test)]
 mod tests {
-    use super::super::keys::Keys;
+    use super::super::keys::{Keys, Purpose};
     use super::*;
     use crate::cluster::ClusterKey;
 
     const ID: SessionId = [3; 16];
 
     fn key(id: &SessionId) -> SessionKey {
-        Keys::new(&ClusterKey::from_secret(&[1; 32]).expect("long enough"), "c").session(id)
+        let key = ClusterKey::from_secret(&[1; 32]).expect("long enough");
+        Keys::new(&key.into(), "c").sealing(id, Purpose::Gossip)
     }
 
     fn numbered(number: u64) -> SessionId {
@@ -146,9 +168,9 @@ mod tests {
             let heard = start + Duration::from_secs(wait);
             let cookie = sessions.cookie(&ID, heard);
             assert!(sessions.admit(ID, key(&ID), 0, heard));
-            assert!(sessions.key(&ID, heard + SESSION_IDLE).is_some());
+            assert!(sessions.is_known(&ID, heard + SESSION_IDLE));
             let forgotten = heard + SESSION_IDLE + Duration::from_secs(1);
-            assert!(sessions.key(&ID, forgotten).is_none());
+            assert!(!sessions.is_known(&ID, forgotten));
             assert!(!sessions.is_good(&cookie, &ID, forgotten));
             assert!(!sessions.is_good(&cookie, &ID, heard + CROWDED_IDLE));
         }
@@ -166,7 +188,7 @@ mod tests {
         assert!((1..MAX_SESSIONS as u64).all(|number| sessions.accept(&numbered(number), 1, later)));
         assert!(sessions.admit([9; 16], key(&ID), 0, later));
         assert_eq!(sessions.len(), MAX_SESSIONS);
-        assert!(sessions.key(&numbered(0), later).is_none(), "the silent one went");
+        assert!(!sessions.is_known(&numbered(0), later), "the silent one went");
         assert!(!sessions.admit([10; 16], key(&ID), 0, later));
     }
 }

@@ -3,13 +3,19 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::cluster::ClusterKey;
 
 const A: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)), 1);
 const B: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2)), 2);
 
 fn endpoint(secret: u8, cluster_id: &str, session: u8, now: Instant) -> Endpoint {
     let key = ClusterKey::from_secret(&[secret; 32]).expect("long enough");
-    Endpoint::new(&key, cluster_id, [session; 16], [session; 32], now)
+    endpoint_of(&key.into(), cluster_id, session, now)
+}
+
+fn endpoint_of(keys: &KeyRing, cluster_id: &str, session: u8, now: Instant) -> Endpoint {
+    let introduction = Introduction { cluster_id: cluster_id.into(), node_id: format!("n{session}") };
+    Endpoint::new(keys, introduction, [session; 16], [session; 32], now)
 }
 
 /// Carries datagrams to and fro until nobody answers, and returns the messages that arrived at `b` and `a`.
@@ -91,6 +97,88 @@ async fn another_key_or_cluster_is_neither_heard_nor_answered() {
 }
 
 #[tokio::test]
+async fn a_node_with_the_key_and_another_cluster_is_told_who_is_there_and_tells() {
+    let now = Instant::now();
+    let (mut a, mut b) = (endpoint(1, "mine", 1, now), endpoint(1, "other", 2, now));
+    let request = a.introduce(B);
+    let heard = hear(&mut b, A, &request, now);
+    let stranger =
+        |cluster_id: &str, node_id: &str| Introduction { cluster_id: cluster_id.into(), node_id: node_id.into() };
+    assert_eq!((heard.dropped, heard.stranger), (Some(DropReason::ForeignCluster), Some(stranger("mine", "n1"))));
+    let reply = heard.reply.expect("it answers");
+    assert!(reply.len() <= request.len() + 1, "it does not amplify");
+    let answer = hear(&mut a, B, &reply, now);
+    assert_eq!((answer.stranger, answer.reply), (Some(stranger("other", "n2")), None));
+    // Its own cluster has nothing to say to it, and strangers learn nothing.
+    assert_eq!(hear(&mut endpoint(1, "mine", 3, now), A, &request, now), Received::default());
+    let unknown = hear(&mut endpoint(2, "other", 4, now), A, &request, now);
+    assert_eq!(unknown, Received::dropped(DropReason::Unauthenticated));
+    assert_eq!(hear(&mut a, B, &request, now), Received::dropped(DropReason::Own));
+}
+
+#[tokio::test]
+async fn a_flood_of_introductions_is_answered_sparingly() {
+    let now = Instant::now();
+    let (mut a, mut b) = (endpoint(1, "mine", 1, now), endpoint(1, "other", 2, now));
+    let request = a.introduce(B);
+    let answers = (0..2000).filter(|_| hear(&mut b, A, &request, now).reply.is_some()).count();
+    assert_eq!(answers, MAX_CHALLENGES_PER_SECOND as usize);
+}
+
+fn ring(secrets: &[u8]) -> KeyRing {
+    use base64::Engine;
+    let line = |secret: &u8| base64::engine::general_purpose::STANDARD.encode([*secret; 32]);
+    let lines: Vec<String> = secrets.iter().map(line).collect();
+    KeyRing::parse(format!("{}\n{}", crate::cluster::key::LIST_HEAD, lines.join("\n")).as_bytes()).expect("a list")
+}
+
+/// Every order in which two nodes may take the steps, one step apart at most.
+#[tokio::test]
+async fn no_message_is_lost_while_the_keys_change() {
+    let steps = [ring(&[1]), ring(&[1, 2]), ring(&[2, 1]), ring(&[2])];
+    for first_mover in 0..2 {
+        let now = Instant::now();
+        let (mut a, mut b) = acquainted(now);
+        let greeting = b.seal(A, b"hello").expect("short");
+        exchange(&mut b, &mut a, greeting, now);
+        for step in &steps[1..] {
+            for mover in [first_mover, 1 - first_mover] {
+                if mover == 0 {
+                    a.set_keys(step)
+                } else {
+                    b.set_keys(step)
+                };
+                let there = a.seal(B, b"to b").expect("short");
+                assert_eq!(exchange(&mut a, &mut b, there, now)[0], [b"to b"]);
+                let back = b.seal(A, b"to a").expect("short");
+                assert_eq!(exchange(&mut b, &mut a, back, now)[0], [b"to a"]);
+            }
+        }
+        assert_eq!((a.sessions.len(), b.sessions.len()), (1, 1), "nobody had to be met anew");
+    }
+}
+
+#[tokio::test]
+async fn a_change_of_keys_lets_nothing_be_heard_twice() {
+    let now = Instant::now();
+    let (mut a, mut b) = acquainted(now);
+    let old = a.seal(B, b"old").expect("short").remove(0);
+    hear(&mut b, A, &old, now);
+    b.set_keys(&ring(&[1, 2]));
+    a.set_keys(&ring(&[1, 2]));
+    a.set_keys(&ring(&[2, 1]));
+    let new = a.seal(B, b"new").expect("short").remove(0);
+    assert_eq!(hear(&mut b, A, &new, now).message.as_deref(), Some(b"new".as_slice()));
+    for recorded in [&old, &new] {
+        assert_eq!(hear(&mut b, A, recorded, now), Received::dropped(DropReason::Replayed));
+    }
+    b.set_keys(&ring(&[2, 1]));
+    b.set_keys(&ring(&[2]));
+    assert_eq!(hear(&mut b, A, &old, now), Received::dropped(DropReason::Unauthenticated));
+    assert_eq!(hear(&mut b, A, &new, now), Received::dropped(DropReason::Replayed));
+}
+
+#[tokio::test]
 async fn a_datagram_is_delivered_once() {
     let now = Instant::now();
     let (mut a, mut b) = acquainted(now);
@@ -112,7 +200,7 @@ async fn a_recording_is_not_heard_after_its_session_was_forgotten() {
         recording.extend(datagrams.clone());
         exchange(&mut a, &mut b, datagrams, now);
     }
-    assert!(b.sessions.key(&[1; 16], start + Duration::from_secs(100)).is_some());
+    assert!(b.sessions.is_known(&[1; 16], start + Duration::from_secs(100)));
     // `a` is gone: its answer to the challenge does not come.
     let forgotten = start + Duration::from_secs(99 + 301);
     let mut later = endpoint(1, "c", 3, forgotten);

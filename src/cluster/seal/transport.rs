@@ -15,8 +15,9 @@ use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
 use super::squeeze::Squeezer;
-use super::{DropReason, Endpoint, MAX_DATAGRAM_BYTES};
-use crate::cluster::ClusterKey;
+use super::{DropReason, Endpoint, Introduction, MAX_DATAGRAM_BYTES, Received};
+use crate::cluster::KeyRing;
+use crate::cluster::problems::{Problems, Reason};
 use crate::observability::Metrics;
 
 /// Pause after a socket error, so that a lasting error does not keep a core busy.
@@ -46,24 +47,80 @@ impl Datagrams for UdpSocket {
     }
 }
 
-/// Gives chitchat sockets over the same datagrams. If it opens a second one, the second takes over.
+/// Gives chitchat sockets over the same datagrams. If it opens a second one, the second takes over. Cheap to clone.
+#[derive(Clone)]
 pub struct SealedTransport {
     datagrams: Arc<dyn Datagrams>,
     endpoint: Arc<Mutex<Endpoint>>,
     metrics: Arc<Metrics>,
+    problems: Problems,
 }
 
 impl SealedTransport {
     /// Draws a random session.
     pub fn new(
         datagrams: Arc<dyn Datagrams>,
-        key: &ClusterKey,
-        cluster_id: &str,
+        keys: &KeyRing,
+        introduction: Introduction,
         metrics: Arc<Metrics>,
+        problems: Problems,
     ) -> Result<Self, NoRandomness> {
         let (session, secret) = (random()?, random()?);
-        let endpoint = Endpoint::new(key, cluster_id, session, secret, Instant::now());
-        Ok(Self { datagrams, endpoint: Arc::new(Mutex::new(endpoint)), metrics })
+        let endpoint = Endpoint::new(keys, introduction, session, secret, Instant::now());
+        Ok(Self { datagrams, endpoint: Arc::new(Mutex::new(endpoint)), metrics, problems })
+    }
+
+    /// Uses these keys from now on.
+    pub fn set_keys(&self, keys: &KeyRing) {
+        self.endpoint.lock().set_keys(keys);
+    }
+
+    /// Tells whoever is there, and has the key, who this node is.
+    pub async fn introduce(&self, to: SocketAddr) {
+        let datagram = self.endpoint.lock().introduce(to);
+        self.send(&datagram, to).await;
+    }
+
+    async fn send(&self, datagram: &[u8], to: SocketAddr) {
+        match self.datagrams.send(datagram, to).await {
+            Ok(()) => {
+                self.metrics.gossip_bytes.with(["sent"]).inc_by(datagram.len() as u64);
+            }
+            Err(error) => {
+                self.count_drop(DropReason::Unsent);
+                self.problems.event(Reason::Unsent, to, || error.to_string());
+            }
+        }
+    }
+
+    fn count_drop(&self, reason: DropReason) {
+        self.metrics.gossip_drops.with([reason.label()]).inc();
+    }
+
+    /// Tells people what a datagram says of the nodes that are there.
+    fn note(&self, from: SocketAddr, received: &Received) {
+        let heard = received.message.as_ref().map(|_| from);
+        heard.into_iter().chain(received.answered).for_each(|addr| self.problems.heard(addr));
+        if let Some(Introduction { cluster_id, node_id }) = &received.stranger {
+            let detail = || format!("cluster_id `{cluster_id}`, node_id `{node_id}`");
+            return self.problems.event(Reason::ForeignCluster, from, detail);
+        }
+        let reason = match received.dropped {
+            Some(DropReason::Unauthenticated) => Reason::ForeignKey,
+            Some(DropReason::Malformed) => Reason::Unreadable,
+            Some(DropReason::Unproven) => Reason::Unproven,
+            Some(DropReason::Replayed) => Reason::Replayed,
+            Some(
+                DropReason::ForeignCluster
+                | DropReason::Own
+                | DropReason::Crowded
+                | DropReason::Incomplete
+                | DropReason::Oversized
+                | DropReason::Unsent,
+            )
+            | None => return,
+        };
+        self.problems.event(reason, from, String::new);
     }
 }
 
@@ -82,9 +139,7 @@ impl Transport for SealedTransport {
     /// The address has been bound already.
     async fn open(&self, _: SocketAddr) -> anyhow::Result<Box<dyn Socket>> {
         Ok(Box::new(SealedSocket {
-            datagrams: Arc::clone(&self.datagrams),
-            endpoint: Arc::clone(&self.endpoint),
-            metrics: Arc::clone(&self.metrics),
+            transport: self.clone(),
             squeezer: Squeezer::new()?,
             // One byte more than allowed shows that a datagram was cut.
             buffer: Box::new([0; MAX_DATAGRAM_BYTES + 1]),
@@ -93,9 +148,7 @@ impl Transport for SealedTransport {
 }
 
 struct SealedSocket {
-    datagrams: Arc<dyn Datagrams>,
-    endpoint: Arc<Mutex<Endpoint>>,
-    metrics: Arc<Metrics>,
+    transport: SealedTransport,
     squeezer: Squeezer,
     buffer: Box<[u8; MAX_DATAGRAM_BYTES + 1]>,
 }
@@ -104,20 +157,20 @@ struct SealedSocket {
 impl Socket for SealedSocket {
     async fn send(&mut self, to: SocketAddr, message: ChitchatMessage) -> anyhow::Result<()> {
         let squeezed = self.squeezer.squeeze(&message.serialize_to_vec());
-        let sealed = self.endpoint.lock().seal(to, &squeezed);
+        let sealed = self.transport.endpoint.lock().seal(to, &squeezed);
         let Some(datagrams) = sealed else {
-            self.count_drop(DropReason::Oversized);
+            self.transport.count_drop(DropReason::Oversized);
             return Ok(());
         };
         for datagram in &datagrams {
-            self.send_datagram(datagram, to).await;
+            self.transport.send(datagram, to).await;
         }
         Ok(())
     }
 
     async fn recv(&mut self) -> anyhow::Result<(SocketAddr, ChitchatMessage)> {
         loop {
-            let (len, from) = match self.datagrams.receive(&mut self.buffer[..]).await {
+            let (len, from) = match self.transport.datagrams.receive(&mut self.buffer[..]).await {
                 Ok(received) => received,
                 Err(error) => {
                     tracing::debug!(%error, "error on the gossip socket");
@@ -126,46 +179,29 @@ impl Socket for SealedSocket {
                 }
             };
             // No await between here and the return of a message: chitchat may drop this future at any await.
-            self.metrics.gossip_bytes.with(["received"]).inc_by(len as u64);
+            self.transport.metrics.gossip_bytes.with(["received"]).inc_by(len as u64);
             let (received, incomplete) = {
-                let mut endpoint = self.endpoint.lock();
+                let mut endpoint = self.transport.endpoint.lock();
                 let received = endpoint.receive(from, &mut self.buffer[..len], Instant::now());
                 (received, endpoint.take_incomplete())
             };
             if incomplete > 0 {
-                self.metrics.gossip_drops.with([DropReason::Incomplete.label()]).inc_by(incomplete);
+                self.transport.metrics.gossip_drops.with([DropReason::Incomplete.label()]).inc_by(incomplete);
             }
             if let Some(reason) = received.dropped {
-                self.count_drop(reason);
+                self.transport.count_drop(reason);
             }
+            self.transport.note(from, &received);
             if let Some(message) = received.message {
                 let expanded = self.squeezer.expand(&message);
                 match expanded.and_then(|mut message| ChitchatMessage::deserialize(&mut message).ok()) {
                     Some(message) => return Ok((from, message)),
-                    None => self.count_drop(DropReason::Malformed),
+                    None => self.transport.count_drop(DropReason::Malformed),
                 }
             }
             if let Some(reply) = received.reply {
-                self.send_datagram(&reply, from).await;
+                self.transport.send(&reply, from).await;
             }
         }
-    }
-}
-
-impl SealedSocket {
-    async fn send_datagram(&self, datagram: &[u8], to: SocketAddr) {
-        match self.datagrams.send(datagram, to).await {
-            Ok(()) => {
-                self.metrics.gossip_bytes.with(["sent"]).inc_by(datagram.len() as u64);
-            }
-            Err(error) => {
-                tracing::debug!(%to, %error, "cannot send gossip");
-                self.count_drop(DropReason::Unsent);
-            }
-        }
-    }
-
-    fn count_drop(&self, reason: DropReason) {
-        self.metrics.gossip_drops.with([reason.label()]).inc();
     }
 }

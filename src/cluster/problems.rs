@@ -1,0 +1,488 @@
+//! What keeps this node and others apart, for the people who look after them: every problem with its reason and its sources,
+//! in the log, in `/cluster` and as a metric.
+//!
+//! Strangers can cause as many events as they like, under as many addresses: what is kept of each reason is bounded, and so is
+//! what is logged. Sources that the operator has configured push others out.
+//!
+//! The log is pure, with the time passed in; `Problems` is its handle. Knows nothing of how problems are found.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::observability::Metrics;
+
+/// Sources kept of each reason.
+const MAX_SOURCES: usize = 8;
+/// An event that does not happen again for so long is over.
+const FADE: Duration = Duration::from_secs(90);
+/// From one line about a reason to the next, and to the next with the same sources.
+const LOG_SPACING: Duration = Duration::from_secs(60);
+const LOG_REPEAT: Duration = Duration::from_secs(600);
+
+/// Why a node and others do not work together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    /// Peers are configured, and none is heard.
+    Alone,
+    /// A configured peer has never answered.
+    Unheard,
+    /// A configured peer's name has no address.
+    Unresolved,
+    ForeignKey,
+    ForeignCluster,
+    ForeignProtocol,
+    /// Datagrams that are no gossip.
+    Unreadable,
+    /// Datagrams whose sender does not answer challenges.
+    Unproven,
+    Replayed,
+    /// The operating system does not send gossip.
+    Unsent,
+    /// A peer gossips and cannot be called.
+    Unreachable,
+    /// A certificate is refused, here or there.
+    Untrusted,
+    /// A file has changed and cannot be used.
+    RefusedFile,
+    /// A later process has this node's name.
+    NameTaken,
+}
+
+impl Reason {
+    pub const ALL: [Reason; 14] = [
+        Reason::Alone,
+        Reason::Unheard,
+        Reason::Unresolved,
+        Reason::ForeignKey,
+        Reason::ForeignCluster,
+        Reason::ForeignProtocol,
+        Reason::Unreadable,
+        Reason::Unproven,
+        Reason::Replayed,
+        Reason::Unsent,
+        Reason::Unreachable,
+        Reason::Untrusted,
+        Reason::RefusedFile,
+        Reason::NameTaken,
+    ];
+
+    /// As a metric's label, in logs and in JSON.
+    pub fn label(self) -> &'static str {
+        match self {
+            Reason::Alone => "alone",
+            Reason::Unheard => "unheard",
+            Reason::Unresolved => "unresolved",
+            Reason::ForeignKey => "foreign_key",
+            Reason::ForeignCluster => "foreign_cluster",
+            Reason::ForeignProtocol => "foreign_protocol",
+            Reason::Unreadable => "unreadable",
+            Reason::Unproven => "unproven",
+            Reason::Replayed => "replayed",
+            Reason::Unsent => "unsent",
+            Reason::Unreachable => "unreachable",
+            Reason::Untrusted => "untrusted",
+            Reason::RefusedFile => "refused_file",
+            Reason::NameTaken => "name_taken",
+        }
+    }
+
+    /// What it means and what to look at, as the log says it.
+    fn explanation(self) -> &'static str {
+        match self {
+            Reason::Alone => "this node hears none of its configured peers: it serves as a cluster of one",
+            Reason::Unheard => {
+                "configured peers have never answered: they may be down, out of reach, or have another cluster key"
+            }
+            Reason::Unresolved => "names of configured peers do not resolve",
+            Reason::ForeignKey => {
+                "gossip cannot be opened with the keys of cluster_key_file: its sender has another key (or an older version with \
+                 another cluster_id)"
+            }
+            Reason::ForeignCluster => "nodes with this cluster key and another cluster_id send gossip here",
+            Reason::ForeignProtocol => "nodes of this cluster speak another version of the protocol between nodes",
+            Reason::Unreadable => "what arrives at gossip_addr is not gossip, or gossip of another version",
+            Reason::Unproven => {
+                "gossip can be opened, but its sender does not answer: it does not hear this node, or somebody repeats old gossip"
+            }
+            Reason::Replayed => {
+                "gossip arrives again and again: somebody repeats it, or two nodes run from one snapshot"
+            }
+            Reason::Unsent => "the operating system does not send gossip",
+            Reason::Unreachable => "peers gossip, but cannot be called at their peer_addr",
+            Reason::Untrusted => "certificates between nodes are refused: see cluster_key_file and peer_tls_ca_file",
+            Reason::RefusedFile => "files have changed and cannot be used: what was read before stays in use",
+            Reason::NameTaken => "a later process uses this node's node_id: the others no longer see this one",
+        }
+    }
+
+    /// Events of one source before it counts, and the time that they must span: one datagram may be damaged on its way, and
+    /// whoever has just started is not proven yet.
+    fn threshold(self) -> (u64, Duration) {
+        match self {
+            Reason::ForeignKey | Reason::Unreadable | Reason::Unsent | Reason::Untrusted => (3, Duration::ZERO),
+            Reason::Unproven => (5, Duration::from_secs(5)),
+            Reason::Replayed => (20, Duration::from_secs(5)),
+            Reason::Alone
+            | Reason::Unheard
+            | Reason::Unresolved
+            | Reason::ForeignCluster
+            | Reason::ForeignProtocol
+            | Reason::Unreachable
+            | Reason::RefusedFile
+            | Reason::NameTaken => (1, Duration::ZERO),
+        }
+    }
+
+    /// Whether it ends as soon as its source is heard.
+    fn ends_when_heard(self) -> bool {
+        matches!(self, Reason::ForeignKey | Reason::ForeignCluster | Reason::Unproven | Reason::Unsent)
+    }
+}
+
+/// A problem as operators see it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Problem {
+    pub reason: Reason,
+    /// An address, a configured peer, the name of a node, or a key of the configuration; empty when it is this node itself.
+    pub source: String,
+    pub detail: String,
+    /// Times that it happened, or was found again.
+    pub count: u64,
+    /// Since it happened first and last.
+    pub since_seconds: f64,
+    pub age_seconds: f64,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Source {
+    Addr(SocketAddr),
+    Name(String),
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Source::Addr(addr) => addr.fmt(f),
+            Source::Name(name) => f.write_str(name),
+        }
+    }
+}
+
+struct Entry {
+    source: Source,
+    detail: String,
+    count: u64,
+    first: Instant,
+    last: Instant,
+    is_expected: bool,
+}
+
+/// All of one reason.
+#[derive(Default)]
+struct Group {
+    entries: Vec<Entry>,
+    /// Events of sources for which there was no room, and the last of them.
+    others: u64,
+    others_at: Option<Instant>,
+    logged_at: Option<Instant>,
+    logged: Vec<Source>,
+}
+
+/// What is wrong now. The pure core.
+struct ProblemLog {
+    groups: Vec<Group>,
+    /// Addresses that the operator has configured.
+    expected: BTreeSet<SocketAddr>,
+    /// Those of them that have ever answered.
+    answered: BTreeSet<SocketAddr>,
+    /// Those of them that do not answer now, and what a call to the same TCP port came to.
+    silent: BTreeMap<SocketAddr, String>,
+}
+
+/// A line for the log.
+#[derive(Debug, PartialEq, Eq)]
+enum Line {
+    Begun { reason: Reason, sources: String, events: u64, others: u64 },
+    Over { reason: Reason },
+}
+
+impl ProblemLog {
+    fn new() -> Self {
+        let groups = Reason::ALL.iter().map(|_| Group::default()).collect();
+        Self { groups, expected: BTreeSet::new(), answered: BTreeSet::new(), silent: BTreeMap::new() }
+    }
+
+    /// Something happened once more. `detail` is asked for when the source is new.
+    fn event(&mut self, reason: Reason, source: Source, detail: impl FnOnce() -> String, now: Instant) {
+        if let Source::Addr(addr) = &source
+            && reason == Reason::ForeignKey
+            && self.group(Reason::ForeignCluster).has(&Source::Addr(*addr), now)
+        {
+            // Its sender has told why it cannot be opened.
+            return;
+        }
+        if reason == Reason::ForeignCluster {
+            self.group_mut(Reason::ForeignKey).entries.retain(|entry| entry.source != source);
+        }
+        let is_expected = matches!(&source, Source::Addr(addr) if self.expected.contains(addr));
+        let group = self.group_mut(reason);
+        if let Some(entry) = group.entries.iter_mut().find(|entry| entry.source == source) {
+            if is_over(entry, now) {
+                (entry.count, entry.first, entry.detail) = (0, now, detail());
+            }
+            (entry.count, entry.last) = (entry.count + 1, now);
+        } else if group.make_room(is_expected, now) {
+            group.entries.push(Entry { source, detail: detail(), count: 1, first: now, last: now, is_expected });
+        } else {
+            (group.others, group.others_at) = (group.others_now(now) + 1, Some(now));
+        }
+    }
+
+    /// All that is so at present, of a reason that is looked for again and again.
+    fn state(&mut self, reason: Reason, found: Vec<(String, String)>, now: Instant) {
+        let group = self.group_mut(reason);
+        (group.others, group.others_at) = (found.len().saturating_sub(MAX_SOURCES) as u64, Some(now));
+        let before = std::mem::take(&mut group.entries);
+        let entry = |(name, detail): (String, String)| {
+            let source = Source::Name(name);
+            let known = before.iter().find(|entry| entry.source == source);
+            let (count, first) = known.map_or((0, now), |entry| (entry.count, entry.first));
+            Entry { source, detail, count: count + 1, first, last: now, is_expected: true }
+        };
+        group.entries = found.into_iter().take(MAX_SOURCES).map(entry).collect();
+    }
+
+    /// An address is heard: a node with our key and our cluster's name.
+    fn heard(&mut self, addr: SocketAddr) {
+        if self.expected.contains(&addr) {
+            self.answered.insert(addr);
+        }
+        for reason in Reason::ALL.into_iter().filter(|reason| reason.ends_when_heard()) {
+            let entries = &mut self.group_mut(reason).entries;
+            if !entries.is_empty() {
+                entries.retain(|entry| entry.source != Source::Addr(addr));
+            }
+        }
+    }
+
+    fn expect(&mut self, addrs: BTreeSet<SocketAddr>) {
+        self.answered.retain(|addr| addrs.contains(addr));
+        self.expected = addrs;
+    }
+
+    fn group(&self, reason: Reason) -> &Group {
+        &self.groups[reason as usize]
+    }
+
+    fn group_mut(&mut self, reason: Reason) -> &mut Group {
+        &mut self.groups[reason as usize]
+    }
+
+    /// What is wrong now, reason by reason.
+    fn list(&self, now: Instant) -> Vec<Problem> {
+        let of = |reason: Reason| {
+            self.group(reason).visible(reason, now).map(move |entry| Problem {
+                reason,
+                source: entry.source.to_string(),
+                detail: entry.detail.clone(),
+                count: entry.count,
+                since_seconds: now.saturating_duration_since(entry.first).as_secs_f64(),
+                age_seconds: now.saturating_duration_since(entry.last).as_secs_f64(),
+            })
+        };
+        Reason::ALL.into_iter().flat_map(of).collect()
+    }
+
+    /// The lines that are due. A reason has at most one in a minute.
+    fn lines(&mut self, now: Instant) -> Vec<Line> {
+        Reason::ALL.into_iter().filter_map(|reason| self.group_mut(reason).line(reason, now)).collect()
+    }
+}
+
+fn is_over(entry: &Entry, now: Instant) -> bool {
+    now.saturating_duration_since(entry.last) > FADE
+}
+
+impl Group {
+    fn has(&self, source: &Source, now: Instant) -> bool {
+        self.entries.iter().any(|entry| entry.source == *source && !is_over(entry, now))
+    }
+
+    /// False when the newcomer has to stay outside.
+    fn make_room(&mut self, is_expected: bool, now: Instant) -> bool {
+        if self.entries.len() < MAX_SOURCES {
+            return true;
+        }
+        let may_go = |entry: &Entry| is_over(entry, now) || (is_expected && !entry.is_expected);
+        let victim = self.entries.iter().position(may_go);
+        victim.map(|at| self.entries.remove(at)).is_some()
+    }
+
+    fn others_now(&self, now: Instant) -> u64 {
+        let is_recent = self.others_at.is_some_and(|at| now.saturating_duration_since(at) <= FADE);
+        if is_recent { self.others } else { 0 }
+    }
+
+    fn visible(&self, reason: Reason, now: Instant) -> impl Iterator<Item = &Entry> {
+        let (count, span) = reason.threshold();
+        // Whoever sends from ever other addresses does not hide by that.
+        let is_crowded = self.others_now(now) >= count;
+        self.entries.iter().filter(move |entry| {
+            let is_settled = entry.count >= count && entry.last.saturating_duration_since(entry.first) >= span;
+            !is_over(entry, now) && (is_settled || is_crowded)
+        })
+    }
+
+    fn line(&mut self, reason: Reason, now: Instant) -> Option<Line> {
+        let seen: Vec<&Entry> = self.visible(reason, now).collect();
+        let sources: Vec<Source> = seen.iter().map(|entry| entry.source.clone()).collect();
+        let since = self.logged_at.map(|at| now.saturating_duration_since(at));
+        if seen.is_empty() {
+            let was_logged = !self.logged.is_empty();
+            self.entries.retain(|entry| !is_over(entry, now));
+            self.logged.clear();
+            return was_logged.then_some(Line::Over { reason });
+        }
+        let spacing = if sources == self.logged { LOG_REPEAT } else { LOG_SPACING };
+        if since.is_some_and(|since| since < spacing) {
+            return None;
+        }
+        let describe = |entry: &&Entry| match (entry.source.to_string(), entry.detail.as_str()) {
+            (source, "") => source,
+            (source, detail) if source.is_empty() => detail.to_owned(),
+            (source, detail) => format!("{source} ({detail})"),
+        };
+        let line = Line::Begun {
+            reason,
+            sources: seen.iter().map(describe).collect::<Vec<_>>().join(", "),
+            events: seen.iter().map(|entry| entry.count).sum(),
+            others: self.others_now(now),
+        };
+        (self.logged_at, self.logged) = (Some(now), sources);
+        Some(line)
+    }
+}
+
+/// Handle to what is wrong. Cheap to clone.
+#[derive(Clone)]
+pub struct Problems(Arc<Mutex<ProblemLog>>);
+
+impl Default for Problems {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(ProblemLog::new())))
+    }
+}
+
+impl Problems {
+    /// Something happened that comes from this address. `detail` is asked for when the source is new.
+    pub fn event(&self, reason: Reason, from: SocketAddr, detail: impl FnOnce() -> String) {
+        self.0.lock().event(reason, Source::Addr(from), detail, Instant::now());
+    }
+
+    /// Something happened at a source that is no address of gossip.
+    pub fn event_at(&self, reason: Reason, source: &str, detail: impl FnOnce() -> String) {
+        self.0.lock().event(reason, Source::Name(source.to_owned()), detail, Instant::now());
+    }
+
+    /// All that is so at present, as (source, detail), of a reason that is looked for again and again.
+    pub fn state(&self, reason: Reason, found: Vec<(String, String)>) {
+        self.0.lock().state(reason, found, Instant::now());
+    }
+
+    /// A node of this cluster is heard from, or has answered at, this address.
+    pub fn heard(&self, addr: SocketAddr) {
+        self.0.lock().heard(addr);
+    }
+
+    /// The addresses that the operator has configured.
+    pub fn expect(&self, addrs: BTreeSet<SocketAddr>) {
+        self.0.lock().expect(addrs);
+    }
+
+    /// Which of these, expected before, has ever answered.
+    pub fn has_answered(&self, addr: &SocketAddr) -> bool {
+        self.0.lock().answered.contains(addr)
+    }
+
+    /// Of the expected addresses, those that do not answer now.
+    pub fn set_silent(&self, addrs: BTreeSet<SocketAddr>) {
+        let silent = &mut self.0.lock().silent;
+        let before = std::mem::take(silent);
+        *silent = addrs.into_iter().map(|addr| (addr, before.get(&addr).cloned().unwrap_or_default())).collect();
+    }
+
+    pub fn silent(&self) -> Vec<SocketAddr> {
+        self.0.lock().silent.keys().copied().collect()
+    }
+
+    /// Says more of a silent address.
+    pub fn explain(&self, addr: SocketAddr, detail: String) {
+        if let Some(known) = self.0.lock().silent.get_mut(&addr) {
+            *known = detail;
+        }
+    }
+
+    /// What is known of a silent address; empty when nothing is.
+    pub fn explanation(&self, addr: &SocketAddr) -> String {
+        self.0.lock().silent.get(addr).cloned().unwrap_or_default()
+    }
+
+    /// The source is well in this respect.
+    pub fn clear(&self, reason: Reason, source: &str) {
+        let mut log = self.0.lock();
+        log.group_mut(reason).entries.retain(|entry| !matches!(&entry.source, Source::Name(name) if name == source));
+    }
+
+    /// What is wrong now.
+    pub fn list(&self) -> Vec<Problem> {
+        self.0.lock().list(Instant::now())
+    }
+
+    /// Logs what is due and counts what is wrong. To be called every second or so.
+    pub fn publish(&self, metrics: &Metrics) {
+        let (lines, problems) = {
+            let (mut log, now) = (self.0.lock(), Instant::now());
+            (log.lines(now), log.list(now))
+        };
+        for reason in Reason::ALL {
+            let count = problems.iter().filter(|problem| problem.reason == reason).count();
+            metrics.cluster_problems.with([reason.label()]).set(count as f64);
+        }
+        for line in lines {
+            match line {
+                Line::Begun { reason: Reason::NameTaken, .. } => {
+                    tracing::error!(reason = Reason::NameTaken.label(), "{}", Reason::NameTaken.explanation());
+                }
+                Line::Begun { reason, sources, events, others } => {
+                    tracing::warn!(reason = reason.label(), sources, events, others, "{}", reason.explanation());
+                }
+                Line::Over { reason } => tracing::info!(reason = reason.label(), "a problem of the cluster is over"),
+            }
+        }
+    }
+}
+
+/// An error and what is behind it. Some say what is behind them as well; that is not repeated.
+pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut told = Vec::<String>::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        if told.last().is_none_or(|last| !last.contains(&text)) {
+            told.push(text);
+        }
+        next = error.source();
+    }
+    told.join(": ")
+}
+
+#[cfg(test)]
+#[path = "problems_tests.rs"]
+mod tests;

@@ -1,0 +1,175 @@
+//! Whether the peers that gossip can be called as well, and what answers over TCP where gossip does not: found out before a
+//! client's request depends on it. Each peer's connection is open by then.
+//!
+//! Knows nothing of requests; what it finds goes to `Problems`.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::stream::{FuturesUnordered, StreamExt};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
+use tokio_util::sync::CancellationToken;
+
+use super::problems::{Problems, Reason, causes};
+use super::tls::{self, PeerTls};
+use super::transport::PeerTransport;
+use super::{ClusterView, JournalKey, Peer};
+use crate::types::{Failure, FailureKind, NodeId, NodeState, watch};
+
+const INTERVAL: Duration = Duration::from_secs(1);
+/// From one call of a peer to the next, and after one that failed.
+const RECHECK: Duration = Duration::from_secs(30);
+const RETRY: Duration = Duration::from_secs(5);
+/// Calls that fail in a row before it is told: a peer may just have died.
+const FAILURES: u32 = 2;
+/// At one time, of each kind.
+const MAX_CALLS: usize = 8;
+/// For a handshake with an address that may be anybody's.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
+
+pub struct Reach {
+    pub transport: Arc<dyn PeerTransport>,
+    pub tls: PeerTls,
+    pub connect_timeout: Duration,
+    pub view: watch::Receiver<Arc<ClusterView>>,
+    pub problems: Problems,
+}
+
+/// One process at one address.
+type Process = (NodeId, u64, SocketAddr);
+
+/// What calls of one process have come to.
+struct Standing {
+    next: Instant,
+    failures: u32,
+    /// Why the last one failed.
+    detail: String,
+}
+
+impl Reach {
+    /// Calls every peer now and then, until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut ticks = interval(INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut peers: BTreeMap<Process, Standing> = BTreeMap::new();
+        let mut dialled: BTreeMap<SocketAddr, Instant> = BTreeMap::new();
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            let round = async {
+                tokio::join!(self.call_peers(&mut peers), self.dial_silent(&mut dialled));
+            };
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                () = round => {}
+            }
+        }
+    }
+
+    async fn call_peers(&self, peers: &mut BTreeMap<Process, Standing>) {
+        let (view, now) = (self.view.borrow().clone(), Instant::now());
+        let stays = |peer: &&Arc<Peer>| !matches!(peer.report.state, NodeState::Draining | NodeState::Stopped);
+        let present: BTreeMap<Process, Arc<Peer>> =
+            view.peers.values().filter(stays).map(|peer| (process(peer), peer.clone())).collect();
+        for (id, ..) in peers.keys().filter(|process| !present.contains_key(*process)) {
+            self.problems.clear(Reason::Untrusted, id.as_str());
+        }
+        peers.retain(|process, _| present.contains_key(process));
+        for process in present.keys() {
+            peers.entry(process.clone()).or_insert(Standing { next: now, failures: 0, detail: String::new() });
+        }
+        let due = peers.iter().filter(|(_, standing)| standing.next <= now).take(MAX_CALLS);
+        let calls: FuturesUnordered<_> =
+            due.map(|(process, _)| self.call(process.clone(), &present[process])).collect();
+        for (process, result) in calls.collect::<Vec<_>>().await {
+            let standing = peers.get_mut(&process).expect("it was called");
+            self.learn(process.0.as_str(), standing, result);
+        }
+        let failing = peers.iter().filter(|(_, standing)| standing.failures >= FAILURES && !standing.detail.is_empty());
+        let found = failing.map(|((id, ..), standing)| (id.to_string(), standing.detail.clone()));
+        self.problems.state(Reason::Unreachable, found.collect());
+    }
+
+    async fn call(&self, process: Process, peer: &Peer) -> (Process, Result<(), Failure>) {
+        // A call like any other, to which there is nothing to say.
+        let key = JournalKey::new("", "reach", 0);
+        (process, self.transport.lookup(peer, key).await.map(drop))
+    }
+
+    fn learn(&self, name: &str, standing: &mut Standing, result: Result<(), Failure>) {
+        let failure = result.err().filter(|failure| match failure.kind {
+            FailureKind::PeerUnreachable | FailureKind::PeerDisconnected | FailureKind::PeerStalled => true,
+            // It answers, so it is reached.
+            FailureKind::InvalidRequest
+            | FailureKind::Unauthenticated
+            | FailureKind::RateLimited
+            | FailureKind::Overloaded
+            | FailureKind::DeadlineExceeded
+            | FailureKind::Cancelled
+            | FailureKind::EngineFailed
+            | FailureKind::NumericsInvalid
+            | FailureKind::NumericsSuspect
+            | FailureKind::OutOfMemory
+            | FailureKind::Internal => false,
+        });
+        let Some(failure) = failure else {
+            *standing = Standing { next: Instant::now() + RECHECK, failures: 0, detail: String::new() };
+            return self.problems.clear(Reason::Untrusted, name);
+        };
+        standing.next = Instant::now() + RETRY;
+        standing.failures += 1;
+        if tls::is_distrust(&failure) {
+            // Told as what it is.
+            standing.detail.clear();
+            self.problems.event_at(Reason::Untrusted, name, || causes(&failure));
+        } else {
+            standing.detail = causes(&failure);
+            self.problems.clear(Reason::Untrusted, name);
+        }
+    }
+
+    /// Calls the TCP ports beside silent gossip addresses: by default a node has both there.
+    async fn dial_silent(&self, dialled: &mut BTreeMap<SocketAddr, Instant>) {
+        let (silent, now) = (self.problems.silent(), Instant::now());
+        dialled.retain(|addr, _| silent.contains(addr));
+        let is_due =
+            |addr: &&SocketAddr| dialled.get(*addr).is_none_or(|at| now.saturating_duration_since(*at) >= RECHECK);
+        let due: Vec<SocketAddr> = silent.iter().filter(is_due).take(MAX_CALLS).copied().collect();
+        dialled.extend(due.iter().map(|addr| (*addr, now)));
+        let calls: FuturesUnordered<_> =
+            due.into_iter().map(|addr| async move { (addr, self.dial(addr).await) }).collect();
+        for (addr, found) in calls.collect::<Vec<_>>().await {
+            self.problems.explain(addr, found);
+        }
+    }
+
+    /// What a silent address says over TCP.
+    async fn dial(&self, addr: SocketAddr) -> String {
+        let stream = match timeout(self.connect_timeout, TcpStream::connect(addr)).await {
+            Err(_) => return "no answer over TCP either: the host is down or out of reach".into(),
+            Ok(Err(error)) => return format!("no answer over UDP, and over TCP: {error}"),
+            Ok(Ok(stream)) => stream,
+        };
+        match timeout(HANDSHAKE_TIMEOUT, self.tls.connect(stream)).await {
+            Err(_) => "it takes TCP connections and does not answer as a node would".into(),
+            Ok(Err(error)) if tls::is_distrust(&error) => {
+                "it has another cluster key, or certificates of another authority".into()
+            }
+            Ok(Err(error)) => format!("it takes TCP connections and does not answer as a node would: {error}"),
+            Ok(Ok(_)) => {
+                "it has the same key and answers over TCP: UDP does not pass between the nodes, or its cluster_id is another".into()
+            }
+        }
+    }
+}
+
+fn process(peer: &Peer) -> Process {
+    (peer.id.clone(), peer.incarnation, peer.description.peer_addr)
+}

@@ -1,0 +1,145 @@
+//! Reads the key file and the certificate files again when they change, so that neither needs a restart. What cannot be used
+//! changes nothing, and is told.
+//!
+//! A list of keys is taken only if it and the one before hear each other: nodes never change at the same moment, so a list
+//! that fails this would cut this node off.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use sha2::{Digest, Sha256};
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use super::key::{ClusterKeyError, KeyId, KeyRing};
+use super::membership::Membership;
+use super::problems::{Reason, causes};
+use super::tls::{PeerTls, PeerTlsError};
+use super::{Config, Problems};
+
+/// From one look at the files to the next. Their contents are compared: mounted secrets change in ways that times of files
+/// do not show.
+const INTERVAL: Duration = Duration::from_secs(2);
+
+/// The keys in use. Cheap to clone; clones change together.
+#[derive(Clone)]
+pub struct CurrentKeys(Arc<ArcSwap<KeyRing>>);
+
+impl CurrentKeys {
+    pub fn new(keys: KeyRing) -> Self {
+        Self(Arc::new(ArcSwap::from_pointee(keys)))
+    }
+
+    pub fn get(&self) -> KeyRing {
+        KeyRing::clone(&self.0.load())
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ReloadError {
+    #[error(transparent)]
+    Key(#[from] ClusterKeyError),
+    #[error(transparent)]
+    Tls(#[from] PeerTlsError),
+    #[error(
+        "cluster_key_file: other nodes would not hear this one with the keys {next:?} after {current:?}. Add the new key as the \
+         second on every node, then make it the first on every node, then remove the old one; or restart all nodes together"
+    )]
+    TooFar { current: Vec<KeyId>, next: Vec<KeyId> },
+}
+
+/// What is read, and who is told.
+pub struct Reload {
+    pub config: Config,
+    pub key_file: PathBuf,
+    pub keys: CurrentKeys,
+    pub tls: PeerTls,
+    pub membership: Arc<Membership>,
+    pub problems: Problems,
+}
+
+/// Of all files; an unreadable one has no contents.
+type Contents = [u8; 32];
+
+impl Reload {
+    /// Until `shutdown`.
+    pub async fn run(self, shutdown: CancellationToken) {
+        let mut ticks = interval(INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        // The files may have changed since they were read; taking the same ones again changes nothing.
+        let mut used: Option<Contents> = None;
+        let mut seen: Option<Contents> = None;
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                _ = ticks.tick() => {}
+            }
+            let files = self.files();
+            let Ok(contents) = tokio::task::spawn_blocking(move || digest(&files)).await else { continue };
+            if used == Some(contents) {
+                self.problems.state(Reason::RefusedFile, Vec::new());
+                continue;
+            }
+            // A file that is being written is looked at again before it is judged.
+            let is_settled = seen.replace(contents) == Some(contents);
+            match self.take().await {
+                Ok(()) => used = Some(contents),
+                Err(error) if is_settled => {
+                    self.problems.state(Reason::RefusedFile, vec![(String::new(), causes(&error))]);
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    fn files(&self) -> Vec<PathBuf> {
+        let Config { peer_tls_cert_file, peer_tls_key_file, peer_tls_ca_file, .. } = &self.config;
+        let certificates = [peer_tls_cert_file, peer_tls_key_file, peer_tls_ca_file];
+        std::iter::once(&self.key_file).chain(certificates.into_iter().flatten()).cloned().collect()
+    }
+
+    async fn take(&self) -> Result<(), ReloadError> {
+        let (config, key_file, tls) = (self.config.clone(), self.key_file.clone(), self.tls.clone());
+        let current = self.keys.get();
+        let read = move || {
+            let next = KeyRing::from_file(&key_file)?;
+            if !next.is_heard_by(&current) {
+                return Err(ReloadError::TooFar { current: current.ids(), next: next.ids() });
+            }
+            tls.replace(&config, &next)?;
+            Ok((current, next))
+        };
+        let Ok(read) = tokio::task::spawn_blocking(read).await else { return Ok(()) };
+        let (before, next) = read?;
+        if before.ids() != next.ids() {
+            tracing::info!(before = ?before.ids(), keys = ?next.ids(), "the cluster keys have changed");
+            self.membership.set_keys(&next);
+            self.keys.0.store(Arc::new(next));
+        }
+        Ok(())
+    }
+}
+
+fn digest(files: &[PathBuf]) -> Contents {
+    let mut digest = Sha256::new();
+    for file in files {
+        let contents = std::fs::read(file).ok();
+        digest.update([u8::from(contents.is_some())]);
+        digest.update(Sha256::digest(contents.unwrap_or_default()));
+    }
+    digest.finalize().into()
+}
+
+/// Says that others of the machine can read or change the secret, if so.
+pub fn check_permissions(key_file: &Path) {
+    use std::os::unix::fs::PermissionsExt;
+    let Ok(found) = std::fs::metadata(key_file) else { return };
+    let mode = found.permissions().mode() & 0o777;
+    if mode & 0o007 != 0 {
+        let (path, mode) = (key_file.display(), format!("{mode:03o}"));
+        tracing::warn!(%path, mode, "every user of this machine can read cluster_key_file: take these permissions away");
+    }
+}
