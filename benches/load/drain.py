@@ -73,7 +73,8 @@ class Http2:
         self.read, self.next, self.last, self.gone = b'', 1, None, False
         self.socket.sendall(b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n')
         self.send(self.SETTINGS, 0, 0, struct.pack('>HI', 4, 1 << 24))
-        self.send(self.WINDOW, 0, 0, struct.pack('>I', 1 << 24))
+        # Enough for all answers on one connection: the end of an answer needs no update of the window.
+        self.send(self.WINDOW, 0, 0, struct.pack('>I', 1 << 30))
 
     def send(self, kind, flags, stream, payload):
         self.socket.sendall(struct.pack('>I', len(payload))[1:] + bytes([kind, flags]) + struct.pack('>I', stream) + payload)
@@ -139,7 +140,7 @@ class Http2:
                 status = 200 if payload[0] == 0x88 else 'not 200:'
             if kind == self.DATA:
                 text += payload
-                if payload:
+                if payload and not flags & 1:
                     self.send(self.WINDOW, 0, stream, struct.pack('>I', len(payload)))
                     self.send(self.WINDOW, 0, 0, struct.pack('>I', len(payload)))
             if flags & 1 and kind in (self.DATA, self.HEADERS):
