@@ -31,6 +31,12 @@ use super::write_timeout::WriteTimeout;
 /// HTTP/2 may still hold the end of an answer when the connection is idle for us; its place is gone, so not for long.
 const HTTP2_FAREWELL: Duration = Duration::from_secs(1);
 
+/// An HTTP/1.1 connection of a server that shuts down ends when it has been idle for so long: busy clients ask again sooner,
+/// and one that has waited for longer hardly asks in the very moment.
+const IDLE_GRACE: Duration = Duration::from_secs(1);
+/// From one look at it to the next.
+const IDLE_POLL: Duration = Duration::from_millis(20);
+
 /// Which routes answer, by the place that a connection has.
 #[derive(Clone)]
 pub struct Routes {
@@ -69,7 +75,7 @@ impl Connection {
         // Telling HTTP/1 from HTTP/2 has no time limit in the library, so the first request gets one here.
         let first_request = sleep(self.state.config.header_read_timeout);
         tokio::pin!(first_request);
-        let mut is_shutting_down = false;
+        let (mut is_shutting_down, mut is_ending) = (false, false);
         let result = loop {
             tokio::select! {
                 biased;
@@ -92,8 +98,9 @@ impl Connection {
                     return;
                 }
                 result = &mut connection => break result,
-                () = self.shutdown.cancelled(), if !is_shutting_down => {
-                    is_shutting_down = true;
+                () = self.shutdown.cancelled(), if !is_shutting_down => is_shutting_down = true,
+                () = self.place.may_end(&had_http2), if is_shutting_down && !is_ending => {
+                    is_ending = true;
                     connection.as_mut().graceful_shutdown();
                 }
                 () = &mut first_request, if !had_request.load(Ordering::Relaxed) => {
@@ -145,6 +152,21 @@ impl Place {
 
     fn is_idle(&self) -> bool {
         self.0.places.lock().is_idle(self.0.id)
+    }
+
+    /// Returns when the connection can end although the server shuts down: its client must not have a request on its way.
+    ///
+    /// HTTP/2 has an answer to that: a client is told which of its requests were not taken. An HTTP/1.1 client is told by
+    /// `connection: close` with its next answer, so an idle connection is kept for a client that is about to ask again.
+    async fn may_end(&self, had_http2: &AtomicBool) {
+        loop {
+            let idle_since = self.0.places.lock().idle_since(self.0.id);
+            let is_over = idle_since.is_some_and(|since| since.elapsed() >= IDLE_GRACE);
+            if is_over || had_http2.load(Ordering::Relaxed) {
+                return;
+            }
+            sleep(IDLE_POLL).await;
+        }
     }
 }
 

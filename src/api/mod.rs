@@ -10,6 +10,7 @@ mod connection;
 mod content_coding;
 mod cors;
 pub mod error;
+mod farewell;
 mod health;
 mod json;
 pub mod listener;

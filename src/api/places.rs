@@ -172,6 +172,11 @@ impl Places {
         });
     }
 
+    /// Since when the connection has no request.
+    pub fn idle_since(&self, id: ConnectionId) -> Option<Instant> {
+        self.connections.get(&id).filter(|connection| connection.occupations == 0).map(|connection| connection.since)
+    }
+
     pub fn is_idle(&self, id: ConnectionId) -> bool {
         self.connections.get(&id).is_none_or(|connection| connection.occupations == 0)
     }

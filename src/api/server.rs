@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::connection::{Connection, Place, Routes};
+use super::farewell;
 use super::listener::AcceptErrors;
 use super::places::{Closing, PlaceLimits, Places};
 use super::routes::{overflow_router, router};
@@ -33,7 +34,7 @@ const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(30);
 /// A newcomer for whom there is no place yet waits, and those behind it in the kernel's backlog with it.
 const PLACE_RETRY: Duration = Duration::from_millis(5);
 
-/// Serves until `shutdown`, then accepts nothing more and returns when every connection has ended: idle ones at once, the
+/// Serves until `shutdown`, then accepts nothing more and returns when every connection has ended: idle ones soon, the
 /// others after the response that they are in. The caller bounds that time.
 ///
 /// `extra` are routes of the caller's own.
@@ -77,7 +78,13 @@ pub(super) async fn serve_routes(
             }
         }
     }
-    drop(listener);
+    farewell::close(listener, |stream| {
+        let closing = Closing::default();
+        if let Some(place) = Place::take(&server.places, closing.clone()) {
+            server.accept(stream, closing, place);
+        }
+    })
+    .await;
     server.connections.close();
     server.connections.wait().await;
 }

@@ -134,9 +134,18 @@ async fn shutting_down_lets_streams_finish() {
     let mut idle = served.connect().await;
     let mut connection = served.post(json!({"prompt": [5], "stream": true})).await;
     read_until(&mut connection, "data: {").await;
+    let mut kept_alive = served.connect().await;
+    kept_alive.write_all(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    read_until(&mut kept_alive, env!("CARGO_PKG_VERSION")).await;
+    node.state.health.lifecycle().drain("told to").expect("a step of the diagram");
     served.shutdown.cancel();
+    tokio::task::yield_now().await;
+    // A client that asks once more is answered and told not to come again.
+    kept_alive.write_all(b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+    let last = read_all(&mut kept_alive).await;
+    assert!(last.starts_with("HTTP/1.1 200") && last.contains("connection: close"), "{last}");
     // The listener is gone, idle connections end, the stream goes on.
-    until("the listener", || std::net::TcpStream::connect(served.address).is_err()).await;
+    in_time("the listener", async { while TcpStream::connect(served.address).await.is_ok() {} }).await;
     assert_eq!(read_all(&mut idle).await, "");
     assert!(!served.server.is_finished());
     let events = senders.lock().pop().expect("a request");
