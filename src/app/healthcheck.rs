@@ -34,7 +34,8 @@ fn ask(host: &str, port: u16) -> io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    write!(stream, "GET /livez HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")?;
+    // In one write: a server may answer and close after it has read the first line.
+    stream.write_all(format!("GET /livez HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").as_bytes())?;
     let mut head = [0; 256];
     let mut length = 0;
     while length < head.len() && !head[..length].contains(&b'\n') {

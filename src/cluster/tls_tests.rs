@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 use super::*;
+use crate::types::with_causes;
 
 /// Nothing here takes this long unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -242,7 +243,7 @@ impl Files {
     }
 
     fn error(&self) -> String {
-        self.load().err().expect("refused").to_string()
+        with_causes(&self.load().err().expect("refused")).to_string()
     }
 }
 
