@@ -8,9 +8,8 @@ use crate::health::{HostMemory, MemoryLimit};
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     #[error(
-        "kv_cache_memory of {} does not fit: with {} of weights it would take {}, and the memory of {source_name} is {}. \
-         At most {} are left for it",
-        size(*.pool), size(*.weights), size(.pool + .weights), size(*.limit), size(.limit - .weights)
+        "kv_cache_memory of {}{} does not fit into the memory of {source_name}, which is {}: give it {} at most",
+        size(*.pool), beside(*.weights), size(*.limit), size(.limit - .weights)
     )]
     Pool { pool: u64, weights: u64, limit: u64, source_name: &'static str },
     #[error("the model's weights take {}, and the memory of {source_name} is {}", size(*.weights), size(*.limit))]
@@ -54,10 +53,13 @@ fn fit(
     Ok(Some(pool))
 }
 
+fn beside(weights: u64) -> String {
+    if weights == 0 { String::new() } else { format!(" beside {} of weights", size(weights)) }
+}
+
 /// In the largest unit of which there is one.
 fn size(bytes: u64) -> String {
     match bytes {
-        0 => "0 B".to_owned(),
         _ if bytes >= 1 << 30 => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),
         _ if bytes >= 1 << 20 => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
         _ => format!("{bytes} B"),
@@ -74,11 +76,11 @@ mod tests {
     #[test]
     fn a_pool_that_does_not_fit_is_refused_with_both_numbers() {
         let error = fit(Some(100 * GIB), 0, LIMIT, 0.95).unwrap_err().to_string();
-        for part in ["kv_cache_memory of 100.0 GiB", "this machine is 24.0 GiB", "At most 24.0 GiB"] {
+        for part in ["kv_cache_memory of 100.0 GiB does not", "this machine, which is 24.0 GiB", "24.0 GiB at most"] {
             assert!(error.contains(part), "{part}: {error}");
         }
         let beside_weights = fit(Some(20 * GIB), 5 * GIB, LIMIT, 0.95).unwrap_err().to_string();
-        for part in ["5.0 GiB of weights", "would take 25.0 GiB", "At most 19.0 GiB"] {
+        for part in ["20.0 GiB beside 5.0 GiB of weights", "19.0 GiB at most"] {
             assert!(beside_weights.contains(part), "{part}: {beside_weights}");
         }
         assert_eq!(fit(Some(19 * GIB), 5 * GIB, LIMIT, 0.95), Ok(Some(19 * GIB)));
