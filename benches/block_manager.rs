@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use outrigger::engine::block_manager::{BlockId, BlockManager};
-use outrigger::engine::prefix_cache::Claimant;
+use outrigger::engine::prefix_cache::{Claimant, Parent};
 
 const BLOCKS_PER_SEQUENCE: usize = 16;
 const SIZES: [usize; 4] = [10, 100, 1_000, 10_000];
@@ -35,7 +35,7 @@ fn held_and_idle(size: usize) -> BlockManager {
     let mut blocks = held(size);
     let table = allocate_table(&mut blocks);
     for (token, &block) in table.iter().enumerate() {
-        blocks.publish(None, &[token as u32], block, Claimant(0)).expect("a new prefix");
+        blocks.publish(Parent::Root(None), &[token as u32], block, Claimant(0)).expect("a new prefix");
     }
     release_table(&mut blocks, &table);
     blocks
@@ -66,7 +66,7 @@ fn evict_publish_release(criterion: &mut Criterion) {
             bencher.iter(|| {
                 let table = allocate_table(&mut blocks);
                 for &block in &table {
-                    blocks.publish(None, &[next_token], block, Claimant(0)).expect("a new prefix");
+                    blocks.publish(Parent::Root(None), &[next_token], block, Claimant(0)).expect("a new prefix");
                     next_token += 1;
                 }
                 release_table(&mut blocks, black_box(&table));

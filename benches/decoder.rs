@@ -64,8 +64,8 @@ fn prefill(runner: &mut CpuModelRunner, prompt: usize, chunk: usize) -> f64 {
     let start = Instant::now();
     for (index, part) in tokens.chunks(chunk).enumerate() {
         let first = index * chunk;
-        let wants_logits = first + part.len() == prompt;
-        let entry = LogitsEntry { tokens: part, start: first, block_table: &table, wants_logits };
+        let num_logits = usize::from(first + part.len() == prompt);
+        let entry = LogitsEntry { tokens: part, start: first, block_table: &table, num_logits };
         runner.forward(&[entry], &|| {}).expect("a step");
     }
     start.elapsed().as_secs_f64()
@@ -77,7 +77,7 @@ fn decode(runner: &mut CpuModelRunner, sequences: usize, context: usize, steps: 
         (0..sequences).map(|sequence| (0..blocks).map(|block| (sequence * blocks + block) as u32).collect()).collect();
     for (sequence, table) in tables.iter().enumerate() {
         let tokens: Vec<u32> = (0..context).map(|position| token(position, sequence)).collect();
-        let entry = LogitsEntry { tokens: &tokens, start: 0, block_table: table, wants_logits: false };
+        let entry = LogitsEntry { tokens: &tokens, start: 0, block_table: table, num_logits: 0 };
         runner.forward(&[entry], &|| {}).expect("a step");
     }
     let start = Instant::now();
@@ -86,12 +86,7 @@ fn decode(runner: &mut CpuModelRunner, sequences: usize, context: usize, steps: 
         let batch: Vec<LogitsEntry<'_>> = tables
             .iter()
             .zip(tokens.chunks(1))
-            .map(|(table, tokens)| LogitsEntry {
-                tokens,
-                start: context + step,
-                block_table: table,
-                wants_logits: true,
-            })
+            .map(|(table, tokens)| LogitsEntry { tokens, start: context + step, block_table: table, num_logits: 1 })
             .collect();
         runner.forward(&batch, &|| {}).expect("a step");
     }

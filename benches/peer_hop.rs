@@ -25,7 +25,8 @@ use outrigger::cluster::{
 use outrigger::observability::Metrics;
 use outrigger::types::watch;
 use outrigger::types::{
-    ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, RequestId, SamplingParams,
+    ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, RequestId,
+    SamplingParams,
 };
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
@@ -78,6 +79,7 @@ async fn measure(transport: &HttpPeerTransport, peer: &Peer, tasks: usize, calls
                 priority: 0,
                 remaining: None,
                 is_continuation: false,
+                extensions: Extensions::default(),
             };
             let start = Instant::now();
             let mut stream = transport.generate(peer, call).await.expect("accepted");

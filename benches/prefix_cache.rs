@@ -7,13 +7,14 @@ use std::hint::black_box;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use outrigger::engine::prefix_cache::{Claimant, EntryId, Lookup, PrefixCache, Published};
+use outrigger::engine::prefix_cache::{Claimant, EntryId, Lookup, Parent, PrefixCache, Published};
 use outrigger::types::TokenId;
 
 const BLOCK_SIZE: usize = 16;
 const BLOCKS: usize = 64;
 const SIZES: [usize; 4] = [10, 100, 1_000, 10_000];
 const ME: Claimant = Claimant(0);
+const ROOT: Parent = Parent::Root(None);
 
 /// Prompts that differ from the first token on.
 fn prompt(index: usize) -> Vec<TokenId> {
@@ -23,7 +24,7 @@ fn prompt(index: usize) -> Vec<TokenId> {
 fn publish(cache: &mut PrefixCache, tokens: &[TokenId]) -> Vec<EntryId> {
     let mut entries: Vec<EntryId> = Vec::with_capacity(BLOCKS);
     for (index, block) in tokens.chunks_exact(BLOCK_SIZE).enumerate() {
-        let published = cache.publish(entries.last().copied(), block, index as u32, ME);
+        let published = cache.publish(entries.last().map_or(ROOT, |&id| Parent::Entry(id)), block, index as u32, ME);
         let Published::New(entry) = published else { panic!("a new prefix") };
         entries.push(entry);
     }
@@ -39,11 +40,11 @@ fn filled(size: usize) -> PrefixCache {
 }
 
 fn walk(cache: &PrefixCache, tokens: &[TokenId]) -> usize {
-    let mut parent = None;
+    let mut parent = ROOT;
     let mut hits = 0;
     for block in tokens.chunks_exact(BLOCK_SIZE) {
         let Lookup::Ready(entry, _) = cache.find(parent, block) else { break };
-        parent = Some(entry);
+        parent = Parent::Entry(entry);
         hits += 1;
     }
     hits

@@ -25,6 +25,8 @@ fn sequence(arrival: usize) -> NewSequence {
         tokens: (0..PROMPT).map(|position| (arrival * PROMPT + position) as TokenId).collect(),
         prompt_len: PROMPT,
         uses_prefix_cache: true,
+        cache_salt: None,
+        num_scored: 0,
         sibling: None,
     }
 }
@@ -32,7 +34,7 @@ fn sequence(arrival: usize) -> NewSequence {
 /// A scheduler with `running` sequences that decode and `waiting` ones behind them.
 fn loaded(running: usize, waiting: usize) -> Scheduler {
     let blocks = running * (PROMPT + STEPS + 2 * BLOCK_SIZE).div_ceil(BLOCK_SIZE) + 1;
-    let limits = Limits { max_num_seqs: running, max_num_batched_tokens: running * PROMPT + 1 };
+    let limits = Limits { max_num_seqs: running, max_num_batched_tokens: running * PROMPT + 1, max_scored_tokens: 64 };
     let mut scheduler = Scheduler::new(limits, BlockManager::new(blocks as u32, 0, BLOCK_SIZE), BLOCK_SIZE);
     (0..running + waiting).for_each(|arrival| {
         scheduler.add(sequence(arrival));

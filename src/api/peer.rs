@@ -280,7 +280,10 @@ impl Calls {
             return Err(CallError::Unknown.into());
         }
         match head.uri.path() {
-            wire::GENERATE_PATH => Ok(Answer::stream(self.service.generate(self.read(body).await?)?)),
+            wire::GENERATE_PATH => {
+                let call = self.read_with(body, wire::decode_call).await?;
+                Ok(Answer::stream(self.service.generate(call)?))
+            }
             wire::FOLLOW_PATH => Ok(Answer::stream(self.service.follow(self.read(body).await?)?)),
             wire::JOURNAL_PATH => Answer::message(&self.service.journal(self.read(body).await?)),
             wire::LOOKUP_PATH => Answer::message(&self.service.lookup(self.read(body).await?)),
@@ -295,6 +298,14 @@ impl Calls {
 
     /// The call's body, decoded.
     async fn read<T: DeserializeOwned>(&self, body: Incoming) -> Result<T, CallError> {
+        self.read_with(body, wire::decode_message).await
+    }
+
+    async fn read_with<T>(
+        &self,
+        body: Incoming,
+        decode: impl FnOnce(&[u8]) -> Result<T, WireError>,
+    ) -> Result<T, CallError> {
         // Our own client says how long its calls are.
         let size = body.size_hint().upper().map_or(wire::MAX_MESSAGE_BYTES, |size| size as usize);
         if size > wire::MAX_MESSAGE_BYTES {
@@ -302,7 +313,7 @@ impl Calls {
         }
         let units = size.div_ceil(MEMORY_UNIT) as u32;
         let _memory = self.memory.try_acquire_many(units).map_err(|_| CallError::Crowded)?;
-        Ok(wire::decode_message(&collect(body, size).await?)?)
+        Ok(decode(&collect(body, size).await?)?)
     }
 }
 

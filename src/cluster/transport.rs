@@ -17,7 +17,8 @@ use tokio::sync::mpsc;
 use super::journal::{JournalEntry, JournalKey, JournalRecord, JournalRefusal};
 use super::view::Peer;
 use crate::types::{
-    ChoiceStart, Failure, FailureKind, Fingerprint, GenerationEvent, NodeId, RequestId, SamplingParams, TokenId,
+    ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, GenerationEvent, NodeId, RequestId, SamplingParams,
+    TokenId,
 };
 
 /// Asks a peer to generate.
@@ -34,6 +35,9 @@ pub struct GenerateCall {
     pub remaining: Option<Duration>,
     /// Continues a stream that has begun: queue caps do not apply.
     pub is_continuation: bool,
+    /// See `wire::encode_call` for how it crosses.
+    #[serde(skip)]
+    pub extensions: Extensions,
 }
 
 /// Asks the entry node of a running stream for its events.

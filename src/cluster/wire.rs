@@ -10,8 +10,10 @@ use bytes::{Buf, Bytes, BytesMut};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::transport::PeerFrame;
-use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, TokenId, TokenLogprobs};
+use super::transport::{GenerateCall, PeerFrame};
+use crate::types::{
+    CacheSalt, Extensions, Failure, FailureKind, FinishReason, GenerationEvent, TokenId, TokenLogprobs,
+};
 
 /// Where each call is posted.
 pub const GENERATE_PATH: &str = "/outrigger/v1/generate";
@@ -62,6 +64,64 @@ pub fn encode_message<T: Serialize>(message: &T) -> Result<Bytes, WireError> {
     let bytes = postcard::to_allocvec(message).map_err(WireError::Malformed)?;
     within(bytes.len(), MAX_MESSAGE_BYTES)?;
     Ok(bytes.into())
+}
+
+/// What a request asks of a replica beyond the first version of the protocol. The order of the variants is part of the
+/// protocol; a node that does not know one refuses the call.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Extension {
+    CacheSalt(CacheSalt),
+    PromptLogprobs(u32),
+    /// Stop strings do not end a choice before `min_tokens`, as they did.
+    StopsAfterMinTokens,
+}
+
+/// A call for a generation. What it asks for beyond the first version of the protocol stands behind all else, and only where
+/// it is asked for: a node of that version takes any other call, and refuses this one for its trailing bytes instead of
+/// leaving something out.
+pub fn encode_call(call: &GenerateCall) -> Result<Bytes, WireError> {
+    let mut bytes = postcard::to_allocvec(call).map_err(WireError::Malformed)?;
+    let extensions = extensions_of(call);
+    if !extensions.is_empty() {
+        bytes = postcard::to_extend(&extensions, bytes).map_err(WireError::Malformed)?;
+    }
+    within(bytes.len(), MAX_MESSAGE_BYTES)?;
+    Ok(bytes.into())
+}
+
+pub fn decode_call(bytes: &[u8]) -> Result<GenerateCall, WireError> {
+    within(bytes.len(), MAX_MESSAGE_BYTES)?;
+    let (mut call, rest): (GenerateCall, _) = postcard::take_from_bytes(bytes).map_err(WireError::Malformed)?;
+    if !rest.is_empty() {
+        call.extensions = decode::<Vec<Extension>>(rest)?.into_iter().collect();
+    }
+    Ok(call)
+}
+
+fn extensions_of(call: &GenerateCall) -> Vec<Extension> {
+    let Extensions { cache_salt, prompt_logprobs } = call.extensions;
+    let has_stops_after = call.sampling.min_tokens > 0 && !call.sampling.stop.is_empty();
+    let extensions = [
+        cache_salt.map(Extension::CacheSalt),
+        prompt_logprobs.map(Extension::PromptLogprobs),
+        has_stops_after.then_some(Extension::StopsAfterMinTokens),
+    ];
+    extensions.into_iter().flatten().collect()
+}
+
+impl FromIterator<Extension> for Extensions {
+    fn from_iter<I: IntoIterator<Item = Extension>>(list: I) -> Self {
+        let mut extensions = Self::default();
+        for extension in list {
+            match extension {
+                Extension::CacheSalt(salt) => extensions.cache_salt = Some(salt),
+                Extension::PromptLogprobs(count) => extensions.prompt_logprobs = Some(count),
+                // This node does no other thing.
+                Extension::StopsAfterMinTokens => {}
+            }
+        }
+        extensions
+    }
 }
 
 pub fn decode_message<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
@@ -154,12 +214,16 @@ enum WireFrame {
     Failed(WireFailure),
     Heartbeat,
     HandOver,
+    PromptLogprobs { start: u32, logprobs: Vec<TokenLogprobs> },
 }
 
 impl From<PeerFrame> for WireFrame {
     fn from(frame: PeerFrame) -> Self {
         match frame {
             PeerFrame::Event(GenerationEvent::Scheduled { cached_tokens }) => Self::Scheduled { cached_tokens },
+            PeerFrame::Event(GenerationEvent::PromptLogprobs { start, logprobs }) => {
+                Self::PromptLogprobs { start, logprobs }
+            }
             PeerFrame::Event(GenerationEvent::Token { choice, token, logprobs }) => {
                 Self::Token { choice, token, logprobs }
             }
@@ -182,6 +246,9 @@ impl From<WireFrame> for PeerFrame {
             WireFrame::Failed(failure) => Self::Event(GenerationEvent::Failed(failure.into())),
             WireFrame::Heartbeat => Self::Heartbeat,
             WireFrame::HandOver => Self::HandOver,
+            WireFrame::PromptLogprobs { start, logprobs } => {
+                Self::Event(GenerationEvent::PromptLogprobs { start, logprobs })
+            }
         }
     }
 }

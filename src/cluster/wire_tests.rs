@@ -45,6 +45,8 @@ fn frames() -> impl Strategy<Value = PeerFrame> {
         any::<u32>().prop_map(|cached_tokens| GenerationEvent::Scheduled { cached_tokens }),
         (any::<u32>(), any::<u32>(), option::of(logprobs().prop_map(Box::new)))
             .prop_map(|(choice, token, logprobs)| GenerationEvent::Token { choice, token, logprobs }),
+        (any::<u32>(), vec(logprobs(), 0..9))
+            .prop_map(|(start, logprobs)| GenerationEvent::PromptLogprobs { start, logprobs }),
         (any::<u32>(), reasons()).prop_map(|(choice, reason)| GenerationEvent::Finished { choice, reason }),
         failures().prop_map(GenerationEvent::Failed),
     ];
@@ -88,7 +90,7 @@ proptest! {
     fn any_bytes_are_an_error_or_a_value(bytes in vec(any::<u8>(), 0..600), step in 1..100usize) {
         let _ = decode_in_pieces(&bytes, step);
         let _ = decode_failure(&bytes);
-        let _ = decode_message::<GenerateCall>(&bytes);
+        let _ = decode_call(&bytes);
         let _ = decode_message::<FollowCall>(&bytes);
         let _ = decode_message::<JournalBatch>(&bytes);
         let _ = decode_message::<Option<JournalRecord>>(&bytes);
@@ -108,7 +110,7 @@ proptest! {
             bytes[at] = *byte;
         }
         let _ = decode_in_pieces(&bytes[..cut.index(bytes.len())], 7);
-        let mut call = encode_message(&generate_call()).expect("small").to_vec();
+        let mut call = encode_call(&extended_call()).expect("small").to_vec();
         let mut batch = encode_message(&journal_batch()).expect("small").to_vec();
         for (at, byte) in damage {
             for message in [&mut call, &mut batch] {
@@ -116,7 +118,7 @@ proptest! {
                 message[at] = byte;
             }
         }
-        let _ = decode_message::<GenerateCall>(&call);
+        let _ = decode_call(&call);
         let _ = decode_message::<JournalBatch>(&batch);
     }
 }
@@ -138,7 +140,13 @@ fn generate_call() -> GenerateCall {
         priority: -1,
         remaining: Some(Duration::from_millis(1500)),
         is_continuation: true,
+        extensions: Extensions::default(),
     }
+}
+
+fn extended_call() -> GenerateCall {
+    let extensions = Extensions { cache_salt: Some(CacheSalt::new([7; 16])), prompt_logprobs: Some(3) };
+    GenerateCall { extensions, ..generate_call() }
 }
 
 fn journal_batch() -> JournalBatch {
@@ -163,11 +171,29 @@ fn journal_batch() -> JournalBatch {
 #[test]
 fn calls_come_back_as_they_were() {
     let call = generate_call();
-    assert_eq!(decode_message::<GenerateCall>(&encode_message(&call).expect("small")).expect("our own"), call);
+    assert_eq!(decode_call(&encode_call(&call).expect("small")).expect("our own"), call);
     let batch = journal_batch();
     assert_eq!(decode_message::<JournalBatch>(&encode_message(&batch).expect("small")).expect("our own"), batch);
     let follow = FollowCall { key: JournalKey::new("t", "k", 0), have: vec![0, 300] };
     assert_eq!(decode_message::<FollowCall>(&encode_message(&follow).expect("small")).expect("our own"), follow);
+}
+
+/// A node of the first version reads a call as `decode_message` does.
+#[test]
+fn an_older_node_reads_what_it_can_do_and_refuses_what_it_cannot() {
+    let as_before = |call: &GenerateCall| decode_message::<GenerateCall>(&encode_call(call).expect("small"));
+    let plain = generate_call();
+    assert_eq!(as_before(&plain).expect("as before"), plain);
+    let sampling = SamplingParams { min_tokens: 2, ..(*plain.sampling).clone() };
+    let stops_later = GenerateCall { sampling: Arc::new(sampling), ..plain.clone() };
+    for call in [extended_call(), stops_later] {
+        assert!(matches!(as_before(&call), Err(WireError::Trailing { .. })), "{call:?}");
+        assert_eq!(decode_call(&encode_call(&call).expect("small")).expect("our own"), call);
+    }
+    // Nor does this node take what a later one asks for.
+    let mut bytes = encode_call(&plain).expect("small").to_vec();
+    bytes.extend([1, 99]);
+    assert!(matches!(decode_call(&bytes), Err(WireError::Malformed(_))));
 }
 
 #[test]

@@ -72,7 +72,7 @@ impl Scheduler {
         let sequence = &mut self.sequences[id.slot];
         while sequence.chain_is_open && (sequence.published + 1) * self.block_size <= end {
             let index = sequence.published;
-            let parent = index.checked_sub(1).map(|above| sequence.chain[above]);
+            let parent = sequence.parent_of(index);
             let tokens = sequence.block_tokens(index, self.block_size);
             match self.blocks.publish(parent, tokens, sequence.blocks[index], sequence.claimant) {
                 Some((entry, block)) => {
@@ -136,7 +136,7 @@ impl Scheduler {
         while sequence.chain_is_open && (sequence.blocks.len() + 1) * self.block_size <= sequence.tokens.len() {
             let index = sequence.blocks.len();
             let tokens = sequence.block_tokens(index, self.block_size);
-            match self.blocks.find(sequence.chain.last().copied(), tokens) {
+            match self.blocks.find(sequence.parent_of(sequence.chain.len()), tokens) {
                 Lookup::Ready(entry, block) => {
                     self.blocks.share(block);
                     sequence.blocks.push(block);
@@ -193,7 +193,7 @@ impl Scheduler {
         let sequence = &mut self.sequences[id.slot];
         while sequence.chain_is_open && (sequence.chain.len() + 1) * self.block_size <= sequence.tokens.len() {
             let tokens = sequence.block_tokens(sequence.chain.len(), self.block_size);
-            match self.blocks.claim(sequence.chain.last().copied(), tokens, sequence.claimant) {
+            match self.blocks.claim(sequence.parent_of(sequence.chain.len()), tokens, sequence.claimant) {
                 Some(entry) => sequence.chain.push(entry),
                 None => break,
             }

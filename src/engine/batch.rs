@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::sampler::{NumericsInvalid, Sampled, SequenceSampler};
+use super::sampler::{NumericsInvalid, Sampled, ScoredToken, SequenceSampler};
 use crate::types::TokenId;
 
 /// A stretch of one sequence's tokens, to be computed into that sequence's blocks.
@@ -22,8 +22,35 @@ pub struct BatchEntry<'a> {
     /// The entry's only token is not known on the host yet: the step launched just before, which was not collected, samples
     /// it as its row of this index. `tokens[0]` is a placeholder, which is no token of the vocabulary.
     pub pending_row: Option<usize>,
+    /// Asks for the log-probabilities of the tokens that follow the last `scoring.tokens.len()` tokens of this entry. An entry
+    /// that is scored samples nothing.
+    pub scoring: Option<ScoreSpec<'a>>,
     /// Asks for a token sampled from the logits after the last token.
     pub sampling: Option<SampleSpec<'a>>,
+}
+
+impl<'a> BatchEntry<'a> {
+    /// Rows of logits that it needs, after so many of its last tokens.
+    pub fn num_logits(&self) -> usize {
+        self.scoring.map_or(usize::from(self.sampling.is_some()), |scoring| scoring.tokens.len())
+    }
+
+    /// What is asked of its rows that are scored, in their order.
+    pub fn scored_tokens(&self, vocab_size: usize) -> impl Iterator<Item = ScoredToken> + use<'a> {
+        let scored = self.scoring.into_iter();
+        scored.flat_map(move |spec| {
+            spec.tokens.iter().map(move |&token| ScoredToken::new(token, spec.num_logprobs, vocab_size))
+        })
+    }
+}
+
+/// Which tokens of a prompt are scored.
+#[derive(Clone, Copy, Debug)]
+pub struct ScoreSpec<'a> {
+    /// What follows each of the entry's last tokens. Never empty.
+    pub tokens: &'a [TokenId],
+    /// The most likely tokens to report at each place.
+    pub num_logprobs: u32,
 }
 
 /// How the next token of a sequence is sampled.
@@ -36,7 +63,7 @@ pub struct SampleSpec<'a> {
     pub position: usize,
 }
 
-/// The sampled token of a row, or why there is none.
+/// The token of a row, sampled or the one that was to be scored, or why there is none.
 pub type RowResult = Result<Sampled, NumericsInvalid>;
 
 /// What every runner has: a model over a fixed pool of KV blocks. Used by one thread only.
@@ -59,6 +86,11 @@ pub trait PagedModel: Send {
     /// Longest sequence, prompt and output together, that the runner can compute.
     fn max_model_len(&self) -> usize;
 
+    /// Rows of a step that may be scored, at least one, beside a row for each sequence: what there is memory for.
+    fn max_scored_tokens(&self) -> usize {
+        64
+    }
+
     /// Corrupts the weights in memory. Reachable only through fault injection. A runner without weights ignores it.
     fn corrupt(&mut self) {}
 
@@ -79,9 +111,9 @@ pub trait ModelRunner: PagedModel {
     /// step is not taken for a hang, and a hang is noticed.
     fn launch(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError>;
 
-    /// Waits for the oldest step in flight, and replaces `rows` by what it sampled, in the order of its asking entries. A
-    /// row without a valid token stands for an arbitrary token of the vocabulary where it is pending in a later step. Any
-    /// error is final.
+    /// Waits for the oldest step in flight, and replaces `rows` by what it sampled and scored, in the order of its asking
+    /// entries and of their tokens. A row without a valid token stands for an arbitrary token of the vocabulary where it is
+    /// pending in a later step. Any error is final.
     fn collect(&mut self, rows: &mut Vec<RowResult>, progress: &dyn Fn()) -> Result<(), RunnerError>;
 
     /// Device time of the collected steps; zero for a runner that computes on the host.
@@ -99,17 +131,17 @@ pub struct LogitsEntry<'a> {
     pub tokens: &'a [TokenId],
     pub start: usize,
     pub block_table: &'a [u32],
-    /// Asks for the logits after the last token.
-    pub wants_logits: bool,
+    /// Asks for the logits after so many of the last tokens.
+    pub num_logits: usize,
 }
 
-/// Computes batches synchronously, one row of logits per asking entry.
+/// Computes batches synchronously, one row of logits for each token that asks.
 pub trait LogitsRunner: PagedModel {
     /// Computes every entry: writes the keys and values of its tokens, and its logits where they are wanted. Calls
     /// `progress` as `launch` does. The blocks that two entries of one batch write are disjoint.
     fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError>;
 
-    /// Logits `[vocab_size]` of the `row`-th entry that wanted them in the last `forward`. The sampler changes them.
+    /// Logits `[vocab_size]` of the `row`-th token that asked for them in the last `forward`. The sampler changes them.
     fn logits_mut(&mut self, row: usize) -> &mut [f32];
 }
 

@@ -4,7 +4,7 @@
 //! A block is in exactly one of four places: referenced, idle (unreferenced but cached), free, or in the reserve that only
 //! the synthetic inference may use. Idle blocks count as free: they are evicted when the free ones run out.
 
-use super::prefix_cache::{Claimant, EntryId, Lookup, PrefixCache, Published};
+use super::prefix_cache::{Claimant, EntryId, Lookup, Parent, PrefixCache, Published};
 use crate::types::TokenId;
 
 /// Index of a block in the runner's pool. An alias rather than a newtype: tables of it cross into the kernels.
@@ -105,11 +105,11 @@ impl BlockManager {
         }
     }
 
-    pub fn find(&self, parent: Option<EntryId>, tokens: &[TokenId]) -> Lookup {
+    pub fn find(&self, parent: Parent, tokens: &[TokenId]) -> Lookup {
         self.cache.find(parent, tokens)
     }
 
-    pub fn claim(&mut self, parent: Option<EntryId>, tokens: &[TokenId], claimant: Claimant) -> Option<EntryId> {
+    pub fn claim(&mut self, parent: Parent, tokens: &[TokenId], claimant: Claimant) -> Option<EntryId> {
         self.cache.claim(parent, tokens, claimant)
     }
 
@@ -122,7 +122,7 @@ impl BlockManager {
     /// block to hold from now on, or `None` when the block stays private.
     pub fn publish(
         &mut self,
-        parent: Option<EntryId>,
+        parent: Parent,
         tokens: &[TokenId],
         block: BlockId,
         claimant: Claimant,
@@ -226,31 +226,32 @@ mod tests {
     use proptest::prelude::*;
 
     const ME: Claimant = Claimant(0);
+    const ROOT: Parent = Parent::Root(None);
 
     #[test]
     fn idle_blocks_count_as_free_and_the_oldest_is_evicted_first() {
         let mut blocks = BlockManager::new(3, 0, 1);
         for token in 0..3 {
             let block = blocks.allocate().expect("three blocks");
-            blocks.publish(None, &[token], block, ME).expect("published");
+            blocks.publish(ROOT, &[token], block, ME).expect("published");
             blocks.release(block);
         }
         assert_eq!((blocks.num_free(), blocks.num_used()), (3, 0));
-        let Lookup::Ready(_, oldest) = blocks.find(None, &[0]) else { panic!("still cached") };
+        let Lookup::Ready(_, oldest) = blocks.find(ROOT, &[0]) else { panic!("still cached") };
         blocks.share(oldest);
         blocks.release(oldest);
         blocks.allocate().expect("evicts");
-        assert_eq!(blocks.find(None, &[1]), Lookup::Absent, "token 1 was used least recently");
-        assert!(matches!(blocks.find(None, &[0]), Lookup::Ready(..)));
+        assert_eq!(blocks.find(ROOT, &[1]), Lookup::Absent, "token 1 was used least recently");
+        assert!(matches!(blocks.find(ROOT, &[0]), Lookup::Ready(..)));
     }
 
     #[test]
     fn a_second_copy_of_a_prefix_gives_way_to_the_first() {
         let mut blocks = BlockManager::new(2, 0, 1);
         let (first, second) = (blocks.allocate().expect("free"), blocks.allocate().expect("free"));
-        let (entry, kept) = blocks.publish(None, &[7], first, ME).expect("published");
+        let (entry, kept) = blocks.publish(ROOT, &[7], first, ME).expect("published");
         assert_eq!(kept, first);
-        assert_eq!(blocks.publish(None, &[7], second, Claimant(1)), Some((entry, first)));
+        assert_eq!(blocks.publish(ROOT, &[7], second, Claimant(1)), Some((entry, first)));
         blocks.assert_consistent([[first].as_slice(), [first].as_slice()].into_iter());
         assert_eq!(blocks.num_free(), 1);
     }
@@ -296,7 +297,7 @@ mod tests {
     struct Table {
         blocks: Vec<BlockId>,
         /// Entry of the last block, while all blocks are cached.
-        tail: Option<Option<EntryId>>,
+        tail: Option<Parent>,
     }
 
     /// Appends one block of one token, cached when it can be; false when the pool is empty.
@@ -307,7 +308,7 @@ mod tests {
         {
             blocks.share(block);
             table.blocks.push(block);
-            table.tail = Some(Some(entry));
+            table.tail = Some(Parent::Entry(entry));
             return true;
         }
         let Some(block) = blocks.allocate() else {
@@ -316,7 +317,7 @@ mod tests {
         };
         let published = tail.and_then(|parent| blocks.publish(parent, &[token], block, ME));
         table.blocks.push(published.map_or(block, |(_, kept)| kept));
-        table.tail = published.map(|(entry, _)| Some(entry));
+        table.tail = published.map(|(entry, _)| Parent::Entry(entry));
         true
     }
 
@@ -331,7 +332,7 @@ mod tests {
             for operation in operations {
                 match operation {
                     Operation::Start(tokens) => {
-                        let mut table = Table { blocks: Vec::new(), tail: Some(None) };
+                        let mut table = Table { blocks: Vec::new(), tail: Some(ROOT) };
                         let _ = tokens.iter().all(|&token| grow(&mut blocks, &mut table, token));
                         tables.push(table);
                     }

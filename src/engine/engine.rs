@@ -39,6 +39,8 @@ pub(super) struct Request {
     events: mpsc::UnboundedSender<GenerationEvent>,
     /// Of the choices that are not finished.
     sequences: SmallVec<[SequenceId; 1]>,
+    /// Choices without a sequence, which end when the prompt is scored: nothing is generated for them.
+    ends_with_prompt: SmallVec<[u32; 1]>,
     has_left_queue: bool,
     /// Some choice has a token, perhaps from before it came here.
     has_tokens: bool,
@@ -90,8 +92,11 @@ impl Engine {
         board: Arc<StatusBoard>,
         on_step: Option<OnStep>,
     ) -> Self {
-        let limits =
-            Limits { max_num_seqs: config.max_num_seqs, max_num_batched_tokens: config.max_num_batched_tokens };
+        let limits = Limits {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+            max_scored_tokens: runner.max_scored_tokens(),
+        };
         let block_size = runner.block_size();
         let blocks = BlockManager::new(runner.num_blocks(), num_reserved, block_size);
         Self {
@@ -127,9 +132,16 @@ impl Engine {
         if let Some(deadline) = request.deadline {
             self.deadlines.insert((deadline, serial));
         }
-        let sequences = SmallVec::new();
         let has_tokens = request.choices.iter().any(|choice| !choice.emitted.is_empty());
-        let request = Request { request, events, sequences, has_left_queue: false, has_tokens, _slot: slot };
+        let request = Request {
+            request,
+            events,
+            sequences: SmallVec::new(),
+            ends_with_prompt: SmallVec::new(),
+            has_left_queue: false,
+            has_tokens,
+            _slot: slot,
+        };
         self.requests.insert(serial, request);
         if let Err(failure) = self.add_choices(serial) {
             self.fail(serial, failure);
@@ -220,8 +232,18 @@ impl Engine {
         // The emitted tokens move into the sequences; the request is done with them.
         let choices = std::mem::take(&mut request.choices);
         let request = request.clone();
+        let generates = request.sampling.max_tokens > 0;
+        // The first choice that is computed scores the prompt, for all.
+        let mut left_to_score = match request.extensions.prompt_logprobs {
+            Some(_) => request.prompt.len() - 1,
+            None => 0,
+        };
         let mut sibling = None;
         for start in &choices {
+            if !generates && left_to_score == 0 {
+                self.end_with_prompt(serial, start.index);
+                continue;
+            }
             let generation = match start.emitted.is_empty() {
                 true => None,
                 false => match self.new_generation(&request, start.index).replay(&start.emitted) {
@@ -233,11 +255,16 @@ impl Engine {
                     Replayed::Overrun(index) => return Err(overrun(start.index, index)),
                 },
             };
+            let num_scored = std::mem::take(&mut left_to_score);
+            // The last token is computed only for what comes after it.
+            let prompt = if generates { &request.prompt[..] } else { &request.prompt[..num_scored] };
             let new = NewSequence {
                 rank: Rank { priority: request.priority, arrival: serial, choice: start.index },
-                tokens: [&request.prompt, start.emitted.as_slice()].concat(),
-                prompt_len: request.prompt.len(),
-                uses_prefix_cache: self.uses_prefix_cache && !request.bypass_prefix_cache,
+                tokens: [prompt, start.emitted.as_slice()].concat(),
+                prompt_len: prompt.len(),
+                uses_prefix_cache: self.uses_prefix_cache && uses_prefix_cache(&request),
+                cache_salt: request.extensions.cache_salt,
+                num_scored,
                 sibling,
             };
             let id = match request.is_probe {
@@ -248,6 +275,15 @@ impl Engine {
             self.add_choice(id, Choice { serial, index: start.index, generation, row: 0 });
         }
         Ok(())
+    }
+
+    /// Nothing is generated for the choice: it ends with the choice that scores the prompt, or at once when none does.
+    fn end_with_prompt(&mut self, serial: Serial, choice: u32) {
+        let request = self.requests.get_mut(&serial).expect("the request is known");
+        match request.sequences.is_empty() {
+            true => self.send(serial, GenerationEvent::Finished { choice, reason: FinishReason::Length }),
+            false => request.ends_with_prompt.push(choice),
+        }
     }
 
     fn add_choice(&mut self, id: SequenceId, choice: Choice) {
@@ -286,9 +322,12 @@ impl Engine {
         }
     }
 
-    fn finish_all_choices(&mut self, serial: Serial, reason: &FinishReason) {
-        for id in self.requests[&serial].sequences.clone() {
-            let choice = self.choices[id.index()].as_ref().expect("a sequence has a choice").index;
+    pub(super) fn finish_all_choices(&mut self, serial: Serial, reason: &FinishReason) {
+        let request = &self.requests[&serial];
+        let index = |id: &SequenceId| self.choices[id.index()].as_ref().expect("a sequence has a choice").index;
+        let computed = request.sequences.iter().map(index);
+        let choices: SmallVec<[u32; 1]> = computed.chain(request.ends_with_prompt.iter().copied()).collect();
+        for choice in choices {
             self.send(serial, GenerationEvent::Finished { choice, reason: reason.clone() });
         }
         self.forget(serial);
@@ -345,7 +384,7 @@ impl Engine {
                 .generation
                 .get_or_insert_with(|| Generation::new(&self.rules, &details.sampling, choice.index, &details.prompt));
             let counters = &self.board.counters;
-            if self.uses_prefix_cache && !details.bypass_prefix_cache {
+            if self.uses_prefix_cache && uses_prefix_cache(details) {
                 add(&counters.prefix_cache_queries, self.scheduler.sequence(id).tokens().len());
                 add(&counters.prefix_cache_hits, cached);
             }
@@ -373,6 +412,11 @@ impl Engine {
     pub(super) fn scheduler(&self) -> &Scheduler {
         &self.scheduler
     }
+}
+
+/// The cache holds no logits, which are what a prompt is scored by.
+fn uses_prefix_cache(request: &GenerateRequest) -> bool {
+    !request.bypass_prefix_cache && request.extensions.prompt_logprobs.is_none()
 }
 
 pub(super) fn engine_failed() -> Failure {

@@ -14,7 +14,7 @@ use super::generation::{EndRules, letters};
 use super::handle::EngineLimits;
 use super::status_board::StatusBoard;
 use crate::types::{
-    ChoiceStart, FailureKind, FinishReason, GenerateRequest, GenerationEvent, GenerationStream, RequestId,
+    ChoiceStart, Extensions, FailureKind, FinishReason, GenerateRequest, GenerationEvent, GenerationStream, RequestId,
     SamplingParams, StopCause, TokenId, TokenLogprobs,
 };
 
@@ -22,24 +22,24 @@ const EOS: TokenId = 0;
 
 /// What one choice got.
 #[derive(Clone, Debug, Default, PartialEq)]
-struct Output {
-    tokens: Vec<TokenId>,
-    logprobs: Vec<Option<Box<TokenLogprobs>>>,
-    end: Option<FinishReason>,
+pub(super) struct Output {
+    pub(super) tokens: Vec<TokenId>,
+    pub(super) logprobs: Vec<Option<Box<TokenLogprobs>>>,
+    pub(super) end: Option<FinishReason>,
 }
 
 /// An engine driven step by step, without its thread.
-struct Harness {
-    engine: Engine,
-    log: Arc<FakeRunnerLog>,
-    board: Arc<StatusBoard>,
+pub(super) struct Harness {
+    pub(super) engine: Engine,
+    pub(super) log: Arc<FakeRunnerLog>,
+    pub(super) board: Arc<StatusBoard>,
     streams: BTreeMap<Serial, GenerationStream>,
     next_serial: Serial,
     start: Instant,
 }
 
 impl Harness {
-    fn new(config: &Config, model: FakeModel) -> Self {
+    pub(super) fn new(config: &Config, model: FakeModel) -> Self {
         let (runner, log) = model.runner();
         let limits = EngineLimits::new(config, runner.as_ref()).expect("a usable pool");
         let num_reserved = runner.num_blocks() - limits.num_blocks;
@@ -55,7 +55,7 @@ impl Harness {
         Self { engine, log, board, streams: BTreeMap::new(), next_serial: 0, start }
     }
 
-    fn submit(&mut self, request: GenerateRequest) -> Serial {
+    pub(super) fn submit(&mut self, request: GenerateRequest) -> Serial {
         let (events, stream) = GenerationStream::channel();
         let serial = self.next_serial;
         self.next_serial += 1;
@@ -65,12 +65,12 @@ impl Harness {
         serial
     }
 
-    fn step(&mut self) {
+    pub(super) fn step(&mut self) {
         self.engine.step(self.start).expect("the fake device works");
         self.engine.scheduler().assert_consistent();
     }
 
-    fn run(&mut self) {
+    pub(super) fn run(&mut self) {
         let mut steps = 0;
         while !self.engine.is_idle() {
             self.step();
@@ -78,6 +78,16 @@ impl Harness {
             assert!(steps < 100_000, "the engine does not come to an end");
         }
         self.assert_empty();
+    }
+
+    /// The time that every step is given.
+    pub(super) fn now(&self) -> Instant {
+        self.start
+    }
+
+    /// Nobody listens to the request any more.
+    pub(super) fn hang_up(&mut self, serial: Serial) {
+        self.streams.remove(&serial);
     }
 
     /// Nothing is left: no sequence, no used block, no reserved block in use.
@@ -90,18 +100,19 @@ impl Harness {
         assert_eq!((status.running, status.waiting, status.waiting_tokens, status.kv_blocks_used), (0, 0, 0, 0));
     }
 
-    fn events(&mut self, serial: Serial) -> Vec<GenerationEvent> {
+    pub(super) fn events(&mut self, serial: Serial) -> Vec<GenerationEvent> {
         let stream = self.streams.get_mut(&serial).expect("a stream");
         std::iter::from_fn(|| stream.try_next()).collect()
     }
 
     /// Checks the rules of a stream on the way: one `Scheduled` before the first token, nothing after an end.
-    fn outputs(&mut self, serial: Serial) -> BTreeMap<u32, Output> {
+    pub(super) fn outputs(&mut self, serial: Serial) -> BTreeMap<u32, Output> {
         let mut outputs: BTreeMap<u32, Output> = BTreeMap::new();
         let mut scheduled = 0;
         for event in self.events(serial) {
             match event {
                 GenerationEvent::Scheduled { .. } => scheduled += 1,
+                GenerationEvent::PromptLogprobs { .. } => panic!("nobody asked for it"),
                 GenerationEvent::Token { choice, token, logprobs } => {
                     assert_eq!(scheduled, 1, "scheduled once, before the first token");
                     let output = outputs.entry(choice).or_default();
@@ -120,11 +131,11 @@ impl Harness {
     }
 }
 
-fn config() -> Config {
+pub(super) fn config() -> Config {
     Config { max_num_seqs: 8, max_num_batched_tokens: 24, probe_tokens: 0, ..Config::default() }
 }
 
-fn request(prompt: &[TokenId], sampling: SamplingParams) -> GenerateRequest {
+pub(super) fn request(prompt: &[TokenId], sampling: SamplingParams) -> GenerateRequest {
     GenerateRequest {
         id: RequestId::new("test"),
         prompt: Arc::from(prompt),
@@ -134,10 +145,11 @@ fn request(prompt: &[TokenId], sampling: SamplingParams) -> GenerateRequest {
         deadline: None,
         bypass_prefix_cache: false,
         is_probe: false,
+        extensions: Extensions::default(),
     }
 }
 
-fn model(depth: usize) -> FakeModel {
+pub(super) fn model(depth: usize) -> FakeModel {
     FakeModel { depth, ..FakeModel::default() }
 }
 
@@ -152,6 +164,7 @@ macro_rules! at_each_depth {
         }
     };
 }
+pub(super) use at_each_depth;
 
 at_each_depth! {
     a_mixed_load_of_64_equals_the_same_requests_alone
@@ -173,7 +186,7 @@ at_each_depth! {
 }
 
 /// The request by itself, one step at a time, in an engine with plenty of everything and no cache.
-fn alone(request: &GenerateRequest) -> BTreeMap<u32, Output> {
+pub(super) fn alone(request: &GenerateRequest) -> BTreeMap<u32, Output> {
     let config = Config { enable_prefix_caching: false, max_num_batched_tokens: 1024, ..config() };
     let mut harness = Harness::new(&config, FakeModel { num_blocks: 1024, ..FakeModel::default() });
     let serial = harness.submit(request.clone());
@@ -182,7 +195,7 @@ fn alone(request: &GenerateRequest) -> BTreeMap<u32, Output> {
 }
 
 /// Sampled requests of all kinds: lengths, penalties, stops, choices, shared and distinct prompts.
-fn mixed_load(count: u32) -> Vec<GenerateRequest> {
+pub(super) fn mixed_load(count: u32) -> Vec<GenerateRequest> {
     (0..count)
         .map(|index| {
             let shared = (0..17).map(|position| 1 + position % 5);

@@ -5,7 +5,7 @@
 use std::collections::VecDeque;
 
 use super::batch::{BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError};
-use super::sampler::{Sampler, SequenceSampler};
+use super::sampler::{Sampler, ScoredToken, SequenceSampler};
 use crate::types::TokenId;
 
 const DEPTH: usize = 2;
@@ -36,6 +36,8 @@ struct OwnedEntry {
     start: usize,
     block_table: Vec<u32>,
     pending_row: Option<usize>,
+    num_logits: usize,
+    scored: Vec<ScoredToken>,
     sampling: Option<(SequenceSampler, usize)>,
 }
 
@@ -67,8 +69,10 @@ impl<R: LogitsRunner> FakeDevice<R> {
         }
     }
 
-    fn own(entry: &BatchEntry<'_>) -> OwnedEntry {
+    fn own(&self, entry: &BatchEntry<'_>) -> OwnedEntry {
         OwnedEntry {
+            num_logits: entry.num_logits(),
+            scored: entry.scored_tokens(self.runner.vocab_size()).collect(),
             tokens: entry.tokens.to_vec(),
             start: entry.start,
             block_table: entry.block_table.to_vec(),
@@ -96,16 +100,20 @@ impl<R: LogitsRunner> FakeDevice<R> {
                 tokens: &entry.tokens,
                 start: entry.start,
                 block_table: &entry.block_table,
-                wants_logits: entry.sampling.is_some(),
+                num_logits: entry.num_logits,
             })
             .collect();
         self.runner.forward(&batch, progress)?;
         self.sampled.clear();
-        for (row, (state, position)) in step.iter().filter_map(|entry| entry.sampling.as_ref()).enumerate() {
-            let result = self.sampler.sample(self.runner.logits_mut(row), state, *position);
-            self.sampled.push(result.as_ref().map_or(0, |sampled| sampled.token));
-            rows.push(result);
+        for entry in &step {
+            for token in &entry.scored {
+                rows.push(self.sampler.score(self.runner.logits_mut(rows.len()), token));
+            }
+            if let Some((state, position)) = &entry.sampling {
+                rows.push(self.sampler.sample(self.runner.logits_mut(rows.len()), state, *position));
+            }
         }
+        self.sampled.extend(rows.iter().map(|row| row.as_ref().map_or(0, |sampled| sampled.token)));
         Ok(())
     }
 }
@@ -118,9 +126,10 @@ impl<R: LogitsRunner> ModelRunner for FakeDevice<R> {
             return Err(RunnerError::OutOfMemory { tokens });
         }
         batch.iter().for_each(|entry| self.check(entry));
-        self.rows_launched = batch.iter().filter(|entry| entry.sampling.is_some()).count();
+        self.rows_launched = batch.iter().map(BatchEntry::num_logits).sum();
         self.steps_in_flight += 1;
-        self.queue.push_back(Command::Step(batch.iter().map(Self::own).collect()));
+        let step = batch.iter().map(|entry| self.own(entry)).collect();
+        self.queue.push_back(Command::Step(step));
         Ok(())
     }
 
@@ -165,6 +174,10 @@ impl<R: PagedModel> PagedModel for FakeDevice<R> {
 
     fn max_model_len(&self) -> usize {
         self.runner.max_model_len()
+    }
+
+    fn max_scored_tokens(&self) -> usize {
+        self.runner.max_scored_tokens()
     }
 
     fn corrupt(&mut self) {

@@ -32,6 +32,8 @@ pub struct FakeModel {
     pub poison_token: Option<u32>,
     /// Steps that may be in flight: 1, or 2 as on a device.
     pub depth: usize,
+    /// Rows of a step that may be scored.
+    pub max_scored_tokens: usize,
 }
 
 impl Default for FakeModel {
@@ -46,6 +48,7 @@ impl Default for FakeModel {
             breaks_at: None,
             poison_token: None,
             depth: 1,
+            max_scored_tokens: 5,
         }
     }
 }
@@ -71,6 +74,7 @@ pub struct FakeRunnerLog {
     tokens: AtomicU64,
     copies: AtomicU64,
     largest_batch: AtomicUsize,
+    most_rows: AtomicUsize,
 }
 
 impl FakeRunnerLog {
@@ -85,6 +89,11 @@ impl FakeRunnerLog {
 
     pub fn copies(&self) -> u64 {
         self.copies.load(Ordering::Relaxed)
+    }
+
+    /// Most rows of logits of one batch.
+    pub fn most_rows(&self) -> usize {
+        self.most_rows.load(Ordering::Relaxed)
     }
 
     /// Most entries in one batch.
@@ -131,9 +140,8 @@ impl FakeRunner {
         }
     }
 
-    /// Reads the whole sequence back and turns it into a row of logits.
-    fn push_logits(&mut self, entry: &LogitsEntry<'_>) {
-        let end = entry.start + entry.tokens.len();
+    /// Reads the sequence back up to `end` and turns it into a row of logits.
+    fn push_logits(&mut self, entry: &LogitsEntry<'_>, end: usize) {
         let state = (0..end)
             .fold(self.weights, |state, position| mix(state ^ self.pool[self.index(entry.block_table, position)]));
         let poisoned = self.is_spoiled || self.model.poison_token.is_some_and(|poison| entry.tokens.contains(&poison));
@@ -166,10 +174,14 @@ impl LogitsRunner for FakeRunner {
             assert!(entry.start + entry.tokens.len() <= self.model.max_model_len, "an entry fits into the model");
             self.write(entry);
         }
-        for entry in batch.iter().filter(|entry| entry.wants_logits) {
-            self.push_logits(entry);
+        for entry in batch {
+            assert!(entry.num_logits <= entry.tokens.len(), "logits come after the entry's own tokens");
+            let end = entry.start + entry.tokens.len();
+            (end - entry.num_logits..end).for_each(|position| self.push_logits(entry, position + 1));
             progress();
         }
+        let rows = self.logits.len() / self.model.vocab_size;
+        self.log.most_rows.fetch_max(rows, Ordering::Relaxed);
         Ok(())
     }
 
@@ -207,6 +219,10 @@ impl PagedModel for FakeRunner {
         self.model.max_model_len
     }
 
+    fn max_scored_tokens(&self) -> usize {
+        self.model.max_scored_tokens
+    }
+
     fn corrupt(&mut self) {
         self.weights = mix(self.weights);
     }
@@ -229,7 +245,7 @@ mod tests {
     use super::*;
 
     fn logits(runner: &mut FakeRunner, tokens: &[u32], start: usize, block_table: &[u32]) -> Vec<f32> {
-        let entry = LogitsEntry { tokens, start, block_table, wants_logits: true };
+        let entry = LogitsEntry { tokens, start, block_table, num_logits: 1 };
         runner.forward(&[entry], &|| {}).expect("computes");
         runner.logits_mut(0).to_vec()
     }

@@ -162,7 +162,8 @@ impl EngineLimits {
             return Err(Failure::invalid("prompt", message));
         }
         let longest = request.choices.iter().map(|choice| choice.emitted.len()).max().unwrap_or(0);
-        if num_prompt >= self.max_model_len || num_prompt + longest > self.max_model_len {
+        let least = longest.max(request.sampling.max_tokens.min(1) as usize);
+        if num_prompt + least > self.max_model_len {
             let message = format!(
                 "This model's maximum context length is {} tokens (max_model_len). However, the prompt has {num_prompt} \
                  tokens, which leaves no room for output.",

@@ -9,8 +9,8 @@ use super::fake_runner::FakeModel;
 use super::generation::letters;
 use super::handle::{EngineHandle, EngineParts, Fault, SpawnError, spawn};
 use crate::types::{
-    Backend, ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent,
-    GenerationStream, RequestId, SamplingParams, TokenId,
+    Backend, ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerateRequest,
+    GenerationEvent, GenerationStream, RequestId, SamplingParams, TokenId,
 };
 
 /// Longer than any test should take; a test that runs into it fails.
@@ -41,6 +41,7 @@ fn request(prompt: &[TokenId], max_tokens: u32) -> GenerateRequest {
         deadline: None,
         bypass_prefix_cache: false,
         is_probe: false,
+        extensions: Extensions::default(),
     }
 }
 

@@ -26,8 +26,14 @@ impl<R: LogitsRunner> ModelRunner for HostSampling<R> {
         let entries: Vec<LogitsEntry<'_>> = batch.iter().map(without_sampling).collect();
         self.runner.forward(&entries, progress)?;
         let mut rows = std::mem::take(&mut self.spare);
-        for (row, spec) in batch.iter().filter_map(|entry| entry.sampling).enumerate() {
-            rows.push(self.sampler.sample(self.runner.logits_mut(row), spec.state, spec.position));
+        let vocab_size = self.runner.vocab_size();
+        for entry in batch {
+            for token in entry.scored_tokens(vocab_size) {
+                rows.push(self.sampler.score(self.runner.logits_mut(rows.len()), &token));
+            }
+            if let Some(spec) = entry.sampling {
+                rows.push(self.sampler.sample(self.runner.logits_mut(rows.len()), spec.state, spec.position));
+            }
         }
         self.sampled = Some(rows);
         Ok(())
@@ -52,7 +58,7 @@ fn without_sampling<'a>(entry: &BatchEntry<'a>) -> LogitsEntry<'a> {
         tokens: entry.tokens,
         start: entry.start,
         block_table: entry.block_table,
-        wants_logits: entry.sampling.is_some(),
+        num_logits: entry.num_logits(),
     }
 }
 
@@ -79,6 +85,10 @@ impl<R: PagedModel> PagedModel for HostSampling<R> {
 
     fn max_model_len(&self) -> usize {
         self.runner.max_model_len()
+    }
+
+    fn max_scored_tokens(&self) -> usize {
+        self.runner.max_scored_tokens()
     }
 
     fn corrupt(&mut self) {

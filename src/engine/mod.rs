@@ -30,11 +30,15 @@ pub mod sampler;
 pub mod scheduler;
 #[cfg(test)]
 mod scheduler_tests;
+#[cfg(test)]
+mod scoring_tests;
 pub mod sequence;
 mod status_board;
 pub mod stepped;
 
-pub use batch::{BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError, SampleSpec};
+pub use batch::{
+    BatchEntry, LogitsEntry, LogitsRunner, ModelRunner, PagedModel, RowResult, RunnerError, SampleSpec, ScoreSpec,
+};
 pub use config::Config;
 pub use counters::{EngineCounters, EngineCountersSnapshot};
 pub use generation::{StopText, StopTexts};

@@ -236,9 +236,7 @@ impl LogitsRunner for CpuModelRunner {
                 position,
                 index: entry.block_table[position / block_size] as usize * block_size + position % block_size,
             }));
-            if entry.wants_logits {
-                self.output_rows.push(self.tokens.len() - 1);
-            }
+            self.output_rows.extend(self.tokens.len() - entry.num_logits..self.tokens.len());
             entries.push(AttentionEntry {
                 first_row,
                 num_tokens: entry.tokens.len(),

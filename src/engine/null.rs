@@ -26,6 +26,9 @@ impl NullEngine {
 
 impl Backend for NullEngine {
     fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure> {
+        if request.extensions.prompt_logprobs.is_some() {
+            return Err(Failure::invalid("prompt_logprobs", "An engine without a model scores no prompt."));
+        }
         let (events, stream) = GenerationStream::channel();
         let send = |event| events.send(event).expect("the stream is still here");
         send(GenerationEvent::Scheduled { cached_tokens: 0 });
@@ -66,7 +69,7 @@ impl Backend for NullEngine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{ChoiceStart, RequestId, SamplingParams};
+    use crate::types::{ChoiceStart, Extensions, RequestId, SamplingParams};
     use std::sync::Arc;
 
     #[test]
@@ -80,6 +83,7 @@ mod tests {
             deadline: None,
             bypass_prefix_cache: false,
             is_probe: false,
+            extensions: Extensions::default(),
         };
         let mut stream = NullEngine::new(9).generate(request).expect("answers");
         let events: Vec<GenerationEvent> = std::iter::from_fn(|| stream.try_next()).collect();

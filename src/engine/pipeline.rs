@@ -17,14 +17,15 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
 use tracing::{error, warn};
 
-use super::batch::{BatchEntry, RowResult, RunnerError, SampleSpec};
+use super::batch::{BatchEntry, RowResult, RunnerError, SampleSpec, ScoreSpec};
 use super::counters::{add, add_time};
 use super::engine::{Engine, engine_failed};
 use super::sampler::{NumericsInvalid, Sampled};
 use super::scheduler::{Plan, Scheduled};
-use crate::types::{Failure, FailureKind, GenerationEvent};
+use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent};
 
 /// Steps that must succeed before a token budget that was halved for lack of memory is doubled again.
 const STEPS_BEFORE_GROWTH: u64 = 256;
@@ -98,16 +99,24 @@ impl Engine {
         if plan.entries.is_empty() {
             return Ok(());
         }
-        let (scheduler, choices) = (&self.scheduler, &self.choices);
+        let (scheduler, choices, requests) = (&self.scheduler, &self.choices, &self.requests);
         let entry = |scheduled: &Scheduled| {
             let sequence = scheduler.sequence(scheduled.id);
             let choice = choices[scheduled.id.index()].as_ref().expect("a sequence has a choice");
             let generation = choice.generation.as_ref().expect("made when the sequence started");
+            let end = scheduled.start + scheduled.len;
             BatchEntry {
-                tokens: &sequence.tokens()[scheduled.start..scheduled.start + scheduled.len],
+                tokens: &sequence.tokens()[scheduled.start..end],
                 start: scheduled.start,
                 block_table: sequence.block_table(),
                 pending_row: (sequence.num_pending() > 0).then_some(choice.row),
+                scoring: (scheduled.num_scored > 0).then(|| {
+                    let request = &requests[&choice.serial].request;
+                    let num_logprobs =
+                        request.extensions.prompt_logprobs.expect("a prompt is scored when it is asked for");
+                    // Each row tells of the token after it.
+                    ScoreSpec { tokens: &request.prompt[end + 1 - scheduled.num_scored..=end], num_logprobs }
+                }),
                 sampling: scheduled.wants_logits.then(|| SampleSpec {
                     state: generation.sampler(),
                     position: generation.generated() + sequence.num_pending(),
@@ -126,7 +135,7 @@ impl Engine {
             let choice = self.choices[entry.id.index()].as_mut().expect("a sequence has a choice");
             let generation = choice.generation.as_ref().expect("made when the sequence started");
             choice.row = rows;
-            rows += usize::from(entry.wants_logits);
+            rows += entry.num_rows();
             let is_last = generation.ends_after(self.scheduler.sequence(entry.id).num_pending());
             self.scheduler.launched(entry, is_last);
         }
@@ -156,17 +165,32 @@ impl Engine {
 
     /// Publishes the tokens, in the order of the batch.
     fn publish_rows(&mut self, entries: &[Scheduled], rows: &mut Vec<RowResult>) {
-        let asking = entries.iter().filter(|entry| entry.wants_logits);
-        assert_eq!(asking.clone().count(), rows.len(), "a row for every entry that asks");
-        for (&entry, row) in asking.zip(rows.drain(..)) {
+        let asked: usize = entries.iter().map(Scheduled::num_rows).sum();
+        assert_eq!(asked, rows.len(), "a row for every token that asks");
+        let mut rows = rows.drain(..);
+        for &entry in entries {
+            let of_entry: SmallVec<[RowResult; 1]> = rows.by_ref().take(entry.num_rows()).collect();
             // Gone when it ended after the launch, or when another choice of its request failed in this very step.
             if self.scheduler.get(entry.id).is_none() {
                 continue;
             }
-            match row {
-                Ok(sampled) => self.publish_token(entry, sampled),
+            match of_entry.into_iter().collect::<Result<SmallVec<[Sampled; 1]>, _>>() {
+                Ok(sampled) if entry.num_scored > 0 => self.publish_scores(entry, sampled),
+                Ok(sampled) => sampled.into_iter().for_each(|sampled| self.publish_token(entry, sampled)),
                 Err(invalid) => self.fail_numerics(entry, invalid),
             }
+        }
+    }
+
+    /// Publishes what a stretch of a prompt was worth; the request may have asked for nothing else.
+    fn publish_scores(&mut self, entry: Scheduled, scored: SmallVec<[Sampled; 1]>) {
+        let serial = self.choices[entry.id.index()].as_ref().expect("a sequence has a choice").serial;
+        let end = entry.start + entry.len;
+        let logprobs = scored.into_iter().filter_map(|scored| scored.logprobs).collect();
+        self.send(serial, GenerationEvent::PromptLogprobs { start: (end - entry.num_scored) as u32, logprobs });
+        let request = &self.requests[&serial].request;
+        if request.sampling.max_tokens == 0 && end + 1 == request.prompt.len() {
+            self.finish_all_choices(serial, &FinishReason::Length);
         }
     }
 

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 
 use super::block_manager::BlockId;
-use crate::types::TokenId;
+use crate::types::{CacheSalt, TokenId};
 
 /// Identity of an entry; never given out twice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,6 +19,14 @@ pub struct EntryId {
 /// The sequence that computes a claimed entry. Unique for the life of the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Claimant(pub u64);
+
+/// What an entry stands below.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Parent {
+    /// The start of a sequence. Sequences of different salts have different roots, and so nothing in common.
+    Root(Option<CacheSalt>),
+    Entry(EntryId),
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Lookup {
@@ -41,7 +49,7 @@ pub enum Published {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Key {
-    parent: Option<EntryId>,
+    parent: Parent,
     tokens_hash: u64,
 }
 
@@ -100,8 +108,8 @@ impl PrefixCache {
         self.index.is_empty()
     }
 
-    /// The entry of one full block of tokens below `parent` (`None`: at the start of the sequence).
-    pub fn find(&self, parent: Option<EntryId>, tokens: &[TokenId]) -> Lookup {
+    /// The entry of one full block of tokens below `parent`.
+    pub fn find(&self, parent: Parent, tokens: &[TokenId]) -> Lookup {
         match self.slot_of(self.key(parent, tokens)) {
             Some(slot) if self.tokens_of(slot) == tokens => self.describe(slot),
             _ => Lookup::Absent,
@@ -109,7 +117,7 @@ impl PrefixCache {
     }
 
     /// Announces that `claimant` will compute this block. `None` when the key is taken or the parent is gone.
-    pub fn claim(&mut self, parent: Option<EntryId>, tokens: &[TokenId], claimant: Claimant) -> Option<EntryId> {
+    pub fn claim(&mut self, parent: Parent, tokens: &[TokenId], claimant: Claimant) -> Option<EntryId> {
         let key = self.key(parent, tokens);
         if self.slot_of(key).is_some() || !self.is_rooted(parent) {
             return None;
@@ -118,13 +126,7 @@ impl PrefixCache {
     }
 
     /// Offers a computed block. The claimant of an entry makes it ready; an unclaimed key becomes ready at once.
-    pub fn publish(
-        &mut self,
-        parent: Option<EntryId>,
-        tokens: &[TokenId],
-        block: BlockId,
-        claimant: Claimant,
-    ) -> Published {
+    pub fn publish(&mut self, parent: Parent, tokens: &[TokenId], block: BlockId, claimant: Claimant) -> Published {
         let key = self.key(parent, tokens);
         let Some(slot) = self.slot_of(key) else {
             return match self.is_rooted(parent) {
@@ -161,7 +163,7 @@ impl PrefixCache {
         }
     }
 
-    fn key(&self, parent: Option<EntryId>, tokens: &[TokenId]) -> Key {
+    fn key(&self, parent: Parent, tokens: &[TokenId]) -> Key {
         assert_eq!(tokens.len(), self.block_size, "only full blocks are cached");
         Key { parent, tokens_hash: (self.hash)(tokens) }
     }
@@ -180,8 +182,11 @@ impl PrefixCache {
         (entry.generation == id.generation && !matches!(entry.state, State::Vacant)).then_some(entry)
     }
 
-    fn is_rooted(&self, parent: Option<EntryId>) -> bool {
-        parent.is_none_or(|id| self.entry(id).is_some())
+    fn is_rooted(&self, parent: Parent) -> bool {
+        match parent {
+            Parent::Root(_) => true,
+            Parent::Entry(id) => self.entry(id).is_some(),
+        }
     }
 
     fn describe(&self, slot: u32) -> Lookup {
@@ -210,7 +215,7 @@ impl PrefixCache {
                 u32::try_from(self.entries.len() - 1).expect("entries are bounded by twice the block count")
             }
         };
-        if let Some(parent) = key.parent {
+        if let Parent::Entry(parent) = key.parent {
             self.entries[parent.slot as usize].children += 1;
         }
         self.index.insert(key, slot);
@@ -220,7 +225,7 @@ impl PrefixCache {
     fn remove(&mut self, id: EntryId) {
         let entry = self.entries[id.slot as usize];
         assert_eq!(entry.children, 0, "an entry outlives its children");
-        if let Some(parent) = entry.key.parent {
+        if let Parent::Entry(parent) = entry.key.parent {
             self.entries[parent.slot as usize].children -= 1;
         }
         self.entries[id.slot as usize].state = State::Vacant;
@@ -238,42 +243,56 @@ fn hash_tokens(tokens: &[TokenId]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::Parent::Entry;
     use super::*;
     use proptest::prelude::*;
 
     const ME: Claimant = Claimant(1);
     const OTHER: Claimant = Claimant(2);
+    const ROOT: Parent = Parent::Root(None);
 
     #[test]
     fn a_claim_becomes_ready_when_its_claimant_publishes() {
         let mut cache = PrefixCache::new(2);
-        let id = cache.claim(None, &[1, 2], ME).expect("the key is free");
-        assert_eq!(cache.find(None, &[1, 2]), Lookup::Claimed(id, ME));
-        assert_eq!(cache.claim(None, &[1, 2], OTHER), None);
-        assert_eq!(cache.publish(None, &[1, 2], 9, OTHER), Published::Refused);
-        assert_eq!(cache.publish(None, &[1, 2], 7, ME), Published::New(id));
-        assert_eq!(cache.find(None, &[1, 2]), Lookup::Ready(id, 7));
-        assert_eq!(cache.publish(None, &[1, 2], 9, OTHER), Published::Existing(id, 7));
+        let id = cache.claim(ROOT, &[1, 2], ME).expect("the key is free");
+        assert_eq!(cache.find(ROOT, &[1, 2]), Lookup::Claimed(id, ME));
+        assert_eq!(cache.claim(ROOT, &[1, 2], OTHER), None);
+        assert_eq!(cache.publish(ROOT, &[1, 2], 9, OTHER), Published::Refused);
+        assert_eq!(cache.publish(ROOT, &[1, 2], 7, ME), Published::New(id));
+        assert_eq!(cache.find(ROOT, &[1, 2]), Lookup::Ready(id, 7));
+        assert_eq!(cache.publish(ROOT, &[1, 2], 9, OTHER), Published::Existing(id, 7));
     }
 
     #[test]
     fn equal_blocks_below_different_parents_are_different() {
         let mut cache = PrefixCache::new(2);
-        let Published::New(left) = cache.publish(None, &[1, 1], 0, ME) else { panic!("published") };
-        let Published::New(right) = cache.publish(None, &[2, 2], 1, ME) else { panic!("published") };
-        cache.publish(Some(left), &[5, 6], 2, ME);
-        assert_eq!(cache.find(Some(right), &[5, 6]), Lookup::Absent);
+        let Published::New(left) = cache.publish(ROOT, &[1, 1], 0, ME) else { panic!("published") };
+        let Published::New(right) = cache.publish(ROOT, &[2, 2], 1, ME) else { panic!("published") };
+        cache.publish(Entry(left), &[5, 6], 2, ME);
+        assert_eq!(cache.find(Entry(right), &[5, 6]), Lookup::Absent);
+    }
+
+    #[test]
+    fn equal_blocks_of_different_salts_are_different() {
+        let mut cache = PrefixCache::new(2);
+        let [mine, yours] = [1, 2].map(|byte| Parent::Root(Some(CacheSalt::new([byte; 16]))));
+        let Published::New(id) = cache.publish(mine, &[1, 1], 0, ME) else { panic!("published") };
+        assert_eq!(cache.find(mine, &[1, 1]), Lookup::Ready(id, 0));
+        for other in [yours, ROOT] {
+            assert_eq!(cache.find(other, &[1, 1]), Lookup::Absent);
+            assert!(matches!(cache.publish(other, &[1, 1], 1, ME), Published::New(_)));
+        }
     }
 
     #[test]
     fn nothing_is_kept_below_an_evicted_entry_even_when_its_prefix_returns() {
         let mut cache = PrefixCache::new(1);
-        let Published::New(old) = cache.publish(None, &[1], 0, ME) else { panic!("published") };
+        let Published::New(old) = cache.publish(ROOT, &[1], 0, ME) else { panic!("published") };
         cache.evict(old);
-        assert_eq!(cache.publish(Some(old), &[2], 1, ME), Published::Refused);
-        let Published::New(new) = cache.publish(None, &[1], 3, ME) else { panic!("published") };
+        assert_eq!(cache.publish(Entry(old), &[2], 1, ME), Published::Refused);
+        let Published::New(new) = cache.publish(ROOT, &[1], 3, ME) else { panic!("published") };
         assert_ne!(old, new);
-        assert_eq!(cache.claim(Some(old), &[2], ME), None);
+        assert_eq!(cache.claim(Entry(old), &[2], ME), None);
         assert_eq!(cache.len(), 1);
     }
 
@@ -281,8 +300,8 @@ mod tests {
     #[should_panic(expected = "outlives its children")]
     fn a_parent_cannot_be_evicted_before_its_child() {
         let mut cache = PrefixCache::new(1);
-        let Published::New(parent) = cache.publish(None, &[1], 0, ME) else { panic!("published") };
-        cache.publish(Some(parent), &[2], 1, ME);
+        let Published::New(parent) = cache.publish(ROOT, &[1], 0, ME) else { panic!("published") };
+        cache.publish(Entry(parent), &[2], 1, ME);
         cache.evict(parent);
     }
 
@@ -290,7 +309,7 @@ mod tests {
     fn walk(cache: &PrefixCache, tokens: &[TokenId]) -> Vec<(EntryId, BlockId)> {
         let mut found: Vec<(EntryId, BlockId)> = Vec::new();
         for block in tokens.chunks_exact(2) {
-            match cache.find(found.last().map(|&(id, _)| id), block) {
+            match cache.find(found.last().map_or(ROOT, |&(id, _)| Entry(id)), block) {
                 Lookup::Ready(id, block) => found.push((id, block)),
                 _ => break,
             }
@@ -313,13 +332,13 @@ mod tests {
                 for (depth, (_, block)) in found.iter().enumerate() {
                     prop_assert_eq!(&content[block][..], &tokens[..(depth + 1) * 2]);
                 }
-                let mut parent = found.last().map(|&(id, _)| id);
+                let mut parent = found.last().map_or(ROOT, |&(id, _)| Entry(id));
                 for depth in found.len()..tokens.len() / 2 {
                     let block = &tokens[depth * 2..depth * 2 + 2];
                     let Published::New(id) = cache.publish(parent, block, next_block, ME) else { break };
                     content.insert(next_block, tokens[..(depth + 1) * 2].to_vec());
                     next_block += 1;
-                    parent = Some(id);
+                    parent = Entry(id);
                 }
                 if let Some(&choice) = evictions.get(index) {
                     evict_some_leaf(&mut cache, usize::from(choice));

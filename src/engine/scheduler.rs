@@ -21,6 +21,8 @@ pub struct Limits {
     pub max_num_seqs: usize,
     /// Tokens in a batch, those of the probe included. More than `max_num_seqs`, so that every decode and the probe fit.
     pub max_num_batched_tokens: usize,
+    /// Positions in a batch whose logits are wanted to score a prompt, at least one.
+    pub max_scored_tokens: usize,
 }
 
 /// A stretch of one sequence to compute.
@@ -29,7 +31,17 @@ pub struct Scheduled {
     pub id: SequenceId,
     pub start: usize,
     pub len: usize,
+    /// A token is sampled after the last one. A stretch that is scored wants none.
     pub wants_logits: bool,
+    /// Of so many of the last tokens the logits are wanted, to score what follows each.
+    pub num_scored: usize,
+}
+
+impl Scheduled {
+    /// Rows of logits.
+    pub fn num_rows(&self) -> usize {
+        self.num_scored + usize::from(self.wants_logits)
+    }
 }
 
 /// What one step does: the copies in their order, then the batch.
@@ -40,6 +52,7 @@ pub struct Plan {
     /// Sequences that are computed for the first time, and how many of their tokens were found computed.
     pub started: Vec<(SequenceId, usize)>,
     pub num_tokens: usize,
+    pub num_scored: usize,
     pub num_preempted: usize,
     /// A sequence found no block, and none may be taken from others while a step is in flight: the next plan is to be made
     /// when none is.
@@ -52,6 +65,7 @@ impl Plan {
         self.entries.clear();
         self.started.clear();
         self.num_tokens = 0;
+        self.num_scored = 0;
         self.num_preempted = 0;
         self.is_starved = false;
     }
@@ -79,6 +93,7 @@ impl Scheduler {
     pub fn new(limits: Limits, blocks: BlockManager, block_size: usize) -> Self {
         assert!(limits.max_num_seqs > 0, "at least one sequence runs");
         assert!(limits.max_num_batched_tokens > limits.max_num_seqs, "every decode and the probe fit into a batch");
+        assert!(limits.max_scored_tokens > 0, "a prompt that is scored goes on");
         Self {
             limits,
             token_budget: limits.max_num_batched_tokens,
@@ -193,6 +208,9 @@ impl Scheduler {
         let sequence = &mut self.sequences[entry.id.slot];
         assert_eq!(sequence.computed, entry.start, "an entry is launched once");
         sequence.computed += entry.len;
+        if entry.num_scored > 0 {
+            sequence.scored = sequence.computed;
+        }
         if !entry.wants_logits {
             self.publish(entry.id, entry.start + entry.len);
         } else if !is_last {
@@ -365,19 +383,28 @@ impl Scheduler {
     }
 
     fn schedule_stretch(&mut self, id: SequenceId, most: usize) {
+        let scored_budget = self.limits.max_scored_tokens - self.plan.num_scored;
         let sequence = &mut self.sequences[id.slot];
-        let len = sequence.remaining().min(most);
+        let (start, mut len, mut num_scored) = (sequence.computed, sequence.remaining().min(most), 0);
+        let is_scored = sequence.left_to_score() > 0;
+        if is_scored {
+            // What was scored before a preemption is only computed again.
+            let known = sequence.scored.saturating_sub(start);
+            len = len.min(sequence.left_to_score()).min(known + scored_budget);
+            num_scored = len.saturating_sub(known);
+        }
         if len == 0 {
             return;
         }
-        let start = sequence.computed;
         for block in &sequence.blocks[start / self.block_size..(start + len).div_ceil(self.block_size)] {
             assert!(self.blocks.is_private(*block), "a shared block is about to be written");
         }
         if !std::mem::replace(&mut sequence.has_started, true) {
             self.plan.started.push((id, start));
         }
+        let wants_logits = !is_scored && len == sequence.remaining();
         self.plan.num_tokens += len;
-        self.plan.entries.push(Scheduled { id, start, len, wants_logits: len == sequence.remaining() });
+        self.plan.num_scored += num_scored;
+        self.plan.entries.push(Scheduled { id, start, len, wants_logits, num_scored });
     }
 }

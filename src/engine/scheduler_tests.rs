@@ -12,7 +12,7 @@ use crate::types::TokenId;
 const BLOCK_SIZE: usize = 4;
 
 fn scheduler(num_blocks: u32, max_num_seqs: usize, max_num_batched_tokens: usize) -> Scheduler {
-    let limits = Limits { max_num_seqs, max_num_batched_tokens };
+    let limits = Limits { max_num_seqs, max_num_batched_tokens, max_scored_tokens: 3 };
     Scheduler::new(limits, BlockManager::new(num_blocks, 0, BLOCK_SIZE), BLOCK_SIZE)
 }
 
@@ -22,6 +22,8 @@ fn sequence(arrival: u64, tokens: &[TokenId]) -> NewSequence {
         tokens: tokens.to_vec(),
         prompt_len: tokens.len(),
         uses_prefix_cache: true,
+        cache_salt: None,
+        num_scored: 0,
         sibling: None,
     }
 }
@@ -166,7 +168,7 @@ fn choices_share_the_blocks_of_their_prompt() {
 
 #[test]
 fn the_probe_runs_when_slots_and_blocks_are_taken() {
-    let limits = Limits { max_num_seqs: 1, max_num_batched_tokens: 4 };
+    let limits = Limits { max_num_seqs: 1, max_num_batched_tokens: 4, max_scored_tokens: 1 };
     let mut scheduler = Scheduler::new(limits, BlockManager::new(4, 2, BLOCK_SIZE), BLOCK_SIZE);
     let greedy = scheduler.add(distinct(1, 8));
     scheduler.add(distinct(2, 8));
@@ -239,6 +241,8 @@ struct World {
     depth: usize,
     live: Vec<SequenceId>,
     flights: VecDeque<Vec<Scheduled>>,
+    /// Positions of each sequence that have been scored.
+    scored: HashMap<SequenceId, usize>,
 }
 
 impl World {
@@ -246,7 +250,9 @@ impl World {
         let mut sibling = None;
         for choice in 0..choices {
             let rank = Rank { priority, arrival, choice };
-            let new = NewSequence { rank, sibling, uses_prefix_cache: cached, ..sequence(arrival, prompt) };
+            // The first choice of what bypasses the cache scores the prompt.
+            let num_scored = if cached || sibling.is_some() { 0 } else { prompt.len() - 1 };
+            let new = NewSequence { rank, sibling, num_scored, uses_prefix_cache: cached, ..sequence(arrival, prompt) };
             let id = self.scheduler.add(new);
             sibling = sibling.or(Some(id));
             self.live.push(id);
@@ -264,6 +270,11 @@ impl World {
             for &entry in &plan.entries {
                 let is_last = self.scheduler.sequence(entry.id).tokens().len() == LONGEST;
                 self.scheduler.launched(entry, is_last);
+                if entry.num_scored > 0 {
+                    let scored = self.scored.entry(entry.id).or_default();
+                    assert_eq!(*scored, entry.start + entry.len - entry.num_scored, "in order, and each once");
+                    *scored += entry.num_scored;
+                }
             }
             self.flights.push_back(plan.entries);
             stays_filled = !plan.is_starved;
@@ -292,11 +303,16 @@ impl World {
         assert!(plan.num_tokens <= self.limits.max_num_batched_tokens);
         assert_eq!(plan.num_tokens, plan.entries.iter().map(|entry| entry.len).sum::<usize>());
         assert!(self.scheduler.running().len() <= self.limits.max_num_seqs);
+        let num_scored: usize = plan.entries.iter().map(|entry| entry.num_scored).sum();
+        assert!(num_scored == plan.num_scored && num_scored <= self.limits.max_scored_tokens);
         let mut written = Vec::new();
         for entry in &plan.entries {
             let sequence = self.scheduler.sequence(entry.id);
             let end = entry.start + entry.len;
             assert_eq!(entry.wants_logits, end == sequence.tokens().len());
+            assert!(!entry.wants_logits || entry.num_scored == 0, "what is scored is not sampled from");
+            let scored = self.scored.get(&entry.id).copied().unwrap_or(0);
+            assert!(!entry.wants_logits || scored == sequence.num_scored, "a prompt is scored before its first token");
             assert!(
                 sequence.num_pending() == 0 || entry.wants_logits && entry.len == 1,
                 "a placeholder is decoded alone"
@@ -319,12 +335,15 @@ proptest! {
         num_blocks in 6u32..20,
         max_num_seqs in 1usize..6,
         spare_tokens in 1usize..12,
+        max_scored_tokens in 1usize..5,
         depth in 1usize..=2,
         operations in prop::collection::vec(operation(), 1..60),
     ) {
-        let limits = Limits { max_num_seqs, max_num_batched_tokens: max_num_seqs + spare_tokens };
+        let max_num_batched_tokens = max_num_seqs + spare_tokens;
+        let limits = Limits { max_num_seqs, max_num_batched_tokens, max_scored_tokens };
         let scheduler = Scheduler::new(limits, BlockManager::new(num_blocks, 0, BLOCK_SIZE), BLOCK_SIZE);
-        let mut world = World { scheduler, limits, depth, live: Vec::new(), flights: VecDeque::new() };
+        let (live, flights, scored) = (Vec::new(), VecDeque::new(), HashMap::new());
+        let mut world = World { scheduler, limits, depth, live, flights, scored };
         for (arrival, operation) in operations.into_iter().enumerate() {
             match operation {
                 Operation::Add { priority, prompt, choices, cached } => {

@@ -4,8 +4,8 @@
 use std::cmp::Ordering;
 
 use super::block_manager::BlockId;
-use super::prefix_cache::{Claimant, EntryId};
-use crate::types::TokenId;
+use super::prefix_cache::{Claimant, EntryId, Parent};
+use crate::types::{CacheSalt, TokenId};
 
 /// Identifies a sequence. Slots are reused, claimants are not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -55,6 +55,11 @@ pub struct NewSequence {
     pub prompt_len: usize,
     /// Reads and fills the prefix cache.
     pub uses_prefix_cache: bool,
+    /// Of the prefix cache only what has the same salt.
+    pub cache_salt: Option<CacheSalt>,
+    /// So many of the first tokens are scored: the logits after each of them are wanted, once. Fewer than all tokens if a
+    /// token is to be sampled after them; with all scored, none is.
+    pub num_scored: usize,
     /// An earlier choice of the same request, whose blocks of the prompt may be shared.
     pub sibling: Option<SequenceId>,
 }
@@ -89,6 +94,10 @@ pub struct Sequence {
     /// Whether blocks after the chain may still join it.
     pub(super) chain_is_open: bool,
     pub(super) uses_prefix_cache: bool,
+    cache_salt: Option<CacheSalt>,
+    /// See [`NewSequence::num_scored`], and how many of these are scored already, or will be by the steps in flight.
+    pub(super) num_scored: usize,
+    pub(super) scored: usize,
     /// Was scheduled at least once, before a preemption perhaps.
     pub(super) has_started: bool,
 }
@@ -96,6 +105,7 @@ pub struct Sequence {
 impl Sequence {
     pub(super) fn new(new: NewSequence, claimant: Claimant) -> Self {
         assert!(new.prompt_len > 0 && new.prompt_len <= new.tokens.len(), "a sequence starts with its prompt");
+        assert!(new.num_scored == 0 || !new.uses_prefix_cache, "the prefix cache has no logits");
         Self {
             rank: new.rank,
             claimant,
@@ -110,6 +120,9 @@ impl Sequence {
             published: 0,
             chain_is_open: new.uses_prefix_cache,
             uses_prefix_cache: new.uses_prefix_cache,
+            cache_salt: new.cache_salt,
+            num_scored: new.num_scored,
+            scored: 0,
             has_started: false,
         }
     }
@@ -159,6 +172,16 @@ impl Sequence {
 
     pub(super) fn is_active(&self) -> bool {
         self.phase == Phase::Active
+    }
+
+    /// Positions from `computed` on that are computed before the scored ones end.
+    pub(super) fn left_to_score(&self) -> usize {
+        self.num_scored.saturating_sub(self.computed)
+    }
+
+    /// What the cache entry of the block of this index stands below.
+    pub(super) fn parent_of(&self, index: usize) -> Parent {
+        index.checked_sub(1).map_or(Parent::Root(self.cache_salt), |above| Parent::Entry(self.chain[above]))
     }
 
     /// The tokens of one full block.

@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::types::{
-    Backend, ChoiceStart, Failure, FailureKind, GenerateRequest, GenerationEvent, NodeState, RequestId, SamplingParams,
-    TokenId,
+    Backend, ChoiceStart, Extensions, Failure, FailureKind, GenerateRequest, GenerationEvent, NodeState, RequestId,
+    SamplingParams, TokenId,
 };
 
 use super::{Config, Health};
@@ -250,7 +250,7 @@ impl InferenceProbe {
         let mut generated = Vec::new();
         while let Some(event) = stream.next().await {
             match event {
-                GenerationEvent::Scheduled { .. } => {}
+                GenerationEvent::Scheduled { .. } | GenerationEvent::PromptLogprobs { .. } => {}
                 GenerationEvent::Token { token, logprobs, .. } => {
                     generated.push((token, logprobs.map_or(0, |logprobs| logprobs.logprob.to_bits())));
                 }
@@ -279,6 +279,7 @@ impl InferenceProbe {
             deadline: None,
             bypass_prefix_cache: true,
             is_probe: true,
+            extensions: Extensions::default(),
         }
     }
 }

@@ -13,8 +13,8 @@ use super::{Router, Strategy};
 use crate::admission::Demand;
 use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalHead, JournalKey, JournalRecord, Peer};
 use crate::types::{
-    ChoiceStart, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId, SamplingParams,
-    TokenId,
+    ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId,
+    SamplingParams, TokenId,
 };
 
 /// A replica does not serve at all. Its caller heard of that too late, which is no reason to spare others a second attempt.
@@ -36,6 +36,7 @@ pub struct Dispatch {
     pub deadline: Option<Instant>,
     /// Instead of the configured one.
     pub strategy: Option<Strategy>,
+    pub extensions: Extensions,
     /// A replica of other numbers may go on with the stream, if there is none of the same.
     pub allows_other_fingerprint: bool,
     /// Under what the stream can be found again, if it can.
@@ -79,6 +80,7 @@ pub(super) struct Want {
     pub(super) priority: i32,
     pub(super) deadline: Option<Instant>,
     pub(super) strategy: Strategy,
+    pub(super) extensions: Extensions,
 }
 
 /// Where it goes.
@@ -100,11 +102,12 @@ impl Want {
             fingerprint: None,
             allows_other_fingerprint: dispatch.allows_other_fingerprint,
             prompt: dispatch.prompt.clone(),
-            prefixes: hot_prefixes::hashes(&dispatch.prompt),
+            prefixes: hot_prefixes::hashes(&dispatch.prompt, dispatch.extensions.cache_salt),
             sampling: dispatch.sampling.clone(),
             priority: dispatch.priority,
             deadline: dispatch.deadline,
             strategy: dispatch.strategy.unwrap_or(shared.config.placement),
+            extensions: dispatch.extensions,
         }
     }
 
@@ -132,6 +135,7 @@ impl Want {
             deadline: self.deadline,
             bypass_prefix_cache: false,
             is_probe: false,
+            extensions: self.extensions,
         }
     }
 
@@ -151,6 +155,7 @@ impl Want {
             priority: self.engine_priority(is_continuation),
             remaining: self.deadline.map(|deadline| deadline.saturating_duration_since(now)),
             is_continuation,
+            extensions: self.extensions,
         }
     }
 
@@ -222,7 +227,8 @@ impl Router {
         });
         let is_named = dispatch.name.is_some();
         let is_gated = is_named && shared.has_peers();
-        let log = Arc::new(StreamLog::new(head, 1, Vec::new(), is_named, is_gated));
+        let log = StreamLog::new(head, 1, Vec::new(), is_named, is_gated).scoring(dispatch.scores_prompt());
+        let log = Arc::new(log);
         if let Some(running) = shared.register(&log)
             && let Some(joined) = self.join(&running, dispatch)?
         {
@@ -241,17 +247,22 @@ impl Router {
         // A name that a node gave says nothing of the seed: the journal does.
         want.sampling = record.head.sampling.clone();
         want.fingerprint = Some(record.head.fingerprint.clone());
-        // The tokens are in the journal, their logprobs are not: these are computed again.
+        // The tokens are in the journal, no logprobs are: these are computed again.
         let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
-        let known = match record.head.sampling.logprobs {
-            Some(_) => truncated(&record.choices, have),
-            None => record.choices.clone(),
+        let known = match record.head.sampling.logprobs.is_some() || dispatch.scores_prompt() {
+            true => truncated(&record.choices, have, dispatch.scores_prompt()),
+            false => record.choices.clone(),
         };
-        let source = self.follow(&record, &known).await;
+        // Nobody else tells how the prompt scored, once it has been told.
+        let source = match dispatch.scores_prompt() {
+            true => None,
+            false => self.follow(&record, &known).await,
+        };
         let from = if source.is_some() { "follow" } else { "journal" };
         shared.metrics.streams_resumed.with([from]).inc();
         let epoch = if source.is_some() { record.epoch } else { record.epoch + 1 };
-        let log = Arc::new(StreamLog::new(record.head, epoch, known, true, false));
+        let log = StreamLog::new(record.head, epoch, known, true, false).scoring(dispatch.scores_prompt());
+        let log = Arc::new(log);
         if let Some(running) = shared.register(&log)
             && let Some(joined) = self.join(&running, dispatch)?
         {
@@ -281,14 +292,16 @@ impl Router {
     fn join(&self, log: &Arc<StreamLog>, dispatch: &Dispatch) -> Result<Option<Dispatched>, Failure> {
         check_body(&log.head, dispatch)?;
         let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
-        if log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(have) {
+        let lacks_logprobs = log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(have);
+        if lacks_logprobs || (dispatch.scores_prompt() && !log.is_scoring()) {
             // Taken up from a journal further on than this client is: it gets a generation of its own, which is the same.
             let record = log.record(&self.shared.own);
-            let known = truncated(&record.choices, have);
+            let known = truncated(&record.choices, have, dispatch.scores_prompt());
             let mut want = Want::new(dispatch, &self.shared);
             want.fingerprint = Some(record.head.fingerprint.clone());
             want.sampling = log.head.sampling.clone();
-            let twin = Arc::new(StreamLog::new(record.head, log.epoch(), known, false, false));
+            let twin = StreamLog::new(record.head, log.epoch(), known, false, false).scoring(dispatch.scores_prompt());
+            let twin = Arc::new(twin);
             return Ok(Some(self.launch(twin, want, None, Beginning::Anywhere)));
         }
         let joined = log.listen(&[]).map(|stream| dispatched(log, stream));
@@ -354,6 +367,10 @@ impl Shared {
 }
 
 impl Dispatch {
+    fn scores_prompt(&self) -> bool {
+        self.extensions.prompt_logprobs.is_some()
+    }
+
     fn key(&self) -> JournalKey {
         self.name.as_ref().map_or_else(|| JournalKey::new("", self.id.as_str(), 0), |name| name.key)
     }
@@ -369,11 +386,13 @@ fn forgotten() -> Failure {
     Failure::invalid("idempotency-key", message).with_code("stream_not_found")
 }
 
-/// The choices as a client has them; what it lacks is generated again.
-fn truncated(choices: &[ChoiceProgress], have: &[u32]) -> Vec<ChoiceProgress> {
+/// The choices as a client has them; what it lacks is generated again. Where the prompt is scored again, a choice without
+/// tokens ends again too.
+fn truncated(choices: &[ChoiceProgress], have: &[u32], scores_prompt: bool) -> Vec<ChoiceProgress> {
     let truncate = |(index, choice): (usize, &ChoiceProgress)| {
         let kept = have.get(index).map_or(0, |&have| have as usize).min(choice.tokens.len());
-        let finished = choice.finished.clone().filter(|_| kept == choice.tokens.len());
+        let is_known = kept == choice.tokens.len() && !(scores_prompt && kept == 0);
+        let finished = choice.finished.clone().filter(|_| is_known);
         ChoiceProgress { tokens: choice.tokens[..kept].to_vec(), finished }
     };
     choices.iter().enumerate().map(truncate).collect()

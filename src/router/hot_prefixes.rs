@@ -7,7 +7,7 @@ use smallvec::SmallVec;
 use xxhash_rust::xxh3::Xxh3;
 
 use crate::cluster::load_report::MAX_HOT_PREFIXES;
-use crate::types::TokenId;
+use crate::types::{CacheSalt, TokenId};
 
 /// Shorter beginnings are not worth a hop.
 const SHORTEST: usize = 16;
@@ -21,9 +21,13 @@ const PROMPTS_PER_HALVING: u32 = 512;
 /// Hashes of a prompt's beginnings, the shortest first; empty for a prompt below the shortest.
 pub type PrefixHashes = SmallVec<[u32; LEVELS]>;
 
-/// Hashes the beginnings of a prompt. Equal on every node and every machine.
-pub fn hashes(prompt: &[TokenId]) -> PrefixHashes {
+/// Hashes the beginnings of a prompt; those of different salts have nothing in common. Equal on every node and every
+/// machine.
+pub fn hashes(prompt: &[TokenId], salt: Option<CacheSalt>) -> PrefixHashes {
     let mut hasher = Xxh3::new();
+    if let Some(salt) = salt {
+        hasher.update(salt.bytes());
+    }
     let mut hashes = PrefixHashes::new();
     let mut hashed = 0;
     for length in lengths().take_while(|&length| length <= prompt.len()) {
@@ -108,6 +112,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn hashes(prompt: &[TokenId]) -> PrefixHashes {
+        super::hashes(prompt, None)
+    }
+
+    #[test]
+    fn prompts_of_different_salts_share_no_beginning() {
+        let prompt = prompt(1, 300);
+        let salted = |byte| super::hashes(&prompt, Some(CacheSalt::new([byte; 16])));
+        let mut hot = HotPrefixes::default();
+        hot.record(&salted(1));
+        assert_eq!(matched_tokens(&salted(1), &hot.digest()), 256);
+        assert_eq!(matched_tokens(&salted(2), &hot.digest()), 0);
+        assert_eq!(matched_tokens(&hashes(&prompt), &hot.digest()), 0);
+    }
 
     fn prompt(seed: u32, length: usize) -> Vec<TokenId> {
         (0..length as u32).map(|index| seed.wrapping_mul(7919).wrapping_add(index.wrapping_mul(index))).collect()

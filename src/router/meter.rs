@@ -55,6 +55,7 @@ impl Meter {
                 self.metrics.prefix_cache_queries.inc_by(self.prompt_tokens);
                 self.metrics.prefix_cache_hits.inc_by(u64::from(*cached_tokens));
             }
+            GenerationEvent::PromptLogprobs { .. } => {}
             GenerationEvent::Token { choice, .. } => self.token(*choice, now),
             GenerationEvent::Finished { reason, .. } => self.finished(reason, now),
             // Failures are counted by their kind.
@@ -90,6 +91,10 @@ impl Meter {
         let metrics = &self.metrics;
         let generated: u64 = self.choices.values().map(|choice| choice.tokens).sum();
         let longest = self.choices.values().map(|choice| choice.tokens).max().unwrap_or(0);
+        if self.max_tokens == 0 {
+            // There is no first token with which it could be counted.
+            metrics.prompt_tokens.inc_by(self.prompt_tokens);
+        }
         metrics.request_prompt_tokens.observe(self.prompt_tokens as f64);
         metrics.request_generation_tokens.observe(generated as f64);
         metrics.request_max_num_generation_tokens.observe(longest as f64);
@@ -127,7 +132,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::types::{ChoiceStart, Failure, FailureKind, RequestId, SamplingParams};
+    use crate::types::{ChoiceStart, Extensions, Failure, FailureKind, RequestId, SamplingParams};
 
     struct Metered {
         meter: Meter,
@@ -147,6 +152,7 @@ mod tests {
                 deadline: None,
                 bypass_prefix_cache: false,
                 is_probe: false,
+                extensions: Extensions::default(),
             };
             Self { meter: Meter::new(metrics.clone(), &request, now), metrics, now }
         }

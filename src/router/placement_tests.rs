@@ -249,7 +249,7 @@ fn strategies_weigh_what_they_are_named_after() {
 #[test]
 fn a_cached_prompt_draws_its_request() {
     let prompt: Vec<u32> = (0..2048).collect();
-    let hashes = hashes(&prompt);
+    let hashes = hashes(&prompt, None);
     let request = PlacementRequest { prompt_tokens: 2048, prefix_hashes: &hashes, ..REQUEST };
     let holding = |level: usize| LoadReport { hot_prefixes: vec![7, hashes[level]], ..idle() };
     let (cold, short, long) = (idle(), holding(2), holding(7));

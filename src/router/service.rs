@@ -39,7 +39,7 @@ impl PeerService for Router {
             priority: call.priority,
             deadline: call.remaining.map(|remaining| now() + remaining),
         };
-        let prefixes = hot_prefixes::hashes(&call.prompt);
+        let prefixes = hot_prefixes::hashes(&call.prompt, call.extensions.cache_salt);
         let unfinished = call.choices.len();
         let request = GenerateRequest {
             id: call.id,
@@ -50,6 +50,7 @@ impl PeerService for Router {
             deadline: demand.deadline,
             bypass_prefix_cache: false,
             is_probe: false,
+            extensions: call.extensions,
         };
         let source = shared.admit(local, demand, request, &prefixes, Cursor::fresh(0), call.is_continuation)?;
         let (frames, answer) = PeerStream::channel();
@@ -80,6 +81,8 @@ impl PeerService for Router {
                     biased;
                     () = frames.closed() => return,
                     event = stream.next() => match event {
+                        // Who follows has it already: a stream whose prompt is to be scored is not followed.
+                        Some(GenerationEvent::PromptLogprobs { .. }) => continue,
                         Some(event) => PeerFrame::Event(event),
                         None => return,
                     },

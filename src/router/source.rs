@@ -39,6 +39,8 @@ pub struct Source {
     is_reported: bool,
     opened_at: Instant,
     last_sign: Instant,
+    /// It has scored a part of the prompt.
+    has_scored: bool,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
     tokens: u32,
@@ -91,6 +93,7 @@ impl Source {
             is_reported: false,
             opened_at: now,
             last_sign: now,
+            has_scored: false,
             first_token: None,
             last_token: None,
             tokens: 0,
@@ -130,9 +133,9 @@ impl Source {
         self.attempt.filter(|_| !std::mem::replace(&mut self.is_reported, true))
     }
 
-    /// The stream has a token of it, or may have.
+    /// The stream has numbers of it, or may have.
     pub fn has_spoken(&self) -> bool {
-        self.first_token.is_some()
+        self.first_token.is_some() || self.has_scored
     }
 
     /// From opening to the first token, and from token to token on average.
@@ -153,6 +156,7 @@ impl Source {
                     permit.scheduled();
                 }
             }
+            Sign::Event(GenerationEvent::PromptLogprobs { .. }) => self.has_scored = true,
             Sign::Event(GenerationEvent::Token { .. }) => {
                 self.tokens += 1;
                 self.first_token.get_or_insert(self.last_sign);

@@ -70,6 +70,8 @@ pub struct StreamLog {
     is_fenced: AtomicBool,
     /// Its name belongs to another stream.
     is_superseded: AtomicBool,
+    /// Tokens of the prompt whose log-probabilities the stream has to tell; none when nobody asked.
+    num_scores: usize,
     state: Mutex<State>,
     /// Told when a listener goes.
     departures: Notify,
@@ -80,6 +82,8 @@ struct State {
     fingerprint: Fingerprint,
     choices: Vec<Choice>,
     scheduled: Option<GenerationEvent>,
+    /// Log-probabilities of the prompt's tokens so far, from the second one on.
+    scores: Vec<TokenLogprobs>,
     failure: Option<Failure>,
     listeners: Vec<Listener>,
     /// Nothing leaves before the journal has its holders.
@@ -106,6 +110,7 @@ impl StreamLog {
             fingerprint: head.fingerprint.clone(),
             choices,
             scheduled: None,
+            scores: Vec::new(),
             failure: None,
             listeners: Vec::new(),
             is_gated,
@@ -119,9 +124,24 @@ impl StreamLog {
             followed: Mutex::default(),
             is_fenced: false.into(),
             is_superseded: false.into(),
+            num_scores: 0,
             state: Mutex::new(state),
             departures: Notify::new(),
         }
+    }
+
+    /// Whether it tells the log-probabilities of its prompt, before any token.
+    pub fn scoring(self, is_scoring: bool) -> Self {
+        Self { num_scores: if is_scoring { self.head.prompt.len() - 1 } else { 0 }, ..self }
+    }
+
+    pub fn is_scoring(&self) -> bool {
+        self.num_scores > 0
+    }
+
+    /// Nothing of the prompt is left to score.
+    pub fn is_scored(&self) -> bool {
+        self.state.lock().scores.len() == self.num_scores
     }
 
     pub fn key(&self) -> JournalKey {
@@ -244,6 +264,16 @@ impl StreamLog {
                 state.publish(event);
                 News::Taken
             }
+            GenerationEvent::PromptLogprobs { start, logprobs } => {
+                state.score(start as usize, logprobs, self.num_scores)
+            }
+            // A source scores the prompt before it generates; only a time may end it before.
+            GenerationEvent::Token { .. } if state.scores.len() < self.num_scores => News::Foreign,
+            GenerationEvent::Finished { ref reason, .. }
+                if state.scores.len() < self.num_scores && reason.is_of_the_generation() =>
+            {
+                News::Foreign
+            }
             GenerationEvent::Token { choice, token, logprobs } => state.token(cursor, choice, token, logprobs),
             GenerationEvent::Finished { choice, reason } => state.finish(cursor, choice, reason),
             GenerationEvent::Failed(_) => News::Foreign,
@@ -280,9 +310,10 @@ impl StreamLog {
         self.state.lock().is_complete()
     }
 
-    /// Whether a token has been emitted.
+    /// Whether a number has been emitted: a token, or how the prompt scored.
     pub fn has_begun(&self) -> bool {
-        self.state.lock().choices.iter().any(|choice| !choice.progress.tokens.is_empty())
+        let state = self.state.lock();
+        !state.scores.is_empty() || state.choices.iter().any(|choice| !choice.progress.tokens.is_empty())
     }
 
     /// Returns once nobody listens any more.
@@ -332,6 +363,27 @@ impl StreamLog {
 }
 
 impl State {
+    fn score(&mut self, start: usize, logprobs: Vec<TokenLogprobs>, num_scores: usize) -> News {
+        if num_scores == 0 {
+            return News::Known;
+        }
+        if start > self.scores.len() || start + logprobs.len() > num_scores {
+            return News::Foreign;
+        }
+        let known = (self.scores.len() - start).min(logprobs.len());
+        if self.scores[start..start + known] != logprobs[..known] {
+            return News::Contradiction { choice: 0, position: 0 };
+        }
+        let fresh = logprobs[known..].to_vec();
+        if fresh.is_empty() {
+            return News::Known;
+        }
+        let event = GenerationEvent::PromptLogprobs { start: self.scores.len() as u32, logprobs: fresh.clone() };
+        self.scores.extend(fresh);
+        self.publish(event);
+        News::Taken
+    }
+
     fn token(&mut self, cursor: &mut Cursor, index: u32, token: TokenId, logprobs: Option<Box<TokenLogprobs>>) -> News {
         let (Some(choice), Some(position)) =
             (self.choices.get_mut(index as usize), cursor.positions.get_mut(index as usize))
@@ -397,7 +449,8 @@ impl State {
     }
 
     fn tell(&self, listener: &mut Listener) {
-        let events = self.scheduled.iter().cloned();
+        let scores = || GenerationEvent::PromptLogprobs { start: 0, logprobs: self.scores.clone() };
+        let events = self.scheduled.iter().cloned().chain((!self.scores.is_empty()).then(scores));
         let of_choices = self.choices.iter().enumerate().flat_map(|(index, choice)| {
             let tokens = choice.progress.tokens.iter().zip(&choice.logprobs);
             let tokens = tokens.map(move |(&token, logprobs)| GenerationEvent::Token {
@@ -444,126 +497,5 @@ impl Drop for Departure {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::types::{Fingerprint, RequestId, SamplingParams};
-
-    fn log(n: u32, is_gated: bool) -> Arc<StreamLog> {
-        let head = JournalHead {
-            key: JournalKey::new("tenant", "key", 0),
-            body: [0; 16],
-            id: RequestId::new("r"),
-            created: 1,
-            model: "m".into(),
-            fingerprint: Fingerprint::new("f"),
-            prompt: Arc::from([1]),
-            sampling: Arc::new(SamplingParams { n, ..SamplingParams::default() }),
-        };
-        Arc::new(StreamLog::new(Arc::new(head), 1, Vec::new(), true, is_gated))
-    }
-
-    fn token(choice: u32, token: TokenId) -> GenerationEvent {
-        GenerationEvent::Token { choice, token, logprobs: None }
-    }
-
-    fn end(choice: u32) -> GenerationEvent {
-        GenerationEvent::Finished { choice, reason: FinishReason::Length }
-    }
-
-    fn heard(stream: &mut GenerationStream) -> Vec<GenerationEvent> {
-        std::iter::from_fn(|| stream.try_next()).collect()
-    }
-
-    #[test]
-    fn two_sources_make_one_stream() {
-        let log = log(2, false);
-        let mut listener = log.listen(&[]).expect("open");
-        let mut first = log.continuation().1;
-        for event in [token(0, 5), token(1, 6), token(0, 7)] {
-            assert_eq!(log.take(&mut first, event), News::Taken);
-        }
-        let (starts, mut second) = log.continuation();
-        assert_eq!(starts[0], ChoiceStart { index: 0, emitted: vec![5, 7] });
-        assert_eq!(starts[1], ChoiceStart { index: 1, emitted: vec![6] });
-        assert_eq!(log.take(&mut second, token(0, 8)), News::Taken);
-        assert_eq!(log.take(&mut first, token(0, 8)), News::Known, "the first one says the same a little later");
-        assert_eq!(log.take(&mut first, token(0, 9)), News::Taken, "and then is ahead");
-        assert_eq!(log.take(&mut second, token(0, 9)), News::Known);
-        assert_eq!(log.take(&mut second, end(0)), News::Taken);
-        assert_eq!(log.take(&mut first, end(0)), News::Known);
-        assert_eq!(log.take(&mut second, end(1)), News::Taken);
-        assert!(log.is_complete());
-        let tokens = [token(0, 5), token(1, 6), token(0, 7), token(0, 8), token(0, 9), end(0), end(1)];
-        assert_eq!(heard(&mut listener), tokens);
-    }
-
-    #[test]
-    fn a_source_that_says_otherwise_is_found_out() {
-        let log = log(1, false);
-        let (mut first, mut second) = (log.continuation().1, log.continuation().1);
-        assert_eq!(log.take(&mut first, token(0, 5)), News::Taken);
-        assert_eq!(log.take(&mut second, token(0, 6)), News::Contradiction { choice: 0, position: 0 });
-        let mut late = Cursor::fresh(1);
-        assert_eq!(log.take(&mut late, end(0)), News::Contradiction { choice: 0, position: 0 });
-        assert_eq!(log.take(&mut first, end(0)), News::Taken);
-        assert_eq!(log.take(&mut first, token(0, 7)), News::Contradiction { choice: 0, position: 1 });
-        assert_eq!(log.take(&mut first, token(1, 7)), News::Foreign);
-        assert_eq!(log.take(&mut first, end(9)), News::Foreign);
-    }
-
-    #[test]
-    fn late_listeners_hear_everything_or_what_they_lack() {
-        let log = log(1, false);
-        let mut cursor = log.continuation().1;
-        log.take(&mut cursor, GenerationEvent::Scheduled { cached_tokens: 3 });
-        for id in [5, 6, 7] {
-            log.take(&mut cursor, token(0, id));
-        }
-        let mut whole = log.listen(&[]).expect("open");
-        let mut rest = log.listen(&[2]).expect("open");
-        log.take(&mut cursor, end(0));
-        let scheduled = GenerationEvent::Scheduled { cached_tokens: 3 };
-        assert_eq!(heard(&mut whole), [scheduled.clone(), token(0, 5), token(0, 6), token(0, 7), end(0)]);
-        assert_eq!(heard(&mut rest), [scheduled, token(0, 7), end(0)]);
-        assert!(log.close(false) && log.listen(&[]).is_none());
-    }
-
-    #[test]
-    fn nothing_leaves_before_the_gate_opens() {
-        let log = log(1, true);
-        let mut listener = log.listen(&[]).expect("open");
-        let mut cursor = log.continuation().1;
-        log.take(&mut cursor, token(0, 5));
-        log.take(&mut cursor, end(0));
-        assert_eq!(heard(&mut listener), []);
-        log.open_gate();
-        assert_eq!(heard(&mut listener), [token(0, 5), end(0)]);
-    }
-
-    #[tokio::test]
-    async fn a_stream_is_abandoned_when_the_last_listener_goes() {
-        let log = log(1, false);
-        let (first, second) = (log.listen(&[]).expect("open"), log.listen(&[]).expect("open"));
-        drop(first);
-        assert!(!log.close(true), "one is left");
-        let waiting = tokio::spawn({
-            let log = log.clone();
-            async move { log.abandoned().await }
-        });
-        tokio::task::yield_now().await;
-        assert!(!waiting.is_finished());
-        drop(second);
-        waiting.await.expect("it ends");
-        assert!(log.close(true));
-    }
-
-    #[test]
-    fn a_deadline_ends_a_stream_wherever_it_is() {
-        let log = log(1, false);
-        let (mut first, mut second) = (log.continuation().1, log.continuation().1);
-        log.take(&mut first, token(0, 5));
-        let deadline = GenerationEvent::Finished { choice: 0, reason: FinishReason::Deadline };
-        assert_eq!(log.take(&mut second, deadline), News::Taken);
-        assert_eq!(log.take(&mut first, token(0, 6)), News::Known);
-    }
-}
+#[path = "stream_log_tests.rs"]
+mod tests;

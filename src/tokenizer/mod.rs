@@ -113,6 +113,19 @@ impl Tokenizer {
         text
     }
 
+    /// Where the text of each id begins in what [`Tokenizer::decode`] makes of them, in characters. An id that goes on with
+    /// an unfinished character begins where that character does.
+    pub fn offsets(&self, tokens: &[TokenId], skip_special_tokens: bool) -> Vec<usize> {
+        let mut detokenizer = Detokenizer::new(self.shared.pieces.clone(), skip_special_tokens, true);
+        let mut characters = 0;
+        let offset = |&token: &TokenId| {
+            let offset = characters;
+            characters += detokenizer.push(token).chars().count();
+            offset
+        };
+        tokens.iter().map(offset).collect()
+    }
+
     /// For text that continues a prompt: a space that begins it is part of it. For all tokenizers but SentencePiece's
     /// the deltas join to what [`Tokenizer::decode`] returns; for those they are what it returns beyond the prompt.
     pub fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {

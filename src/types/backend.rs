@@ -57,13 +57,18 @@ impl GenerationStream {
     }
 }
 
-/// Per choice: any number of `Token`, then exactly one `Finished`. `Scheduled` comes once, before the first token.
-/// `Failed` ends the whole request.
+/// Per choice: any number of `Token`, then exactly one `Finished`. `Scheduled` comes once, before the first token, and so do
+/// all `PromptLogprobs`; only what a client has already may come earlier, when it comes back. `Failed` ends the whole request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GenerationEvent {
     /// The request left the queue. `cached_tokens` of the prompt came from the prefix cache.
     Scheduled {
         cached_tokens: u32,
+    },
+    /// Of the prompt's tokens from index `start + 1` on: the first token has none. Stretches come in their order.
+    PromptLogprobs {
+        start: u32,
+        logprobs: Vec<TokenLogprobs>,
     },
     Token {
         choice: u32,
@@ -81,7 +86,7 @@ pub enum GenerationEvent {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TokenLogprobs {
     pub logprob: f32,
-    /// Rank of the sampled token, from 1.
+    /// Rank of the token, from 1.
     pub rank: u32,
     /// The most likely tokens, best first, ties by lower id.
     pub top: Vec<(TokenId, f32)>,

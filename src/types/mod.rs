@@ -14,5 +14,5 @@ pub use causes::with_causes;
 pub use failure::{Failure, FailureKind};
 pub use ids::{Fingerprint, NodeId, RequestId, TokenId};
 pub use panic::panic_message;
-pub use request::{ChoiceStart, GenerateRequest, SamplingDefaults, SamplingParams};
+pub use request::{CacheSalt, ChoiceStart, Extensions, GenerateRequest, SamplingDefaults, SamplingParams};
 pub use status::{EngineStatus, NodeState};

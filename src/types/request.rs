@@ -24,6 +24,32 @@ pub struct GenerateRequest {
     pub bypass_prefix_cache: bool,
     /// A reserved slot outside `max_num_seqs` and the queue caps (synthetic inference).
     pub is_probe: bool,
+    pub extensions: Extensions,
+}
+
+/// What may be asked beside the sampling. Nodes of the first version of the protocol do not know it, and refuse a request
+/// that asks for any of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extensions {
+    pub cache_salt: Option<CacheSalt>,
+    /// `Some(k)`: report the log-probability of every token of the prompt but the first, and the `k` most likely tokens at
+    /// its place, before the first token is generated. The prefix cache is bypassed then: it holds no logits.
+    pub prompt_logprobs: Option<u32>,
+}
+
+/// Digest of a client's salt: prompts of different salts share nothing in the prefix cache, so that nobody learns from the
+/// time of an answer what others have asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct CacheSalt([u8; 16]);
+
+impl CacheSalt {
+    pub fn new(digest: [u8; 16]) -> Self {
+        Self(digest)
+    }
+
+    pub fn bytes(&self) -> &[u8; 16] {
+        &self.0
+    }
 }
 
 /// Where one choice begins.
@@ -48,7 +74,8 @@ pub struct SamplingParams {
     pub n: u32,
     /// Drawn by the entry node when the client gave none. Choice `i > 0` uses a hash of (seed, i).
     pub seed: u64,
-    /// Bound on generated tokens per choice, at least 1, counted from the prompt's end (emitted ones included).
+    /// Bound on generated tokens per choice, counted from the prompt's end (emitted ones included). With 0 nothing is
+    /// generated: what is asked for are the prompt's log-probabilities.
     pub max_tokens: u32,
     /// Nothing but a limit ends a choice with these tokens: no end-of-sequence token, stop token or stop string.
     pub min_tokens: u32,

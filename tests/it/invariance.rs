@@ -13,8 +13,8 @@ use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
 use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling, ModelRunner};
 use outrigger::tokenizer::Tokenizer;
 use outrigger::types::{
-    Backend, ChoiceStart, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, RequestId, SamplingParams,
-    TokenId,
+    Backend, ChoiceStart, Extensions, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, RequestId,
+    SamplingParams, TokenId,
 };
 
 use crate::{fixtures, real_model};
@@ -130,6 +130,7 @@ fn request(index: usize, prompt: &[TokenId], sampling: SamplingParams) -> Genera
         deadline: None,
         bypass_prefix_cache: false,
         is_probe: false,
+        extensions: Extensions::default(),
     }
 }
 
@@ -140,7 +141,7 @@ async fn outcomes(engine: &EngineHandle, request: GenerateRequest) -> Vec<Outcom
     let mut stream = engine.generate(request).unwrap();
     while left > 0 {
         match stream.next().await.expect("a terminal event for each choice") {
-            GenerationEvent::Scheduled { .. } => {}
+            GenerationEvent::Scheduled { .. } | GenerationEvent::PromptLogprobs { .. } => {}
             GenerationEvent::Token { choice, token, logprobs } => {
                 let bits = logprobs.map(|logprobs| {
                     let top = logprobs.top.iter().map(|(token, value)| (*token, value.to_bits())).collect();

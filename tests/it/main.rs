@@ -8,6 +8,7 @@ mod cluster_members;
 mod cluster_network;
 mod cluster_numbers;
 mod cluster_resumption;
+mod completions;
 mod crowds;
 mod edges;
 mod fault_matrix;

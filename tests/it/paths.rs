@@ -16,8 +16,7 @@ pub fn feed(runner: &mut dyn LogitsRunner, table: &[u32], ids: &[u32], start: us
     let mut position = start;
     while position < ids.len() {
         let end = ids.len().min(position + chunk);
-        let entry =
-            LogitsEntry { tokens: &ids[position..end], start: position, block_table: table, wants_logits: true };
+        let entry = LogitsEntry { tokens: &ids[position..end], start: position, block_table: table, num_logits: 1 };
         runner.forward(&[entry], &|| ()).unwrap();
         rows.push((end - 1, runner.logits_mut(0).to_vec()));
         position = end;
@@ -52,7 +51,7 @@ pub fn feed_together(runner: &mut dyn LogitsRunner, sequences: &[Fed<'_>]) -> Ve
                 tokens: &sequence.ids[start..end],
                 start,
                 block_table: sequence.table,
-                wants_logits: true,
+                num_logits: 1,
             });
         }
         if batch.is_empty() {

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use outrigger::cluster::JournalKey;
 use outrigger::router::{Dispatch, Dispatched, StreamName};
-use outrigger::types::{Failure, FailureKind, FinishReason, GenerationEvent, RequestId, TokenId, TokenLogprobs};
+use outrigger::types::{
+    Extensions, Failure, FailureKind, FinishReason, GenerationEvent, RequestId, TokenId, TokenLogprobs,
+};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::net::Process;
@@ -161,6 +163,8 @@ impl Client {
         // Tokens come again from the first one on; what the client has is passed over.
         let mut positions = vec![0; self.received.len()];
         let mut ended = vec![false; self.received.len()];
+        let num_scores = if self.lacks_scores() { self.reference.scores.len() } else { 0 };
+        let mut scores = Vec::new();
         loop {
             if let Some(&(tokens, time)) = self.plan.hang_ups.get(self.hang_ups)
                 && self.tokens() >= tokens
@@ -187,17 +191,33 @@ impl Client {
                     return Ok(Ending::Broken);
                 }
                 Ok(Some(GenerationEvent::Scheduled { .. })) => {}
+                Ok(Some(GenerationEvent::PromptLogprobs { start, logprobs })) => {
+                    let is_next = start as usize == scores.len();
+                    scores.extend(logprobs);
+                    if !is_next || self.reference.scores.get(..scores.len()) != Some(&scores[..]) {
+                        return Err(self.violation(format!("the prompt scores otherwise from token {start} on")));
+                    }
+                }
                 Ok(Some(GenerationEvent::Token { choice, token, logprobs })) => {
                     if ended[choice as usize] {
                         return Err(self.violation(format!("choice {choice} goes on after its end")));
                     }
                     let position = positions[choice as usize];
                     positions[choice as usize] += 1;
+                    if scores.len() < num_scores && position >= self.received[choice as usize].tokens.len() {
+                        return Err(self.violation(format!("token {position} comes before the prompt is scored")));
+                    }
                     self.token(choice as usize, position, token, logprobs)?;
                 }
                 Ok(Some(GenerationEvent::Finished { choice, reason })) => {
                     if std::mem::replace(&mut ended[choice as usize], true) {
                         return Err(self.violation(format!("choice {choice} ends twice")));
+                    }
+                    // The end alone of a choice whose tokens the client has is told at once.
+                    let Received { tokens, end } = &self.received[choice as usize];
+                    let is_beginning = tokens.is_empty() && end.is_none() && reason.is_of_the_generation();
+                    if scores.len() < num_scores && is_beginning {
+                        return Err(self.violation(format!("choice {choice} ends before the prompt is scored")));
                     }
                     self.finish(choice as usize, positions[choice as usize], reason)?;
                     if ended.iter().all(|ended| *ended) {
@@ -263,7 +283,11 @@ impl Client {
             // A wait that is longer than the deadline may be foreseen.
             FailureKind::DeadlineExceeded if self.deadline.is_some() && (is_late || !has_begun) => return Ok(true),
             // A stream whose tokens nobody knows any more stands in the queue like a fresh one.
-            FailureKind::Overloaded if self.world.has_tight_queues() && (!has_begun || was_troubled) => true,
+            FailureKind::Overloaded
+                if self.world.has_tight_queues() && (!has_begun || was_troubled || !self.is_known()) =>
+            {
+                true
+            }
             // Its entry node and the holders of its journal were lost together.
             _ if failure.code == Some(FORGOTTEN) => was_troubled,
             // The node could wait no longer.
@@ -298,9 +322,19 @@ impl Client {
             priority: 0,
             deadline: self.deadline.map(Instant::into_std),
             strategy: plan.strategy,
+            extensions: Extensions {
+                prompt_logprobs: plan.extensions.prompt_logprobs.filter(|_| self.lacks_scores()),
+                ..plan.extensions
+            },
             allows_other_fingerprint: false,
             name: Some(name),
         }
+    }
+
+    /// As the API sees it: what the prompt scored was told with the beginning of each choice.
+    fn lacks_scores(&self) -> bool {
+        let has_begun = |received: &Received| !received.tokens.is_empty() || received.end.is_some();
+        self.plan.extensions.prompt_logprobs.is_some() && !self.received.iter().all(has_begun)
     }
 
     fn is_known(&self) -> bool {

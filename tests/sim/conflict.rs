@@ -7,7 +7,7 @@ use std::time::Duration;
 use outrigger::app::life::Bounds;
 use outrigger::cluster::JournalKey;
 use outrigger::router::{Dispatch, Dispatched, StreamName};
-use outrigger::types::{GenerationEvent, RequestId, SamplingParams, TokenId};
+use outrigger::types::{Extensions, GenerationEvent, RequestId, SamplingParams, TokenId};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::{EngineSize, VOCABULARY};
@@ -51,6 +51,7 @@ impl Rival {
             is_keyed: true,
             prompt,
             sampling: Arc::new(sampling),
+            extensions: Extensions::default(),
             deadline: None,
             strategy: None,
             hang_ups: Vec::new(),
@@ -78,6 +79,7 @@ impl Rival {
             priority: 0,
             deadline: None,
             strategy: None,
+            extensions: self.plan.extensions,
             allows_other_fingerprint: false,
             name: Some(name),
         }
@@ -90,7 +92,7 @@ impl Rival {
         loop {
             let event = timeout(PATIENCE, dispatched.stream.next()).await;
             match event.map_err(|_| violation("silence".into()))? {
-                Some(GenerationEvent::Scheduled { .. }) => {}
+                Some(GenerationEvent::Scheduled { .. } | GenerationEvent::PromptLogprobs { .. }) => {}
                 Some(GenerationEvent::Token { token, .. }) => {
                     if expected.tokens.get(tokens).map(|(expected, _)| *expected) != Some(token) {
                         return Err(violation(format!("token {tokens} is {token}")));

@@ -46,7 +46,7 @@ impl LogitsRunner for FaultyRunner {
         }
         self.inner.forward(batch, progress)?;
         if self.faults.returns_nan.load(Ordering::Relaxed) {
-            let rows = batch.iter().filter(|entry| entry.wants_logits).count();
+            let rows = batch.iter().map(|entry| entry.num_logits).sum();
             (0..rows).for_each(|row| self.inner.logits_mut(row).fill(f32::NAN));
         }
         Ok(())
@@ -80,6 +80,10 @@ impl PagedModel for FaultyRunner {
 
     fn max_model_len(&self) -> usize {
         self.inner.max_model_len()
+    }
+
+    fn max_scored_tokens(&self) -> usize {
+        self.inner.max_scored_tokens()
     }
 }
 

@@ -13,6 +13,8 @@ use crate::plan::ClientPlan;
 pub struct Violation(pub String);
 
 pub struct Reference {
+    /// How the prompt scored, where that is asked for.
+    pub scores: Vec<TokenLogprobs>,
     pub choices: Vec<ReferenceChoice>,
 }
 
@@ -32,13 +34,16 @@ impl Reference {
             deadline: None,
             bypass_prefix_cache: true,
             is_probe: false,
+            extensions: plan.extensions,
         };
         let mut stream = compute_alone(request);
+        let mut scores = Vec::new();
         let mut tokens = vec![Vec::new(); plan.sampling.n as usize];
         let mut ends = vec![None; plan.sampling.n as usize];
         while let Some(event) = stream.try_next() {
             match event {
                 GenerationEvent::Scheduled { .. } => {}
+                GenerationEvent::PromptLogprobs { logprobs, .. } => scores.extend(logprobs),
                 GenerationEvent::Token { choice, token, logprobs } => tokens[choice as usize].push((token, logprobs)),
                 GenerationEvent::Finished { choice, reason } => ends[choice as usize] = Some(reason),
                 GenerationEvent::Failed(failure) => panic!("the reference run failed: {failure}"),
@@ -46,7 +51,7 @@ impl Reference {
         }
         let choices = tokens.into_iter().zip(ends);
         let choices = choices.map(|(tokens, end)| ReferenceChoice { tokens, end: end.expect("every choice ends") });
-        Self { choices: choices.collect() }
+        Self { scores, choices: choices.collect() }
     }
 
     /// What a journal says that is not so; it may know less than all.

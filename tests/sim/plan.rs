@@ -6,7 +6,7 @@ use std::time::Duration;
 use outrigger::admission;
 use outrigger::app::life::Bounds;
 use outrigger::router::{self, Strategy};
-use outrigger::types::{SamplingParams, TokenId};
+use outrigger::types::{CacheSalt, Extensions, SamplingParams, TokenId};
 
 use crate::engine::{EngineSize, VOCABULARY};
 use crate::node::NodeConfig;
@@ -37,6 +37,7 @@ pub struct ClientPlan {
     pub is_keyed: bool,
     pub prompt: Arc<[TokenId]>,
     pub sampling: Arc<SamplingParams>,
+    pub extensions: Extensions,
     pub deadline: Option<Duration>,
     pub strategy: Option<Strategy>,
     /// Hangs up after so many tokens, and comes back after this time.
@@ -158,12 +159,14 @@ fn config(random: &mut Random) -> NodeConfig {
 fn clients(request: usize, faults: &[(Duration, Fault)], random: &mut Random) -> Vec<ClientPlan> {
     let is_keyed = random.percent(60);
     let twins = if is_keyed && random.percent(25) { random.between(2, 3) } else { 1 };
+    let extensions = extensions(random);
     let first = ClientPlan {
         starts_at: starts_at(faults, random),
         request,
         is_keyed,
         prompt: prompt(random),
-        sampling: Arc::new(sampling(random)),
+        sampling: Arc::new(sampling(&extensions, random)),
+        extensions,
         // Twins may come at different times, and share what is left of one deadline.
         deadline: (twins == 1 && random.percent(8)).then(|| random.millis(300, 12_000)),
         strategy: random.percent(15).then(|| *random.pick(&Strategy::ALL)),
@@ -189,12 +192,14 @@ fn starts_at(faults: &[(Duration, Fault)], random: &mut Random) -> Duration {
 
 /// Comes when everything has been well for a while.
 fn latecomer(request: usize, random: &mut Random) -> ClientPlan {
+    let extensions = extensions(random);
     ClientPlan {
         starts_at: PEACE + random.millis(10_000, 11_000),
         request,
         is_keyed: random.percent(50),
         prompt: prompt(random),
-        sampling: Arc::new(sampling(random)),
+        sampling: Arc::new(sampling(&extensions, random)),
+        extensions,
         deadline: None,
         strategy: None,
         hang_ups: Vec::new(),
@@ -218,7 +223,16 @@ fn prompt(random: &mut Random) -> Arc<[TokenId]> {
     beginning.chain(rest).collect()
 }
 
-fn sampling(random: &mut Random) -> SamplingParams {
+fn extensions(random: &mut Random) -> Extensions {
+    Extensions {
+        cache_salt: random.percent(25).then(|| CacheSalt::new([random.index(2) as u8; 16])),
+        prompt_logprobs: random.percent(25).then(|| random.between(0, 3) as u32),
+    }
+}
+
+fn sampling(extensions: &Extensions, random: &mut Random) -> SamplingParams {
+    // Whose prompt is scored may want nothing else.
+    let generates_nothing = random.percent(if extensions.prompt_logprobs.is_some() { 30 } else { 2 });
     let is_greedy = random.percent(25);
     let is_penalised = random.percent(30);
     let letters = |random: &mut Random| char::from(b'a' + random.index(26) as u8).to_string();
@@ -226,7 +240,7 @@ fn sampling(random: &mut Random) -> SamplingParams {
     SamplingParams {
         n: *random.pick(&[1, 1, 1, 1, 2, 3]),
         seed: random.next(),
-        max_tokens: random.between(1, 48) as u32,
+        max_tokens: if generates_nothing { 0 } else { random.between(1, 48) as u32 },
         min_tokens: if random.percent(20) { random.between(0, 10) as u32 } else { 0 },
         temperature: if is_greedy { 0.0 } else { 0.7 + random.index(10) as f32 / 10.0 },
         top_k: if random.percent(20) { 8 } else { 0 },

@@ -29,6 +29,7 @@ pub struct RequestBody {
     pub chat_template_kwargs: Option<Map<String, Value>>,
     pub prompt: Option<PromptInput>,
     pub echo: Option<bool>,
+    pub cache_salt: Option<String>,
     pub add_special_tokens: Option<bool>,
 
     // How much.
@@ -65,6 +66,8 @@ pub struct RequestBody {
     pub logprobs: Option<LogprobsInput>,
     #[serde(deserialize_with = "whole")]
     pub top_logprobs: Option<i64>,
+    #[serde(deserialize_with = "whole")]
+    pub prompt_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
     /// Of `/tokenize`, which takes the same body.
     pub return_token_strs: Option<bool>,
@@ -179,6 +182,10 @@ impl RequestBody {
         let is_asked = |options: &StreamOptions| options.include_usage.or(options.continuous_usage_stats).is_some();
         if !self.is_stream() && self.stream_options.as_ref().is_some_and(is_asked) {
             return Err(Failure::invalid("stream_options", "`stream_options` needs `stream` to be true."));
+        }
+        if self.is_stream() && self.prompt_logprobs.is_some() {
+            let message = "`prompt_logprobs` is not available in a stream; `echo` with `logprobs` is.";
+            return Err(Failure::invalid("prompt_logprobs", message).with_code("unsupported_parameter"));
         }
         Ok(())
     }

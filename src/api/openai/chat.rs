@@ -13,7 +13,7 @@ use super::body::{RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
 use super::generation::{Emitted, StopReason, Update};
 use super::head::{Head, HeadFields};
-use super::logprobs::ChatLogprobs;
+use super::logprobs::{ChatLogprobs, PromptLogprobs};
 use super::prepare::{Prepared, Prompt, prepare};
 use super::sampling::Endpoint;
 use super::stream::{ChunkFormat, EventBuffer, respond};
@@ -51,6 +51,8 @@ struct ChatCompletion<'a> {
     usage: Usage,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
 }
 
 #[derive(Serialize)]
@@ -75,6 +77,10 @@ async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiEr
     let Prepared { head, prompts, n, generation, resumption } = prepared;
     let (choices, counts) = collect(generation, n as usize).await?;
     let wants_ids = body.return_token_ids.unwrap_or(false);
+    let prompt_logprobs = body.prompt_logprobs.map(|count| {
+        let scores = choices[0].prompt_logprobs.as_ref().map_or(&[][..], |scores| scores);
+        PromptLogprobs::new(&head.model.tokenizer, &prompts[0].tokens, scores, count as usize)
+    });
     let wants_logprobs = matches!(body.logprobs, Some(super::body::LogprobsInput::Wanted(true)));
     let choice = |(index, choice): (usize, Collected)| ChatChoice {
         index,
@@ -89,6 +95,7 @@ async fn whole(prepared: Prepared, body: &RequestBody) -> Result<Response, ApiEr
         choices: choices.into_iter().enumerate().map(choice).collect(),
         usage: counts.into(),
         prompt_token_ids: wants_ids.then_some(&prompts[0].tokens),
+        prompt_logprobs,
     };
     Ok(resumption.mark(Json(response).into_response()))
 }
@@ -168,7 +175,7 @@ impl ChatChunks {
     }
 
     fn choice(&self, update: Update) -> ChunkChoice {
-        let Update { choice: index, text, token, finished } = update;
+        let Update { choice: index, text, token, finished, .. } = update;
         let mut choice = ChunkChoice {
             index,
             delta: Delta { role: None, content: Some(text).filter(|text| token.is_some() || !text.is_empty()) },

@@ -1,5 +1,7 @@
 //! A generation gathered to its end, for responses that are not streamed.
 
+use std::sync::Arc;
+
 use super::generation::{Emitted, Generation, Step, Update};
 use super::usage::TokenCounts;
 use crate::types::{Failure, FinishReason, TokenId, TokenLogprobs};
@@ -14,6 +16,8 @@ pub struct Collected {
     /// Where the text of each of these begins, in characters.
     pub offsets: Vec<usize>,
     pub reason: Option<FinishReason>,
+    /// Of the prompt's tokens from the second one on, where the client asked for them.
+    pub prompt_logprobs: Option<Arc<Vec<TokenLogprobs>>>,
 }
 
 /// Waits for all choices. Dropping the future cancels them.
@@ -21,9 +25,10 @@ pub async fn collect(mut generation: Generation, choices: usize) -> Result<(Vec<
     let mut collected: Vec<Collected> = (0..choices).map(|_| Collected::default()).collect();
     loop {
         match generation.next().await {
-            Step::Update(Update { choice, text, token, finished }) => {
+            Step::Update(Update { choice, text, token, finished, prompt_logprobs }) => {
                 let choice = &mut collected[choice as usize];
                 choice.text += &text;
+                choice.prompt_logprobs = prompt_logprobs.or(choice.prompt_logprobs.take());
                 choice.reason = finished.or(choice.reason.take());
                 if let Some(Emitted { token, logprobs, offset }) = token {
                     choice.tokens.push(token);

@@ -13,7 +13,7 @@ use super::body::{LogprobsInput, RequestBody, StreamOptions};
 use super::collect::{Collected, collect};
 use super::generation::{Emitted, StopReason, Update};
 use super::head::{Head, HeadFields};
-use super::logprobs::CompletionLogprobs;
+use super::logprobs::{CompletionLogprobs, PromptLogprobs};
 use super::prepare::{Prepared, Prompt, prepare};
 use super::sampling::Endpoint;
 use super::stream::{ChunkFormat, EventBuffer, respond};
@@ -23,23 +23,22 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{Failure, FinishReason, TokenId};
+use crate::types::{FinishReason, TokenId, TokenLogprobs};
 
 pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
     let mut hold = state.check_serving(&headers).await?;
     let bytes = read(&state.config, &headers, body).await?;
     let mut body: RequestBody = json::parse(&bytes)?;
     let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
-    let echoes = body.echo.unwrap_or(false);
-    if echoes && matches!(body.logprobs, Some(LogprobsInput::Top(_))) {
-        let message = "`echo` with `logprobs` is not supported: the prompt's tokens have no log-probabilities here.";
-        return Err(Failure::invalid("echo", message).with_code("unsupported_parameter").into());
-    }
     let prepared = prepare(&state, model, &headers, &bytes, &mut body, Endpoint::Completions).await?;
     let shape = Shape {
-        echoes,
+        echoes: body.echo.unwrap_or(false),
         wants_ids: body.return_token_ids.unwrap_or(false),
-        wants_logprobs: body.logprobs.is_some_and(|logprobs| matches!(logprobs, LogprobsInput::Top(_))),
+        num_logprobs: match body.logprobs {
+            Some(LogprobsInput::Top(count)) => Some(count as usize),
+            Some(LogprobsInput::Wanted(_)) | None => None,
+        },
+        num_prompt_logprobs: body.prompt_logprobs.map(|count| count as usize),
     };
     if body.is_stream() {
         stream(prepared, &body, shape, state.config.stream_keep_alive).await
@@ -53,7 +52,8 @@ pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Bod
 struct Shape {
     echoes: bool,
     wants_ids: bool,
-    wants_logprobs: bool,
+    num_logprobs: Option<usize>,
+    num_prompt_logprobs: Option<usize>,
 }
 
 /// A response, or a chunk of one: both have the same shape.
@@ -77,15 +77,32 @@ struct Choice<'a> {
     token_ids: Option<Vec<TokenId>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     prompt_token_ids: Option<&'a [TokenId]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_logprobs: Option<PromptLogprobs>,
 }
 
 fn completion<'a>(head: &'a Head, choices: &'a [Choice<'a>], usage: Option<Usage>) -> Completion<'a> {
     Completion { head: head.of("text_completion"), choices, usage }
 }
 
-/// The prompt as text, for `echo`.
-fn prompt_text(model: &ServedModel, prompt: &Prompt) -> String {
-    prompt.text.clone().unwrap_or_else(|| model.tokenizer.decode(&prompt.tokens, true))
+impl Shape {
+    /// The prompt as text, and how its tokens scored, where `echo` asks for them. `scores` are those of the tokens from the
+    /// second one on.
+    fn echo(&self, model: &ServedModel, prompt: &Prompt, scores: &[TokenLogprobs]) -> (String, CompletionLogprobs) {
+        let (text, mut logprobs) = (self.echoed_text(model, prompt), CompletionLogprobs::default());
+        if let Some(count) = self.num_logprobs.filter(|_| self.echoes) {
+            logprobs.push_prompt(&model.tokenizer, &prompt.tokens, scores, count, &text);
+        }
+        (text, logprobs)
+    }
+
+    fn echoed_text(&self, model: &ServedModel, prompt: &Prompt) -> String {
+        match &prompt.text {
+            _ if !self.echoes => String::new(),
+            Some(text) => text.clone(),
+            None => model.tokenizer.decode(&prompt.tokens, true),
+        }
+    }
 }
 
 async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
@@ -93,12 +110,20 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
     let (collected, counts) = collect(generation, prompts.len() * n as usize).await?;
     let choice = |(index, choice): (usize, Collected)| {
         let prompt = &prompts[index / n as usize];
-        let logprobs = shape.wants_logprobs.then(|| completion_logprobs(&head.model, &choice));
-        let echo = if shape.echoes { prompt_text(&head.model, prompt) } else { String::new() };
+        let scores = choice.prompt_logprobs.as_ref().map_or(&[][..], |scores| scores);
+        let (echo, mut logprobs) = shape.echo(&head.model, prompt, scores);
+        let echoed = echo.chars().count();
+        for ((&token, of_token), &offset) in choice.tokens.iter().zip(&choice.logprobs).zip(&choice.offsets) {
+            logprobs.push(&head.model.tokenizer, token, of_token, echoed + offset);
+        }
+        let tokenizer = &head.model.tokenizer;
         Choice {
             index: index as u32,
             text: echo + &choice.text,
-            logprobs,
+            logprobs: shape.num_logprobs.map(|_| logprobs),
+            prompt_logprobs: shape
+                .num_prompt_logprobs
+                .map(|count| PromptLogprobs::new(tokenizer, &prompt.tokens, scores, count)),
             finish_reason: choice.reason.as_ref().map(FinishReason::label),
             stop_reason: choice.reason.as_ref().and_then(StopReason::of),
             token_ids: shape.wants_ids.then_some(choice.tokens),
@@ -110,14 +135,6 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
     Ok(resumption.mark(response.into_response()))
 }
 
-fn completion_logprobs(model: &ServedModel, choice: &Collected) -> CompletionLogprobs {
-    let mut logprobs = CompletionLogprobs::default();
-    for ((&token, of_token), &offset) in choice.tokens.iter().zip(&choice.logprobs).zip(&choice.offsets) {
-        logprobs.push(&model.tokenizer, token, of_token, offset);
-    }
-    logprobs
-}
-
 async fn stream(
     prepared: Prepared,
     body: &RequestBody,
@@ -126,6 +143,7 @@ async fn stream(
 ) -> Result<Response, ApiError> {
     let Prepared { head, prompts, n, generation, resumption } = prepared;
     let choices = prompts.len() * n as usize;
+    let echoed = prompts.iter().map(|prompt| shape.echoed_text(&head.model, prompt).chars().count()).collect();
     let format = CompletionChunks {
         head,
         prompts,
@@ -133,6 +151,7 @@ async fn stream(
         shape,
         options: body.stream_options.unwrap_or_default(),
         begun: resumption.begun(choices),
+        echoed,
     };
     respond(generation, format, resumption, keep_alive).await
 }
@@ -145,6 +164,8 @@ struct CompletionChunks {
     options: StreamOptions,
     /// By choice: whether its first chunk, which carries the prompt where that was asked for, has been written.
     begun: Vec<bool>,
+    /// By prompt: the characters of its echo.
+    echoed: Vec<usize>,
 }
 
 impl ChunkFormat for CompletionChunks {
@@ -153,11 +174,16 @@ impl ChunkFormat for CompletionChunks {
     fn update(&mut self, update: Update, counts: TokenCounts, out: &mut EventBuffer) {
         let running = self.options.continuous_usage_stats.unwrap_or(false);
         let usage = running.then(|| counts.into());
-        let Update { choice: index, text, token, finished } = update;
+        let Update { choice: index, text, token, finished, prompt_logprobs } = update;
         let slot = index as usize;
-        let prompt = &self.prompts[slot / self.n as usize];
+        let part = slot / self.n as usize;
+        let prompt = &self.prompts[part];
         let is_first = !std::mem::replace(&mut self.begun[slot], true);
-        let echo = if is_first && self.shape.echoes { prompt_text(&self.head.model, prompt) } else { String::new() };
+        let scores = prompt_logprobs.as_ref().map_or(&[][..], |scores| scores);
+        let (echo, mut logprobs) = match is_first {
+            true => self.shape.echo(&self.head.model, prompt, scores),
+            false => Default::default(),
+        };
         let mut chunk = Choice {
             index,
             text: echo + &text,
@@ -166,15 +192,15 @@ impl ChunkFormat for CompletionChunks {
             stop_reason: finished.as_ref().and_then(StopReason::of),
             token_ids: None,
             prompt_token_ids: (is_first && self.shape.wants_ids).then_some(&*prompt.tokens),
+            prompt_logprobs: None,
         };
-        if let Some(Emitted { token, logprobs, offset }) = token {
+        if let Some(Emitted { token, logprobs: of_token, offset }) = token {
             chunk.token_ids = self.shape.wants_ids.then(|| vec![token]);
-            chunk.logprobs = logprobs.map(|of_token| {
-                let mut logprobs = CompletionLogprobs::default();
-                logprobs.push(&self.head.model.tokenizer, token, &of_token, offset);
-                logprobs
-            });
+            if let Some(of_token) = of_token {
+                logprobs.push(&self.head.model.tokenizer, token, &of_token, self.echoed[part] + offset);
+            }
         }
+        chunk.logprobs = (self.shape.num_logprobs.is_some() && !logprobs.is_empty()).then_some(logprobs);
         out.push(&completion(&self.head, &[chunk], usage));
     }
 

@@ -41,6 +41,8 @@ pub struct Update {
     pub token: Option<Emitted>,
     /// Nothing of the choice comes after it.
     pub finished: Option<FinishReason>,
+    /// With the first update of a choice, where they were asked for: of the prompt's tokens from the second one on.
+    pub prompt_logprobs: Option<Arc<Vec<TokenLogprobs>>>,
 }
 
 #[derive(Debug)]
@@ -71,6 +73,8 @@ pub struct Part {
     unfinished: u32,
     /// What has not been told yet.
     updates: VecDeque<Update>,
+    /// Where they were asked for; complete when the first token comes.
+    prompt_logprobs: Option<Arc<Vec<TokenLogprobs>>>,
     /// The deadline has passed, and the backend says nothing more: what is unfinished ends with it.
     is_expired: bool,
     prompt_tokens: u64,
@@ -100,6 +104,7 @@ impl Part {
         sampling: Arc<SamplingParams>,
         first_choice: u32,
         prompt_tokens: usize,
+        scores_prompt: bool,
         arrived: Instant,
     ) -> Self {
         let choice = || Choice {
@@ -115,6 +120,7 @@ impl Part {
             choices: (0..sampling.n).map(|_| choice()).collect(),
             unfinished: sampling.n,
             updates: VecDeque::new(),
+            prompt_logprobs: scores_prompt.then(Arc::default),
             is_expired: false,
             stream,
             model,
@@ -133,8 +139,11 @@ impl Part {
 
     /// The next update, which from now on counts as told.
     fn tell(&mut self) -> Option<Update> {
-        let update = self.updates.pop_front()?;
+        let mut update = self.updates.pop_front()?;
         let told = &mut self.choices[(update.choice - self.first_choice) as usize].told;
+        if *told == ChoiceMark::default() {
+            update.prompt_logprobs.clone_from(&self.prompt_logprobs);
+        }
         told.tokens += u32::from(update.token.is_some());
         told.finished |= update.finished.is_some();
         Some(update)
@@ -158,6 +167,11 @@ impl Part {
         }
         match event {
             GenerationEvent::Scheduled { cached_tokens } => self.cached_tokens = cached_tokens.into(),
+            GenerationEvent::PromptLogprobs { logprobs, .. } => {
+                if let Some(known) = &mut self.prompt_logprobs {
+                    Arc::make_mut(known).extend(logprobs);
+                }
+            }
             GenerationEvent::Token { choice, token, logprobs } => {
                 self.observe_token(choice, metrics);
                 self.token(choice, token, logprobs);
@@ -183,7 +197,7 @@ impl Part {
             return;
         }
         let token = Some(Emitted { token, logprobs, offset });
-        let update = Update { choice: self.first_choice + choice, text, token, finished: None };
+        let update = Update { choice: self.first_choice + choice, text, token, ..Update::default() };
         match is_stop_token || completes_stop || state.tokens >= sampling.max_tokens {
             true => state.last = Some(update),
             false => self.updates.push_back(update),

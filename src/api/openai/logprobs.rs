@@ -3,6 +3,8 @@
 //! They are float32, and printed with the digits that tell a float32 apart, wherever they stand: a client finds the same
 //! number beside the token and among the alternatives.
 
+use std::collections::BTreeMap;
+
 use serde::ser::SerializeMap;
 use serde::{Serialize, Serializer};
 
@@ -56,12 +58,37 @@ pub struct CompletionLogprobs {
 }
 
 impl CompletionLogprobs {
+    /// The prompt's own tokens, for `echo`: the first one has no log-probability, since nothing stands before it.
+    /// `logprobs` are those of the others; a prompt that was not scored to its end has fewer.
+    pub fn push_prompt(
+        &mut self,
+        tokenizer: &Tokenizer,
+        tokens: &[TokenId],
+        logprobs: &[TokenLogprobs],
+        num_top: usize,
+        text: &str,
+    ) {
+        let length = text.chars().count();
+        let offsets = tokenizer.offsets(tokens, true).into_iter().map(|offset| offset.min(length));
+        let scored = std::iter::once(None).chain(logprobs.iter().map(Some)).chain(std::iter::repeat(None));
+        for ((&token, offset), logprobs) in tokens.iter().zip(offsets).zip(scored) {
+            self.text_offset.push(offset);
+            self.token_logprobs.push(logprobs.map(|logprobs| logprobs.logprob.max(LEAST_LOGPROB)));
+            self.tokens.push(text_of(&tokenizer.token_bytes(token)));
+            self.top_logprobs.push(logprobs.map(|logprobs| TopLogprobs::new(tokenizer, token, logprobs, num_top)));
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
     /// `offset` is where the token's text begins, in characters.
     pub fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs, offset: usize) {
         self.text_offset.push(offset);
         self.token_logprobs.push(Some(logprobs.logprob.max(LEAST_LOGPROB)));
         self.tokens.push(text_of(&tokenizer.token_bytes(token)));
-        self.top_logprobs.push(Some(TopLogprobs::new(tokenizer, token, logprobs)));
+        self.top_logprobs.push(Some(TopLogprobs::new(tokenizer, token, logprobs, logprobs.top.len())));
     }
 }
 
@@ -71,10 +98,10 @@ struct TopLogprobs(Vec<(String, f32)>);
 
 impl TopLogprobs {
     /// As vLLM has it, the token itself is always among its alternatives.
-    fn new(tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs) -> Self {
-        let mut members: Vec<(String, f32)> = Vec::with_capacity(logprobs.top.len() + 1);
+    fn new(tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs, num_top: usize) -> Self {
+        let mut members: Vec<(String, f32)> = Vec::with_capacity(num_top + 1);
         // The best come first, so whatever has the same text is less likely, or it is the same token.
-        for (token, logprob) in logprobs.top.iter().copied().chain([(token, logprobs.logprob)]) {
+        for (token, logprob) in logprobs.top.iter().take(num_top).copied().chain([(token, logprobs.logprob)]) {
             let text = text_of(&tokenizer.token_bytes(token));
             if !members.iter().any(|(known, _)| *known == text) {
                 members.push((text, logprob.max(LEAST_LOGPROB)));
@@ -91,6 +118,41 @@ impl Serialize for TopLogprobs {
             map.serialize_entry(text, logprob)?;
         }
         map.end()
+    }
+}
+
+/// vLLM's `prompt_logprobs`: null for the first token, then for each the tokens that were likely at its place, by id.
+#[derive(Debug)]
+pub struct PromptLogprobs(Vec<Option<BTreeMap<TokenId, PromptTokenLogprob>>>);
+
+#[derive(Debug, Serialize)]
+struct PromptTokenLogprob {
+    logprob: f32,
+    rank: u32,
+    decoded_token: String,
+}
+
+impl PromptLogprobs {
+    /// As `CompletionLogprobs::push_prompt`.
+    pub fn new(tokenizer: &Tokenizer, tokens: &[TokenId], logprobs: &[TokenLogprobs], num_top: usize) -> Self {
+        let describe = |token: TokenId, logprob: f32, rank: u32| {
+            let decoded_token = text_of(&tokenizer.token_bytes(token));
+            (token, PromptTokenLogprob { logprob: logprob.max(LEAST_LOGPROB), rank, decoded_token })
+        };
+        let of_token = |(&token, logprobs): (&TokenId, &TokenLogprobs)| {
+            let top = logprobs.top.iter().take(num_top).zip(1..);
+            let top = top.map(|(&(token, logprob), rank)| describe(token, logprob, rank));
+            Some(top.chain([describe(token, logprobs.logprob, logprobs.rank)]).collect())
+        };
+        let mut list: Vec<_> = std::iter::once(None).chain(tokens[1..].iter().zip(logprobs).map(of_token)).collect();
+        list.resize_with(tokens.len(), || None);
+        Self(list)
+    }
+}
+
+impl Serialize for PromptLogprobs {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.0.serialize(serializer)
     }
 }
 

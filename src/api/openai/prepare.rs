@@ -16,7 +16,7 @@ use crate::api::error::ApiError;
 use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::ApiState;
 use crate::router::{Dispatch, Dispatched, Strategy, StreamName};
-use crate::types::{Failure, RequestId, SamplingParams, TokenId};
+use crate::types::{Extensions, Failure, RequestId, SamplingParams, TokenId};
 
 /// Relative, in milliseconds; what cannot finish in it is refused or cut short.
 pub const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
@@ -82,7 +82,8 @@ pub async fn prepare(
         Endpoint::Completions => completion_prompts(state, &model, body).await?,
     };
     check_choices(state, prompts.len(), sampling.n)?;
-    let requested = sampling::requested_max_tokens(body)?;
+    let extensions = sampling::extensions(body, endpoint)?;
+    let requested = sampling::requested_max_tokens(body, endpoint)?;
     resumption.fit(body.is_stream(), prompts.len() * sampling.n as usize)?;
     let is_derivable = body.seed.is_some() || sampling.temperature == 0.0;
     let strategy = strategy(headers)?;
@@ -95,6 +96,7 @@ pub async fn prepare(
         deadline,
         arrived,
         strategy,
+        extensions,
         allows_other_fingerprint,
         resumption: &resumption,
         is_named,
@@ -126,6 +128,7 @@ struct Start<'a> {
     deadline: Option<Instant>,
     arrived: Instant,
     strategy: Option<Strategy>,
+    extensions: Extensions,
     allows_other_fingerprint: bool,
     resumption: &'a Resumption,
     /// The stream can be found again.
@@ -144,6 +147,11 @@ impl Start<'_> {
     ) -> Result<(Part, Head), Failure> {
         let id = &self.resumption.id;
         let first_choice = index as u32 * sampling.n;
+        let mut extensions = self.extensions;
+        if !self.resumption.lacks_beginning(first_choice as usize, sampling.n as usize) {
+            // The prompt was told with the beginning.
+            extensions.prompt_logprobs = None;
+        }
         let dispatched = self.state.router.dispatch(Dispatch {
             id: if index == 0 { id.clone() } else { RequestId::new(format!("{id}-{index}")) },
             created: unix_seconds(),
@@ -160,6 +168,7 @@ impl Start<'_> {
             priority: self.body.priority.unwrap_or(0),
             deadline: self.deadline,
             strategy: self.strategy,
+            extensions,
             allows_other_fingerprint: self.allows_other_fingerprint,
             name: self.is_named.then(|| StreamName {
                 key: self.resumption.journal_key(index),
@@ -174,7 +183,8 @@ impl Start<'_> {
         let model = self.model.clone();
         // A stream that is taken up again keeps its name and its time.
         let Dispatched { stream, id, created, fingerprint } = dispatched;
-        let part = Part::new(stream, model.clone(), sampling, first_choice, prompt_tokens, self.arrived);
+        let scores_prompt = extensions.prompt_logprobs.is_some();
+        let part = Part::new(stream, model.clone(), sampling, first_choice, prompt_tokens, scores_prompt, self.arrived);
         Ok((part, Head { id, created, model, fingerprint }))
     }
 }
@@ -309,10 +319,11 @@ fn max_tokens(
     // Clients look for these words of OpenAI's and vLLM's, to shorten the prompt and try again.
     let too_long = |field, message: String| Failure::invalid(field, message).with_code("context_length_exceeded");
     let context = model.max_model_len;
-    if prompt_tokens >= context {
+    let least = requested.map_or(1, |(_, value)| value.min(1));
+    if prompt_tokens + least as usize > context {
         let message = format!(
             "This model's maximum context length is {context} tokens (max_model_len). However, your {field} resulted in \
-             {prompt_tokens} tokens, and the answer needs at least one. Please reduce the length of the {field}."
+             {prompt_tokens} tokens, and the answer needs at least {least}. Please reduce the length of the {field}."
         );
         return Err(too_long(field, message));
     }

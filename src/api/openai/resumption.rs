@@ -29,6 +29,12 @@ pub struct ChoiceMark {
     pub finished: bool,
 }
 
+impl ChoiceMark {
+    fn has_begun(&self) -> bool {
+        self.tokens > 0 || self.finished
+    }
+}
+
 pub struct Resumption {
     pub id: RequestId,
     /// For clients that give none.
@@ -111,8 +117,13 @@ impl Resumption {
 
     /// Of which choices the client has seen the beginning.
     pub fn begun(&self, choices: usize) -> Vec<bool> {
-        let has_some = |mark: &ChoiceMark| mark.tokens > 0 || mark.finished;
-        self.has.as_ref().map_or_else(|| vec![false; choices], |has| has.iter().map(has_some).collect())
+        self.has.as_ref().map_or_else(|| vec![false; choices], |has| has.iter().map(ChoiceMark::has_begun).collect())
+    }
+
+    /// Whether the client has not seen the beginning of some of these choices.
+    pub fn lacks_beginning(&self, first: usize, count: usize) -> bool {
+        let mut marks = self.has.iter().flat_map(|has| has.iter().skip(first).take(count));
+        self.has.is_none() || marks.any(|mark| !mark.has_begun())
     }
 
     /// Tells the client which node answers and, where the stream can be found again, under which name.

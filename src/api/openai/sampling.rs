@@ -3,9 +3,11 @@
 use std::fmt::Display;
 use std::ops::RangeInclusive;
 
+use sha2::{Digest, Sha256};
+
 use super::body::{LogprobsInput, RequestBody};
 use super::numbers;
-use crate::types::{Failure, SamplingDefaults, SamplingParams, TokenId};
+use crate::types::{CacheSalt, Extensions, Failure, SamplingDefaults, SamplingParams, TokenId};
 
 /// OpenAI's bound on `n`.
 pub const MAX_CHOICES: u32 = 128;
@@ -16,6 +18,8 @@ pub const MAX_STOP_TOKEN_IDS: usize = 128;
 pub const MAX_LOGIT_BIASES: usize = 1024;
 /// Alternatives reported at each position.
 pub const MAX_LOGPROBS: u32 = 20;
+/// Bytes of `cache_salt`, vLLM's bound.
+pub const MAX_CACHE_SALT_BYTES: usize = 1024;
 
 /// Which endpoint asks: the two spell some fields differently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,14 +71,35 @@ pub fn params(
     })
 }
 
-/// The client's bound on generated tokens, and the name under which it gave it.
-pub fn requested_max_tokens(body: &RequestBody) -> Result<Option<(&'static str, u32)>, Failure> {
+/// What is asked beside the sampling.
+pub fn extensions(body: &RequestBody, endpoint: Endpoint) -> Result<Extensions, Failure> {
+    let asked = body.prompt_logprobs.map(|count| whole("prompt_logprobs", count, 0..=MAX_LOGPROBS)).transpose()?;
+    // The echo of a prompt with log-probabilities has those of the prompt too.
+    let echoed = logprobs(body, endpoint)?.filter(|_| body.echo == Some(true));
+    Ok(Extensions { cache_salt: cache_salt(body)?, prompt_logprobs: asked.max(echoed) })
+}
+
+fn cache_salt(body: &RequestBody) -> Result<Option<CacheSalt>, Failure> {
+    let Some(salt) = &body.cache_salt else { return Ok(None) };
+    if !(1..=MAX_CACHE_SALT_BYTES).contains(&salt.len()) {
+        let message = format!("`cache_salt` must have from 1 to {MAX_CACHE_SALT_BYTES} bytes, not {}.", salt.len());
+        return Err(Failure::invalid("cache_salt", message).with_code("out_of_range"));
+    }
+    // What crosses to other nodes tells nothing of the salt.
+    let digest = Sha256::new().chain_update("outrigger cache salt").chain_update(salt).finalize();
+    Ok(Some(CacheSalt::new(std::array::from_fn(|index| digest[index]))))
+}
+
+/// The client's bound on generated tokens, and the name under which it gave it. A completion may ask for none, to have its
+/// prompt scored.
+pub fn requested_max_tokens(body: &RequestBody, endpoint: Endpoint) -> Result<Option<(&'static str, u32)>, Failure> {
     let (name, value) = match (body.max_completion_tokens, body.max_tokens) {
         (Some(value), _) => ("max_completion_tokens", value),
         (None, Some(value)) => ("max_tokens", value),
         (None, None) => return Ok(None),
     };
-    Ok(Some((name, within(name, value, 1..=u32::MAX)?)))
+    let least = u32::from(endpoint == Endpoint::Chat);
+    Ok(Some((name, within(name, value, least..=u32::MAX)?)))
 }
 
 fn seed(body: &RequestBody, random_seed: u64) -> Result<u64, Failure> {
@@ -320,11 +345,45 @@ mod tests {
 
     #[test]
     fn max_completion_tokens_goes_before_max_tokens() {
-        let requested = |json: &str| requested_max_tokens(&parse(json.as_bytes()).expect(json));
+        let requested = |json: &str| requested_max_tokens(&parse(json.as_bytes()).expect(json), Endpoint::Chat);
         assert_eq!(requested("{}"), Ok(None));
         assert_eq!(requested(r#"{"max_tokens": 5}"#), Ok(Some(("max_tokens", 5))));
         let both = r#"{"max_tokens": 5, "max_completion_tokens": 6}"#;
         assert_eq!(requested(both), Ok(Some(("max_completion_tokens", 6))));
         assert_eq!(requested(r#"{"max_tokens": 0}"#).expect_err("zero").param.as_deref(), Some("max_tokens"));
+        let nothing = requested_max_tokens(&parse(br#"{"max_tokens": 0}"#).expect("valid"), Endpoint::Completions);
+        assert_eq!(nothing, Ok(Some(("max_tokens", 0))));
+    }
+
+    #[test]
+    fn a_salt_is_a_text_and_tells_nothing() {
+        let salt = |json: &str| extensions(&parse(json.as_bytes())?, Endpoint::Chat).map(|asked| asked.cache_salt);
+        assert_eq!(salt("{}"), Ok(None));
+        assert_eq!(salt(r#"{"cache_salt": "a"}"#), salt(r#"{"cache_salt": "a"}"#));
+        assert_ne!(salt(r#"{"cache_salt": "a"}"#), salt(r#"{"cache_salt": "b"}"#));
+        let long = format!(r#"{{"cache_salt": "{}"}}"#, "s".repeat(MAX_CACHE_SALT_BYTES + 1));
+        for json in [r#"{"cache_salt": ""}"#, r#"{"cache_salt": 5}"#, r#"{"cache_salt": ["a"]}"#, &long] {
+            assert_eq!(salt(json).expect_err(json).param.as_deref(), Some("cache_salt"));
+        }
+    }
+
+    #[test]
+    fn a_prompt_is_scored_when_it_is_asked_for_or_echoed_with_logprobs() {
+        let asked = |json: &str, endpoint| {
+            extensions(&parse(json.as_bytes()).expect(json), endpoint).map(|asked| asked.prompt_logprobs)
+        };
+        for (json, expected) in [
+            ("{}", None),
+            (r#"{"logprobs": 3}"#, None),
+            (r#"{"echo": true}"#, None),
+            (r#"{"echo": true, "logprobs": 3}"#, Some(3)),
+            (r#"{"prompt_logprobs": 2}"#, Some(2)),
+            (r#"{"prompt_logprobs": 5, "echo": true, "logprobs": 3}"#, Some(5)),
+        ] {
+            assert_eq!(asked(json, Endpoint::Completions), Ok(expected), "{json}");
+        }
+        for json in [r#"{"prompt_logprobs": -1}"#, r#"{"prompt_logprobs": 21}"#] {
+            assert_eq!(asked(json, Endpoint::Chat).expect_err(json).param.as_deref(), Some("prompt_logprobs"));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! Completions, and the small endpoints around them.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -91,8 +91,151 @@ async fn echo_puts_the_prompt_before_the_text() {
         let streamed: String = chunks.iter().filter_map(|chunk| chunk["choices"][0]["text"].as_str()).collect();
         assert_eq!(streamed, text);
     }
-    let refused = node.post_json(PATH, json!({"prompt": "a", "echo": true, "logprobs": 1})).await;
-    assert_eq!(refused.error()["param"], "echo");
+}
+
+/// lm-evaluation-harness scores a text so: null first, then the prompt's tokens, then what was generated.
+#[tokio::test]
+async fn echo_with_logprobs_scores_the_prompt() {
+    let tokens = ids("!");
+    let node = Node::new(move |request, events| {
+        play(&events, request, if request.sampling.max_tokens == 0 { &[] } else { &tokens }, FinishReason::Length);
+        Ok(())
+    });
+    let prompt = ids("a😀b");
+    let texts = ["a", "\u{FFFD}", "\u{FFFD}", "\u{FFFD}", "\u{FFFD}", "b"];
+    for asked in [json!("a😀b"), json!(prompt)] {
+        let body = json!({"prompt": asked, "echo": true, "logprobs": 1, "max_tokens": 1, "n": 2,
+                          "add_special_tokens": false, "seed": 1});
+        let whole = node.post_json(PATH, body.clone()).await;
+        assert_eq!(whole.status, StatusCode::OK, "{}", whole.text);
+        let request = node.last_request();
+        assert_eq!((*request.prompt).to_vec(), prompt);
+        assert_eq!((request.extensions.prompt_logprobs, request.sampling.logprobs), (Some(1), Some(1)));
+        let whole = whole.json();
+        for index in 0..2 {
+            let choice = &whole["choices"][index];
+            assert_eq!(choice["text"], "a😀b!");
+            let logprobs = &choice["logprobs"];
+            let tokens: Vec<&str> = texts.into_iter().chain(["!"]).collect();
+            assert_eq!(logprobs["tokens"], json!(tokens));
+            assert_eq!(logprobs["text_offset"], json!([0, 1, 1, 1, 1, 2, 3]));
+            assert_eq!(logprobs["token_logprobs"], json!([null, -2.5, -2.5, -2.5, -2.5, -2.5, -0.5]));
+            assert_eq!(logprobs["top_logprobs"][0], Value::Null);
+            assert_eq!(logprobs["top_logprobs"][5], json!({"c": -0.25, "b": -2.5}));
+            assert_eq!(logprobs["top_logprobs"][6], json!({"!": -0.5}));
+        }
+        // A stream tells the same, the prompt with the first chunk of each choice.
+        let mut streamed = body.clone();
+        streamed["stream"] = json!(true);
+        let chunks = node.post_json(PATH, streamed).await.chunks();
+        assert_eq!(chunks.len(), 2);
+        for chunk in chunks {
+            let index = chunk["choices"][0]["index"].as_u64().expect("an index") as usize;
+            assert_eq!(chunk["choices"][0], whole["choices"][index]);
+        }
+        // Without generating anything.
+        let mut scoring = body;
+        scoring["max_tokens"] = json!(0);
+        let answer = node.post_json(PATH, scoring).await.json();
+        assert_eq!(node.last_request().sampling.max_tokens, 0);
+        let choice = &answer["choices"][1];
+        assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("a😀b"), &json!("length")));
+        assert_eq!(choice["logprobs"]["token_logprobs"], json!([null, -2.5, -2.5, -2.5, -2.5, -2.5]));
+        assert_eq!(answer["usage"]["completion_tokens"], 0);
+        assert_eq!(answer["usage"]["prompt_tokens"], prompt.len());
+    }
+}
+
+/// A prompt may fill the context where nothing is generated after it.
+#[tokio::test]
+async fn a_prompt_that_is_only_scored_may_fill_the_context() {
+    let node = Node::new(|request, events| {
+        play(&events, request, &[], FinishReason::Length);
+        Ok(())
+    });
+    let body = |count: usize, max_tokens: u32| json!({"prompt": vec![5; count], "echo": true, "logprobs": 0, "max_tokens": max_tokens});
+    assert_eq!(node.post_json(PATH, body(MAX_MODEL_LEN, 0)).await.status, StatusCode::OK);
+    let refused = node.post_json(PATH, body(MAX_MODEL_LEN + 1, 0)).await;
+    assert_eq!(refused.error()["code"], "context_length_exceeded");
+    assert_eq!(node.post_json(PATH, body(MAX_MODEL_LEN, 1)).await.error()["code"], "context_length_exceeded");
+}
+
+/// A client that comes back is told how the prompt scored where it has not seen it, and only there.
+#[tokio::test]
+async fn a_resumed_echo_is_told_once() {
+    let node = Node::saying("the wave");
+    let body =
+        json!({"prompt": "ab", "echo": true, "logprobs": 0, "n": 2, "stream": true, "add_special_tokens": false});
+    let ask = |last: &str| {
+        let request = Request::post(PATH).header("idempotency-key", "k").header("last-event-id", last);
+        node.send(request.body(Body::from(body.to_string())).expect("a request"))
+    };
+    let lists = |answer: &Answer| {
+        let data = answer
+            .text
+            .split("data: ")
+            .skip(1)
+            .filter_map(|data| serde_json::from_str::<Value>(data.trim_end().split("\n").next()?).ok());
+        let mut first = [Value::Null, Value::Null];
+        for chunk in data {
+            let choice = &chunk["choices"][0];
+            let index = choice["index"].as_u64().expect("an index") as usize;
+            if first[index].is_null() {
+                first[index] = choice["logprobs"]["token_logprobs"].clone();
+            }
+        }
+        first
+    };
+    let fresh = lists(&ask("0,0").await);
+    assert_eq!(fresh, [json!([null, -2.5, -0.5]), json!([null, -2.5, -0.5])]);
+    assert_eq!(lists(&ask("2,0").await), [json!([-0.5]), json!([null, -2.5, -0.5])]);
+    assert_eq!(lists(&ask("2,3").await), [json!([-0.5]), json!([-0.5])]);
+}
+
+#[tokio::test]
+async fn prompt_logprobs_have_vllms_shape() {
+    let node = Node::saying("x");
+    let expected = |second: TokenId, likely: TokenId| {
+        let text = |token: TokenId| tokenizer().token_text(token).expect("a token");
+        json!({
+            second.to_string(): {"logprob": -2.5, "rank": 40, "decoded_token": text(second)},
+            likely.to_string(): {"logprob": -0.25, "rank": 1, "decoded_token": text(likely)},
+        })
+    };
+    let tokens = ids("ab");
+    let body = json!({"prompt": tokens, "prompt_logprobs": 1, "max_tokens": 1});
+    let choice = node.post_json(PATH, body).await.json()["choices"][0].clone();
+    assert_eq!(choice["prompt_logprobs"], json!([null, expected(tokens[1], tokens[1] + 1)]));
+    assert_eq!((&choice["text"], &choice["logprobs"]), (&json!("x"), &Value::Null));
+    let chat = json!({"messages": [{"role": "user", "content": "x"}], "prompt_logprobs": 0, "max_tokens": 1});
+    let chat = node.post_json("/v1/chat/completions", chat).await.json();
+    let list = chat["prompt_logprobs"].as_array().expect("a list").clone();
+    assert_eq!(
+        (list.len() as u64, &list[0]),
+        (chat["usage"]["prompt_tokens"].as_u64().expect("a number"), &Value::Null)
+    );
+    assert!(list[1..].iter().all(|place| place.as_object().is_some_and(|place| place.len() == 1)), "{list:?}");
+    let streamed = node.post_json(PATH, json!({"prompt": "a", "prompt_logprobs": 1, "stream": true})).await;
+    assert_eq!((streamed.status, &streamed.error()["param"]), (StatusCode::BAD_REQUEST, &json!("prompt_logprobs")));
+}
+
+#[tokio::test]
+async fn a_salt_reaches_the_engine_and_says_nothing() {
+    let node = parrot();
+    let salt_of = async |body: serde_json::Value| {
+        assert_eq!(node.post_json(PATH, body).await.status, StatusCode::OK);
+        node.last_request().extensions.cache_salt
+    };
+    assert_eq!(salt_of(json!({"prompt": "a"})).await, None);
+    assert_eq!(salt_of(json!({"prompt": "a", "cache_salt": null})).await, None);
+    let first = salt_of(json!({"prompt": "a", "cache_salt": "s1"})).await;
+    assert!(first.is_some());
+    assert_eq!(salt_of(json!({"prompt": "b", "cache_salt": "s1"})).await, first);
+    assert_ne!(salt_of(json!({"prompt": "a", "cache_salt": "s2"})).await, first);
+    for salt in [json!(""), json!(5), json!("s".repeat(1025))] {
+        let refused = node.post_json(PATH, json!({"prompt": "a", "cache_salt": salt})).await;
+        assert_eq!((refused.status, &refused.error()["param"]), (StatusCode::BAD_REQUEST, &json!("cache_salt")));
+    }
 }
 
 #[tokio::test]

@@ -236,6 +236,13 @@ fn play(events: &Events, request: &GenerateRequest, tokens: &[TokenId], reason: 
     // A client that goes away closes the channel; then nobody listens.
     let send = |event| drop(events.send(event));
     send(GenerationEvent::Scheduled { cached_tokens: 1 });
+    if let Some(count) = request.extensions.prompt_logprobs {
+        let scored: Vec<TokenLogprobs> = request.prompt[1..].iter().map(|&token| scored(token, count)).collect();
+        // In two pieces, as chunks of a prefill.
+        let (first, second) = scored.split_at(scored.len() / 2);
+        send(GenerationEvent::PromptLogprobs { start: 0, logprobs: first.to_vec() });
+        send(GenerationEvent::PromptLogprobs { start: first.len() as u32, logprobs: second.to_vec() });
+    }
     let n = request.sampling.n;
     let stop_token = match reason {
         FinishReason::Stop(StopCause::EndOfSequence(token) | StopCause::Token(token)) => Some(token),
@@ -249,6 +256,12 @@ fn play(events: &Events, request: &GenerateRequest, tokens: &[TokenId], reason: 
     for choice in 0..n {
         send(GenerationEvent::Finished { choice, reason: reason.clone() });
     }
+}
+
+/// A token of the prompt at -2.5, behind the next ids at -0.25, -0.5, …
+fn scored(token: TokenId, count: u32) -> TokenLogprobs {
+    let top = (1..=count).map(|rank| (token + rank, -0.25 * rank as f32)).collect();
+    TokenLogprobs { logprob: -2.5, rank: 40, top }
 }
 
 /// The sampled token at -0.5, followed by the next ids at -1, -2, …

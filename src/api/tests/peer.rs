@@ -29,8 +29,8 @@ use crate::cluster::{
 };
 use crate::observability::Metrics;
 use crate::types::{
-    ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, RequestId, SamplingParams,
-    watch,
+    CacheSalt, ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId,
+    RequestId, SamplingParams, watch,
 };
 
 /// Far more than a loopback needs, far less than any timeout of ours.
@@ -135,6 +135,7 @@ fn call(max_tokens: u32) -> GenerateCall {
         priority: 0,
         remaining: None,
         is_continuation: false,
+        extensions: Extensions::default(),
     }
 }
 
@@ -261,6 +262,22 @@ async fn every_call_has_its_answer() {
     assert_eq!(tokenizer("abc").await.expect("known"), vec![7; 5 << 20]);
     assert_eq!(tokenizer("def").await.expect_err("unknown").kind, FailureKind::InvalidRequest);
     assert_eq!(callee.metrics.peer_connections.get(), 1, "one connection for all");
+}
+
+#[tokio::test]
+async fn what_a_call_asks_for_arrives() {
+    let asked = Extensions { cache_salt: Some(CacheSalt::new([3; 16])), prompt_logprobs: Some(2) };
+    let scored = || PeerFrame::Event(GenerationEvent::PromptLogprobs { start: 0, logprobs: Vec::new() });
+    let service = FakeService::new(move |call, frames| {
+        assert_eq!(call.extensions, asked);
+        frames.send(scored()).expect("the stream is open");
+        Ok(())
+    });
+    let callee = Callee::start(1, service).await;
+    let peer = callee.peer(1);
+    let caller = Caller::new(1, &[&peer]);
+    let mut stream = caller.accepted(&peer, GenerateCall { extensions: asked, ..call(1) }).await;
+    assert_eq!(next(&mut stream).await, scored());
 }
 
 #[tokio::test]

@@ -64,11 +64,11 @@ impl HttpPeerTransport {
     }
 
     /// A call whose answer is a stream.
-    fn stream<T: Serialize>(
+    fn stream(
         &self,
         peer: &Peer,
         path: &'static str,
-        message: &T,
+        message: Result<Bytes, WireError>,
     ) -> BoxFuture<'static, Result<PeerStream, Failure>> {
         let answer = self.call(peer, path, message);
         async move {
@@ -87,7 +87,7 @@ impl HttpPeerTransport {
         path: &'static str,
         message: &T,
     ) -> BoxFuture<'static, Result<Bytes, Failure>> {
-        let answer = self.call(peer, path, message);
+        let answer = self.call(peer, path, wire::encode_message(message));
         async move {
             let body = answer.await?.into_body();
             collect(body, wire::MAX_MESSAGE_BYTES).await.map_err(disconnected)
@@ -96,14 +96,13 @@ impl HttpPeerTransport {
     }
 
     /// Resolves with the head of an answer that accepts the call.
-    fn call<T: Serialize>(
+    fn call(
         &self,
         peer: &Peer,
         path: &'static str,
-        message: &T,
-    ) -> impl Future<Output = Result<Response<Incoming>, Failure>> + Send + 'static + use<T> {
+        message: Result<Bytes, WireError>,
+    ) -> impl Future<Output = Result<Response<Incoming>, Failure>> + Send + 'static + use<> {
         let (connections, peer) = (self.connections.clone(), PeerAddress::of(peer));
-        let message = wire::encode_message(message);
         async move {
             let message = message.map_err(unsendable)?;
             let response = send(&connections, &peer, path, message).await.map_err(unreachable)?;
@@ -118,11 +117,11 @@ impl HttpPeerTransport {
 
 impl PeerTransport for HttpPeerTransport {
     fn generate(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        self.stream(peer, wire::GENERATE_PATH, &call)
+        self.stream(peer, wire::GENERATE_PATH, wire::encode_call(&call))
     }
 
     fn follow(&self, peer: &Peer, call: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        self.stream(peer, wire::FOLLOW_PATH, &call)
+        self.stream(peer, wire::FOLLOW_PATH, wire::encode_message(&call))
     }
 
     fn journal(&self, peer: &Peer, batch: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {

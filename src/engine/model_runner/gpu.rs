@@ -25,10 +25,10 @@ use crate::engine::batch::{
 use crate::engine::model::gpu_decoder::{Caps, GpuDecoder, query_shape};
 use crate::engine::model::gpu_weights::{Precision, Weights};
 use crate::engine::model::{ModelConfig, TensorSource};
-use crate::engine::sampler::{NumericsInvalid, Sampled};
+use crate::engine::sampler::{NumericsInvalid, Sampled, ScoredToken};
 use crate::types::{Fingerprint, TokenLogprobs};
 use graphs::Graphs;
-use limits::{caps, check_limits, kv_type, max_entries, num_blocks, row_limits};
+use limits::{MAX_SCORED_TOKENS, caps, check_limits, kv_type, max_entries, num_blocks, row_limits};
 use rows::{RowsEntry, StepRows};
 
 /// Steps in flight: one computes while the next is planned.
@@ -147,7 +147,7 @@ impl GpuModelRunner {
             return Err(error.clone());
         }
         // A graph gives the logits of every row.
-        let is_decode = batch.iter().all(|entry| entry.tokens.len() == 1 && entry.is_output);
+        let is_decode = batch.iter().all(|entry| entry.tokens.len() == 1 && entry.num_outputs == 1);
         let graph = self.graphs.size_for(batch.len()).filter(|_| is_decode);
         let layout = self.rows.lay_out(batch, graph.unwrap_or(0));
         // Not before: what the host does meanwhile is no time of the device's.
@@ -172,15 +172,22 @@ impl GpuModelRunner {
     fn queue(&mut self, batch: &[BatchEntry<'_>], progress: &dyn Fn()) -> Result<Step, DeviceError> {
         let begin = self.begins[self.turn];
         let (mut entries, mut rows, mut positions) = (Vec::with_capacity(batch.len()), Vec::new(), Vec::new());
+        let vocab_size = self.decoder.config().vocab_size;
+        let scored: Vec<ScoredToken> = batch.iter().flat_map(|entry| entry.scored_tokens(vocab_size)).collect();
+        let mut next_scored = scored.iter();
         for entry in batch {
             let source = entry.pending_row.map(|row| self.slot(row));
+            let num_scored = entry.scoring.map_or(0, |scoring| scoring.tokens.len());
+            for token in next_scored.by_ref().take(num_scored) {
+                rows.push(DeviceRow { params: token.row_params(), pending: None });
+                positions.push(0);
+            }
             if let Some(SampleSpec { state, position }) = entry.sampling {
                 rows.push(DeviceRow { params: state.row_params(position), pending: source });
                 positions.push(position);
             }
-            let is_output = entry.sampling.is_some();
             let (tokens, start, block_table) = (entry.tokens, entry.start, entry.block_table);
-            entries.push(RowsEntry { tokens, start, block_table, source, is_output });
+            entries.push(RowsEntry { tokens, start, block_table, source, num_outputs: entry.num_logits() });
         }
         // What is asked of the rows goes first: it may need memory, and its copy need not stand between logits and sampler.
         let staged = self.sampler.stage(&rows)?;
@@ -235,7 +242,7 @@ impl LogitsRunner for GpuModelRunner {
     fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
         assert!(self.in_flight.is_empty(), "nothing is in flight while logits are asked for");
         let entries: Vec<RowsEntry<'_>> = batch.iter().map(known_tokens).collect();
-        let outputs = entries.iter().filter(|entry| entry.is_output).count();
+        let outputs = entries.iter().map(|entry| entry.num_outputs).sum();
         let logits = self.compute(&entries, None, progress).and_then(|_| self.decoder.read_logits(outputs));
         self.logits = logits.map_err(|error| {
             let tokens = batch.iter().map(|entry| entry.tokens.len()).sum();
@@ -278,6 +285,10 @@ impl PagedModel for GpuModelRunner {
         self.max_model_len
     }
 
+    fn max_scored_tokens(&self) -> usize {
+        MAX_SCORED_TOKENS
+    }
+
     fn corrupt(&mut self) {
         self.broken = self.decoder.corrupt().err().or(self.broken.take());
     }
@@ -289,7 +300,7 @@ impl PagedModel for GpuModelRunner {
 
 fn known_tokens<'a>(entry: &LogitsEntry<'a>) -> RowsEntry<'a> {
     let (tokens, start, block_table) = (entry.tokens, entry.start, entry.block_table);
-    RowsEntry { tokens, start, block_table, source: None, is_output: entry.wants_logits }
+    RowsEntry { tokens, start, block_table, source: None, num_outputs: entry.num_logits }
 }
 
 fn failed(error: DeviceError, tokens: usize) -> RunnerError {

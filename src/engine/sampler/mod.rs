@@ -6,7 +6,7 @@
 
 mod sequence;
 
-use outrigger_kernels::sample::{InvalidRow, RowSampler, SampledRow};
+use outrigger_kernels::sample::{Changes, InvalidRow, RowParams, RowSampler, SampledRow};
 use thiserror::Error;
 
 use crate::types::{TokenId, TokenLogprobs};
@@ -18,7 +18,7 @@ pub use sequence::SequenceSampler;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
 #[error("the logits at position {position} hold NaN or +inf, or no finite value at all")]
 pub struct NumericsInvalid {
-    /// Generated tokens before this one.
+    /// Generated tokens before this one; 0 for a token of the prompt.
     pub position: usize,
 }
 
@@ -32,6 +32,29 @@ impl From<SampledRow> for Sampled {
     fn from(row: SampledRow) -> Self {
         let logprobs = row.logprobs.map(|row| TokenLogprobs { logprob: row.logprob, rank: row.rank, top: row.top });
         Self { token: row.token, logprobs }
+    }
+}
+
+/// Asks for the log-probability of a token that is known already: no other is allowed, so the row "samples" this one, and its
+/// log-probabilities are those of the row as the model gave it.
+#[derive(Clone, Debug)]
+pub struct ScoredToken {
+    /// One bit a token.
+    only: Vec<u32>,
+    num_logprobs: u32,
+}
+
+impl ScoredToken {
+    /// `token` is one of the vocabulary.
+    pub fn new(token: TokenId, num_logprobs: u32, vocab_size: usize) -> Self {
+        let mut only = vec![0; vocab_size.div_ceil(u32::BITS as usize)];
+        only[token as usize / u32::BITS as usize] = 1 << (token % u32::BITS);
+        Self { only, num_logprobs }
+    }
+
+    pub fn row_params(&self) -> RowParams<'_> {
+        let changes = Changes { allowed: Some(&self.only), ..Changes::NONE };
+        RowParams { logprobs: Some(self.num_logprobs), changes, ..RowParams::GREEDY }
     }
 }
 
@@ -57,6 +80,12 @@ impl Sampler {
     ) -> Result<Sampled, NumericsInvalid> {
         let row = self.rows.sample(logits, &state.row_params(position));
         row.map(Sampled::from).map_err(|InvalidRow| NumericsInvalid { position })
+    }
+
+    /// Scores a token of the prompt. `logits` are the model's after the tokens before it, and are changed.
+    pub fn score(&mut self, logits: &mut [f32], token: &ScoredToken) -> Result<Sampled, NumericsInvalid> {
+        let row = self.rows.sample(logits, &token.row_params());
+        row.map(Sampled::from).map_err(|InvalidRow| NumericsInvalid { position: 0 })
     }
 }
 

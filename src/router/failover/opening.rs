@@ -86,6 +86,9 @@ impl FailoverStream {
         self.note_numbers(&choice);
         let is_continuation = self.is_continuation();
         let (starts, cursor) = self.log.continuation();
+        if self.log.is_scored() {
+            self.want.extensions.prompt_logprobs = None;
+        }
         self.attempts += 1;
         match choice {
             Choice::Here => match self.shared.open_here(&self.want, starts, cursor, is_continuation) {

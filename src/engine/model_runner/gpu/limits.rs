@@ -19,13 +19,16 @@ const HEADROOM: u64 = 256 << 20;
 const MAX_SEQS: usize = 1 << 14;
 const MAX_ROWS: usize = 1 << 20;
 
+/// Rows of logits of a step by which prompts are scored. Enough to keep the device busy, little beside the weights.
+pub(super) const MAX_SCORED_TOKENS: usize = 256;
+
 /// The synthetic inference has a row beside those of the sequences.
 pub(super) fn max_entries(config: &RunnerConfig) -> usize {
     config.max_num_seqs + 1
 }
 
 pub(super) fn caps(config: &RunnerConfig, model: &ModelConfig) -> Caps {
-    let output_rows = Graphs::padded(max_entries(config));
+    let output_rows = Graphs::padded(max_entries(config)) + MAX_SCORED_TOKENS;
     Caps {
         output_rows,
         rows: config.max_num_batched_tokens.max(output_rows),

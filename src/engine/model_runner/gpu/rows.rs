@@ -20,8 +20,8 @@ pub(super) struct RowsEntry<'a> {
     pub block_table: &'a [u32],
     /// Where on the device the only token is found, when the host does not know it yet.
     pub source: Option<u32>,
-    /// Wants the logits after the last token.
-    pub is_output: bool,
+    /// Wants the logits after so many of its last tokens.
+    pub num_outputs: usize,
 }
 
 /// The largest step.
@@ -179,8 +179,8 @@ fn fill_rows(arrays: &mut [u32], num_rows: usize, block_size: usize, batch: &[Ro
             slots[row] = slot as u32;
             row += 1;
         }
-        if entry.is_output {
-            outputs[num_outputs] = row as u32 - 1;
+        for output in row - entry.num_outputs..row {
+            outputs[num_outputs] = output as u32;
             num_outputs += 1;
         }
     }
