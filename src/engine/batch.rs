@@ -22,8 +22,8 @@ pub struct BatchEntry<'a> {
     /// The entry's only token is not known on the host yet: the step launched just before, which was not collected, samples
     /// it as its row of this index. `tokens[0]` is a placeholder, which is no token of the vocabulary.
     pub pending_row: Option<usize>,
-    /// Asks for the log-probabilities of the tokens that follow the last `scoring.tokens.len()` tokens of this entry. An entry
-    /// that is scored samples nothing.
+    /// Asks for the log-probabilities of the tokens that follow the last `scoring.tokens.len()` tokens of this entry.
+    /// An entry that is scored samples nothing.
     pub scoring: Option<ScoreSpec<'a>>,
     /// Asks for a token sampled from the logits after the last token.
     pub sampling: Option<SampleSpec<'a>>,

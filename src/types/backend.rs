@@ -58,7 +58,8 @@ impl GenerationStream {
 }
 
 /// Per choice: any number of `Token`, then exactly one `Finished`. `Scheduled` comes once, before the first token, and so do
-/// all `PromptLogprobs`; only what a client has already may come earlier, when it comes back. `Failed` ends the whole request.
+/// all `PromptLogprobs`; only what a client has already may come earlier, when it comes back. `Failed` ends the whole
+/// request.
 #[derive(Clone, Debug, PartialEq)]
 pub enum GenerationEvent {
     /// The request left the queue. `cached_tokens` of the prompt came from the prefix cache.

@@ -35,8 +35,8 @@ impl From<SampledRow> for Sampled {
     }
 }
 
-/// Asks for the log-probability of a token that is known already: no other is allowed, so the row "samples" this one, and its
-/// log-probabilities are those of the row as the model gave it.
+/// Asks for the log-probability of a token that is known already: no other is allowed, so the row "samples" this one, and
+/// its log-probabilities are those of the row as the model gave it.
 #[derive(Clone, Debug)]
 pub struct ScoredToken {
     /// One bit a token.
