@@ -236,13 +236,15 @@ fn sampling_defaults(wanted: GenerationConfig, tokenizer: &Tokenizer, catalog: S
     };
     if !defaults.is_empty() {
         let SamplingDefaults { temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens } = &defaults;
+        let number = |value: &Option<f32>| value.map(|value| value.to_string());
+        let count = |value: &Option<u32>| value.map(|value| value.to_string());
         tracing::info!(
-            temperature,
-            top_p,
-            top_k,
-            min_p,
-            repetition_penalty,
-            max_new_tokens,
+            temperature = number(temperature),
+            top_p = number(top_p),
+            top_k = count(top_k),
+            min_p = number(min_p),
+            repetition_penalty = number(repetition_penalty),
+            max_new_tokens = count(max_new_tokens),
             "requests that give no values of their own are sampled as the model's authors recommend; \
              generation_config = \"vllm\" turns this off"
         );

@@ -60,6 +60,7 @@ fn traits_are_found_by_trying() {
     let expected = TemplateTraits {
         content: Content::Text,
         arguments: Arguments::Object,
+        calls_need_null: false,
         has_developer_role: false,
         loses_instructions: false,
         keeps_system_and_developer: false,

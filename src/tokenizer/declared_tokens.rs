@@ -44,8 +44,8 @@ pub(super) fn complete(
         }
         missing.push(Declared { id, ..declared });
     }
-    // Special tokens that the vocabulary has as ordinary ones.
-    for content in named {
+    // Special tokens that the vocabulary has as ordinary ones. A single character stays text: some models are padded with `!`.
+    for content in named.iter().filter(|content| content.chars().count() > 1) {
         let is_known = known.added.contains_key(content.as_str())
             || missing.iter().any(|declared| declared.token.content == *content);
         if let Some(id) = known.id(content).filter(|_| !is_known) {

@@ -67,6 +67,13 @@ fn a_special_token_that_is_an_ordinary_one_of_the_vocabulary_is_found_in_texts()
     let tokenizer = Tokenizer::from_files(&files).expect("a tokenizer");
     assert_eq!(tokenizer.encode("<|im_end|>", false).expect("encodes"), [2]);
     assert!(tokenizer.is_special(2), "tokenizer_config.json names it as the end of a sequence");
+    let padded = without_turns(&[
+        ("vocabulary", json!({"<|im_start|>": 1, "<|im_end|>": 2})),
+        ("special_tokens_map.json", json!({"pad_token": "!"})),
+    ]);
+    let tokenizer = Tokenizer::from_files(&padded).expect("a tokenizer");
+    let mark = tokenizer.encode("!", false).expect("encodes");
+    assert_eq!(tokenizer.decode(&mark, true), "!");
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub enum Arguments {
 pub struct TemplateTraits {
     pub content: Content,
     pub arguments: Arguments,
+    /// Calls are written only where the content beside them is null, not empty.
+    pub calls_need_null: bool,
     /// The template knows the role `developer` and writes such a message at the beginning.
     pub has_developer_role: bool,
     /// It leaves out instructions at the beginning, under any role, without an error.
@@ -50,6 +52,7 @@ impl Default for TemplateTraits {
         Self {
             content: Content::Text,
             arguments: Arguments::Object,
+            calls_need_null: false,
             has_developer_role: false,
             loses_instructions: false,
             keeps_system_and_developer: false,
@@ -97,9 +100,11 @@ impl TemplateTraits {
             writes(rest.to_vec().into(), &[SECOND]) && writes(with_first.into(), &[FIRST, SECOND])
         };
         let roles = if has_developer_role { &["developer", "system"][..] } else { &["system"] };
+        let (arguments, calls_need_null) = calls(render, &said("user", "q"), &said("assistant", "")["content"]);
         Self {
             content,
-            arguments: arguments(render, &said("user", "q"), &said("assistant", "")["content"]),
+            arguments,
+            calls_need_null,
             has_developer_role,
             loses_instructions,
             keeps_system_and_developer,
@@ -126,21 +131,25 @@ fn content(render: &Render<'_>) -> Content {
     }
 }
 
-fn arguments(render: &Render<'_>, question: &Value, nothing: &Value) -> Arguments {
-    let writes = |arguments: Value| {
+/// The form of the arguments, and whether the content beside a call has to be null.
+fn calls(render: &Render<'_>, question: &Value, nothing: &Value) -> (Arguments, bool) {
+    let object = json!({"a": SECOND});
+    let text = Value::String(object.to_string());
+    let writes = |arguments: &Value, content: &Value| {
         let call = json!({"id": "call00001", "type": "function", "function": {"name": "f", "arguments": arguments}});
         let messages = json!([
             question,
-            {"role": "assistant", "content": nothing, "tool_calls": [call]},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "call00001", "name": "f", "content": "r"},
         ]);
         render(&messages).is_some_and(|text| text.contains(SECOND))
     };
-    let object = json!({"a": SECOND});
-    match !writes(object.clone()) && writes(object.to_string().into()) {
-        true => Arguments::Text,
-        false => Arguments::Object,
-    }
+    let forms = [(&object, Arguments::Object), (&text, Arguments::Text)];
+    let ways = [(nothing, false), (&Value::Null, true)];
+    let mut ways =
+        ways.iter().flat_map(|(content, null)| forms.map(|(arguments, form)| (arguments, form, *content, *null)));
+    let way = ways.find(|(arguments, _, content, _)| writes(arguments, content));
+    way.map_or((Arguments::Object, false), |(_, form, _, null)| (form, null))
 }
 
 /// A template that cannot be rendered with tools says so itself.

@@ -163,6 +163,9 @@ impl Form<'_> {
 
     /// The content as the template wants it.
     fn with_content(&self, mut message: Message) -> Value {
+        if self.traits.calls_need_null && message.contains_key("tool_calls") && message["content"] == "" {
+            message.insert("content".into(), Value::Null);
+        }
         if self.traits.content == Content::Parts
             && let Some(Value::String(text)) = message.get("content")
         {
