@@ -126,7 +126,7 @@ impl Reason {
     /// whoever has just started is not proven yet.
     fn threshold(self) -> (u64, Duration) {
         match self {
-            Reason::ForeignKey | Reason::Unreadable | Reason::Unsent | Reason::Untrusted => (3, Duration::ZERO),
+            Reason::ForeignKey | Reason::Unreadable | Reason::Unsent => (3, Duration::ZERO),
             Reason::Unproven => (5, Duration::from_secs(5)),
             Reason::Replayed => (20, Duration::from_secs(5)),
             Reason::Alone
@@ -135,6 +135,7 @@ impl Reason {
             | Reason::ForeignCluster
             | Reason::ForeignProtocol
             | Reason::Unreachable
+            | Reason::Untrusted
             | Reason::RefusedFile
             | Reason::NameTaken => (1, Duration::ZERO),
         }

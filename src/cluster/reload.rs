@@ -4,6 +4,7 @@
 //! A list of keys is taken only if it and the one before hear each other: nodes never change at the same moment, so a list
 //! that fails this would cut this node off.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +23,9 @@ use super::{Config, Problems};
 /// From one look at the files to the next. Their contents are compared: mounted secrets change in ways that times of files
 /// do not show.
 const INTERVAL: Duration = Duration::from_secs(2);
+
+/// What is compared of each file; longer ones are refused in any case.
+const MAX_FILE_BYTES: u64 = 2 << 20;
 
 /// The keys in use. Cheap to clone; clones change together.
 #[derive(Clone)]
@@ -66,6 +70,11 @@ type Contents = [u8; 32];
 impl Reload {
     /// Until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
+        // A pipe, as of a shell's process substitution, can be read once.
+        if !std::fs::metadata(&self.key_file).is_ok_and(|found| found.is_file()) {
+            tracing::info!("cluster_key_file is not a regular file, so it is not read again");
+            return shutdown.cancelled().await;
+        }
         let mut ticks = interval(INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         // The files may have changed since they were read; taking the same ones again changes nothing.
@@ -124,9 +133,14 @@ impl Reload {
 }
 
 fn digest(files: &[PathBuf]) -> Contents {
+    let read = |file: &PathBuf| {
+        let mut contents = Vec::new();
+        std::fs::File::open(file)?.take(MAX_FILE_BYTES).read_to_end(&mut contents)?;
+        std::io::Result::Ok(contents)
+    };
     let mut digest = Sha256::new();
     for file in files {
-        let contents = std::fs::read(file).ok();
+        let contents = read(file).ok();
         digest.update([u8::from(contents.is_some())]);
         digest.update(Sha256::digest(contents.unwrap_or_default()));
     }
@@ -141,5 +155,63 @@ pub fn check_permissions(key_file: &Path) {
     if mode & 0o007 != 0 {
         let (path, mode) = (key_file.display(), format!("{mode:03o}"));
         tracing::warn!(%path, mode, "every user of this machine can read cluster_key_file: take these permissions away");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use base64::Engine;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::cluster::ClusterKey;
+    use crate::cluster::key::LIST_HEAD;
+
+    fn reload(key_file: &Path) -> Reload {
+        let keys = KeyRing::from(ClusterKey::from_secret(&[1; 32]).expect("long enough"));
+        Reload {
+            config: Config::default(),
+            key_file: key_file.to_owned(),
+            tls: PeerTls::from_keys(&keys).expect("a certificate"),
+            keys: CurrentKeys::new(keys),
+            membership: Arc::new(Membership::alone(&Config::default())),
+            problems: Problems::default(),
+        }
+    }
+
+    fn list(secrets: &[u8]) -> String {
+        let line = |secret: &u8| base64::engine::general_purpose::STANDARD.encode([*secret; 32]) + "\n";
+        format!("{LIST_HEAD}\n{}", secrets.iter().map(line).collect::<String>())
+    }
+
+    /// Lets it look at the files several times.
+    async fn look(reload: Reload) -> (usize, Vec<String>) {
+        let (keys, problems) = (reload.keys.clone(), reload.problems.clone());
+        let ended = timeout(INTERVAL * 5, reload.run(CancellationToken::new())).await;
+        assert!(ended.is_err(), "it goes on");
+        (keys.get().ids().len(), problems.list().into_iter().map(|problem| problem.detail).collect())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_fits_is_taken_and_what_does_not_is_told() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("key");
+        let case = async |contents: &str| {
+            std::fs::write(&file, contents).expect("written");
+            look(reload(&file)).await
+        };
+        assert_eq!(case(&list(&[1, 2])).await, (2, vec![]));
+        assert_eq!(case(&"\u{1}".repeat(32)).await, (1, vec![]), "the same as before");
+        for (contents, part) in
+            [(list(&[2, 1]), "would not hear"), (list(&[2]), "would not hear"), ("short".into(), "has 5 bytes")]
+        {
+            let (keys, problems) = case(&contents).await;
+            assert!(keys == 1 && problems.len() == 1 && problems[0].contains(part), "{contents}: {problems:?}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_no_regular_file_is_not_read_again() {
+        assert_eq!(look(reload(Path::new("/dev/zero"))).await, (1, vec![]));
     }
 }
