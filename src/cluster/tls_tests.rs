@@ -328,8 +328,8 @@ fn unusable_files_are_named_by_their_key() {
     let address = |params: &mut CertificateParams| {
         params.subject_alt_names = vec![SanType::IpAddress([127, 0, 0, 1].into())];
     };
-    assert!(authority.files(&[], address).error().contains("no DNS name"));
-    assert!(authority.files(&["*.example.internal"], |_| ()).error().contains("no DNS name"));
+    assert!(authority.files(&[], address).error().contains("needs a DNS name"));
+    assert!(authority.files(&["*.example.internal"], |_| ()).error().contains("needs a DNS name"));
 }
 
 #[test]

@@ -560,6 +560,7 @@ mod tests {
         metrics.gossip_drops.with(["replayed"]).inc();
         metrics.cluster_nodes.with(["alive"]).set(2.0);
         metrics.cluster_changes.with(["joined"]).inc();
+        metrics.cluster_problems.with(["alone"]).set(1.0);
         metrics.held_requests.with(["served"]).inc();
         metrics.model.set(&["m", "abc"]);
         metrics.cache_config.set(&["16", "8", "true"]);
