@@ -70,7 +70,7 @@ async fn ask(
     let mut turn = first;
     while !is_over.load(Ordering::Relaxed) {
         let ((body, reference), url) = (&bodies[turn % bodies.len()], &urls[turn % urls.len()]);
-        if turn % 3 == 0 {
+        if turn.is_multiple_of(3) {
             let mut body = body.clone();
             body["stream"] = false.into();
             let response = post(url, COMPLETIONS, &body, &placement).await;

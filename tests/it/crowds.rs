@@ -98,7 +98,8 @@ impl Crowded {
 /// Streams one after the other until it is told to stop, each of which must end well; gives their number.
 async fn stream_on(url: String, stop: Arc<AtomicBool>, begun: Arc<AtomicUsize>) -> usize {
     let body = json!({"prompt": [5, 6], "max_tokens": 200, "ignore_eos": true, "stream": true});
-    let client = reqwest::Client::new();
+    // No connection is kept between two streams: it would be idle then, and might be the one that makes room.
+    let client = reqwest::Client::builder().pool_max_idle_per_host(0).build().expect("a client");
     let mut ended = 0;
     while !stop.load(Ordering::SeqCst) {
         let answer = client.post(&url).json(&body).send().await.expect("a stream");

@@ -117,10 +117,10 @@ impl Keys {
     ) -> Option<(&'a [u8], Option<SessionKey>)> {
         // A failed attempt overwrites the datagram.
         let sealed = (self.ring.len() > 1).then(|| datagram.to_vec());
-        if let Some(usual) = usual {
-            if let Some(end) = self.open_with(usual, header, datagram) {
-                return Some((&datagram[HEADER_BYTES..end], None));
-            }
+        if let Some(usual) = usual
+            && let Some(end) = self.open_with(usual, header, datagram)
+        {
+            return Some((&datagram[HEADER_BYTES..end], None));
         }
         let others = self.ring.iter().filter(|key| usual.is_none_or(|usual| usual.id != key.id));
         for key in others {
