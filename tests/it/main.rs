@@ -2,7 +2,6 @@
 
 mod chat_templates;
 mod cluster;
-mod cluster_drains;
 mod cluster_drills;
 mod cluster_keys;
 mod cluster_members;
