@@ -1,6 +1,6 @@
 //! A backend without an engine, which answers every request at once on the caller's thread. For measuring the front alone.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::types::{
     Backend, EngineStatus, Failure, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
@@ -44,21 +44,7 @@ impl Backend for NullEngine {
     }
 
     fn status(&self) -> EngineStatus {
-        EngineStatus {
-            alive: true,
-            heartbeat: Instant::now(),
-            progress: 0,
-            outstanding: 0,
-            running: 0,
-            waiting: 0,
-            waiting_tokens: 0,
-            preemptions: 0,
-            kv_blocks_total: 1,
-            kv_blocks_used: 0,
-            device_time: Duration::ZERO,
-            numerics_invalid: 0,
-            drain_tokens_per_second: 0.0,
-        }
+        EngineStatus::idle(Instant::now(), 1)
     }
 
     fn fingerprint(&self) -> Fingerprint {

@@ -34,27 +34,12 @@ pub(super) struct StatusBoard {
 impl StatusBoard {
     pub(super) fn new(clock: Clock, kv_blocks_total: u32) -> Self {
         let now = clock();
-        let status = EngineStatus {
-            alive: true,
-            heartbeat: now,
-            progress: 0,
-            outstanding: 0,
-            running: 0,
-            waiting: 0,
-            waiting_tokens: 0,
-            preemptions: 0,
-            kv_blocks_total,
-            kv_blocks_used: 0,
-            device_time: Duration::ZERO,
-            numerics_invalid: 0,
-            drain_tokens_per_second: 0.0,
-        };
         Self {
             clock,
             epoch: now,
             heartbeat: AtomicU64::new(0),
             progress: AtomicU64::new(0),
-            status: Mutex::new(status),
+            status: Mutex::new(EngineStatus::idle(now, kv_blocks_total)),
             is_draining: AtomicBool::new(false),
             num_requests: AtomicUsize::new(0),
             num_commands: AtomicUsize::new(0),

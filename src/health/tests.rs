@@ -32,21 +32,7 @@ struct FakeEngine {
 
 impl FakeEngine {
     fn new() -> Arc<Self> {
-        let status = EngineStatus {
-            alive: true,
-            heartbeat: Instant::now(),
-            progress: 0,
-            outstanding: 0,
-            running: 0,
-            waiting: 0,
-            waiting_tokens: 0,
-            preemptions: 0,
-            kv_blocks_total: 10,
-            kv_blocks_used: 4,
-            device_time: Duration::ZERO,
-            numerics_invalid: 0,
-            drain_tokens_per_second: 0.0,
-        };
+        let status = EngineStatus { kv_blocks_used: 4, ..EngineStatus::idle(Instant::now(), 10) };
         Arc::new(Self {
             conduct: Mutex::new(Conduct::Right),
             status: Mutex::new(status),

@@ -44,3 +44,24 @@ pub struct EngineStatus {
     /// Tokens through the model (prefill and decode) per second, averaged over recent busy time; 0 until measured.
     pub drain_tokens_per_second: f64,
 }
+
+impl EngineStatus {
+    /// An engine that has just begun, with nothing to do.
+    pub fn idle(heartbeat: Instant, kv_blocks_total: u32) -> Self {
+        Self {
+            alive: true,
+            heartbeat,
+            progress: 0,
+            outstanding: 0,
+            running: 0,
+            waiting: 0,
+            waiting_tokens: 0,
+            preemptions: 0,
+            kv_blocks_total,
+            kv_blocks_used: 0,
+            device_time: Duration::ZERO,
+            numerics_invalid: 0,
+            drain_tokens_per_second: 0.0,
+        }
+    }
+}

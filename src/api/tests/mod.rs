@@ -57,21 +57,7 @@ impl Backend for ScriptedBackend {
     }
 
     fn status(&self) -> EngineStatus {
-        EngineStatus {
-            alive: true,
-            heartbeat: Instant::now(),
-            progress: 0,
-            outstanding: 0,
-            running: 1,
-            waiting: 0,
-            waiting_tokens: 0,
-            preemptions: 0,
-            kv_blocks_total: 10,
-            kv_blocks_used: 1,
-            device_time: Duration::ZERO,
-            numerics_invalid: 0,
-            drain_tokens_per_second: 0.0,
-        }
+        EngineStatus { running: 1, kv_blocks_used: 1, ..EngineStatus::idle(Instant::now(), 10) }
     }
 
     fn fingerprint(&self) -> Fingerprint {
