@@ -470,20 +470,6 @@ impl Problems {
     }
 }
 
-/// An error and what is behind it. Some say what is behind them as well; that is not repeated.
-pub fn causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let mut told = Vec::<String>::new();
-    let mut next = Some(error);
-    while let Some(error) = next {
-        let text = error.to_string();
-        if told.last().is_none_or(|last| !last.contains(&text)) {
-            told.push(text);
-        }
-        next = error.source();
-    }
-    told.join(": ")
-}
-
 #[cfg(test)]
 #[path = "problems_tests.rs"]
 mod tests;

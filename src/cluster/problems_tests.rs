@@ -140,11 +140,3 @@ fn reasons_have_labels_of_their_own_and_the_same_in_json() {
         assert_eq!(reason as usize, index);
     }
 }
-
-#[test]
-fn causes_are_told_once() {
-    let inner = std::io::Error::new(std::io::ErrorKind::InvalidData, "a bad certificate");
-    let failure = crate::types::Failure::new(crate::types::FailureKind::PeerUnreachable, "No way.").with_source(inner);
-    assert!(causes(&failure).ends_with(": a bad certificate"), "{}", causes(&failure));
-    assert_eq!(causes(&failure).matches("a bad certificate").count(), 1);
-}

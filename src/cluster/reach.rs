@@ -13,11 +13,11 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::problems::{Problems, Reason, causes};
+use super::problems::{Problems, Reason};
 use super::tls::{self, PeerTls};
 use super::transport::PeerTransport;
 use super::{ClusterView, JournalKey, Peer};
-use crate::types::{Failure, FailureKind, NodeId, NodeState, watch};
+use crate::types::{Failure, FailureKind, NodeId, NodeState, watch, with_causes};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// From one call of a peer to the next, and after one that failed.
@@ -128,9 +128,9 @@ impl Reach {
         if tls::is_distrust(&failure) {
             // Told as what it is.
             standing.detail.clear();
-            self.problems.event_at(Reason::Untrusted, name, || causes(&failure));
+            self.problems.event_at(Reason::Untrusted, name, || with_causes(&failure).to_string());
         } else {
-            standing.detail = causes(&failure);
+            standing.detail = with_causes(&failure).to_string();
             self.problems.clear(Reason::Untrusted, name);
         }
     }

@@ -16,9 +16,10 @@ use tokio_util::sync::CancellationToken;
 
 use super::key::{ClusterKeyError, KeyId, KeyRing};
 use super::membership::Membership;
-use super::problems::{Reason, causes};
+use super::problems::Reason;
 use super::tls::{PeerTls, PeerTlsError};
 use super::{Config, Problems};
+use crate::types::with_causes;
 
 /// From one look at the files to the next. Their contents are compared: mounted secrets change in ways that times of files
 /// do not show.
@@ -97,7 +98,7 @@ impl Reload {
             match self.take().await {
                 Ok(()) => used = Some(contents),
                 Err(error) if is_settled => {
-                    self.problems.state(Reason::RefusedFile, vec![(String::new(), causes(&error))]);
+                    self.problems.state(Reason::RefusedFile, vec![(String::new(), with_causes(&error).to_string())]);
                 }
                 Err(_) => {}
             }

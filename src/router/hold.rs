@@ -1,11 +1,12 @@
 //! Requests that come while this node starts: it has no model yet, and may not have heard of its peers. They wait, bounded in
 //! time and number, until somebody can serve them.
 
+use std::future::pending;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use tokio::time::sleep_until;
+use tokio::time::timeout_at;
 
 use super::failover::now;
 use super::shared::{Router, Shared};
@@ -19,14 +20,18 @@ const MAX_HELD: usize = 1024;
 /// The patience of one request. It is asked after each attempt that failed.
 pub struct Hold {
     shared: Arc<Shared>,
-    view: watch::Receiver<Arc<ClusterView>>,
-    phases: watch::Receiver<NodePhase>,
-    is_cut: watch::Receiver<bool>,
-    /// At the last look, somebody might still have come who serves.
-    is_on: bool,
+    /// There while somebody might still come who serves; almost always there is nobody to wait for.
+    news: Option<News>,
     until: Instant,
     deadline: Option<Instant>,
     place: Option<Place>,
+}
+
+/// What may make the next attempt succeed.
+struct News {
+    view: watch::Receiver<Arc<ClusterView>>,
+    phases: watch::Receiver<NodePhase>,
+    is_cut: watch::Receiver<bool>,
 }
 
 impl Router {
@@ -40,10 +45,7 @@ impl Hold {
     pub(super) fn new(shared: Arc<Shared>, deadline: Option<Instant>) -> Self {
         let patience = now() + shared.config.failover_timeout;
         Self {
-            view: shared.view.clone(),
-            phases: shared.health.lifecycle().subscribe(),
-            is_cut: shared.is_cut.subscribe(),
-            is_on: shared.may_yet_serve(),
+            news: shared.may_yet_serve().then(|| News::of(&shared)),
             deadline,
             until: deadline.map_or(patience, |deadline| deadline.min(patience)),
             place: None,
@@ -61,33 +63,27 @@ impl Hold {
 
     /// Whether it is worth while to wait at all.
     pub fn is_on(&self) -> bool {
-        self.is_on
+        self.news.is_some()
     }
 
     /// Waits until something has changed since the last attempt; true if another is worth while.
     pub async fn waits(&mut self) -> bool {
-        if !self.is_on || self.until <= now() {
+        let has_come = match &self.news {
+            Some(news) if now() < self.until => news.has_come(),
+            _ => return self.ends(),
+        };
+        if !has_come && !self.takes_place() {
             return self.ends();
         }
-        let changes = [self.view.has_changed(), self.phases.has_changed(), self.is_cut.has_changed()];
-        let is_news = changes.contains(&Ok(true));
-        if !is_news {
-            if !self.takes_place() {
+        if let Some(news) = &mut self.news {
+            if !has_come && timeout_at(self.until.into(), news.comes()).await.is_err() {
                 return self.ends();
             }
-            tokio::select! {
-                biased;
-                Ok(()) = self.view.changed() => {}
-                Ok(()) = self.phases.changed() => {}
-                Ok(()) = self.is_cut.changed() => {}
-                () = sleep_until(self.until.into()) => return self.ends(),
-            }
+            news.note();
         }
-        // The next attempt sees all that has changed by now.
-        drop(self.view.borrow_and_update());
-        drop(self.phases.borrow_and_update());
-        drop(self.is_cut.borrow_and_update());
-        self.is_on = self.shared.may_yet_serve();
+        if !self.shared.may_yet_serve() {
+            self.news = None;
+        }
         true
     }
 
@@ -110,6 +106,37 @@ impl Hold {
             place.leave("refused");
         }
         false
+    }
+}
+
+impl News {
+    fn of(shared: &Shared) -> Self {
+        Self {
+            view: shared.view.clone(),
+            phases: shared.health.lifecycle().subscribe(),
+            is_cut: shared.is_cut.subscribe(),
+        }
+    }
+
+    fn has_come(&self) -> bool {
+        [self.view.has_changed(), self.phases.has_changed(), self.is_cut.has_changed()].contains(&Ok(true))
+    }
+
+    async fn comes(&mut self) {
+        tokio::select! {
+            biased;
+            Ok(()) = self.view.changed() => {}
+            Ok(()) = self.phases.changed() => {}
+            Ok(()) = self.is_cut.changed() => {}
+            else => pending().await,
+        }
+    }
+
+    /// The next attempt sees all that has changed by now.
+    fn note(&mut self) {
+        drop(self.view.borrow_and_update());
+        drop(self.phases.borrow_and_update());
+        drop(self.is_cut.borrow_and_update());
     }
 }
 

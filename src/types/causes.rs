@@ -32,6 +32,7 @@ mod tests {
     use std::io;
 
     use super::*;
+    use crate::types::{Failure, FailureKind};
 
     #[derive(Debug, thiserror::Error)]
     #[error("cannot read {0}")]
@@ -59,5 +60,14 @@ mod tests {
         assert_eq!(with_causes(&plain).to_string(), "cannot read x.gguf: the disk is gone");
         let repeating = Repeating(plain);
         assert_eq!(with_causes(&repeating).to_string(), "no luck: cannot read x.gguf: the disk is gone");
+    }
+
+    #[test]
+    fn a_failure_tells_its_cause_once() {
+        let inner = io::Error::new(io::ErrorKind::InvalidData, "a bad certificate");
+        let failure = Failure::new(FailureKind::PeerUnreachable, "No way.").with_source(inner);
+        let text = with_causes(&failure).to_string();
+        assert!(text.ends_with(": a bad certificate"), "{text}");
+        assert_eq!(text.matches("a bad certificate").count(), 1);
     }
 }
