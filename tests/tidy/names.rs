@@ -1,0 +1,128 @@
+//! The names in the documentation are those of the code: error codes, headers, routes, keys. Reads the sources as text.
+
+use std::collections::BTreeSet;
+
+use outrigger::config::KEYS;
+use outrigger::types::FailureKind;
+
+use super::{assert_none, links, rust_files};
+
+/// Flags of the program that are not keys.
+const OTHER_FLAGS: &[&str] =
+    &["config", "json", "help", "version", "exercise", "nodes", "streams", "tokens", "target", "hook"];
+/// Programs whose flags stand beside ours in examples.
+const OTHER_PROGRAMS: &[&str] = &["cargo ", "docker ", "kubectl ", "curl ", "pip ", "SIM_SEED"];
+
+fn page(path: &str) -> String {
+    links::pages().remove(path).unwrap_or_else(|| panic!("{path} is missing"))
+}
+
+/// The code of every module but tests.
+fn sources() -> Vec<(String, String)> {
+    let is_test = |file: &str| file.contains("tests/") || file.ends_with("tests.rs");
+    rust_files("src").into_iter().filter(|(file, _)| !is_test(file)).collect()
+}
+
+/// What stands between `start` and the next `end`, wherever `start` is found.
+fn between<'a>(text: &'a str, start: &str, end: char) -> BTreeSet<&'a str> {
+    text.split(start).skip(1).filter_map(|rest| rest.split_once(end)).map(|(found, _)| found).collect()
+}
+
+/// Words that begin with `prefix`, of the characters of a header's or a variable's name.
+fn words<'a>(text: &'a str, prefix: &str) -> BTreeSet<&'a str> {
+    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    text.split(|c| !is_part(c)).filter(|word| word.starts_with(prefix) && word.len() > prefix.len()).collect()
+}
+
+/// Rows of `errors.md` that begin with a code and a status: their codes.
+fn documented_codes(errors: &str) -> BTreeSet<&str> {
+    let code = |line: &'_ str| -> Option<(usize, usize)> {
+        let (code, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
+        let status = rest.split(' ').next()?;
+        (status.len() == 3 && status.bytes().all(|byte| byte.is_ascii_digit())).then_some((3, 3 + code.len()))
+    };
+    errors.lines().filter_map(|line| code(line).map(|(start, end)| &line[start..end])).collect()
+}
+
+/// What is said of one side and not of the other.
+fn differences(known: &BTreeSet<&str>, told: &BTreeSet<&str>, page: &str) -> Vec<String> {
+    known.difference(told).map(|name| format!("{page}: `{name}` is missing")).collect()
+}
+
+#[test]
+fn error_codes_are_documented() {
+    let (errors, sources) = (page("docs/errors.md"), sources());
+    let documented = documented_codes(&errors);
+    let mut codes: BTreeSet<&str> = FailureKind::ALL.into_iter().map(FailureKind::label).collect();
+    for (_, source) in &sources {
+        codes.extend(between(source, "with_code(\"", '"'));
+    }
+    assert!(codes.len() > FailureKind::ALL.len(), "no codes found in the sources");
+    let mut findings = differences(&codes, &documented, "docs/errors.md");
+    let is_written = |code: &str| sources.iter().any(|(_, source)| source.contains(&format!("\"{code}\"")));
+    let unknown = documented.iter().filter(|code| !codes.contains(*code) && !is_written(code));
+    findings.extend(unknown.map(|code| format!("docs/errors.md: no source has the code `{code}`")));
+    assert_none(findings);
+}
+
+#[test]
+fn headers_and_routes_are_documented() {
+    let (api, sources) = (page("docs/api.md"), sources());
+    let code: String = sources.iter().map(|(_, source)| source.as_str()).collect();
+    let (known, told) = (words(&code, "x-outrigger-"), words(&api, "x-outrigger-"));
+    let mut findings = differences(&known, &told, "docs/api.md");
+    findings.extend(differences(&told, &known, "the sources"));
+    let routes = between(&code, ".route(\"", '"');
+    assert!(routes.len() > 10, "no routes found in the sources: {routes:?}");
+    let is_told = |route: &&&str| api.contains(&route.replace("{*", "{"));
+    findings
+        .extend(routes.iter().filter(|route| !is_told(route)).map(|route| format!("docs/api.md: no route `{route}`")));
+    assert_none(findings);
+}
+
+/// Flags and variables of a page that the program does not have.
+fn unknown_keys(page: &str, text: &str) -> Vec<String> {
+    let is_key = |name: &str| KEYS.iter().flat_map(|key| key.names()).any(|known| known == name.replace('-', "_"));
+    let is_flag =
+        |flag: &str| is_key(flag) || OTHER_FLAGS.contains(&flag) || flag.strip_prefix("no-").is_some_and(is_key);
+    let is_ours =
+        |line: &&str| line.contains("outrigger") && !OTHER_PROGRAMS.iter().any(|program| line.contains(program));
+    let flags = text.lines().filter(is_ours).flat_map(|line| words(line, "--"));
+    let variables = words(text, "OUTRIGGER_").into_iter().filter(|variable| {
+        let name = variable["OUTRIGGER_".len()..].to_ascii_lowercase();
+        !is_key(&name) && name != "config"
+    });
+    let unknown = flags.filter(|flag| !is_flag(&flag[2..])).chain(variables);
+    unknown.map(|name| format!("{page}: there is no key for {name}")).collect()
+}
+
+#[test]
+fn pages_name_keys_that_exist() {
+    // Pages in other folders are about other programs as well.
+    let pages = links::pages().into_iter().filter(|(page, _)| page.starts_with("docs/") || !page.contains('/'));
+    assert_none(pages.flat_map(|(page, text)| unknown_keys(&page, &text)).collect());
+}
+
+/// The checks themselves, each broken once.
+mod broken_on_purpose {
+    use super::*;
+
+    #[test]
+    fn codes_are_read_off_the_tables() {
+        let text = "| code | status |\n|---|---|\n| `a_b` | 400 | x |\n| `starting`, `c` | all | x |\n| `d` | none |\n";
+        assert_eq!(documented_codes(text), BTreeSet::from(["a_b"]));
+        assert_eq!(
+            between("x.with_code(\"one\").with_code(\"two\")", "with_code(\"", '"'),
+            BTreeSet::from(["one", "two"])
+        );
+        assert_eq!(differences(&BTreeSet::from(["a", "b"]), &BTreeSet::from(["a"]), "p"), ["p: `b` is missing"]);
+    }
+
+    #[test]
+    fn an_unknown_key_is_found() {
+        let good = "outrigger serve --max-num-seqs 3 --no-enable-prefix-caching --json\nOUTRIGGER_MODEL=x\ncargo x --release outrigger\n";
+        assert_eq!(unknown_keys("p", good), Vec::<String>::new());
+        assert_eq!(unknown_keys("p", "outrigger --max-seqs 3").len(), 1);
+        assert_eq!(unknown_keys("p", "OUTRIGGER_MODLE=x").len(), 1);
+    }
+}
