@@ -281,10 +281,13 @@ fn fence_findings(file: &str, source: &str) -> Vec<String> {
     let mut findings = Vec::new();
     for fence in FENCES.iter().filter(|fence| !fence.homes.iter().any(|home| file.starts_with(home))) {
         let fenced: Vec<&str> = fence.path.split("::").collect();
-        for path in paths.iter().filter(|path| path.segments.len() > 1 || is_whole_use(path, source)) {
-            if path.segments.iter().map(String::as_str).take(fenced.len()).eq(fenced.iter().copied()) {
-                findings.push(format!("src/{file}:{}: `{}` is fenced: {}", path.line, fence.path, fence.reason));
-            }
+        let is_named = |path: &&FoundPath| {
+            let names = path.segments.iter().map(String::as_str);
+            names.take(fenced.len()).eq(fenced.iter().copied())
+                && (path.segments.len() > 1 || is_whole_use(path, source))
+        };
+        for path in paths.iter().filter(is_named) {
+            findings.push(format!("src/{file}:{}: `{}` is fenced: {}", path.line, fence.path, fence.reason));
         }
     }
     findings

@@ -34,17 +34,50 @@ fn words<'a>(text: &'a str, prefix: &str) -> BTreeSet<&'a str> {
     text.split(|c| !is_part(c)).filter(|word| word.starts_with(prefix) && word.len() > prefix.len()).collect()
 }
 
-/// Rows of `errors.md` that begin with a code and a status: their codes.
-fn documented_codes(errors: &str) -> BTreeSet<&str> {
-    let code = |line: &'_ str| -> Option<(usize, usize)> {
-        let (code, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
-        let status = rest.split(' ').next()?;
-        (status.len() == 3 && status.bytes().all(|byte| byte.is_ascii_digit())).then_some((3, 3 + code.len()))
-    };
-    errors.lines().filter_map(|line| code(line).map(|(start, end)| &line[start..end])).collect()
+/// The code of a row of `errors.md`, which begins with a code and a status.
+fn documented_code(line: &str) -> Option<&str> {
+    let (code, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
+    let status = rest.split(' ').next()?;
+    (status.len() == 3 && status.bytes().all(|byte| byte.is_ascii_digit())).then_some(code)
 }
 
-/// What is said of one side and not of the other.
+/// The fields of the struct `name` of a source.
+fn struct_fields<'a>(source: &'a str, name: &str) -> BTreeSet<&'a str> {
+    let (_, rest) = source.split_once(&format!("struct {name} {{\n")).unwrap_or_else(|| panic!("no struct {name}"));
+    let (body, _) = rest.split_once("\n}").expect("the end of the struct");
+    let field = |line: &'a str| {
+        let line = line.trim_start();
+        let (field, _) = line.strip_prefix("pub ").unwrap_or(line).split_once(": ")?;
+        field.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_').then_some(field)
+    };
+    body.lines().filter_map(field).collect()
+}
+
+/// Rows of a table of fields: the names in the first column, and the rest of the row.
+fn field_rows(section: &str) -> Vec<(BTreeSet<&str>, &str)> {
+    let rows = section.lines().filter(|line| line.starts_with("| `")).filter_map(|line| line[2..].split_once(" | "));
+    rows.map(|(names, rest)| (names.split('`').skip(1).step_by(2).collect(), rest)).collect()
+}
+
+/// Rows of the tables of request fields that do not say what the code does. `accepted` are the fields that the code reads, `refused`
+/// those that it refuses.
+fn wrong_field_rows(section: &str, accepted: &BTreeSet<&str>, refused: &BTreeSet<&str>) -> Vec<String> {
+    let mut findings = Vec::new();
+    for (names, rest) in field_rows(section) {
+        let is_ignored = rest.starts_with("ignored | ignored");
+        for name in names {
+            match (accepted.contains(name), refused.contains(name)) {
+                (true, _) if is_ignored => findings.push(format!("docs/api.md: `{name}` is read, not ignored")),
+                (_, true) => findings.push(format!("docs/api.md: `{name}` stands among the refused fields already")),
+                (false, false) if !is_ignored => findings.push(format!("docs/api.md: `{name}` is read by no code")),
+                _ => {}
+            }
+        }
+    }
+    findings
+}
+
+/// What is known and not told on the page.
 fn differences(known: &BTreeSet<&str>, told: &BTreeSet<&str>, page: &str) -> Vec<String> {
     known.difference(told).map(|name| format!("{page}: `{name}` is missing")).collect()
 }
@@ -52,7 +85,7 @@ fn differences(known: &BTreeSet<&str>, told: &BTreeSet<&str>, page: &str) -> Vec
 #[test]
 fn error_codes_are_documented() {
     let (errors, sources) = (page("docs/errors.md"), sources());
-    let documented = documented_codes(&errors);
+    let documented: BTreeSet<&str> = errors.lines().filter_map(documented_code).collect();
     let mut codes: BTreeSet<&str> = FailureKind::ALL.into_iter().map(FailureKind::label).collect();
     for (_, source) in &sources {
         codes.extend(between(source, "with_code(\"", '"'));
@@ -77,6 +110,38 @@ fn headers_and_routes_are_documented() {
     let is_told = |route: &&&str| api.contains(&route.replace("{*", "{"));
     findings
         .extend(routes.iter().filter(|route| !is_told(route)).map(|route| format!("docs/api.md: no route `{route}`")));
+    assert_none(findings);
+}
+
+#[test]
+fn request_fields_are_documented() {
+    let (api, sources) = (page("docs/api.md"), sources());
+    let source = |wanted: &str| {
+        let found = sources.iter().find(|(file, _)| file == wanted);
+        found.unwrap_or_else(|| panic!("{wanted} is missing")).1.as_str()
+    };
+    let body = source("api/openai/body.rs");
+    let mut accepted = struct_fields(body, "RequestBody");
+    assert!(accepted.remove("other") && accepted.len() > 30, "no fields found in RequestBody: {accepted:?}");
+    let table = outrigger::api::openai::unsupported::markdown_tables();
+    let refused: BTreeSet<&str> = field_rows(&table).into_iter().flat_map(|(names, _)| names).collect();
+    let never_refused = accepted.intersection(&refused);
+    let mut findings: Vec<String> =
+        never_refused.map(|name| format!("api/openai/unsupported.rs: `{name}` is a field of RequestBody")).collect();
+
+    let (_, section) = api.split_once("\n## Request fields\n").expect("the section of request fields");
+    let (section, _) = section.split_once("\n### Refused fields\n").expect("the refused fields behind it");
+    let rows: BTreeSet<&str> = field_rows(section).into_iter().flat_map(|(names, _)| names).collect();
+    // Only `/tokenize` reads it.
+    accepted.remove("return_token_strs");
+    findings.extend(differences(&accepted, &rows, "docs/api.md"));
+    findings.extend(wrong_field_rows(section, &accepted, &refused));
+
+    let mut others = struct_fields(body, "StreamOptions");
+    others.extend(struct_fields(source("api/openai/tokenize.rs"), "DetokenizeBody"));
+    others.insert("return_token_strs");
+    let is_told = |name: &&str| api.contains(&format!("`{name}`"));
+    findings.extend(others.iter().filter(|name| !is_told(name)).map(|name| format!("docs/api.md: no field `{name}`")));
     assert_none(findings);
 }
 
@@ -110,12 +175,26 @@ mod broken_on_purpose {
     #[test]
     fn codes_are_read_off_the_tables() {
         let text = "| code | status |\n|---|---|\n| `a_b` | 400 | x |\n| `starting`, `c` | all | x |\n| `d` | none |\n";
-        assert_eq!(documented_codes(text), BTreeSet::from(["a_b"]));
+        assert_eq!(text.lines().filter_map(documented_code).collect::<Vec<_>>(), ["a_b"]);
         assert_eq!(
             between("x.with_code(\"one\").with_code(\"two\")", "with_code(\"", '"'),
             BTreeSet::from(["one", "two"])
         );
         assert_eq!(differences(&BTreeSet::from(["a", "b"]), &BTreeSet::from(["a"]), "p"), ["p: `b` is missing"]);
+    }
+
+    #[test]
+    fn a_row_that_says_something_else_is_found() {
+        let source =
+            "pub struct Body {\n    /// A: b.\n    #[serde(x)]\n    pub a: u8,\n    b_c: u8,\n}\nfn f(d: u8) {\n}\n";
+        let accepted = struct_fields(source, "Body");
+        assert_eq!(accepted, BTreeSet::from(["a", "b_c"]));
+        let refused = BTreeSet::from(["r"]);
+        let good = "| field | chat |\n|---|---|\n| `a`, `b_c` | yes | `x` |\n| `z` | ignored | ignored |\n";
+        assert_eq!(wrong_field_rows(good, &accepted, &refused), Vec::<String>::new());
+        for bad in ["| `z` | yes | yes |", "| `z`, `b_c` | ignored | ignored |", "| `r` | refused | refused |"] {
+            assert_eq!(wrong_field_rows(bad, &accepted, &refused).len(), 1, "{bad}");
+        }
     }
 
     #[test]
