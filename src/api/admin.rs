@@ -1,10 +1,10 @@
-//! What operators ask, at an address of its own (`admin_addr`): the cluster as this node sees it, and the probes and metrics
-//! that the main port has as well. Several nodes of one machine have one each.
+//! The server on `admin_addr`, for operators: `/cluster` (the cluster as this node sees it), and the probes and metrics that
+//! the main port serves as well. Several nodes on one machine need different addresses.
 //!
-//! Its connections have places of their own: however many clients the main port has, orchestrators are heard here.
+//! Its connection limit is separate from the main port's, so probes are answered here however many clients the main port has.
 //!
-//! `/cluster` names nodes and addresses, so it asks for an API key where the API does. Knows nothing of routing: the overview
-//! comes from whoever is asked for it.
+//! `/cluster` shows node names and addresses, so it requires an API key if the API does. This module knows nothing of routing:
+//! a function passed to it supplies the overview.
 
 use std::sync::Arc;
 
@@ -23,13 +23,13 @@ use super::server::serve_routes;
 use super::state::ApiState;
 use crate::router::ClusterOverview;
 
-/// Tells how the cluster looks now.
+/// Returns the current overview of the cluster.
 pub type OverviewSource = Arc<dyn Fn() -> ClusterOverview + Send + Sync>;
 
-/// Connections of orchestrators, scrapers and operators.
+/// Connection limits of the admin address.
 pub const ADMIN_LIMITS: PlaceLimits = PlaceLimits { served: 64, overflow: 16 };
 
-/// Serves until `shutdown`, as the main port does.
+/// Serves until `shutdown`, like the main port.
 pub async fn serve(listener: TcpListener, state: ApiState, overview: OverviewSource, shutdown: CancellationToken) {
     let busy = format!("All {} connections of admin_addr are busy.", ADMIN_LIMITS.served);
     let overflow = overflow_router(state.clone(), busy);
@@ -37,7 +37,7 @@ pub async fn serve(listener: TcpListener, state: ApiState, overview: OverviewSou
     serve_routes(listener, state, routes, ADMIN_LIMITS, shutdown).await;
 }
 
-/// The whole of the admin address.
+/// All routes of the admin address.
 pub fn admin_router(state: ApiState, overview: OverviewSource) -> Router {
     let guarded = Router::new()
         .route("/cluster", get(cluster))

@@ -10,7 +10,7 @@ const DIGEST_PREFIX: &str = "sha256:";
 
 type KeyDigest = [u8; 32];
 
-/// The keys that open the API. Without any, everybody may come in.
+/// The configured API keys. Without any, every request is admitted.
 #[derive(Clone)]
 pub struct ApiKeys {
     digests: Vec<KeyDigest>,
@@ -35,7 +35,7 @@ impl ApiKeys {
         Ok(Self { digests: digests.collect::<Result<_, _>>()? })
     }
 
-    /// Whether a configured key is only the digest of one.
+    /// Whether a configured key is given as a digest.
     pub fn is_digest(key: &str) -> bool {
         key.starts_with(DIGEST_PREFIX)
     }
@@ -56,7 +56,8 @@ impl ApiKeys {
         }
     }
 
-    /// Who asks, for what must not be mixed between clients; empty where everybody may come in. Tells nothing of the key.
+    /// Identifies the client, to keep clients' caches and idempotency keys apart. Empty if no keys are configured. The key
+    /// cannot be derived from it.
     pub fn tenant(&self, headers: &HeaderMap) -> String {
         let token = headers.get(header::AUTHORIZATION).and_then(|header| bearer_token(header.to_str().ok()?));
         let token = token.filter(|_| !self.digests.is_empty());
@@ -64,7 +65,7 @@ impl ApiKeys {
         digest.into_iter().flatten().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// Compares with every key, so that the time tells nothing.
+    /// Compares with every key, so that the response time does not depend on which key matches.
     fn contains(&self, key: &str) -> bool {
         let presented: KeyDigest = Sha256::digest(key.as_bytes()).into();
         self.digests.iter().fold(Choice::from(0), |found, digest| found | digest.ct_eq(&presented)).into()

@@ -1,4 +1,4 @@
-//! Reading a request's body within its bounds of size and time.
+//! Reads a request body within its limits of size and time.
 
 use axum::body::Body;
 use axum::http::{HeaderMap, StatusCode, header};
@@ -14,19 +14,19 @@ use super::error::ApiError;
 use super::json;
 use crate::types::{Failure, FailureKind};
 
-/// The body as JSON, whatever its content type says.
+/// Reads the body as JSON; the content type is not checked.
 pub async fn read_json<T: DeserializeOwned>(config: &Config, headers: &HeaderMap, body: Body) -> Result<T, ApiError> {
     Ok(json::parse(&read(config, headers, body).await?)?)
 }
 
-/// The body, whole, and decoded if it was compressed. Its bound holds before and after that.
+/// Reads the whole body and decodes it if it is compressed. The size limit applies before and after decoding.
 pub async fn read(config: &Config, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
     let coding = ContentCoding::of(headers)?;
     let (bytes, limit) = (read_as_sent(config, headers, body).await?, config.max_body_bytes);
     if coding == ContentCoding::Identity {
         return Ok(bytes);
     }
-    // A few bytes may take as long as `max_body_bytes` of them.
+    // A few compressed bytes may decode to `max_body_bytes`, so this is blocking work.
     let decoding = spawn_blocking(move || coding.decode(bytes, limit));
     let failed = |_| Failure::new(FailureKind::Internal, "The body could not be decoded.");
     match decoding.await.map_err(failed)?? {

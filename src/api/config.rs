@@ -1,4 +1,4 @@
-//! Where the API listens and what it accepts.
+//! Configuration of the HTTP server: addresses, limits, API keys, CORS.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,42 +14,42 @@ use super::cors;
 pub struct Config {
     /// Address to listen on. Default: `127.0.0.1`.
     pub host: String,
-    /// Port to listen on; 0 takes a free one. Default: 8000.
+    /// Port to listen on; 0 picks a free one. Default: 8000.
     pub port: u16,
-    /// Connections served at once. When they run out, the one that has been idle longest is closed for a newcomer; where all
-    /// are busy, newcomers get 503 for everything but health and metrics. Default: 900.
+    /// Connections served at once. Beyond this, the longest idle connection is closed to make room. If none is idle, new
+    /// connections get 503, except for health and metrics. Default: 900.
     pub max_connections: usize,
-    /// Bytes of a request's body. Default: 4 MiB.
+    /// Maximum size of a request body, in bytes. Default: 4 MiB.
     pub max_body_bytes: usize,
-    /// Time in which a request's head has to arrive, and for which an idle connection is kept. Default: 30 s.
+    /// Time limit for receiving a request's head, and for idle connections. Default: 30 s.
     pub header_read_timeout: Duration,
-    /// Time in which a request's body has to arrive. Default: 60 s.
+    /// Time limit for receiving a request's body. Default: 60 s.
     pub body_read_timeout: Duration,
-    /// Time for which a client may take nothing of what is sent to it; then its connection is cut. Default: 60 s.
+    /// Disconnect a client that reads nothing for this long. Default: 60 s.
     pub write_timeout: Duration,
-    /// Silence on a stream after which a comment line is sent. Default: 5 s.
+    /// Send a comment line on a stream that has been silent for this long. Default: 5 s.
     pub stream_keep_alive: Duration,
-    /// Tokens of a prompt. Default: what the model's context holds.
+    /// Maximum prompt length, in tokens. Default: the model's context.
     pub max_input_tokens: Option<u32>,
-    /// Tokens generated per choice. Default: what the model's context holds.
+    /// Maximum tokens generated per choice. Default: the model's context.
     pub max_output_tokens: Option<u32>,
-    /// Where operators look at the cluster. Default: none.
+    /// Address of the admin server. Default: none.
     pub admin_addr: Option<SocketAddr>,
-    /// Keys that clients present as `Authorization: Bearer …`; plain, or `sha256:` and 64 hexadecimal digits. Default: none,
-    /// which admits everybody.
+    /// API keys, sent by clients as `Authorization: Bearer …`. Each is plain, or `sha256:` and 64 hexadecimal digits. Default:
+    /// none, which admits everybody.
     pub api_keys: Vec<String>,
-    /// Origins of web pages that may call the API; `*` is any, none turns CORS off. Default: `*`, as in vLLM.
+    /// Origins of web pages that may call the API. `*` allows all; an empty list disables CORS. Default: `*`, as in vLLM.
     pub allowed_origins: Vec<String>,
-    /// Methods that these pages may use. Default: `*`.
+    /// HTTP methods that web pages may use. Default: `*`.
     pub allowed_methods: Vec<String>,
-    /// Headers that these pages may send. Default: `*`.
+    /// Request headers that web pages may send. Default: `*`.
     pub allowed_headers: Vec<String>,
-    /// Whether browsers may send cookies and the like with a page's request. Default: false.
+    /// Whether browsers may send cookies and other credentials. Default: false.
     pub allow_credentials: bool,
 }
 
 impl fmt::Debug for Config {
-    /// Keys are not for logs.
+    /// Leaves the keys out, so that they do not reach logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self {
             host,
@@ -114,7 +114,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// A key that this process may present to a node with the same configuration: digests cannot be presented.
+    /// A key that this process can send to a node with the same configuration. Keys given as digests cannot be sent.
     pub fn plain_key(&self) -> Option<&str> {
         self.api_keys.iter().map(String::as_str).find(|key| !ApiKeys::is_digest(key))
     }

@@ -1,4 +1,4 @@
-//! Request bodies that clients compress (`content-encoding`). Knows nothing of what is in them.
+//! Decompresses request bodies (`content-encoding`). Knows nothing of their content.
 
 use std::io::{self, Read};
 
@@ -9,9 +9,9 @@ use flate2::read::{MultiGzDecoder, ZlibDecoder};
 use super::error::ApiError;
 use crate::types::{Failure, FailureKind};
 
-/// As the header `accept-encoding` of a 415 lists them.
+/// The supported codings, in the form of the `accept-encoding` header of a 415 response.
 pub const SUPPORTED: &str = "gzip, deflate, zstd";
-/// RFC 8878 asks decoders for windows up to 8 MiB, and lets them refuse larger ones.
+/// RFC 8878 recommends that decoders support windows of 8 MiB and allows them to refuse larger ones.
 const ZSTD_WINDOW_LOG: u32 = 23;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub enum ContentCoding {
 }
 
 impl ContentCoding {
-    /// What the headers say; 415 for a coding that is not known here, and for several on top of one another.
+    /// Reads the `content-encoding` header. Unknown codings, and more than one, get 415.
     pub fn of(headers: &HeaderMap) -> Result<Self, ApiError> {
         let values = headers.get_all(header::CONTENT_ENCODING).iter();
         let names = values.flat_map(|value| value.to_str().unwrap_or("?").split(',')).map(str::trim);
@@ -44,7 +44,7 @@ impl ContentCoding {
         Ok(found)
     }
 
-    /// The body as it was before it was encoded, or its first `limit + 1` bytes if it is longer than `limit`.
+    /// The decoded body, or its first `limit + 1` bytes if it is longer than `limit`.
     pub fn decode(self, body: Bytes, limit: usize) -> Result<Bytes, ApiError> {
         let decoded = match self {
             Self::Identity => return Ok(body),
@@ -56,7 +56,7 @@ impl ContentCoding {
             }),
         };
         decoded.map_err(|_| {
-            let message = format!("The body is not the {} that `content-encoding` promises.", self.name());
+            let message = format!("The body is not valid {}, which `content-encoding` announces.", self.name());
             Failure::invalid("content-encoding", message).with_code("invalid_encoding").into()
         })
     }
@@ -79,7 +79,7 @@ fn read(decoder: impl Read, limit: usize) -> io::Result<Bytes> {
 
 fn unsupported(what: &str) -> ApiError {
     let what: String = what.chars().take(50).collect();
-    let message = format!("A body with the `content-encoding` {what} is not supported; {SUPPORTED} are, and none.");
+    let message = format!("The `content-encoding` {what} is not supported. Use one of {SUPPORTED}, or none.");
     let failure = Failure::new(FailureKind::InvalidRequest, message).with_code("unsupported_encoding");
     let failure = Failure { param: Some("content-encoding".into()), ..failure };
     ApiError::with_status(StatusCode::UNSUPPORTED_MEDIA_TYPE, failure)

@@ -1,6 +1,6 @@
-//! Which web pages may call the API from a browser, and read its answers (CORS, the Fetch standard's protocol).
+//! CORS: which web pages may call the API from a browser and read its responses.
 //!
-//! Only the API has this. Probes, metrics, the admin address and fault injection are not for web pages.
+//! Applies to the API only. Probes, metrics, the admin address and fault injection are not available to web pages.
 
 use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, header};
@@ -11,17 +11,17 @@ use tower_http::cors::{AllowHeaders, AllowMethods, AllowOrigin, CorsLayer};
 
 use super::config::Config;
 
-/// Stands for all origins, methods or headers.
+/// Allows all origins, methods or headers.
 const ALL: &str = "*";
-/// How long a browser may keep the answer to a preflight request.
+/// How long a browser may cache the response to a preflight request.
 const MAX_AGE: std::time::Duration = std::time::Duration::from_secs(600);
 
-/// What the configuration says about web pages.
+/// The CORS configuration of the API.
 #[derive(Clone)]
 pub struct Cors(CorsLayer);
 
 impl Cors {
-    /// None where no page may call. The configuration is valid.
+    /// None if no page may call the API. Expects a valid configuration.
     pub fn new(config: &Config) -> Option<Self> {
         if config.allowed_origins.is_empty() {
             return None;
@@ -30,7 +30,8 @@ impl Cors {
             true => AllowOrigin::any(),
             false => AllowOrigin::list(config.allowed_origins.iter().filter_map(|text| parse_origin(text).ok())),
         };
-        // A literal `*` would not allow the header `authorization`, nor anything at all together with credentials.
+        // A literal `*` would not cover the header `authorization`, and is invalid together with credentials. So the request's
+        // own method and headers are returned.
         let methods = match allows_all(&config.allowed_methods) {
             true => AllowMethods::mirror_request(),
             false => AllowMethods::list(config.allowed_methods.iter().filter_map(|text| parse_method(text).ok())),
@@ -39,7 +40,8 @@ impl Cors {
             true => AllowHeaders::mirror_request(),
             false => AllowHeaders::list(config.allowed_headers.iter().filter_map(|text| parse_header(text).ok())),
         };
-        let exposed = ["x-request-id", "x-outrigger-node", "retry-after"].map(HeaderName::from_static);
+        let exposed =
+            ["x-request-id", "x-outrigger-node", "retry-after", "idempotency-key"].map(HeaderName::from_static);
         let layer = CorsLayer::new()
             .allow_origin(origins)
             .allow_methods(methods)
@@ -51,7 +53,7 @@ impl Cors {
     }
 }
 
-/// Around every route of the API.
+/// Middleware around every route of the API.
 pub async fn cors(State(Cors(layer)): State<Cors>, request: Request, next: Next) -> Response {
     let is_preflight = request.headers().contains_key(header::ACCESS_CONTROL_REQUEST_METHOD);
     if request.method() == Method::OPTIONS && !is_preflight {
@@ -78,8 +80,7 @@ pub(super) fn validate(config: &Config, errors: &mut Vec<String>) {
     }
     if config.allow_credentials && allows_all(&config.allowed_origins) {
         errors.push(
-            "allow_credentials needs allowed_origins that are named: with `*` any web page could act for its visitors"
-                .into(),
+            "allow_credentials needs a list of allowed_origins: `*` would let any web page act for its visitors".into(),
         );
     }
 }

@@ -1,4 +1,4 @@
-//! Failures as HTTP: the status, and the body in OpenAI's shape `{"error": {message, type, param, code}}`.
+//! Failures as HTTP responses: the status, and a body in OpenAI's shape `{"error": {message, type, param, code}}`.
 
 use std::borrow::Cow;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tracing::{debug, error};
 use super::content_coding;
 use crate::types::{Failure, FailureKind};
 
-/// What a client gets instead of an answer.
+/// An error response.
 #[derive(Debug)]
 pub struct ApiError {
     pub status: StatusCode,
@@ -33,7 +33,7 @@ struct ErrorBody {
     code: Option<Cow<'static, str>>,
 }
 
-/// The status and the error type of each kind.
+/// HTTP status and error type of each kind.
 fn status_and_type(kind: FailureKind) -> (StatusCode, &'static str) {
     match kind {
         FailureKind::InvalidRequest => (StatusCode::BAD_REQUEST, "invalid_request_error"),
@@ -41,7 +41,8 @@ fn status_and_type(kind: FailureKind) -> (StatusCode, &'static str) {
         FailureKind::RateLimited => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
         FailureKind::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
         FailureKind::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
-        // Nobody reads it: the client is gone. nginx's number for that keeps the metric apart from real errors.
+        // The client is gone, so nobody reads this status. 499 is nginx's convention; it keeps these requests apart from real
+        // errors in the metrics.
         FailureKind::Cancelled => (StatusCode::from_u16(499).expect("a status"), "cancelled_error"),
         FailureKind::EngineFailed => (StatusCode::SERVICE_UNAVAILABLE, "engine_error"),
         FailureKind::NumericsInvalid | FailureKind::NumericsSuspect => {
@@ -56,7 +57,7 @@ fn status_and_type(kind: FailureKind) -> (StatusCode, &'static str) {
 }
 
 impl ApiError {
-    /// A failure that has a status of its own beside its kind's.
+    /// A failure with another status than its kind's.
     pub fn with_status(status: StatusCode, failure: Failure) -> Self {
         Self { status, ..Self::of(&failure) }
     }
@@ -74,7 +75,7 @@ impl ApiError {
         Self::with_status(StatusCode::NOT_FOUND, failure.with_code("model_not_found"))
     }
 
-    /// The node cannot generate now: it loads, drains or has failed.
+    /// The node cannot generate now: it is loading, draining or failed.
     pub fn unavailable(message: impl Into<String>, code: &'static str, retry_after: Option<Duration>) -> Self {
         let mut failure = Failure::new(FailureKind::EngineFailed, message).with_code(code);
         failure.retry_after = retry_after;
@@ -91,7 +92,7 @@ impl ApiError {
         Self { status, kind: failure.kind, body: ErrorBody::of(failure), retry_after: failure.retry_after }
     }
 
-    /// The body alone, for a stream that has begun.
+    /// The error as JSON, for a stream that has already started.
     pub fn to_json(&self) -> String {
         serde_json::to_string(&ErrorEnvelope { error: &self.body }).expect("strings serialize")
     }
@@ -110,15 +111,14 @@ impl ErrorBody {
 }
 
 impl From<Failure> for ApiError {
-    /// The failure ends here, so here it is logged.
+    /// Logs the failure, since this is where it is handled.
     fn from(failure: Failure) -> Self {
         log(&failure);
         Self::of(&failure)
     }
 }
 
-/// What is the node's fault is an error. What is the client's is its own business: the text may quote what it sent, and
-/// is not logged.
+/// Failures of the node are logged as errors. The text of a client's mistake may quote the request, so it is not logged.
 fn log(failure: &Failure) {
     let kind = failure.kind.label();
     match failure.kind {
@@ -146,14 +146,14 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, [(header::CONTENT_TYPE, "application/json")], self.to_json()).into_response();
         if let Some(delay) = self.retry_after {
-            // Whole seconds, rounded up: coming back too early only means being refused again.
+            // Whole seconds, rounded up: a client that comes back earlier would be refused again.
             let seconds = delay.as_secs() + u64::from(delay.subsec_nanos() > 0);
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         if self.status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
             response.headers_mut().insert(header::ACCEPT_ENCODING, HeaderValue::from_static(content_coding::SUPPORTED));
         }
-        // The observing middleware counts failures by kind.
+        // The `observe` middleware counts failures by kind.
         response.extensions_mut().insert(self.kind);
         response
     }

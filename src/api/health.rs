@@ -1,4 +1,4 @@
-//! What orchestrators and scrapers ask. Open to everybody, also beyond `max_connections` and while the node drains.
+//! Probes and metrics. They need no API key, and are answered beyond `max_connections` and while the node drains.
 
 use axum::Json;
 use axum::extract::State;
@@ -17,26 +17,26 @@ fn verdict(good: bool, body: impl Serialize) -> Response {
     (status, [(header::CACHE_CONTROL, "no-store")], Json(body)).into_response()
 }
 
-/// Restart me?
+/// Liveness: should the process be restarted?
 pub async fn livez(State(state): State<ApiState>) -> Response {
     let liveness = state.health.liveness();
     verdict(liveness.live, liveness)
 }
 
-/// Send me traffic?
+/// Readiness: should this node get traffic?
 pub async fn readyz(State(state): State<ApiState>) -> Response {
     let readiness = state.health.readiness(state.router.queue());
     verdict(readiness.ready, readiness)
 }
 
-/// How far has loading come?
+/// Startup: the loading phase and its progress.
 pub async fn startupz(State(state): State<ApiState>) -> Response {
     let startup = state.health.startup();
     verdict(startup.started, startup)
 }
 
-/// vLLM's: does the engine run? Deployments written for vLLM use it for all three probes, so it stays good while the
-/// node drains.
+/// vLLM's health route: 503 while loading or when `/livez` fails. Deployments written for vLLM use it for all three probes, so
+/// it stays 200 while the node drains.
 pub async fn health(State(state): State<ApiState>) -> StatusCode {
     let started = match state.health.lifecycle().state() {
         NodeState::Ready | NodeState::Degraded | NodeState::Draining => true,

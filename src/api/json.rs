@@ -1,16 +1,17 @@
-//! Reading a request's JSON, and saying where it is wrong in words for the client.
+//! Parses a request's JSON, and describes errors in words that a client understands.
 
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 
 use crate::types::{Failure, FailureKind};
 
-/// Nesting that the parser accepts; it refuses more before it can exhaust the stack.
+/// Nesting depth that the parser accepts. It refuses more, to protect the stack.
 const MAX_DEPTH: usize = 127;
 
-/// Parses a body. The fast path pays nothing for good error texts; only a body that failed is read again.
+/// Parses a body. Good error texts cost nothing in the normal case: only a body that failed is parsed a second time.
 ///
-/// Every request is an object. An array is refused here, for the parser would take its items for the fields in their order.
+/// Every request is an object. Arrays are refused here, because serde would accept one as the values of the struct's fields in
+/// order.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Failure> {
     if body.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
         return Err(malformed("The body must be a JSON object, not an array.".into()));
@@ -25,11 +26,11 @@ fn explain<T: DeserializeOwned>(body: &[u8], error: serde_json::Error) -> Failur
         Category::Eof if body.iter().all(u8::is_ascii_whitespace) => {
             malformed("The body is empty; a JSON object was expected.".into())
         }
-        Category::Eof => malformed(format!("The body is not valid JSON: it ends too early, at {place}.")),
+        Category::Eof => malformed(format!("The body is not valid JSON: it ends too early at {place}.")),
         Category::Syntax | Category::Io => {
             let reason = reason(&error);
             if reason.starts_with("recursion limit") {
-                return malformed(format!("The body is nested more than {MAX_DEPTH} levels deep, at {place}."));
+                return malformed(format!("The body is nested more than {MAX_DEPTH} levels deep at {place}."));
             }
             malformed(format!("The body is not valid JSON: {reason} at {place}."))
         }
@@ -40,7 +41,7 @@ fn malformed(message: String) -> Failure {
     Failure::new(FailureKind::InvalidRequest, message).with_code("invalid_json")
 }
 
-/// The JSON is valid and has another shape than the request: names the field by its path.
+/// The JSON is valid but does not fit the request: names the field by its path.
 fn wrong_type<T: DeserializeOwned>(body: &[u8]) -> Failure {
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let Err(error) = serde_path_to_error::deserialize::<_, T>(&mut deserializer) else {
@@ -54,13 +55,13 @@ fn wrong_type<T: DeserializeOwned>(body: &[u8]) -> Failure {
     Failure::invalid(path.clone(), format!("`{path}` has the wrong type or value: {reason}.")).with_code("invalid_type")
 }
 
-/// What the parser says, without its own mention of the place.
+/// The parser's message, without the position that it appends.
 fn reason(error: &serde_json::Error) -> String {
     let text = error.to_string();
     text.rsplit_once(" at line ").map_or(text.clone(), |(reason, _)| reason.to_string())
 }
 
-/// The parser speaks of Rust's types; a client knows JSON's.
+/// Replaces Rust's type names in the parser's message by JSON's.
 fn in_json_words(reason: &str) -> String {
     const WORDS: [(&str, &str); 8] = [
         ("expected f32", "expected a number"),
@@ -79,7 +80,7 @@ fn in_json_words(reason: &str) -> String {
     for (rust, json) in WORDS {
         text = text.replace(rust, json);
     }
-    // The offending value may be long.
+    // The message may quote a long value.
     match text.char_indices().nth(300) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,

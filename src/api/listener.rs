@@ -1,4 +1,4 @@
-//! Listening sockets: how they are opened, and what happens when a connection cannot be accepted.
+//! Listening sockets: opening them, and handling connections that cannot be accepted.
 
 use std::io;
 use std::net::SocketAddr;
@@ -8,10 +8,10 @@ use tokio::net::{TcpListener, TcpSocket, ToSocketAddrs, lookup_host};
 use tokio::time::sleep;
 use tracing::warn;
 
-/// Connections that may wait to be accepted. The library's 128 are few: when more come at once, the kernel drops what they
-/// send, and each client that comes then, a probe among them, tries again only a second later.
+/// Length of the accept queue. With the library's 128, a burst of connections overflows it: the kernel drops them, and each
+/// affected client, a probe for example, retries only after a second.
 const BACKLOG: u32 = 4096;
-/// Out of file descriptors: the next accept waits, so that the loop does not spin.
+/// Pause after running out of file descriptors, so that the accept loop does not spin.
 const PAUSE: Duration = Duration::from_millis(50);
 const LOG_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -29,18 +29,18 @@ pub async fn listen(addresses: impl ToSocketAddrs) -> io::Result<TcpListener> {
 
 fn listen_on(address: SocketAddr) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // A restart must not wait until the connections of the process before have left the kernel.
+    // Without this, a restart fails while the kernel still holds connections of the previous process.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
 }
 
-/// What a listener does about connections that cannot be accepted: it goes on, and says so at most once a second.
+/// Handles errors of `accept`: the listener continues, and logs at most one line per second.
 pub struct AcceptErrors {
-    /// `clients`, or who else connects.
+    /// Who connects, for the log line: `clients`, for example.
     from: &'static str,
     last_line: Option<Instant>,
-    /// Since the last line.
+    /// Errors since the last log line.
     errors: u64,
 }
 
@@ -49,8 +49,8 @@ impl AcceptErrors {
         Self { from, last_line: None, errors: 0 }
     }
 
-    /// Notes the error. Returns, after a pause, whether it is the node that has run out of something; what only concerns the
-    /// connection is passed over.
+    /// Records the error. If the node is out of file descriptors or memory, waits a moment and returns true. Errors of a single
+    /// connection are ignored.
     pub async fn note(&mut self, error: &io::Error) -> bool {
         let of_the_connection =
             [io::ErrorKind::ConnectionAborted, io::ErrorKind::ConnectionReset, io::ErrorKind::ConnectionRefused];
@@ -64,7 +64,7 @@ impl AcceptErrors {
         true
     }
 
-    /// The errors since the last line, when it is time for one.
+    /// The number of errors since the last log line, if another line is due.
     fn count(&mut self, now: Instant) -> Option<u64> {
         self.errors += 1;
         if self.last_line.is_some_and(|last| now.saturating_duration_since(last) < LOG_INTERVAL) {

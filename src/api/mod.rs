@@ -1,6 +1,6 @@
-//! HTTP: OpenAI's wire types and vLLM's extensions, server-sent events, health, metrics.
+//! The HTTP API: OpenAI's types and vLLM's extensions, server-sent events, health, metrics.
 //!
-//! Knows the engine only as `types::Backend`. Requests below this module are token ids; text stays here.
+//! Knows the engine only as `types::Backend`. Below this module requests are token ids; text stays here.
 
 pub mod admin;
 pub mod auth;

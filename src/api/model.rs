@@ -1,4 +1,4 @@
-//! The served model as the API sees it: what turns text into ids and back, and what generates.
+//! A served model as the API sees it: the tokenizer and what responses say about the model.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -6,22 +6,23 @@ use crate::cluster::ModelReport;
 use crate::tokenizer::{ChatTemplate, Tokenizer};
 use crate::types::{SamplingDefaults, TokenId};
 
-/// In a request, always names the node's own model.
+/// The name that always means the node's own model.
 pub const DEFAULT_ALIAS: &str = "default";
 
-/// This node's model, or one that peers serve.
+/// A model that this node or its peers serve.
 pub struct ServedModel {
-    /// Under which it is listed; the first one names it in responses. Never empty.
+    /// Names from `/v1/models`. The first one appears in responses. Never empty.
     names: Vec<String>,
     pub tokenizer: Tokenizer,
-    /// Digest of what turns text into ids: what replicas that serve the same requests have in common.
+    /// Digest of the tokenizer, the chat template and their settings. Replicas that serve the same requests have the same
+    /// digest.
     pub tokenizer_digest: String,
     pub chat_template: ChatTemplate,
-    /// Tokens that end a generation, of the model and of its tokenizer.
+    /// Tokens that end a generation, from the model's and the tokenizer's files.
     pub eos_token_ids: Vec<TokenId>,
-    /// For requests that leave sampling parameters out.
+    /// Used for sampling parameters that a request leaves out.
     pub sampling_defaults: SamplingDefaults,
-    /// Prompt and generated tokens together.
+    /// Maximum tokens of prompt and output together.
     pub max_model_len: usize,
     /// Seconds since the epoch.
     pub created: u64,
@@ -52,7 +53,7 @@ impl ServedModel {
         self
     }
 
-    /// The name that responses give.
+    /// The name that responses contain.
     pub fn name(&self) -> &str {
         &self.names[0]
     }
@@ -61,13 +62,13 @@ impl ServedModel {
         &self.names
     }
 
-    /// Whether a request that gives this name means it.
+    /// Whether a request with this name means this model.
     pub fn has_name(&self, name: &str) -> bool {
         self.names.iter().any(|known| known == name)
     }
 }
 
-/// Now, as responses give it.
+/// The current time as responses give it.
 pub fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -1,4 +1,4 @@
-//! What happens around every request: its id, its metrics, and what is left of it when a handler panics.
+//! Middleware around every request: its id, its metrics, and handlers that panic.
 
 use std::any::Any;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use super::error::ApiError;
 use super::state::ApiState;
 use crate::types::{Failure, FailureKind, panic_message};
 
-/// Echoed, so that a client finds its request again; made up when the client sends none.
+/// Returned to the client, so that it can correlate its requests. Generated if the client sends none.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longer ids are replaced.
 const MAX_REQUEST_ID_BYTES: usize = 128;
@@ -33,7 +33,7 @@ pub async fn observe(State(state): State<ApiState>, request: Request, next: Next
     debug!(route, status = response.status().as_u16(), elapsed = ?start.elapsed(), request_id = ?id, "answered");
     response.headers_mut().insert(REQUEST_ID, id);
     if is_http1 && state.is_ending() {
-        // The client's next request should not meet a connection that closes.
+        // Tells the client not to send its next request on this connection, which is about to close.
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -47,7 +47,7 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
     })
 }
 
-/// A bounded set of labels, whatever paths clients try.
+/// The metric label of a path: a bounded set, whatever paths clients try.
 fn route_label(path: &str) -> &'static str {
     const ROUTES: [&str; 13] = [
         "/v1/chat/completions",
@@ -71,7 +71,7 @@ fn route_label(path: &str) -> &'static str {
     }
 }
 
-/// The statuses that this API gives.
+/// The metric label of a status: the statuses that this API returns.
 fn status_label(status: StatusCode) -> &'static str {
     match status.as_u16() {
         200 => "200",
@@ -94,7 +94,7 @@ fn status_label(status: StatusCode) -> &'static str {
     }
 }
 
-/// A handler panicked: the client hears of it, the node goes on.
+/// The response when a handler has panicked. The node continues.
 pub fn panicked(cause: Box<dyn Any + Send>) -> Response {
     error!(panic = panic_message(cause.as_ref()), "a request handler panicked");
     let failure = Failure::new(FailureKind::Internal, "Internal error while handling this request.");

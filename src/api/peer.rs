@@ -1,7 +1,7 @@
 //! The endpoint that peers call: HTTP/2 over mutual TLS, on an address of its own.
 //!
-//! Knows what a call looks like on the wire (`cluster::wire`) and nothing of how it is answered: that is `PeerService`.
-//! A call that is refused is answered with the failure as its body, and any status but 200.
+//! Knows the wire format of a call (`cluster::wire`), not how it is answered: that is `PeerService`'s. A refused call gets a
+//! status other than 200, and the failure as its body.
 
 use std::convert::Infallible;
 use std::io;
@@ -35,34 +35,35 @@ use crate::cluster::{PeerFrame, PeerService, PeerStream, Problems};
 use crate::observability::Metrics;
 use crate::types::{Failure, FailureKind, GenerationEvent};
 
-/// Connections of peers: one of each, and those of their former lives that have not ended yet.
+/// One connection per peer, and old connections of restarted peers that have not ended yet.
 const MAX_CONNECTIONS: usize = 1024;
-/// Connections that have not shown yet whose they are: strangers wait here, not in the places of peers.
+/// Connections whose TLS handshake is not complete. They have a limit of their own, so that strangers cannot use up the peers'
+/// connections.
 const MAX_HANDSHAKES: usize = 128;
-/// For TLS.
+/// Time limit of the TLS handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-/// A peer that vanished without a word is noticed after the sum of both, and what it asked for is cancelled.
+/// A peer that has vanished without closing its connection is detected after both together, and its calls are cancelled.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
-/// Calls that run on one connection.
+/// Concurrent calls on one connection.
 const MAX_CALLS: u32 = 4096;
-/// Bytes of one call, and of all calls on a connection, that may wait unread.
+/// Flow control: unread bytes of one call, and of all calls on a connection.
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 64 << 20;
-/// Bytes of one answer that wait for the network.
+/// Bytes of one response that are buffered for the network.
 const SEND_BUFFER: usize = 256 << 10;
-/// Calls that are being read, together, in units of `MEMORY_UNIT`.
+/// Memory for request bodies that are being read, of all calls together. Reserved in units of `MEMORY_UNIT`.
 const CALL_MEMORY: usize = 256 << 20;
 const MEMORY_UNIT: usize = 1 << 10;
-/// A call's body goes on arriving within this.
+/// A call fails if no part of its body arrives for this long.
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
-/// When there is no room for a call.
+/// Sent to the peer when there is no memory for a call.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
-/// Frames that are ready go out together, up to about so many bytes.
+/// Frames that are ready are sent together, up to about this size.
 const BATCH_BYTES: usize = 64 << 10;
 
-/// Serves peers until `shutdown`, then accepts no connection and no call any more, and returns when the calls that run have
-/// ended. The caller bounds that time: dropping the future closes all connections.
+/// Serves peers until `shutdown`. Then accepts no connections and no calls, and returns when running calls have ended. The
+/// caller limits that time: dropping the future closes all connections.
 pub async fn serve(
     listener: TcpListener,
     tls: &PeerTls,
@@ -128,10 +129,10 @@ impl Server {
         let stream = match handshaken.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())) {
             Ok(stream) => stream,
             Err(error) => {
-                // Whoever finds the port can cause it, so it is counted and does not fill the log.
+                // Anybody who finds the port can cause this, so it is counted and only logged at debug level.
                 debug!(%address, %error, "rejected a connection that is not from a peer");
                 if tls::is_distrust(&error) {
-                    // The caller's port is random.
+                    // Counted by host, since the caller's port is random.
                     let host = address.ip().to_string();
                     self.problems.event_at(Reason::Untrusted, &host, || error.to_string());
                 }
@@ -147,7 +148,7 @@ impl Server {
             biased;
             ended = &mut connection => Some(ended),
             () = self.shutdown.cancelled() => None,
-            // Whoever is still believed connects anew.
+            // A peer whose certificate is still accepted connects again.
             Ok(()) = revocations.changed() => None,
         };
         let ended = match ended {
@@ -163,7 +164,7 @@ impl Server {
     }
 
     async fn handshake(&self, stream: TcpStream) -> io::Result<CalledStream> {
-        // Tokens are small writes that must not wait for one another.
+        // Tokens are small writes that must not be delayed (Nagle's algorithm).
         stream.set_nodelay(true)?;
         self.tls.accept(stream).await
     }
@@ -179,8 +180,8 @@ fn http2_builder() -> http2::Builder<TokioExecutor> {
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_concurrent_streams(MAX_CALLS)
         .max_send_buf_size(SEND_BUFFER)
-        // Peers may cancel as much as they like: the library's limits, against strangers, would end the connection and
-        // with it the calls beside the cancelled ones.
+        // Peers may cancel any number of calls. The library's limits, meant against attackers, would close the connection and
+        // end all other calls on it.
         .max_pending_accept_reset_streams(MAX_CALLS as usize)
         .max_local_error_reset_streams(None)
         .auto_date_header(false);
@@ -203,22 +204,22 @@ impl Drop for OpenConnection {
     }
 }
 
-/// Why a call is not passed to the service.
+/// Why a call is refused before it reaches the service.
 #[derive(Debug, thiserror::Error)]
 enum CallError {
     #[error("no such call")]
     Unknown,
     #[error("there is no room for the call")]
     Crowded,
-    #[error("the call does not go on")]
+    #[error("the call's body stopped arriving")]
     Stalled,
-    #[error("the call broke")]
+    #[error("the connection broke during the call")]
     Broken(#[source] hyper::Error),
     #[error("the call cannot be read")]
     Wire(#[from] WireError),
 }
 
-/// A refusal: by the service, or before it was asked.
+/// A refusal, from the service or from this module.
 struct Refusal(StatusCode, Failure);
 
 impl From<CallError> for Refusal {
@@ -249,7 +250,7 @@ impl From<CallError> for Refusal {
 }
 
 impl From<Failure> for Refusal {
-    /// The status is for whoever watches the traffic; the failure in the body counts.
+    /// The status is only for tools that watch the traffic. The caller reads the failure in the body.
     fn from(failure: Failure) -> Self {
         Self(StatusCode::CONFLICT, failure)
     }
@@ -296,7 +297,7 @@ impl Calls {
         }
     }
 
-    /// The call's body, decoded.
+    /// Reads and decodes the call's body.
     async fn read<T: DeserializeOwned>(&self, body: Incoming) -> Result<T, CallError> {
         self.read_with(body, wire::decode_message).await
     }
@@ -306,7 +307,7 @@ impl Calls {
         body: Incoming,
         decode: impl FnOnce(&[u8]) -> Result<T, WireError>,
     ) -> Result<T, CallError> {
-        // Our own client says how long its calls are.
+        // Our own client announces the size of its calls.
         let size = body.size_hint().upper().map_or(wire::MAX_MESSAGE_BYTES, |size| size as usize);
         if size > wire::MAX_MESSAGE_BYTES {
             return Err(WireError::TooLarge { bytes: size, limit: wire::MAX_MESSAGE_BYTES }.into());
@@ -331,11 +332,11 @@ async fn collect(mut body: Incoming, limit: usize) -> Result<Bytes, CallError> {
     }
 }
 
-/// The body of an answer. When the peer cancels the call, it is dropped, and the stream with it.
+/// The body of a response. When the peer cancels the call, this is dropped, and the stream with it.
 enum Answer {
     Whole(Option<Bytes>),
     Stream(PeerStream),
-    /// The stream has failed: nothing comes after that.
+    /// The stream has failed; nothing follows.
     Ended,
 }
 
@@ -388,7 +389,7 @@ struct Batch {
     is_last: bool,
 }
 
-/// The frames that are ready, in one piece: one write, without waiting for more.
+/// Collects the frames that are ready into one write, without waiting for more.
 fn poll_batch(stream: &mut PeerStream, context: &mut Context<'_>) -> Poll<Option<Batch>> {
     let Some(mut frame) = ready!(stream.poll_next(context)) else { return Poll::Ready(None) };
     let mut buffer = Vec::with_capacity(64);

@@ -1,24 +1,25 @@
-//! Who has a place among the open connections, and who gives it up when they run out. A pure core: time is passed in.
+//! Connection limits: which connections may stay, and which one is closed to make room. A pure core: time is passed in.
 //!
-//! A newcomer gets the place of the connection that has been idle longest. When none has been idle for a while, it gets one of
-//! a few overflow places, where its requests are refused, but for the health routes. These places are recycled as well, so
-//! that probes are answered under any number of clients. Requests that run are never cut; those whose bodies do not arrive are.
+//! Each connection occupies a place. When all are taken, a new connection gets the place of the one that has been idle longest.
+//! If none has been idle for `GRACE`, it gets one of a few overflow places, where everything but the health routes is refused.
+//! Overflow places are reused in the same way, so probes are answered under any number of clients. Running requests are never
+//! cut off; requests whose bodies do not arrive are.
 
 use std::collections::{BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-/// No connection is closed for another before this has passed: since it came or became idle, since its request began whose
-/// body has not arrived, or, in the overflow, since it was answered. It is long enough for a client that is there to go on, and
-/// short enough for a few hundred newcomers a second.
+/// Minimum time before a connection can be closed in favour of another: since it was opened or became idle, since its request
+/// began if the body has not arrived, or, in the overflow, since it was answered. It is long enough for an active client to
+/// send its next request, and short enough to admit a few hundred new connections per second.
 const GRACE: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PlaceLimits {
     /// Connections that are served.
     pub served: usize,
-    /// Connections beyond these that are answered all the same.
+    /// Further connections, which get 503 or the health routes.
     pub overflow: usize,
 }
 
@@ -28,54 +29,55 @@ pub enum Tier {
     Overflow,
 }
 
-/// In the order of age.
+/// Ordered by age.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ConnectionId(u64);
 
-/// What a connection does.
+/// What a connection is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Activity {
-    /// It has no request.
+    /// No request is running.
     Idle,
-    /// All that it has are requests whose bodies have not arrived.
+    /// It has requests, and the bodies of all of them are incomplete.
     Receiving,
     Busy,
 }
 
-/// How a connection is told to go.
+/// How a connection is told to close.
 #[derive(Clone, Debug, Default)]
 pub struct Closing {
-    /// Its place is given to another. A request that came in this very moment may still be answered.
+    /// The connection's place has been given to another one: close after the current request. A request that is just arriving
+    /// may still be answered.
     pub end: CancellationToken,
-    /// What it does is not to be waited for. Comes with `end`.
+    /// Close at once, without waiting for the current request. Always set together with `end`.
     pub cut: CancellationToken,
 }
 
 pub struct Places {
     served: Row,
     overflow: Row,
-    /// Those whose place was given to another included, until they leave.
+    /// All open connections, including those that have lost their place and have not closed yet.
     connections: HashMap<ConnectionId, Connection>,
     next_id: u64,
 }
 
-/// The places of one tier.
+/// The places of one tier (served or overflow).
 struct Row {
     limit: usize,
     taken: usize,
-    /// By activity; each in the order of the time since when the connection is, or is not, idle.
+    /// For each activity, the connections, ordered by when they became idle or busy.
     order: [BTreeSet<(Instant, ConnectionId)>; 3],
 }
 
 struct Connection {
     tier: Tier,
-    /// Requests that are not answered, and whatever else keeps it from being idle.
+    /// Unanswered requests, and other reasons why the connection is not idle.
     occupations: u32,
-    /// Requests whose bodies have not arrived.
+    /// Requests whose bodies are incomplete.
     bodies: u32,
-    /// When it became idle, or ceased to be.
+    /// When it last became idle or busy.
     since: Instant,
-    /// None once its place is given to another.
+    /// None once its place has been given to another connection.
     closing: Option<Closing>,
 }
 
@@ -105,7 +107,7 @@ impl Row {
         self.taken -= 1;
     }
 
-    /// The one that has been at it for longest.
+    /// The connection that has been in this activity longest.
     fn first(&self, activity: Activity) -> Option<(Instant, ConnectionId)> {
         self.order[activity as usize].first().copied()
     }
@@ -121,8 +123,7 @@ impl Places {
         }
     }
 
-    /// Takes a new connection in. None: all places are taken, by connections that have had no time yet. A little later they
-    /// have.
+    /// Adds a new connection. Returns none if all places are taken by connections younger than `GRACE`; the caller tries again.
     pub fn enter(&mut self, now: Instant, closing: Closing) -> Option<ConnectionId> {
         let tier = [Tier::Served, Tier::Overflow].into_iter().find(|tier| self.make_room(*tier, now))?;
         let id = ConnectionId(self.next_id);
@@ -133,7 +134,7 @@ impl Places {
         Some(id)
     }
 
-    /// A request begins. Says who is to answer it: a connection in an overflow place is served if there is room by now.
+    /// A request begins. Returns the tier that answers it: a connection in the overflow is served if a place has become free.
     pub fn request_begins(&mut self, id: ConnectionId, has_body: bool, now: Instant) -> Tier {
         let waits = |connection: &Connection| connection.tier == Tier::Overflow && connection.closing.is_some();
         let is_promoted = self.connections.get(&id).is_some_and(waits) && self.make_room(Tier::Served, now);
@@ -147,12 +148,12 @@ impl Places {
         self.connections.get(&id).map_or(Tier::Overflow, |connection| connection.tier)
     }
 
-    /// The body of a request has arrived, or nobody wants it any more.
+    /// The body of a request has arrived, or is no longer wanted.
     pub fn body_ends(&mut self, id: ConnectionId) {
         self.change(id, |connection| connection.bodies -= 1);
     }
 
-    /// Something begins that keeps the connection from being idle.
+    /// Marks the connection as busy until `vacate`.
     pub fn occupy(&mut self, id: ConnectionId, now: Instant) {
         self.change(id, |connection| {
             if connection.occupations == 0 {
@@ -162,7 +163,7 @@ impl Places {
         });
     }
 
-    /// It has ended: a request is answered, or given up.
+    /// Ends one `occupy`: a request was answered or abandoned.
     pub fn vacate(&mut self, id: ConnectionId, now: Instant) {
         self.change(id, |connection| {
             connection.occupations -= 1;
@@ -172,7 +173,7 @@ impl Places {
         });
     }
 
-    /// Since when the connection has no request.
+    /// Since when the connection is idle; none if it is busy.
     pub fn idle_since(&self, id: ConnectionId) -> Option<Instant> {
         self.connections.get(&id).filter(|connection| connection.occupations == 0).map(|connection| connection.since)
     }
@@ -181,7 +182,7 @@ impl Places {
         self.connections.get(&id).is_none_or(|connection| connection.occupations == 0)
     }
 
-    /// The connection has ended.
+    /// The connection has closed.
     pub fn leave(&mut self, id: ConnectionId) {
         let Some(connection) = self.connections.remove(&id) else { return };
         if connection.closing.is_some() {
@@ -189,7 +190,7 @@ impl Places {
         }
     }
 
-    /// Closes so many of the longest idle connections, if there are as many: descriptors may run out before places do.
+    /// Closes up to `count` of the longest idle connections. Used when file descriptors run out before places do.
     pub fn close_idle(&mut self, count: usize) {
         for _ in 0..count {
             let idle = [&self.served, &self.overflow].into_iter().filter_map(|row| row.first(Activity::Idle));
@@ -205,7 +206,7 @@ impl Places {
         }
     }
 
-    /// Whether a place of this tier is free, or could be made so.
+    /// Frees a place of this tier if possible. Returns whether one is free.
     fn make_room(&mut self, tier: Tier, now: Instant) -> bool {
         let row = self.row(tier);
         if row.taken < row.limit {
@@ -225,7 +226,7 @@ impl Places {
         true
     }
 
-    /// Takes the connection's place away.
+    /// Takes the connection's place away and tells it to close.
     fn close(&mut self, id: ConnectionId) {
         let mut was_idle = false;
         let mut closing = None;
@@ -240,7 +241,7 @@ impl Places {
         closing.end.cancel();
     }
 
-    /// Changes a connection, and where it stands.
+    /// Changes a connection, and keeps the order up to date.
     fn change(&mut self, id: ConnectionId, change: impl FnOnce(&mut Connection)) {
         let Some(mut connection) = self.connections.remove(&id) else { return };
         if connection.closing.is_some() {
@@ -282,7 +283,7 @@ mod tests {
             Some(id)
         }
 
-        /// A newcomer, when all others have had their time.
+        /// A new connection, after `GRACE` has passed for all others.
         fn newcomer(&mut self) -> ConnectionId {
             self.wait(GRACE);
             self.enter().expect("a place")
@@ -292,7 +293,7 @@ mod tests {
             self.places.request_begins(id, has_body, self.now)
         }
 
-        /// A newcomer whose request runs.
+        /// A new connection with a running request.
         fn busy(&mut self) -> (ConnectionId, Tier) {
             let id = self.newcomer();
             let tier = self.begin(id, false);
@@ -307,7 +308,7 @@ mod tests {
             self.places.vacate(id, self.now);
         }
 
-        /// Whether it was told to end, and whether at once.
+        /// Whether the connection was told to end, and whether at once.
         fn fate(&self, id: ConnectionId) -> (bool, bool) {
             (self.closings[&id].end.is_cancelled(), self.closings[&id].cut.is_cancelled())
         }
@@ -321,7 +322,7 @@ mod tests {
     fn the_one_that_is_idle_for_longest_gives_way() {
         let mut hall = Hall::new();
         let (first, second) = (hall.newcomer(), hall.newcomer());
-        // The first has had a request since, so the second is idle for longer.
+        // The first connection has had a request since, so the second one has been idle longer.
         hall.begin(first, false);
         hall.wait(GRACE);
         hall.vacate(first);
@@ -339,7 +340,7 @@ mod tests {
         let all = [(); 3].map(|()| hall.enter().expect("there is room"));
         assert_eq!(hall.enter(), None);
         assert!(all.iter().all(|id| hall.fate(*id) == STAYS));
-        // Two of them have said what they want meanwhile; the third is in the overflow.
+        // Two of them have sent a request in the meantime; the third is in the overflow.
         assert_eq!([0, 1].map(|at| hall.begin(all[at], false)), [Tier::Served; 2]);
         hall.wait(GRACE);
         let next = hall.enter().expect("room again");
@@ -354,7 +355,7 @@ mod tests {
         let (third, tier) = hall.busy();
         assert_eq!(tier, Tier::Overflow);
         hall.vacate(third);
-        // The next one takes its place, and is served, since somebody is idle when its request comes.
+        // The next connection takes its place and is served, since another connection is idle when its request comes.
         let fourth = hall.newcomer();
         assert_eq!(hall.fate(third), ENDS);
         hall.vacate(first);
@@ -385,7 +386,7 @@ mod tests {
         let served = hall.newcomer();
         assert_eq!((hall.fate(runs), hall.fate(uploads)), (STAYS, IS_CUT));
         assert_eq!(hall.begin(served, true), Tier::Served);
-        // One that has arrived is work.
+        // A request whose body has arrived is running, and is not cut off.
         hall.places.body_ends(served);
         let refused = hall.newcomer();
         assert_eq!((hall.begin(refused, false), hall.fate(served)), (Tier::Overflow, STAYS));
@@ -424,12 +425,12 @@ mod tests {
     }
 
     proptest! {
-        /// Places are never exceeded, a request that runs in a served place is never cut, and while somebody has been idle
-        /// in one for a while, the newcomer gets one.
+        /// For any order of events: the number of places is never exceeded, a running request in a served place is never cut
+        /// off, and a new connection gets a served place if another has been idle there for `GRACE`.
         #[test]
         fn promises_hold_in_any_order(steps in prop::collection::vec((step(), any::<prop::sample::Index>()), 1..200)) {
             let mut hall = Hall::new();
-            // What each does: its requests, of which so many bodies have not arrived, and its tier.
+            // Of each connection: its requests, how many of them have incomplete bodies, and its tier.
             let mut open: Vec<(ConnectionId, u32, u32, Tier)> = Vec::new();
             let mut gone = HashSet::new();
             for (step, which) in steps {

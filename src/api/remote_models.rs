@@ -1,4 +1,5 @@
-//! The models that only peers serve. A node that takes a request for one needs its tokenizer; it asks a peer for it once.
+//! Models that only peers serve. To accept a request for one, this node needs the model's tokenizer, and fetches it from a peer
+//! once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -11,23 +12,23 @@ use crate::router::Router;
 use crate::tokenizer::{TokenizerBundle, bundle};
 use crate::types::{Failure, FailureKind};
 
-/// Tokenizers that are kept; with another one, all are forgotten.
+/// Tokenizers that are cached. When one more is needed, the cache is cleared.
 const MAX_KEPT: usize = 8;
-/// Names that are remembered.
+/// Model names that are remembered.
 const MAX_SEEN: usize = 1024;
 
 #[derive(Default)]
 pub struct RemoteModels {
-    /// By fingerprint and digest of the tokenizer.
+    /// Cached tokenizers, by fingerprint and tokenizer digest.
     kept: Mutex<BTreeMap<(String, String), Arc<ServedModel>>>,
-    /// Names that a peer has had: without one now, they are away, not unknown.
+    /// Names that a peer has served. If no peer serves one now, the model is unavailable rather than unknown.
     seen: Mutex<BTreeSet<String>>,
-    /// One is fetched at a time.
+    /// Held while a tokenizer is fetched: one at a time.
     fetching: tokio::sync::Mutex<()>,
 }
 
 impl RemoteModels {
-    /// The model of this name that a peer serves, if one does. Ready peers first.
+    /// The model with this name, if a peer serves it. Ready peers are tried first.
     pub async fn find(&self, router: &Router, name: &str) -> Result<Option<Arc<ServedModel>>, Failure> {
         let mut served = router.peer_models();
         self.remember(&served);
@@ -58,7 +59,7 @@ impl RemoteModels {
         Err(last)
     }
 
-    /// Whether some peer has served a model of this name.
+    /// Whether a peer has served a model with this name before.
     pub fn knew(&self, name: &str) -> bool {
         self.seen.lock().contains(name)
     }
@@ -95,7 +96,7 @@ async fn open(report: ModelReport, bytes: Vec<u8>) -> Result<ServedModel, Failur
         let bundle = TokenizerBundle::decode(&bytes).map_err(|error| unusable(DAMAGED).with_source(error))?;
         let tokenizer = bundle.build().map_err(|error| unusable(DAMAGED).with_source(error))?;
         let template = tokenizer.chat_template().map_err(|error| unusable(DAMAGED).with_source(error))?;
-        // Tried now, and not by the first request.
+        // Analyses the template now, so that the first request does not pay for it.
         let _ = (template.traits(false), template.traits(true));
         let model = ServedModel::new(&report, tokenizer, template, bundle.eos_token_ids().to_vec());
         Ok(model.with_sampling_defaults(bundle.sampling_defaults().clone()))

@@ -1,4 +1,4 @@
-//! Which path leads to which handler.
+//! The routes and their middleware.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ use super::openai::{chat, completions, models, tokenize};
 use super::state::ApiState;
 use crate::types::{Failure, FailureKind};
 
-/// The whole API.
+/// All routes of the API.
 pub fn router(state: ApiState) -> Router {
     let guarded = Router::new()
         .route("/v1/chat/completions", post(chat::handle))
@@ -34,13 +34,13 @@ pub fn router(state: ApiState) -> Router {
     finish(for_web_pages(guarded.fallback(unknown_route), &state), state)
 }
 
-/// What a connection gets that finds all others busy: the truth for probes and scrapers, 503 with `message` for everybody else.
+/// The routes for connections beyond `max_connections`: probes and metrics as usual, 503 with `message` for everything else.
 pub(super) fn overflow_router(state: ApiState, message: String) -> Router {
     let refuse = async move |State(state): State<ApiState>| over_capacity(&state, message);
     finish(for_web_pages(Router::new().fallback(refuse), &state), state)
 }
 
-/// Open to everybody: orchestrators and scrapers have no key.
+/// Routes that need no API key, since orchestrators and scrapers have none.
 fn open_routes() -> Router<ApiState> {
     Router::new()
         .route("/health", get(health::health))
@@ -51,24 +51,24 @@ fn open_routes() -> Router<ApiState> {
         .route("/version", get(version))
 }
 
-/// Adds the open routes, and what every route has around it.
+/// Adds the open routes, and the middleware that applies to all routes.
 pub(super) fn finish(routes: Router<ApiState>, state: ApiState) -> Router {
     let routes = shielded(open_routes()).merge(shielded(routes));
     let routes = routes.layer(from_fn_with_state(state.clone(), observe)).with_state(state);
-    // Around the whole, since it changes which route is found.
+    // Applied around the whole router, since it changes which route is found.
     Router::new().fallback_service(routes.map_request(without_trailing_slash))
 }
 
-/// No request brings the node down, and none is answered in words that are not ours.
+/// Turns panics, unknown routes and wrong methods into errors in our format.
 fn shielded(routes: Router<ApiState>) -> Router<ApiState> {
     routes
         .method_not_allowed_fallback(wrong_method)
-        // Bodies are bounded where they are read, with an answer in our own words.
+        // Body sizes are limited where bodies are read, with an error in our format.
         .layer(DefaultBodyLimit::disable())
         .layer(CatchPanicLayer::custom(panicked))
 }
 
-/// Lets web pages call these routes as far as the configuration says.
+/// Adds CORS to these routes, as configured.
 fn for_web_pages(routes: Router<ApiState>, state: &ApiState) -> Router<ApiState> {
     match Cors::new(&state.config) {
         Some(rules) => shielded(routes).layer(from_fn_with_state(rules, cors)),
@@ -76,7 +76,7 @@ fn for_web_pages(routes: Router<ApiState>, state: &ApiState) -> Router<ApiState>
     }
 }
 
-/// Clients join a base URL and a path in many ways; `/v1/models/` is `/v1/models`.
+/// Clients join a base URL and a path in different ways, so `/v1/models/` means `/v1/models`.
 fn without_trailing_slash(mut request: Request) -> Request {
     let path = request.uri().path();
     let trimmed = path.trim_end_matches('/');
@@ -112,7 +112,7 @@ pub(super) async fn unknown_route(method: Method, uri: Uri) -> ApiError {
     ApiError::not_found(format!("There is no route {method} {path}."))
 }
 
-/// The route adds the header `allow`.
+/// axum adds the header `allow` to this response.
 async fn wrong_method(method: Method, uri: Uri) -> Response {
     if method == Method::OPTIONS {
         return StatusCode::NO_CONTENT.into_response();

@@ -1,7 +1,7 @@
-//! Connections: accepted up to a limit, bounded in time, ended gracefully.
+//! The connection loop: a limit on connections, time limits, graceful end.
 //!
-//! Connections beyond the limit are not left in the kernel's backlog, where health probes would wait with them: idle ones make
-//! room, and where all are busy a few more are accepted and get the overflow router (see `places`).
+//! Connections beyond the limit are accepted too: in the kernel's accept queue, health probes would wait behind them. Idle
+//! connections are closed to make room; if none is idle, a few more are accepted and get the overflow router (see `places`).
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,19 +25,19 @@ use super::state::ApiState;
 
 /// Connections beyond `max_connections` that are still answered, with 503 or the health routes.
 pub const OVERFLOW_CONNECTIONS: usize = 128;
-/// Bytes of a request's head, and of the read buffer.
+/// Maximum size of a request's head, and of the read buffer.
 const MAX_BUFFER_BYTES: usize = 64 << 10;
-/// Idle connections that are closed when descriptors run out.
+/// Idle connections that are closed when file descriptors run out.
 const CLOSED_FOR_FILES: usize = 32;
-/// HTTP/2 has no idle timeout of its own; pings find dead peers.
+/// HTTP/2 has no idle timeout in the library; pings detect dead clients.
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(30);
-/// A newcomer for whom there is no place yet waits, and those behind it in the kernel's backlog with it.
+/// How often to look for a free place when none is available. The accept loop waits meanwhile.
 const PLACE_RETRY: Duration = Duration::from_millis(5);
 
-/// Serves until `shutdown`, then accepts nothing more and returns when every connection has ended: idle ones soon, the
-/// others after the response that they are in. The caller bounds that time.
+/// Serves until `shutdown`. Then accepts nothing more, and returns when every connection has ended: idle ones soon, others
+/// after their current response. The caller limits that time.
 ///
-/// `extra` are routes of the caller's own.
+/// `extra` are additional routes.
 pub async fn serve(listener: TcpListener, state: ApiState, extra: Router, shutdown: CancellationToken) {
     let limit = state.config.max_connections;
     let routes = Routes {
@@ -48,7 +48,7 @@ pub async fn serve(listener: TcpListener, state: ApiState, extra: Router, shutdo
     serve_routes(listener, state, routes, limits, shutdown).await;
 }
 
-/// As `serve`, but these routes and limits.
+/// Like `serve`, with the given routes and limits.
 pub(super) async fn serve_routes(
     listener: TcpListener,
     state: ApiState,
@@ -111,8 +111,8 @@ impl Server {
         Self { state, routes, places, builder: Arc::new(builder), connections: TaskTracker::new(), shutdown }
     }
 
-    /// A place for the next connection. Waits while all are taken by others that have just come: they have a moment to say
-    /// what they want.
+    /// Waits for a place for the next connection. There is none only while every place is held by a connection younger than the
+    /// grace period.
     async fn place(&self) -> (Closing, Place) {
         loop {
             let closing = Closing::default();
@@ -125,7 +125,7 @@ impl Server {
 
     fn accept(&self, stream: TcpStream, closing: Closing, place: Place) {
         self.state.metrics.http_connections_opened.inc();
-        // Tokens are small writes that must not wait for one another.
+        // Tokens are small writes that must not be delayed (Nagle's algorithm).
         if let Err(error) = stream.set_nodelay(true) {
             debug!(%error, "the connection is gone already");
             return;

@@ -1,4 +1,4 @@
-//! What every handler shares.
+//! State that all handlers share.
 
 use std::ops::Deref;
 use std::sync::{Arc, OnceLock};
@@ -19,9 +19,9 @@ use crate::observability::Metrics;
 use crate::router::{Hold, Router};
 use crate::types::{Failure, FailureKind, NodeState};
 
-/// Long texts that are tokenised at once, beside the engine.
+/// Long texts that are tokenized at the same time, on threads other than the engine's.
 const TOKENIZE_WORKERS: usize = 2;
-/// When a client may ask again that came while nobody could serve it.
+/// When a client that nobody could serve should try again.
 const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// Cheap to clone.
@@ -37,7 +37,7 @@ pub struct Shared {
     pub router: Router,
     remote: RemoteModels,
     model: OnceLock<Arc<ServedModel>>,
-    /// Of the model that this node will serve.
+    /// Name of the model that this node will serve.
     expected_name: OnceLock<String>,
     tokenize_workers: Arc<Semaphore>,
 }
@@ -51,7 +51,7 @@ impl Deref for ApiState {
 }
 
 impl ApiState {
-    /// The API as it is while the model loads: health answers, generation is refused.
+    /// The state while the model loads: health is answered, generation is refused.
     pub fn new(
         config: Config,
         metrics: Arc<Metrics>,
@@ -69,25 +69,24 @@ impl ApiState {
         Ok(Self(Arc::new(shared)))
     }
 
-    /// Says which model will be served, so that requests for it find peers while it loads here.
+    /// Sets the name of the model that is loading, so that requests for it are forwarded to peers that serve it.
     pub fn expect_model(&self, name: String) {
-        // The first one counts.
+        // Later calls have no effect.
         let _ = self.expected_name.set(name);
     }
 
-    /// From now on this model is served. Only the first call counts; a node serves one model for its life.
+    /// Starts serving this model. Only the first call has an effect; a node serves one model for its whole life.
     pub fn set_model(&self, model: ServedModel) {
         let first = self.model.set(Arc::new(model)).is_ok();
         assert!(first, "a node serves one model");
     }
 
-    /// The model once it is loaded, whatever the node's state.
+    /// The model once it is loaded, whatever state the node is in.
     pub fn model(&self) -> Option<&Arc<ServedModel>> {
         self.model.get()
     }
 
-    /// The model that a request names, if this node or another may serve it now. While this node starts, the request waits
-    /// for one.
+    /// The model that a request names, if this node or a peer can serve it now. While this node starts, waits for one.
     pub async fn serving_model(&self, hold: &mut Hold, name: Option<&str>) -> Result<Arc<ServedModel>, ApiError> {
         loop {
             match self.find_model(name).await {
@@ -127,7 +126,7 @@ impl ApiState {
         }
     }
 
-    /// The node will not be here for long.
+    /// Whether the node is draining or shutting down.
     pub fn is_ending(&self) -> bool {
         match self.health.lifecycle().state() {
             NodeState::Starting | NodeState::Warming | NodeState::Ready | NodeState::Degraded => false,
@@ -135,10 +134,10 @@ impl ApiState {
         }
     }
 
-    /// Refuses before a body is read, when nobody could serve it; at once, unless this node starts. The request may wait no
-    /// longer than the given hold allows.
+    /// Refuses a request before its body is read, if no node can serve it. While this node starts, the request waits for a
+    /// node, up to the limit of the returned hold.
     pub async fn check_serving(&self, headers: &HeaderMap) -> Result<Hold, ApiError> {
-        // One that is wrong is told so later.
+        // An invalid deadline header is reported later, with the other fields.
         let deadline = deadline(headers, Instant::now()).unwrap_or_default();
         let mut hold = self.router.hold(deadline);
         while !self.router.can_serve() {
@@ -156,7 +155,7 @@ impl ApiState {
         ApiError::unavailable(failure.message, failure.code.unwrap_or("no_replica"), failure.retry_after)
     }
 
-    /// Runs work here, or on a blocking thread when it is long; then only a few at once.
+    /// Runs the work here, or on a blocking thread if it is long. Only a few long ones run at once.
     pub async fn off_thread_if<T, F>(&self, long: bool, work: F) -> Result<T, Failure>
     where
         T: Send + 'static,
@@ -170,7 +169,7 @@ impl ApiState {
     }
 }
 
-/// The blocking work panicked: the request is answered, the node goes on.
+/// The blocking work panicked. The request fails; the node continues.
 fn worker_failed() -> Failure {
     Failure::new(FailureKind::Internal, "The prompt could not be processed.")
 }

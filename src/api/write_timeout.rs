@@ -1,6 +1,6 @@
-//! Bounds the time for which a client may take nothing of what is sent to it. Without it, one that stops reading, or that
-//! vanished without a word, would keep its connection, its place in the admission and its events for as long as the kernel
-//! is patient. Knows nothing of HTTP.
+//! Disconnects clients that read nothing for `write_timeout`. Without it, a client that stops reading, or vanishes without
+//! closing the connection, would hold its connection, its admission permit and its buffered events until the kernel gives up.
+//! Knows nothing of HTTP.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Sleep, sleep};
 
-/// A stream on which a write that waits for `limit` is an error.
+/// A stream that fails when a write makes no progress for `limit`.
 pub struct WriteTimeout<S, F, G> {
     stream: S,
     limit: Duration,
-    /// Makes what is held while a write waits.
+    /// Creates a guard that is held while a write waits.
     on_wait: F,
     waiting: Option<(Pin<Box<Sleep>>, G)>,
 }
@@ -85,7 +85,7 @@ mod tests {
 
     use super::*;
 
-    /// Long against the pauses of a busy machine.
+    /// Long compared with the pauses of a loaded machine.
     const LIMIT: Duration = Duration::from_secs(2);
 
     #[tokio::test]

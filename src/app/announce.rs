@@ -1,10 +1,10 @@
-//! What a person at the terminal is told: where the server listens, and a line to paste.
+//! Messages for the person at the terminal: where the server listens, and a command to try.
 //!
-//! It goes to standard output, which carries nothing else; the log has standard error for itself.
+//! They go to standard output, which carries nothing else. The log goes to standard error.
 
 use std::net::SocketAddr;
 
-/// The address as a client on this machine writes it.
+/// The base URL for clients on this machine.
 pub fn base_url(address: SocketAddr) -> String {
     match (address.ip().is_unspecified(), address.is_ipv4()) {
         (true, true) => format!("http://127.0.0.1:{}", address.port()),
@@ -13,7 +13,7 @@ pub fn base_url(address: SocketAddr) -> String {
     }
 }
 
-/// A request to paste into a shell. A model without a chat template gets a prompt to complete.
+/// A `curl` command to paste into a shell. For models without a chat template it uses the completions endpoint.
 pub fn curl_line(base_url: &str, has_chat_template: bool, wants_key: bool) -> String {
     let key = if wants_key { " -H \"authorization: Bearer $OPENAI_API_KEY\"" } else { "" };
     let (route, body) = match has_chat_template {

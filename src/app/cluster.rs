@@ -1,4 +1,4 @@
-//! This node among the others: gossip, the port on which peers call, and what is told of this node.
+//! Connects this node to its cluster: gossip, the endpoint for peers, and this node's load reports.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -26,31 +26,31 @@ use crate::health::Health;
 use crate::observability::Metrics;
 use crate::router::{ClusterOverview, NodeIdentity, Router, RouterParts};
 
-/// From one look at this node to the next.
+/// How often this node's load report is renewed.
 const ASSESSMENT_INTERVAL: Duration = Duration::from_millis(100);
 
 pub struct Cluster {
     membership: Arc<Membership>,
-    /// None in a cluster of one.
+    /// None in a cluster of one node.
     network: Option<Network>,
     zone: String,
     shutdown: CancellationToken,
 }
 
 struct Network {
-    /// Until it is served.
+    /// Taken when the node starts to serve peers.
     listener: Option<TcpListener>,
     config: cluster::Config,
     key_file: PathBuf,
     keys: CurrentKeys,
     tls: PeerTls,
     transport: Arc<dyn PeerTransport>,
-    /// As others reach it.
+    /// The address at which other nodes reach the peer endpoint.
     peer_addr: SocketAddr,
 }
 
 impl Cluster {
-    /// Binds the ports between nodes and begins to gossip. Nobody calls before the node has said what it is.
+    /// Binds the ports for other nodes and starts to gossip. Peers send no requests until the node reports a model.
     pub async fn join(config: &Config, metrics: &Arc<Metrics>) -> anyhow::Result<Self> {
         let (config, shutdown) = (&config.cluster, CancellationToken::new());
         let zone = config.zone.clone();
@@ -59,7 +59,7 @@ impl Cluster {
         };
         let keys = KeyRing::from_file(key_file)?;
         check_permissions(key_file);
-        tracing::info!(keys = ?keys.ids(), "cluster keys: the first one seals, any of them opens");
+        tracing::info!(keys = ?keys.ids(), "cluster keys: the first encrypts, all of them decrypt");
         let tls = PeerTls::new(config, &keys)?;
         let membership = Membership::start(config, &keys, metrics.clone()).await?;
         let address = config.peer_listen_addr().context("there is no address for peers")?;
@@ -80,7 +80,7 @@ impl Cluster {
         Ok(Self { membership: Arc::new(membership), network: Some(network), zone, shutdown })
     }
 
-    /// The router of this node, with the ways to its peers.
+    /// Creates the router, with connections to the peers.
     pub fn router(
         &self,
         config: &Config,
@@ -110,7 +110,7 @@ impl Cluster {
         })
     }
 
-    /// Answers peers, keeps journals with them, and tells them how this node does, until [`Cluster::leave`].
+    /// Starts serving peers, replicating journals and reporting this node's load, until [`Cluster::leave`].
     pub fn run(&mut self, router: &Router, health: &Health, metrics: &Arc<Metrics>) {
         self.describe(Vec::new());
         let assessment = assess(router.clone(), self.membership.clone(), health.clone(), self.shutdown.clone());
@@ -131,7 +131,7 @@ impl Cluster {
         }
     }
 
-    /// The cluster as this node sees it, with what is wrong between the nodes.
+    /// A function that returns the cluster's overview, with problems between nodes.
     pub fn overview(&self, router: Router) -> OverviewSource {
         let problems = self.membership.problems().clone();
         let keys = self.network.as_ref().map(|network| network.keys.clone());
@@ -142,7 +142,7 @@ impl Cluster {
         })
     }
 
-    /// Tells the others what this node serves.
+    /// Reports the models of this node to the others.
     pub fn describe(&self, models: Vec<ModelReport>) {
         let Some(network) = &self.network else { return };
         self.membership.describe(NodeDescription {
@@ -154,7 +154,7 @@ impl Cluster {
         });
     }
 
-    /// Says goodbye, so that nobody has to find out.
+    /// Tells the other nodes that this one leaves, so that they need not detect it.
     pub fn leave(&self) -> impl Future<Output = ()> + Send + use<> {
         let (membership, shutdown) = (self.membership.clone(), self.shutdown.clone());
         async move {
@@ -164,10 +164,10 @@ impl Cluster {
     }
 }
 
-/// A node whose gossip has ended sees no peers, and is seen as it was.
+/// Fails the node if its gossip ends: it would see no peers, and peers would keep an outdated report of it.
 async fn fail_without_gossip(membership: Arc<Membership>, health: Health) {
     membership.broke().await;
-    // Refused when the node has failed or stopped already.
+    // This has no effect if the node has already failed or stopped.
     let _ = health.lifecycle().fail("the gossip with other nodes has ended by itself");
 }
 
@@ -194,7 +194,7 @@ impl Network {
     }
 }
 
-/// Looks at this node again and again, at once when its state changes, and tells the others.
+/// Renews this node's load report periodically, and at once when the node's state changes.
 async fn assess(router: Router, membership: Arc<Membership>, health: Health, shutdown: CancellationToken) {
     let mut ticks = interval(ASSESSMENT_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

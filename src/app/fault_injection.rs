@@ -1,6 +1,6 @@
-//! Faults on request, for drills and tests: `POST /debug/fault {"fault": "hang" | "panic" | "corrupt_weights" |
-//! "nan_logits" | "device" | "hang_front" | "panic_task"}`. The route exists only when `fault_injection` is configured, and asks
-//! for an API key like the rest of the API.
+//! Fault injection for drills and tests: `POST /debug/fault {"fault": "hang" | "panic" | "corrupt_weights" | "nan_logits" |
+//! "device" | "hang_front" | "panic_task"}`. The route exists only if `fault_injection` is configured, and requires an API key
+//! like the rest of the API.
 
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -21,40 +21,40 @@ use crate::api::body::read_json;
 use crate::api::error::ApiError;
 use crate::engine::{EngineHandle, Fault};
 
-/// The engine, once there is one.
+/// The engine, once it has started.
 pub type FaultTarget = Arc<OnceLock<EngineHandle>>;
 
-/// In which an answer reaches its client.
+/// Time for the response to reach the client before the fault takes effect.
 const ANSWER_TIME: Duration = Duration::from_millis(100);
-/// Longer than any drill.
+/// Default duration of a hang: longer than any drill.
 const HANG_SECONDS: u64 = 24 * 60 * 60;
 
 #[derive(Deserialize)]
 #[serde(tag = "fault", rename_all = "snake_case", deny_unknown_fields)]
 enum FaultRequest {
-    /// The engine's thread stands still.
+    /// The engine's thread hangs.
     Hang {
         #[serde(default)]
         seconds: Option<u64>,
     },
     /// The engine's thread panics.
     Panic,
-    /// The weights in memory are damaged.
+    /// Corrupts the weights in memory.
     CorruptWeights,
-    /// Every logit is NaN from now on.
+    /// All logits are NaN from now on.
     NanLogits,
-    /// The device reports an error that it does not recover from.
+    /// The device reports an unrecoverable error.
     Device,
-    /// Every thread of the front stands still: neither clients nor probes are answered.
+    /// Every thread of the HTTP server hangs: neither clients nor probes get answers.
     HangFront {
         #[serde(default)]
         seconds: Option<u64>,
     },
-    /// A task that the node cannot do without panics.
+    /// An essential background task panics.
     PanicTask,
 }
 
-/// Where a fault strikes.
+/// What the fault affects.
 enum Target {
     Engine(Fault),
     Front(Duration),
@@ -101,9 +101,9 @@ async fn inject(
     Ok(StatusCode::ACCEPTED.into_response())
 }
 
-/// Blocks every thread of the runtime, once the answer is on its way.
+/// Blocks every thread of the runtime, after the response has been sent.
 async fn hang_front(time: Duration) {
-    tracing::warn!(?time, "the front stands still, as fault injection asks");
+    tracing::warn!(?time, "fault injection: blocking all threads of the HTTP server");
     sleep(ANSWER_TIME).await;
     for _ in 0..Handle::current().metrics().num_workers() {
         tokio::spawn(async move { thread::sleep(time) });

@@ -1,4 +1,4 @@
-//! The side of the node that faces the network: listens first and ends last, and survives the engine.
+//! The HTTP side of the node: starts listening first, ends last, and keeps running when the engine fails.
 
 use std::sync::Arc;
 
@@ -26,22 +26,22 @@ pub struct Front {
     pub health: Health,
     pub router: Router,
     pub cluster: Cluster,
-    /// Where fault injection finds the engine, if it is configured.
+    /// Where fault injection finds the engine, if fault injection is enabled.
     pub fault_target: Option<FaultTarget>,
-    /// As a client on this machine reaches it.
+    /// The URL for clients on this machine.
     pub base_url: String,
-    /// Reached from this machine only.
+    /// Whether it listens on a loopback address only.
     pub is_local: bool,
     server: JoinHandle<()>,
     stops_accepting: CancellationToken,
-    /// Ends the admin address with the front.
+    /// Stops the admin server when the front is dropped.
     _admin: DropGuard,
 }
 
 impl Front {
-    /// Listens and answers: health truthfully, generation through peers until a model is served here.
+    /// Starts listening. Answers probes; forwards requests to peers until a model is served here.
     pub async fn open(config: &Config) -> anyhow::Result<Self> {
-        // What can never be served is refused before anything listens.
+        // Configuration errors are reported before anything listens.
         let model = ModelReference::parse(&config.process.model, &Catalog::embedded())?.name();
         let (host, port) = (config.api.host.as_str(), config.api.port);
         let host = host.trim_start_matches('[').trim_end_matches(']');
@@ -84,28 +84,28 @@ impl Front {
         })
     }
 
-    /// Returns, with the reason, when the node has failed.
+    /// Waits until the node fails. Returns the reason.
     pub async fn failed(&self) -> String {
         let mut phases = self.health.lifecycle().subscribe();
         match phases.wait_for(|phase| phase.state == NodeState::Failed).await {
             Ok(phase) => phase.reason.to_string(),
-            // The lifecycle lives as long as `self`.
+            // Cannot happen: `self` keeps the lifecycle alive.
             Err(_) => std::future::pending().await,
         }
     }
 
-    /// Accepts no connection any more; those that exist end after the answer that they wait for. The admin address stays
-    /// open, so that probes and scrapers see the end.
+    /// Stops accepting connections; existing ones end after their current response. The admin address stays open, so that
+    /// probes and metrics remain available until the end.
     pub fn stop_accepting(&self) {
         self.stops_accepting.cancel();
     }
 
-    /// Whether a client is connected, or could connect.
+    /// Whether a client is connected or still can connect.
     pub fn has_connections(&self) -> bool {
         !self.server.is_finished()
     }
 
-    /// Whether a stream of a client's or work for a peer goes on.
+    /// Whether a client's stream or work for a peer is still running.
     pub fn has_work(&self) -> bool {
         self.router.open_streams() > 0 || self.admission.status().admitted_requests > 0
     }

@@ -1,5 +1,5 @@
-//! `outrigger healthcheck`: asks the node of this configuration whether it is alive, for container engines that run a
-//! command. An image without curl can check itself. Knows nothing of the server but its address and `/livez`.
+//! `outrigger healthcheck`: asks the node of this configuration whether it is alive. For container engines that run a command
+//! as a health check, in images without curl. Knows only the server's address and `/livez`.
 
 use std::io::{self, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -19,7 +19,7 @@ pub fn run(host: &str, port: u16) -> anyhow::Result<()> {
     }
 }
 
-/// Where a listener on all addresses is reached from the same machine.
+/// An address at which a listener on all addresses can be reached from this machine.
 fn reachable(host: &str) -> &str {
     match host {
         "0.0.0.0" => "127.0.0.1",
@@ -28,13 +28,13 @@ fn reachable(host: &str) -> &str {
     }
 }
 
-/// The status line of the answer.
+/// The status line of the response.
 fn ask(host: &str, port: u16) -> io::Result<String> {
     let address = (host, port).to_socket_addrs()?.next().ok_or(io::ErrorKind::AddrNotAvailable)?;
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    // In one write: a server may answer and close after it has read the first line.
+    // Sent in one write: a server may answer and close after it has read the first line.
     stream.write_all(format!("GET /livez HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n").as_bytes())?;
     let mut head = [0; 256];
     let mut length = 0;
@@ -55,7 +55,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers one connection with `answer` and returns the port.
+    /// Answers one connection with `answer`; returns the port.
     fn answering(answer: &'static str) -> u16 {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();

@@ -1,6 +1,6 @@
-//! From what `--model` says to a model that can be served: obtain, open, load, try.
+//! From the value of `--model` to a model that can be served: download, open, load, try.
 //!
-//! What does not depend on one another runs at one time: the tokenizer is built while the weights are packed.
+//! Independent steps run concurrently: the tokenizer is built while the weights are packed.
 
 use std::cell::RefCell;
 use std::sync::Arc;
@@ -26,11 +26,11 @@ use crate::router::LocalReplica;
 use crate::tokenizer::{self, ChatTemplate, Tokenizer, TokenizerBundle, TokenizerFiles};
 use crate::types::{Backend, Fingerprint, SamplingDefaults, TokenId, with_causes};
 
-/// What the synthetic inference continues, where the tokenizer can spell it.
+/// The prompt of the synthetic inference, if the tokenizer can encode it.
 const PROBE_TEXT: &str = "The capital of France is";
-/// Tokens of that text at most.
+/// Maximum length of the synthetic inference's prompt, in tokens.
 const MAX_PROBE_PROMPT: usize = 16;
-/// A driver that has not answered by then is done without.
+/// If the driver does not answer within this time, the GPU is not monitored.
 const DRIVER_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub struct LoadedModel {
@@ -39,26 +39,26 @@ pub struct LoadedModel {
     pub fingerprint: Fingerprint,
     pub limits: EngineLimits,
     pub has_chat_template: bool,
-    /// Ends the watchers and the probe. Do so before the engine is ended on purpose.
+    /// Stops the watchers and the probe. Cancel this before the engine is stopped on purpose.
     pub watchers: CancellationToken,
-    /// What clients and peers get, until it is served.
+    /// What clients and peers will use; taken when the model is served.
     offer: Option<(ServedModel, LocalReplica)>,
 }
 
 impl LoadedModel {
-    /// Gives the model to clients and peers, and makes the node ready.
+    /// Makes the model available to clients and peers, and the node ready.
     pub fn serve(&mut self, front: &Front) {
         let (served, replica) = self.offer.take().expect("a model is served once");
         let report = replica.model.clone();
         front.api.set_model(served);
         front.router.attach(replica);
-        // Refused only if the engine has failed in this moment; then the node ends.
+        // Fails only if the engine has just failed; then the node ends.
         let _ = front.health.lifecycle().ready("the model is loaded and gives the same numbers twice");
         front.cluster.describe(vec![report]);
     }
 }
 
-/// Obtains, loads and tries the model.
+/// Downloads, loads and tries the model.
 pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyhow::Result<LoadedModel> {
     let health = &front.health;
     health.set_loading(LoadPhase::Downloading, 0.0);
@@ -176,7 +176,8 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
     Ok(LoadedModel { name, engine, fingerprint, limits, has_chat_template, watchers, offer })
 }
 
-/// A GPU whose driver cannot be asked is used all the same; its errors then show in steps alone.
+/// Opens the monitoring of the GPU. If the driver cannot be asked, the GPU is used without it, and errors show only in failing
+/// steps.
 async fn open_probe(pci_bus_id: String) -> anyhow::Result<Option<Box<dyn DeviceProbe>>> {
     let opened = timeout(DRIVER_TIMEOUT, off_runtime(move || Ok(GpuProbe::open(&pci_bus_id)))).await;
     let problem = match opened {
@@ -190,24 +191,24 @@ async fn open_probe(pci_bus_id: String) -> anyhow::Result<Option<Box<dyn DeviceP
     Ok(None)
 }
 
-/// The node has failed as soon as its engine has, and says why.
+/// Fails the node as soon as its engine fails, with the engine's reason.
 fn fails_node(health: Health) -> OnFailure {
     Box::new(move |failure| {
         let cause = failure.source.as_deref().map(|source| with_causes(source).to_string());
         let cause = cause.unwrap_or_else(|| failure.message.clone());
-        // Refused when the node has failed or stopped already.
+        // This has no effect if the node has already failed or stopped.
         let _ = health.lifecycle().fail(format!("the engine failed: {cause}"));
     })
 }
 
-/// Runs what blocks or computes where it does not hold up the front.
+/// Runs blocking or compute-intensive work on another thread than the HTTP server's.
 async fn off_runtime<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {
     tokio::task::spawn_blocking(work).await.context("loading panicked")?
 }
 
-/// The tokenizer, and what other nodes need to take requests for this model. Both are made of one reading of the files.
+/// Opens the tokenizer, and the files that other nodes need to take requests for this model. The files are read once for both.
 fn open_tokenizer(source: &TokenizerSource, model_eos: &[TokenId]) -> anyhow::Result<(Tokenizer, TokenizerBundle)> {
     const UNUSABLE: &str = "the model's tokenizer cannot be used";
     let ends = |tokenizer: &Tokenizer| union(model_eos, tokenizer.eos_token_ids());
@@ -226,7 +227,7 @@ fn open_tokenizer(source: &TokenizerSource, model_eos: &[TokenId]) -> anyhow::Re
     }
 }
 
-/// What requests get that leave sampling parameters out. The model's files go before the catalog.
+/// Sampling defaults for requests that leave parameters out. The model's files take precedence over the catalog.
 fn sampling_defaults(wanted: GenerationConfig, tokenizer: &Tokenizer, catalog: SamplingDefaults) -> SamplingDefaults {
     let of_files = tokenizer.sampling_defaults();
     let defaults = match wanted {
@@ -252,7 +253,7 @@ fn sampling_defaults(wanted: GenerationConfig, tokenizer: &Tokenizer, catalog: S
     defaults
 }
 
-/// Brings the weights to the device, telling probes and the person at the terminal how far it has come.
+/// Loads the weights to the device, and reports the progress to probes and to the terminal.
 fn load_runner(
     files: ModelFiles,
     device: &ComputeDevice,
@@ -281,8 +282,8 @@ fn load_runner(
     })
 }
 
-/// A model whose template we cannot read is served all the same; chat requests are told why they are not. A template that
-/// the operator has chosen must be right.
+/// If the model's own template cannot be read, the model is served anyway, and chat requests get an error that says so. A
+/// template chosen by the operator must be valid.
 fn open_chat_template(tokenizer: &Tokenizer, is_chosen: bool) -> anyhow::Result<ChatTemplate> {
     const UNREADABLE: &str = "{{ raise_exception('the chat template of this model cannot be read by this server') }}";
     let template = match tokenizer.chat_template() {
@@ -293,12 +294,12 @@ fn open_chat_template(tokenizer: &Tokenizer, is_chosen: bool) -> anyhow::Result<
             ChatTemplate::new(UNREADABLE, tokenizer.special_tokens())?
         }
     };
-    // Tried now, and not by the first request.
+    // Analysed now, so that the first request does not pay for it.
     let _ = (template.traits(false), template.traits(true));
     Ok(template)
 }
 
-/// At most `room` tokens, but at least one.
+/// At most `room` tokens, and at least one.
 fn probe_prompt(tokenizer: &Tokenizer, room: usize) -> Vec<TokenId> {
     let mut prompt = tokenizer.encode(PROBE_TEXT, true).unwrap_or_default();
     prompt.truncate(room.min(MAX_PROBE_PROMPT));
@@ -308,7 +309,7 @@ fn probe_prompt(tokenizer: &Tokenizer, room: usize) -> Vec<TokenId> {
     prompt
 }
 
-/// The first list's order, then what only the second has.
+/// The first list, followed by what only the second list has.
 fn union(first: &[TokenId], second: &[TokenId]) -> Vec<TokenId> {
     let mut ids = first.to_vec();
     for id in second {

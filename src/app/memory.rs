@@ -1,5 +1,6 @@
-//! Whether weights and KV pool fit into the memory that this process may use: the machine's, or its control group's. Pages of the
-//! pool cost nothing until they are used, so a pool that is too large would get the process killed only under load.
+//! Checks that weights and KV pool fit into the memory available to this process (the machine's or the control group's). Pages
+//! of the pool are allocated only when used, so without this check a pool that is too large would get the process killed later,
+//! under load.
 
 use crate::config::Compute;
 use crate::engine::model_runner::CPU_KV_CACHE_MEMORY;
@@ -8,7 +9,7 @@ use crate::health::{HostMemory, MemoryLimit};
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     #[error(
-        "kv_cache_memory of {}{} does not fit into the memory of {source_name}, which is {}: give it {} at most",
+        "kv_cache_memory of {}{} does not fit into the memory of {source_name}, which is {}: use {} at most",
         size(*.pool), beside(*.weights), size(*.limit), size(.limit - .weights)
     )]
     Pool { pool: u64, weights: u64, limit: u64, source_name: &'static str },
@@ -16,13 +17,13 @@ pub enum MemoryError {
     Weights { weights: u64, limit: u64, source_name: &'static str },
 }
 
-/// The KV pool beside `weights` bytes of weights, on processors; 0 while these are not known. What nobody has asked for is made
-/// to fit: at most half of what the weights leave.
+/// The size of the KV pool in host memory, beside `weights` bytes of weights (0 while unknown). If `kv_cache_memory` is not
+/// configured, the pool is limited to half of what the weights leave.
 pub fn kv_pool(compute: &Compute, weights: u64, removal_mark: f64) -> Result<Option<u64>, MemoryError> {
     match HostMemory::detect().limit() {
         Ok(limit) => fit(compute.kv_cache_memory, weights, limit, removal_mark),
         Err(error) => {
-            tracing::debug!(%error, "the memory of this machine is not known");
+            tracing::debug!(%error, "cannot determine the memory of this machine");
             Ok(compute.kv_cache_memory)
         }
     }
@@ -47,7 +48,7 @@ fn fit(
             kv_cache_memory = pool,
             weights,
             limit,
-            "a full KV pool will take more memory than memory_removal_mark ({removal_mark}) allows, and make the node unready"
+            "when the KV pool is full, memory use will exceed memory_removal_mark ({removal_mark}) and the node will be unready"
         );
     }
     Ok(Some(pool))
@@ -57,7 +58,7 @@ fn beside(weights: u64) -> String {
     if weights == 0 { String::new() } else { format!(" beside {} of weights", size(weights)) }
 }
 
-/// In the largest unit of which there is one.
+/// Written in the largest unit that fits.
 fn size(bytes: u64) -> String {
     match bytes {
         _ if bytes >= 1 << 30 => format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30)),

@@ -1,8 +1,8 @@
-//! The composition root: builds and starts every task, and owns the order in which they end.
+//! The composition root: builds and starts every task, and defines the order in which they end.
 //!
-//! The front listens before anything is loaded, so that probes see how far loading has come. Then the model is obtained and
-//! loaded, the engine started and tried, and the node is ready. `life` says in which order it serves and ends; `driver` does
-//! what it says.
+//! The HTTP server listens before anything is loaded, so that probes can report the progress. Then the model is downloaded and
+//! loaded, the engine is started and tried, and the node is ready. `life` decides in which order the node serves and ends;
+//! `driver` carries it out.
 
 mod announce;
 mod cluster;
@@ -30,13 +30,13 @@ use front::Front;
 use load::LoadedModel;
 use signals::Signals;
 
-/// What blocking work, such as a download that hangs, may hold up the end of the process.
+/// How long blocking work, such as a hanging download, may delay the end of the process.
 const RUNTIME_END: Duration = Duration::from_millis(200);
 
-/// Serves until a signal or a failure; the exit code says which. An error is one of starting.
+/// Serves until a signal or a failure, and returns the exit code. Errors are errors of starting.
 pub fn serve(invocation: Invocation) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
-    // Dropped last, so that what the end logs is written, too.
+    // Dropped last, so that the last log lines are written.
     let _log = trace::init(&invocation.config.trace)?;
     let terminal = Output::terminal().context("standard output cannot be used")?;
     log_configuration(&invocation);
@@ -50,7 +50,7 @@ pub fn serve(invocation: Invocation) -> anyhow::Result<ExitCode> {
     ended
 }
 
-/// Once, in one line, secrets redacted.
+/// Logs the effective configuration once, in one line, with secrets redacted.
 fn log_configuration(invocation: &Invocation) {
     let pairs = KEYS.iter().map(|key| format!("{}={}", key.name, key.text(&invocation.config)));
     let effective = pairs.collect::<Vec<_>>().join(" ");
@@ -66,28 +66,28 @@ async fn run(config: Config, started: Instant, terminal: &Output) -> anyhow::Res
     let mut config = config.for_device(device.is_gpu())?;
     open_files::make_room(&mut config);
     if !device.is_gpu() {
-        // Before the download: what does not fit alone does not fit beside the weights.
+        // Checked before the download: a pool that does not fit alone does not fit beside the weights.
         memory::kv_pool(&config.compute, 0, config.health.memory_removal_mark)?;
     }
     let front = Front::open(&config).await?;
     watchdog::start(&config, front.health.lifecycle().clone())?;
     terminal.say(&format!("Listening on {}", front.base_url));
     if config.api.api_keys.is_empty() && !front.is_local {
-        tracing::warn!("no api_keys are set: anybody who can reach `host` can use the model");
+        tracing::warn!("no api_keys are configured: anybody who can reach this address can use the model");
     }
     let loading = load::load(&config, device, &front);
     let welcome = |model: &LoadedModel| welcome(&config, &front, model, started.elapsed(), terminal);
     driver::drive(&config, &front, loading, welcome, &mut signals).await
 }
 
-/// Before anything listens: the limits of the queue depend on what computes.
+/// Opens the device before the server listens, since the queue limits depend on the device.
 async fn open_device(config: &Config) -> anyhow::Result<ComputeDevice> {
     let choice = config.compute.device;
     let opened = tokio::task::spawn_blocking(move || ComputeDevice::open(choice))
         .await
         .context("opening the device panicked")?;
     let device = opened.with_context(|| match choice {
-        DeviceChoice::Auto => "there is a GPU, and it is not well (device = cpu computes on the processors)".to_owned(),
+        DeviceChoice::Auto => "the GPU cannot be used (set device = cpu to compute on the CPU)".to_owned(),
         _ => format!("device {choice} cannot be used"),
     })?;
     tracing::info!(%device, "computing");

@@ -1,23 +1,22 @@
-//! Room for connections: each takes a file descriptor, and the process has a limit of them (RLIMIT_NOFILE).
+//! File descriptors for connections: each connection needs one, and the process has a limit (RLIMIT_NOFILE).
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 use crate::api;
 use crate::config::Config;
 
-/// Descriptors for what is not a client: listeners, timers, the model's files, downloads, the log, connections that are just
-/// being closed.
+/// Descriptors for other purposes: listeners, timers, model files, downloads, the log, connections that are being closed.
 const OTHER_FILES: usize = 160;
 /// Descriptors for connections between nodes, and gossip.
 const PEER_FILES: usize = 128;
-/// With fewer connections than this a node is of no use; it tries all the same.
+/// The smallest useful number of connections. The node tries to serve as many even if the limit is lower.
 const LEAST_CONNECTIONS: usize = 16;
 
-/// Raises the limit so far that `max_connections` fit, or lowers `max_connections` to what fits, and says so.
+/// Raises the limit so that `max_connections` fit. If that is impossible, lowers `max_connections` and logs a warning.
 pub fn make_room(config: &mut Config) {
     let (soft, hard) = match getrlimit(Resource::RLIMIT_NOFILE) {
         Ok(limits) => limits,
-        Err(error) => return tracing::warn!(%error, "the limit of open files is not known"),
+        Err(error) => return tracing::warn!(%error, "cannot read the limit of open files"),
     };
     let others = others(config);
     let wanted = (config.api.max_connections + others) as u64;
@@ -41,7 +40,7 @@ pub fn make_room(config: &mut Config) {
     config.api.max_connections = fitting;
 }
 
-/// Descriptors for everything but the connections that `max_connections` counts.
+/// Descriptors for everything else.
 fn others(config: &Config) -> usize {
     let admin = config.api.admin_addr.map_or(0, |_| api::ADMIN_LIMITS.served + api::ADMIN_LIMITS.overflow);
     let peers = if config.cluster.is_clustered() { PEER_FILES } else { 0 };

@@ -1,10 +1,10 @@
-//! SIGTERM and SIGINT, as things to wait for. The first asks for an orderly end, a second for an end at once.
+//! SIGTERM and SIGINT as events. The first one shuts the node down gracefully, a second one ends it at once.
 
 use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// Catches both signals from its making on: they no longer end the process by themselves.
+/// Catches both signals; from its creation they no longer end the process by themselves.
 pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -18,12 +18,13 @@ pub struct Caught {
 }
 
 impl Caught {
-    /// Whether clients may still be sent here: a load balancer needs a while to notice. SIGINT comes from a terminal.
+    /// Whether clients may still be sent here, because a load balancer needs time to notice. SIGINT comes from a terminal, so
+    /// there is nothing to wait for.
     pub fn lingers(self) -> bool {
         self.name == "SIGTERM"
     }
 
-    /// What shells report of a process that a signal ended.
+    /// The exit code that shells report for a process ended by this signal.
     pub fn exit_code(self) -> u8 {
         128 + self.number
     }

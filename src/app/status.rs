@@ -1,4 +1,4 @@
-//! `outrigger status`: the cluster as the node at `admin_addr` sees it, as a table for a terminal or as JSON.
+//! `outrigger status`: shows the cluster as the node at `admin_addr` sees it, as a table or as JSON.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -12,17 +12,17 @@ use crate::router::overview::{BreakerPosition, ClusterOverview, NodeOverview, Pe
 use crate::types::NodeState;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
-/// Digits of a fingerprint that tell two apart at a glance.
+/// Length of the shortened fingerprint in the table.
 const SHORT_FINGERPRINT: usize = 12;
 
-/// Asks the node and gives the text to print.
+/// Asks the node, and returns the text to print.
 pub fn run(address: SocketAddr, key: Option<&str>, as_json: bool) -> anyhow::Result<String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime.block_on(ask(address, key)).with_context(|| format!("no overview from {address}"))?;
     if as_json {
         return Ok(answer + "\n");
     }
-    let overview = serde_json::from_str(&answer).context("the node is of another version: try --json")?;
+    let overview = serde_json::from_str(&answer).context("the node runs another version of Outrigger: try --json")?;
     Ok(render(&overview))
 }
 
@@ -89,7 +89,7 @@ fn node_table(overview: &ClusterOverview) -> TextTable {
     table
 }
 
-/// `of_peer`: weight, breaker, round trip, age of the report.
+/// `of_peer`: weight, breaker, round-trip time, age of the report.
 fn row(node: &NodeOverview, streams: u64, of_peer: [String; 4]) -> [String; 16] {
     let report = &node.report;
     let [weight, breaker, round_trip, age] = of_peer;
@@ -114,7 +114,7 @@ fn row(node: &NodeOverview, streams: u64, of_peer: [String; 4]) -> [String; 16] 
     ]
 }
 
-/// The state, or that it is not ready although the state would have it so.
+/// The state, or `unready` if the node is not ready although its state would allow it.
 fn state(node: &NodeOverview) -> &'static str {
     match node.report.state {
         NodeState::Ready | NodeState::Degraded if !node.report.ready => "unready",
@@ -122,12 +122,12 @@ fn state(node: &NodeOverview) -> &'static str {
     }
 }
 
-/// An average that is 0 until measured.
+/// An average, which is 0 until measured.
 fn measured(seconds: f32) -> String {
     if seconds > 0.0 { time(seconds.into()) } else { "–".into() }
 }
 
-/// Three digits are enough.
+/// Three significant digits.
 fn time(seconds: f64) -> String {
     match seconds {
         seconds if seconds < 0.01 => format!("{:.1}ms", seconds * 1e3),

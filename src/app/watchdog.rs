@@ -1,7 +1,7 @@
-//! Ends the process where nothing else can: when the front hangs, or when an ending does not end.
+//! Ends the process if the HTTP server hangs, or if a shutdown takes much too long.
 //!
-//! Probes, signals and the end of a failed node all run on the runtime of the front. A thread of its own watches that
-//! runtime, and waits for nobody: not for the log, and not for whatever a library does when a process exits.
+//! Probes, signals and the shutdown of a failed node all run on the HTTP server's async runtime. This watchdog runs on its own
+//! thread, watches that runtime, and waits for nothing: neither for the log nor for clean-up handlers of libraries at exit.
 
 use std::process;
 use std::sync::Arc;
@@ -18,14 +18,14 @@ use crate::health::stall_watch::StallWatch;
 use crate::observability::trace;
 use crate::types::NodeState;
 
-/// From one look at the front to the next, and from one sign of its life to the next.
+/// How often the watchdog looks, and how often the runtime shows that it is alive.
 const INTERVAL: Duration = Duration::from_millis(250);
-/// What the steps of an ending take besides the times that are configured.
+/// Time for the steps of a shutdown, beyond the configured times.
 const ENDING_SLACK: Duration = Duration::from_secs(30);
-/// For the last line of the log, and for libraries that want to clean up.
+/// Time for the last log line, and for clean-up by libraries.
 const EXIT_GRACE: Duration = Duration::from_secs(2);
 
-/// How long the front may show no life, and how long an ending may take.
+/// How long the runtime may show no life, and how long a shutdown may take.
 #[derive(Clone, Copy, Debug)]
 struct Bounds {
     front: Duration,
@@ -35,13 +35,13 @@ struct Bounds {
 impl Bounds {
     fn of(config: &Config) -> Self {
         let process = &config.process;
-        // A node that fails while it drains has its time again.
+        // Twice `shutdown_timeout`, because a node that fails while draining starts a new shutdown.
         let ending = process.shutdown_timeout * 2 + process.drain_linger + process.failure_linger + ENDING_SLACK;
         Self { front: config.health.liveness_timeout, ending }
     }
 }
 
-/// The pure core.
+/// The pure core of the watchdog.
 #[derive(Debug)]
 struct Watchdog {
     bounds: Bounds,
@@ -54,7 +54,7 @@ impl Watchdog {
         Self { bounds, front: StallWatch::default(), ending: StallWatch::default() }
     }
 
-    /// Why the process must be ended from outside, if it must. `signs`: of the front's life so far.
+    /// Why the process must be ended, if it must. `signs`: how often the runtime has shown that it is alive.
     fn judge(&mut self, signs: u64, state: NodeState, now: Instant) -> Option<String> {
         let is_ending = matches!(state, NodeState::Draining | NodeState::Failed | NodeState::Stopped);
         let front = self.front.observe(1, signs, now).filter(|silence| *silence > self.bounds.front);
@@ -62,15 +62,15 @@ impl Watchdog {
         if let Some(silence) = front {
             let limit = self.bounds.front.as_secs_f64();
             return Some(format!(
-                "the front has hung for {:.1} s (liveness_timeout, {limit:.1} s): it answers neither clients nor probes",
+                "the HTTP server has hung for {:.1} s (liveness_timeout, {limit:.1} s): it answers neither clients nor probes",
                 silence.as_secs_f64()
             ));
         }
-        ending.map(|time| format!("the node has been ending for {:.1} s, longer than it may", time.as_secs_f64()))
+        ending.map(|time| format!("the shutdown has taken {:.1} s, longer than allowed", time.as_secs_f64()))
     }
 }
 
-/// Watches the runtime that it is called in, for as long as the process lives.
+/// Watches the current runtime for as long as the process lives.
 pub fn start(config: &Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let signs = Arc::new(AtomicU64::new(0));
     tokio::spawn(show_life(signs.clone()));
@@ -96,7 +96,7 @@ async fn show_life(signs: Arc<AtomicU64>) {
 }
 
 fn end(reason: String) -> ! {
-    // Another thread says why and exits in order, because either may block for ever.
+    // A separate thread logs the reason and exits regularly, because either may block for ever.
     let said = thread::Builder::new().spawn(move || {
         tracing::error!(reason, "ending the process at once, to be restarted");
         trace::flush();
@@ -114,7 +114,7 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds { front: Duration::from_secs(30), ending: Duration::from_secs(90) };
 
-    /// Looks for so long; `signs` tells the signs of life at each look. Returns after how long the process must end, and why.
+    /// Looks for that long; `signs` returns the signs of life at each look. Returns when and why the process must end.
     fn run(limit: Duration, state: NodeState, signs: impl Fn(u32) -> u64) -> Option<(Duration, String)> {
         let (mut watchdog, start) = (Watchdog::new(BOUNDS), Instant::now());
         (0..).map(|look| (look, INTERVAL * look)).take_while(|(_, time)| *time < limit).find_map(|(look, time)| {
@@ -140,7 +140,7 @@ mod tests {
         for state in [NodeState::Draining, NodeState::Failed, NodeState::Stopped] {
             let (after, reason) = run(HOUR, state, u64::from).expect("ended");
             assert_eq!(after, BOUNDS.ending + INTERVAL, "{state:?}");
-            assert!(reason.contains("ending"), "{reason}");
+            assert!(reason.contains("shutdown"), "{reason}");
         }
     }
 

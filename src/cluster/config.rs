@@ -1,4 +1,4 @@
-//! How a node finds the others and is found.
+//! Configuration of the cluster: this node's name and addresses, and how it finds other nodes.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -9,29 +9,29 @@ use serde::Deserialize;
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Names this node. Default: none, which stands for a random name.
+    /// Name of this node. Default: none, which generates a random one.
     pub node_id: Option<String>,
-    /// Names the cluster; nodes of another name are not heard. Default: `outrigger`.
+    /// Name of the cluster. Gossip from other clusters is ignored. Default: `outrigger`.
     pub cluster_id: String,
-    /// UDP address to gossip on. Default: none, which makes a cluster of one.
+    /// UDP address for gossip. Default: none, for a single node without a cluster.
     pub gossip_addr: Option<SocketAddr>,
-    /// Where others reach it. Default: none, which stands for `gossip_addr`.
+    /// Address at which other nodes reach `gossip_addr`. Default: none, which means `gossip_addr`.
     pub gossip_advertise_addr: Option<SocketAddr>,
-    /// TCP address on which peers call. Default: none, which stands for `gossip_addr`'s host and port.
+    /// TCP address for requests from other nodes. Default: none, which means the host and port of `gossip_addr`.
     pub peer_addr: Option<SocketAddr>,
-    /// Where others reach it. Default: none, which stands for `peer_addr`.
+    /// Address at which other nodes reach `peer_addr`. Default: none, which means `peer_addr`.
     pub peer_advertise_addr: Option<SocketAddr>,
-    /// Gossip addresses of other nodes, `host:port`; names are resolved again and again.
+    /// Gossip addresses of other nodes, `host:port`. Names are resolved periodically.
     pub peers: Vec<String>,
-    /// Holds the secret that all nodes of a cluster share, 32 bytes or more.
+    /// File with the secret that all nodes of a cluster share: 32 bytes or more.
     pub cluster_key_file: Option<PathBuf>,
-    /// Requests prefer nodes of their own zone. Default: empty, which is a zone as well.
+    /// Zone of this node; requests prefer nodes in the same zone. Default: empty, which is a zone of its own.
     pub zone: String,
-    /// From one round of gossip to the next. Default: 250 ms.
+    /// Interval of gossip rounds. Default: 250 ms.
     pub gossip_interval: Duration,
-    /// Time in which a connection to a peer has to stand. Default: 1 s.
+    /// Time limit for connecting to a peer. Default: 1 s.
     pub peer_connect_timeout: Duration,
-    /// Certificates for peer traffic instead of those derived from the cluster key: all three, or none.
+    /// Certificates for traffic between nodes, instead of those derived from the cluster key. Set all three, or none.
     pub peer_tls_cert_file: Option<PathBuf>,
     pub peer_tls_key_file: Option<PathBuf>,
     pub peer_tls_ca_file: Option<PathBuf>,
@@ -59,22 +59,22 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Whether this node takes part in a cluster, or is one alone.
+    /// Whether this node is part of a cluster.
     pub fn is_clustered(&self) -> bool {
         self.gossip_addr.is_some()
     }
 
-    /// Where others gossip with this node, whose socket is bound to `bound`.
+    /// The gossip address that other nodes use, given the address to which the socket is bound.
     pub fn gossip_advertised(&self, bound: SocketAddr) -> SocketAddr {
         self.gossip_advertise_addr.unwrap_or(bound)
     }
 
-    /// Where to listen for the calls of peers; `None` in a cluster of one.
+    /// The address to listen on for peers; `None` for a single node.
     pub fn peer_listen_addr(&self) -> Option<SocketAddr> {
         self.gossip_addr.map(|gossip_addr| self.peer_addr.unwrap_or(gossip_addr))
     }
 
-    /// Where peers call this node, whose listener is bound to `bound`.
+    /// The address that peers use to call this node, given the address to which the listener is bound.
     pub fn peer_advertised(&self, bound: SocketAddr) -> SocketAddr {
         let same_host = |gossip: SocketAddr| SocketAddr::new(gossip.ip(), bound.port());
         self.peer_advertise_addr.or(self.gossip_advertise_addr.map(same_host)).unwrap_or(bound)
@@ -83,7 +83,9 @@ impl Config {
     /// Reports every problem, with the key's name.
     pub fn validate(&self, problems: &mut Vec<String>) {
         if self.is_clustered() && self.cluster_key_file.is_none() {
-            problems.push("cluster_key_file is required with gossip_addr: nothing between nodes is ever plain".into());
+            problems.push(
+                "cluster_key_file is required with gossip_addr: traffic between nodes is always encrypted".into(),
+            );
         }
         if !self.is_clustered() {
             let orphans = [
@@ -93,13 +95,15 @@ impl Config {
                 ("peer_advertise_addr", self.peer_advertise_addr.is_some()),
             ];
             for (key, _) in orphans.iter().filter(|(_, is_set)| *is_set) {
-                problems.push(format!("{key} means nothing without gossip_addr"));
+                problems.push(format!("{key} has no effect without gossip_addr"));
             }
         }
         let unspecified = |addr: Option<SocketAddr>| addr.is_some_and(|addr| addr.ip().is_unspecified());
         if unspecified(self.gossip_addr) && self.gossip_advertise_addr.is_none() {
-            problems
-                .push("gossip_advertise_addr is required: gossip_addr is no address that others could reach".into());
+            problems.push(
+                "gossip_advertise_addr is required: other nodes cannot use gossip_addr, which names no single address"
+                    .into(),
+            );
         }
         for (key, addr) in
             [("gossip_advertise_addr", self.gossip_advertise_addr), ("peer_advertise_addr", self.peer_advertise_addr)]
@@ -116,11 +120,14 @@ impl Config {
             }
         }
         if unspecified(self.peer_addr) && self.peer_advertise_addr.or(self.gossip_advertise_addr).is_none() {
-            problems.push("peer_advertise_addr is required: peer_addr is no address that others could reach".into());
+            problems.push(
+                "peer_advertise_addr is required: other nodes cannot use peer_addr, which names no single address"
+                    .into(),
+            );
         }
         let files = [&self.peer_tls_cert_file, &self.peer_tls_key_file, &self.peer_tls_ca_file];
         if !matches!(files.iter().filter(|file| file.is_some()).count(), 0 | 3) {
-            problems.push("peer_tls_cert_file, peer_tls_key_file and peer_tls_ca_file go together".into());
+            problems.push("set all of peer_tls_cert_file, peer_tls_key_file and peer_tls_ca_file, or none".into());
         }
         for (key, time) in
             [("gossip_interval", self.gossip_interval), ("peer_connect_timeout", self.peer_connect_timeout)]

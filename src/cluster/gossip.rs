@@ -1,8 +1,8 @@
-//! What nodes tell of themselves, as the text values that gossip carries, and back. Whatever comes from the wire is checked
-//! against the bounds of `load_report`. Pure.
+//! Encodes and decodes the values that nodes publish through gossip. Values from the network are checked against the limits in
+//! `load_report`. Pure.
 //!
-//! A value is Postcard, seven bits to a character: chitchat carries text, and short text. Numbers are rounded to what a
-//! decision could notice, so that noise stays short.
+//! A value is Postcard data, written with seven bits per character, since chitchat carries text and needs it short. Numbers are
+//! rounded to what affects decisions, so that small fluctuations are not sent.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,33 +11,33 @@ use super::load_report::{
 };
 use crate::types::NodeState;
 
-/// Of the text of a report or a list of prefixes, and of a description.
+/// Maximum size of the text of a report or a prefix list, and of a description.
 pub const MAX_REPORT_BYTES: usize = 1024;
 pub const MAX_DESCRIPTION_BYTES: usize = 8 << 10;
-/// Models in a description, names of each, and bytes of any name in it.
+/// Limits of a description: models, names of each, and bytes of any name.
 pub const MAX_MODELS: usize = 32;
 pub const MAX_NAMES: usize = 16;
 pub const MAX_NAME_BYTES: usize = 256;
 
-/// Smallest changes that are told apart.
+/// Steps to which values are rounded.
 const RATIO_STEPS: f32 = 1000.0;
 const FIRST_TOKEN_STEP_SECONDS: f32 = 1e-4;
 const TOKEN_STEP_SECONDS: f32 = 1e-6;
 const RATE_STEP: f32 = 0.1;
 
-/// Why a value from the wire is not taken.
+/// Why a value from the network is rejected.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GossipError {
-    #[error("the node speaks protocol {0}, this one {PROTOCOL_VERSION}")]
+    #[error("the node uses protocol version {0}, this node {PROTOCOL_VERSION}")]
     OtherProtocol(u16),
-    #[error("the value is malformed or beyond its bounds")]
+    #[error("the value is malformed or exceeds its limits")]
     Malformed,
 }
 
-/// A report without its prefixes, which change at another pace.
+/// A report without its prefixes, which are sent at another rate.
 #[derive(Serialize, Deserialize)]
 struct WireReport {
-    /// Differs from the last one's, so that an unchanged report is news as well.
+    /// Differs from the previous report's, so that an unchanged report counts as a new value.
     sequence: u8,
     state: NodeState,
     ready: bool,
@@ -55,7 +55,7 @@ struct WireReport {
     free_token_budget: u64,
 }
 
-/// The report but for its prefixes. Reasons are cut to their bounds, numbers to their ranges.
+/// Encodes the report without its prefixes. Reasons are cut and numbers are clamped to their limits.
 pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
     let ratio = |value: f32| (value.clamp(0.0, 1.0) * RATIO_STEPS).round() as u16;
     let steps = |value: f32, step: f32| (value / step).round() as u32;
@@ -79,7 +79,7 @@ pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
     to_text(&wire)
 }
 
-/// The report, without prefixes.
+/// Decodes a report, without prefixes.
 pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
     let wire: WireReport = from_text(text, MAX_REPORT_BYTES)?;
     let ratios = [wire.queue_saturation, wire.kv_usage, wire.memory_pressure];
@@ -108,7 +108,7 @@ pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
     })
 }
 
-/// The hottest prefixes, in their order.
+/// The hottest prefixes, in order.
 pub fn encode_prefixes(hashes: &[u32]) -> String {
     let bytes: Vec<u8> = hashes.iter().take(MAX_HOT_PREFIXES).flat_map(|hash| hash.to_le_bytes()).collect();
     pack(&bytes)
@@ -123,7 +123,8 @@ pub fn decode_prefixes(text: &str) -> Result<Vec<u32>, GossipError> {
     Ok(hashes.iter().map(|hash| u32::from_le_bytes(*hash)).collect())
 }
 
-/// The description; what goes beyond its bounds is left out, names as a whole, since half a name is another one.
+/// Encodes the description. What exceeds the limits is left out; names are left out as a whole, since a cut name would be
+/// another name.
 pub fn encode_description(description: &NodeDescription) -> String {
     let fits = |name: &String| name.len() <= MAX_NAME_BYTES;
     let bounded = |model: &ModelReport| ModelReport {
@@ -149,7 +150,7 @@ pub fn encode_description(description: &NodeDescription) -> String {
     }
 }
 
-/// Of another protocol, only the number is read.
+/// Of another protocol version, only the version number is read.
 pub fn decode_description(text: &str) -> Result<NodeDescription, GossipError> {
     let bytes = unpack(text, MAX_DESCRIPTION_BYTES)?;
     let (protocol, _) = postcard::take_from_bytes::<u16>(&bytes).map_err(|_| GossipError::Malformed)?;
@@ -173,18 +174,19 @@ pub fn decode_description(text: &str) -> Result<NodeDescription, GossipError> {
     if is_within { Ok(description) } else { Err(GossipError::Malformed) }
 }
 
-/// How soon the others should hear of a change.
+/// How quickly other nodes should learn of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Urgency {
-    /// Noise.
+    /// Not at all: a small fluctuation.
     None,
-    /// With the next round.
+    /// In the next gossip round.
     Routine,
-    /// At once: it decides whether the node gets traffic at all.
+    /// At once: the change decides whether the node gets traffic.
     Urgent,
 }
 
-/// What is new in `next` for those who have `told`. Prefixes are told apart from the rest, and do not count here.
+/// How urgent the differences between the published report and `next` are. Prefixes are published separately and do not count
+/// here.
 pub fn urgency(told: &LoadReport, next: &LoadReport) -> Urgency {
     if told.state != next.state || told.ready != next.ready {
         return Urgency::Urgent;
@@ -213,7 +215,7 @@ pub fn urgency(told: &LoadReport, next: &LoadReport) -> Urgency {
     if is_news { Urgency::Routine } else { Urgency::None }
 }
 
-/// At most `max` bytes of `text`, whole characters.
+/// At most `max` bytes of `text`, in whole characters.
 fn cut(text: &str, max: usize) -> String {
     text[..text.floor_char_boundary(max)].to_owned()
 }
@@ -226,7 +228,7 @@ fn from_text<T: for<'de> Deserialize<'de>>(text: &str, max_bytes: usize) -> Resu
     postcard::from_bytes(&unpack(text, max_bytes)?).map_err(|_| GossipError::Malformed)
 }
 
-/// Bytes as ASCII, seven bits to a character, the lowest first; the last character's spare bits are zeros.
+/// Writes bytes as ASCII, seven bits per character, lowest bits first. The last character is padded with zero bits.
 fn pack(bytes: &[u8]) -> String {
     let mut text = String::with_capacity((bytes.len() * 8).div_ceil(7));
     let (mut held, mut bits) = (0u32, 0);
@@ -313,7 +315,7 @@ mod tests {
         }
     }
 
-    /// As it would come out.
+    /// The report as it arrives after encoding and decoding.
     fn through(report: &LoadReport) -> LoadReport {
         let hot_prefixes = decode_prefixes(&encode_prefixes(&report.hot_prefixes)).expect("our own");
         LoadReport { hot_prefixes, ..decode_report(&encode_report(report, 7)).expect("our own") }

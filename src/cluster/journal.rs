@@ -1,4 +1,4 @@
-//! What is needed to continue a stream elsewhere: the request, and the tokens that it has got so far.
+//! The journal of a stream: what another node needs to continue it, namely the request and the tokens so far.
 
 use std::fmt;
 use std::sync::Arc;
@@ -8,12 +8,12 @@ use sha2::{Digest, Sha256};
 
 use crate::types::{Fingerprint, FinishReason, NodeId, RequestId, SamplingParams, TokenId};
 
-/// Names a stream in the whole cluster: a digest of tenant, key and prompt index.
+/// Identifies a stream in the whole cluster: a digest of tenant, key and prompt index.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct JournalKey([u8; 16]);
 
 impl JournalKey {
-    /// `part` numbers the prompts of one request.
+    /// `part` is the index of the prompt in its request.
     pub fn new(tenant: &str, key: &str, part: usize) -> Self {
         let mut digest = Sha256::new();
         for piece in [tenant.as_bytes(), key.as_bytes(), &(part as u64).to_le_bytes()] {
@@ -35,15 +35,15 @@ impl fmt::Debug for JournalKey {
     }
 }
 
-/// What does not change while a stream runs.
+/// The part of a journal that does not change while the stream runs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JournalHead {
     pub key: JournalKey,
-    /// Digest of the client's body: the same key with another body is a mistake of the client's.
+    /// Digest of the request body. The same key with another body is the client's mistake.
     pub body: [u8; 16],
-    /// As the client sees it.
+    /// The id that the client sees.
     pub id: RequestId,
-    /// Seconds since the epoch, as the client sees it.
+    /// The creation time that the client sees, in seconds since the epoch.
     pub created: u64,
     pub model: String,
     pub fingerprint: Fingerprint,
@@ -52,14 +52,14 @@ pub struct JournalHead {
 }
 
 impl JournalHead {
-    /// Of two streams with one key and different bodies, the lesser one keeps the key, on every node. Clocks that differ make
-    /// another one the older, but the same one everywhere.
+    /// If two streams have the same key and different bodies, the one with the lower value keeps the key, on every node. Clock
+    /// differences may make the younger one win, but all nodes agree.
     pub fn seniority(&self) -> (u64, [u8; 16]) {
         (self.created, self.body)
     }
 }
 
-/// How far one choice has come.
+/// The progress of one choice.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChoiceProgress {
     pub tokens: Vec<TokenId>,
@@ -67,22 +67,22 @@ pub struct ChoiceProgress {
 }
 
 impl ChoiceProgress {
-    /// Without an end that belongs to one attempt only: another one may have more time.
+    /// Without an end that applies to one attempt only, such as a deadline: another attempt may have more time.
     pub fn lasting(&self) -> Self {
         let finished = self.finished.clone().filter(FinishReason::is_of_the_generation);
         Self { tokens: self.tokens.clone(), finished }
     }
 }
 
-/// A stream as a holder knows it.
+/// A stream as known to a node that holds its journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct JournalRecord {
     pub head: Arc<JournalHead>,
-    /// Grows by one with every node that takes the stream over.
+    /// Increases by one each time a node takes the stream over.
     pub epoch: u64,
-    /// The node that took it over last.
+    /// The node that took the stream over last.
     pub entry: NodeId,
-    /// One per choice.
+    /// One entry per choice.
     pub choices: Vec<ChoiceProgress>,
 }
 
@@ -92,10 +92,10 @@ impl JournalRecord {
     }
 }
 
-/// One change to a journal.
+/// A change to a journal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum JournalEntry {
-    /// The whole stream so far; replaces what the holder has, unless that has a later epoch.
+    /// The whole stream so far. Replaces the holder's record, unless that has a later epoch.
     Put(JournalRecord),
     /// Tokens from position `start` on.
     Append {
@@ -106,17 +106,17 @@ pub enum JournalEntry {
         tokens: Vec<TokenId>,
         finished: Option<FinishReason>,
     },
-    /// The stream has wrong tokens: nobody is to go on with them.
+    /// The stream has wrong tokens, and must not be continued from this journal.
     Drop { key: JournalKey, epoch: u64 },
 }
 
-/// Why a holder did not take an entry.
+/// Why a holder rejects an entry.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum JournalRefusal {
-    /// Another node has taken the stream over since.
+    /// Another node has taken the stream over.
     Fenced { key: JournalKey, epoch: u64 },
-    /// The holder does not have the stream (any more), or misses tokens before `start`: put it again.
+    /// The holder does not have the stream, or lacks tokens before `start`. Send the whole record.
     Unknown { key: JournalKey },
-    /// The holder's bound on memory does not let it in.
+    /// The holder has no memory left for it.
     Full { key: JournalKey },
 }

@@ -1,5 +1,5 @@
-//! The journals that this node keeps: those it holds for others, and those of its own streams that have ended. Bounded in
-//! time and in memory; time is passed in.
+//! The journals that this node holds: for other nodes' streams, and for its own finished streams. Limited in time and memory;
+//! time is passed in.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::journal::{ChoiceProgress, JournalEntry, JournalKey, JournalRecord, JournalRefusal};
 use crate::types::NodeId;
 
-/// What a record costs beside its tokens.
+/// Approximate memory of a record without its tokens.
 const RECORD_BYTES: u64 = 1024;
 
 pub struct JournalStore {
@@ -16,7 +16,7 @@ pub struct JournalStore {
     max_bytes: u64,
     bytes: u64,
     records: BTreeMap<JournalKey, Kept>,
-    /// By last change.
+    /// Records by the time of their last change.
     ages: BTreeSet<(Instant, JournalKey)>,
 }
 
@@ -39,7 +39,7 @@ impl JournalStore {
         self.records.is_empty()
     }
 
-    /// Memory of all records, about.
+    /// Approximate memory of all records.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -48,7 +48,7 @@ impl JournalStore {
         self.records.get(key).map(|kept| &kept.record)
     }
 
-    /// Takes a change from the node `from`, the stream's entry node, or says why not.
+    /// Applies a change from the node `from`, the stream's entry node, or says why it is rejected.
     pub fn apply(&mut self, entry: JournalEntry, from: &NodeId, now: Instant) -> Result<(), JournalRefusal> {
         self.expire(now);
         match entry {
@@ -58,7 +58,8 @@ impl JournalStore {
                 if epoch < kept.record.epoch {
                     return Err(JournalRefusal::Fenced { key, epoch: kept.record.epoch });
                 }
-                // Another stream may have got the key meanwhile: put this one again, and see.
+                // Another stream may have got the key in the meantime. With the whole record, `put` can decide which one keeps
+                // it.
                 if kept.record.entry != *from {
                     return Err(JournalRefusal::Unknown { key });
                 }
@@ -83,7 +84,7 @@ impl JournalStore {
         }
     }
 
-    /// Keeps the record, unless a later epoch of the stream is kept already, or an older stream of the same key.
+    /// Stores the record, unless a later epoch of the stream or an older stream with the same key is stored.
     pub fn put(&mut self, mut record: JournalRecord, now: Instant) -> Result<(), JournalRefusal> {
         let key = record.head.key;
         if size(&record) > self.max_bytes {
@@ -99,7 +100,7 @@ impl JournalStore {
             if is_behind && !is_rival {
                 return Err(JournalRefusal::Fenced { key, epoch: held.epoch });
             }
-            // The same generation, so whichever is longer holds the other.
+            // Both are the same generation, so the longer one contains the other.
             if held.head.fingerprint == record.head.fingerprint && !is_rival {
                 record.choices.iter_mut().zip(&held.choices).for_each(|(new, old)| extend(new, old));
             }
@@ -113,7 +114,7 @@ impl JournalStore {
         Ok(())
     }
 
-    /// Forgets what is older than the time to live.
+    /// Removes records that are older than their time to live.
     pub fn expire(&mut self, now: Instant) {
         while let Some(&(changed, key)) = self.ages.first()
             && now.saturating_duration_since(changed) >= self.ttl
@@ -122,7 +123,7 @@ impl JournalStore {
         }
     }
 
-    /// Counts the record anew, as the youngest, and makes room if need be: the oldest ended streams go first.
+    /// Updates the record's age and size. If memory is exceeded, removes the oldest finished streams first.
     fn settle(&mut self, key: JournalKey, now: Instant) {
         let kept = self.records.get_mut(&key).expect("the record is kept");
         self.ages.remove(&(kept.changed, key));
@@ -149,7 +150,7 @@ impl JournalStore {
     }
 }
 
-/// Takes over what `other` knows beyond `choice`.
+/// Adds what `other` has beyond `choice`.
 fn extend(choice: &mut ChoiceProgress, other: &ChoiceProgress) {
     if other.tokens.len() > choice.tokens.len() {
         choice.tokens.extend_from_slice(&other.tokens[choice.tokens.len()..]);
@@ -190,12 +191,12 @@ mod tests {
         JournalRecord { head: Arc::new(head), epoch, entry: NodeId::new(entry), choices: vec![choice] }
     }
 
-    /// From the node that most of the records here are of.
+    /// Applies an entry from the node that owns most records in these tests.
     fn apply(store: &mut JournalStore, entry: JournalEntry, now: Instant) -> Result<(), JournalRefusal> {
         store.apply(entry, &NodeId::new("x"), now)
     }
 
-    /// Another request, `created` then, with the same key.
+    /// Another request with the same key, created at that time.
     fn rival(body: u8, created: u64, entry: &str, tokens: &[u32]) -> JournalRecord {
         let record = record("a", 1, entry, tokens);
         let head = JournalHead { body: [body; 16], created, ..(*record.head).clone() };

@@ -1,10 +1,11 @@
 //! The secrets that all nodes of a cluster share, and the keys derived from them.
 //!
-//! A key file has one of two shapes:
+//! A key file has one of two formats:
 //!
-//! * a single secret: the whole file, whatever its bytes, a newline at its end included;
-//! * a list: the first line is [`LIST_HEAD`], every other line is one secret in base64. Blank lines and lines that begin with
-//!   `#` are skipped. The first secret seals, all of them open. No file of random bytes begins with that line.
+//! * a single secret: the whole file, whatever its bytes, including a newline at its end;
+//! * a list: the first line is [`LIST_HEAD`], and every other line is one secret in base64. Blank lines and lines that begin
+//!   with `#` are skipped. The first secret encrypts, all of them decrypt. A file of random bytes does not begin with that
+//!   line.
 
 use std::fmt;
 use std::io::Read;
@@ -21,7 +22,8 @@ pub const LIST_HEAD: &str = "outrigger-cluster-keys";
 const MIN_BYTES: usize = 32;
 /// Longer files are refused.
 const MAX_BYTES: usize = 64 << 10;
-/// Secrets of one list. Two are enough to change the key; each one more makes strangers cost more.
+/// Maximum number of secrets. Two are enough to change the key; each further one makes it more expensive to reject datagrams
+/// from strangers.
 const MAX_KEYS: usize = 4;
 
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +53,7 @@ pub enum ClusterKeyError {
     Count { found: usize },
 }
 
-/// Names a secret without telling anything of it. The same on every node.
+/// Identifies a secret without revealing anything about it. The same on every node.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct KeyId([u8; 4]);
 
@@ -100,7 +102,7 @@ impl fmt::Debug for ClusterKey {
     }
 }
 
-/// The keys of a cluster: the first seals, and any of them opens. Cheap to clone.
+/// The keys of a cluster: the first encrypts, all of them decrypt. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct KeyRing(Arc<[ClusterKey]>);
 
@@ -115,12 +117,12 @@ impl KeyRing {
         let unreadable = |source| ClusterKeyError::Unreadable { path: path.to_owned(), source };
         let file = std::fs::File::open(path).map_err(unreadable)?;
         let mut bytes = Vec::new();
-        // A device that never ends is no key either.
+        // Limits the read, since the file may be a device without an end.
         file.take(MAX_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
         Self::parse(&bytes)
     }
 
-    /// From what a key file holds.
+    /// Parses the contents of a key file.
     pub fn parse(bytes: &[u8]) -> Result<Self, ClusterKeyError> {
         if bytes.len() > MAX_BYTES {
             return Err(ClusterKeyError::TooLong);
@@ -157,7 +159,7 @@ impl KeyRing {
         Ok(Self(keys.into()))
     }
 
-    /// The key to seal with.
+    /// The key used for encryption.
     pub fn first(&self) -> &ClusterKey {
         &self.0[0]
     }
@@ -166,19 +168,19 @@ impl KeyRing {
         self.0.iter()
     }
 
-    /// In order.
+    /// The ids of all keys, in order.
     pub fn ids(&self) -> Vec<KeyId> {
         self.0.iter().map(ClusterKey::id).collect()
     }
 
-    /// Whether a node with these keys and one with `other` hear each other, whichever of the two is ahead.
+    /// Whether nodes with these keys and nodes with `other` can communicate in both directions.
     pub fn is_heard_by(&self, other: &KeyRing) -> bool {
         let (ours, theirs) = (self.ids(), other.ids());
         theirs.contains(&ours[0]) && ours.contains(&theirs[0])
     }
 }
 
-/// What follows the head of a list, if the file is one.
+/// The text after the head of a list, if the file is a list.
 fn list_of(bytes: &[u8]) -> Option<&[u8]> {
     let (head, list) = bytes.split_at(bytes.iter().position(|byte| *byte == b'\n').unwrap_or(bytes.len()));
     (head.trim_ascii() == LIST_HEAD.as_bytes()).then_some(list.strip_prefix(b"\n").unwrap_or(list))
@@ -216,7 +218,7 @@ mod tests {
     fn a_list_has_its_keys_in_order_and_the_same_keys_as_single_files() {
         let ring = list(&["# the new one", &line(2), "", &format!("  {}\r", line(1))]).expect("a list");
         assert_eq!(ring.ids(), [key(2).id(), key(1).id()]);
-        // As an operator would turn an old file into a line: every byte counts, its newline too.
+        // As an operator would convert an old file: every byte counts, including its newline.
         let old = b"an old secret that somebody has typed\n";
         let single = KeyRing::parse(old).expect("long enough");
         assert_eq!(list(&[&STANDARD.encode(old)]).expect("a list").ids(), single.ids());
@@ -259,7 +261,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever bytes a single secret has, it is read as before there were lists.
+        /// Any other file is read as a single secret, as before lists were supported.
         #[test]
         fn a_file_without_the_head_is_one_secret(bytes in prop::collection::vec(any::<u8>(), 32..200)) {
             let ring = KeyRing::parse(&bytes).expect("long enough");

@@ -1,4 +1,5 @@
-//! What a node tells the others of itself: once what it is, again and again how it does. Bounded in size.
+//! What a node publishes about itself: a description, which rarely changes, and a load report, which changes constantly. Both
+//! are limited in size.
 
 use std::net::SocketAddr;
 
@@ -6,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::types::{Fingerprint, NodeState};
 
-/// Of the calls between nodes and of what they carry. Nodes of different versions share no streams.
+/// Version of the calls between nodes and their contents. Nodes with different versions do not share streams.
 pub const PROTOCOL_VERSION: u16 = 1;
 
 /// Reasons in a report, and bytes of each.
@@ -15,13 +16,13 @@ pub const MAX_REASON_BYTES: usize = 120;
 /// Hashes of hot prefixes in a report.
 pub const MAX_HOT_PREFIXES: usize = 64;
 
-/// Changes rarely.
+/// The description of a node. Changes rarely.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeDescription {
     pub protocol: u16,
-    /// Of the software.
+    /// Version of the software.
     pub version: String,
-    /// Where peers call.
+    /// Address for calls from peers.
     pub peer_addr: SocketAddr,
     pub zone: String,
     /// Empty while the model loads.
@@ -31,52 +32,52 @@ pub struct NodeDescription {
 /// A model that a node serves.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelReport {
-    /// The first is its own; never empty.
+    /// Names of the model; the first is its main name. Never empty.
     pub names: Vec<String>,
     pub fingerprint: Fingerprint,
-    /// Digest of what turns text into ids and back (tokenizer, chat template, end tokens), hexadecimal. Replicas that
-    /// share a name and this share requests; those that share the fingerprint as well share streams.
+    /// Digest of the tokenizer, chat template and end tokens, in hexadecimal. Replicas with the same name and digest share
+    /// requests; if they also have the same fingerprint, they share streams.
     pub tokenizer: String,
-    /// Prompt and output together.
+    /// Maximum tokens of prompt and output together.
     pub max_model_len: u32,
     /// Seconds since the epoch.
     pub created: u64,
 }
 
-/// Changes all the time. Its age is measured by whoever receives it.
+/// The load of a node. Changes constantly. Its age is measured by the receiver.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoadReport {
     pub state: NodeState,
-    /// Whether it wants traffic, as `/readyz` says.
+    /// Whether the node wants traffic: the answer of `/readyz`.
     pub ready: bool,
-    /// Why it is not well, at most `MAX_REASONS`.
+    /// Why the node is not healthy; at most `MAX_REASONS`.
     pub reasons: Vec<String>,
-    /// Sequences that are computed now, and that wait.
+    /// Sequences that are being computed, and sequences that wait.
     pub running: u32,
     pub waiting: u32,
-    /// Prompt tokens that wait.
+    /// Prompt tokens in the queue.
     pub waiting_tokens: u64,
-    /// Sequences that it computes at one time.
+    /// Sequences that the node can compute at the same time.
     pub seats: u32,
-    /// Fullness of its queue, 0 to 1.
+    /// How full the queue is, 0 to 1.
     pub queue_saturation: f32,
-    /// Share of the KV pool in use, 0 to 1.
+    /// Fraction of the KV pool in use, 0 to 1.
     pub kv_usage: f32,
-    /// Share of the memory in use, 0 to 1; 0 when it is not known.
+    /// Fraction of memory in use, 0 to 1; 0 if unknown.
     pub memory_pressure: f32,
     /// Moving averages in seconds; 0 until measured.
     pub time_to_first_token: f32,
     pub inter_token_latency: f32,
-    /// Tokens through the model per second of busy time; 0 until measured.
+    /// Tokens processed by the model per second of busy time; 0 until measured.
     pub drain_tokens_per_second: f32,
-    /// Prompt tokens that its queue would still take.
+    /// Prompt tokens for which the queue still has room.
     pub free_token_budget: u64,
-    /// Hashes of prompt beginnings that its prefix cache is likely to hold, hottest first, at most `MAX_HOT_PREFIXES`.
+    /// Hashes of prompt beginnings that are probably in the prefix cache, hottest first; at most `MAX_HOT_PREFIXES`.
     pub hot_prefixes: Vec<u32>,
 }
 
 impl Default for LoadReport {
-    /// A node of which nothing is known yet.
+    /// A node about which nothing is known yet.
     fn default() -> Self {
         Self {
             state: NodeState::Starting,

@@ -1,7 +1,7 @@
-//! The other nodes: who they are, what they say of themselves, and how they are reached. No gateway, no broker: nodes gossip
-//! their load, and call one another over HTTP/2 with mutual TLS.
+//! The cluster: the other nodes, the load reports that they gossip, and connections to them. There is no gateway and no broker:
+//! nodes gossip their load, and call one another over HTTP/2 with mutual TLS.
 //!
-//! Knows nothing of engines and of requests beyond what crosses the wire; which node serves a request, the router decides.
+//! Knows nothing of engines, and of requests only what is sent between nodes. The router decides which node serves a request.
 
 pub mod config;
 pub mod gossip;

@@ -1,10 +1,10 @@
-//! What keeps this node and others apart, for the people who look after them: every problem with its reason and its sources,
-//! in the log, in `/cluster` and as a metric.
+//! Problems between this node and others, for operators: each problem has a reason and its sources, and is shown in the log, in
+//! `/cluster` and as a metric.
 //!
-//! Strangers can cause as many events as they like, under as many addresses: what is kept of each reason is bounded, and so is
-//! what is logged. Sources that the operator has configured push others out.
+//! Strangers can cause any number of events from any number of addresses, so the number of sources kept per reason is limited,
+//! and so is the logging. Configured peers take precedence over other sources.
 //!
-//! The log is pure, with the time passed in; `Problems` is its handle. Knows nothing of how problems are found.
+//! The log is a pure core, with time passed in; `Problems` is its handle. Knows nothing of how problems are found.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -17,41 +17,41 @@ use tokio::time::Instant;
 
 use crate::observability::Metrics;
 
-/// Sources kept of each reason.
+/// Sources kept per reason.
 const MAX_SOURCES: usize = 8;
-/// An event that does not happen again for so long is over.
+/// A problem is over if its event has not been repeated for this long.
 const FADE: Duration = Duration::from_secs(90);
-/// From one line about a reason to the next, and to the next with the same sources.
+/// Minimum time between log lines about one reason, and before a line with the same sources is repeated.
 const LOG_SPACING: Duration = Duration::from_secs(60);
 const LOG_REPEAT: Duration = Duration::from_secs(600);
 
-/// Why a node and others do not work together.
+/// Why this node and others do not work together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
-    /// Peers are configured, and none is heard.
+    /// Peers are configured, but none is heard.
     Alone,
     /// A configured peer has never answered.
     Unheard,
-    /// A configured peer's name has no address.
+    /// The name of a configured peer does not resolve.
     Unresolved,
     ForeignKey,
     ForeignCluster,
     ForeignProtocol,
-    /// Datagrams that are no gossip.
+    /// Datagrams that are not gossip.
     Unreadable,
-    /// Datagrams whose sender does not answer challenges.
+    /// The sender of the datagrams does not answer challenges.
     Unproven,
     Replayed,
-    /// The operating system does not send gossip.
+    /// The operating system does not send this node's gossip.
     Unsent,
-    /// A peer gossips and cannot be called.
+    /// A peer gossips but cannot be called.
     Unreachable,
-    /// A certificate is refused, here or there.
+    /// A certificate is refused, on either side.
     Untrusted,
-    /// A file has changed and cannot be used.
+    /// A file has changed and is invalid.
     RefusedFile,
-    /// A later process has this node's name.
+    /// A later process uses this node's name.
     NameTaken,
 }
 
@@ -73,7 +73,7 @@ impl Reason {
         Reason::NameTaken,
     ];
 
-    /// As a metric's label, in logs and in JSON.
+    /// The name in metric labels, logs and JSON.
     pub fn label(self) -> &'static str {
         match self {
             Reason::Alone => "alone",
@@ -93,12 +93,12 @@ impl Reason {
         }
     }
 
-    /// What it means and what to look at, as the log says it.
+    /// What the reason means and what to check, for the log.
     fn explanation(self) -> &'static str {
         match self {
             Reason::Alone => "this node hears none of its configured peers: it serves as a cluster of one",
             Reason::Unheard => {
-                "configured peers have never answered: they may be down, out of reach, or have another cluster key"
+                "configured peers have never answered: they may be down, unreachable, or have another cluster key"
             }
             Reason::Unresolved => "names of configured peers do not resolve",
             Reason::ForeignKey => {
@@ -106,24 +106,24 @@ impl Reason {
                  another cluster_id)"
             }
             Reason::ForeignCluster => "nodes with this cluster key and another cluster_id send gossip here",
-            Reason::ForeignProtocol => "nodes of this cluster speak another version of the protocol between nodes",
-            Reason::Unreadable => "what arrives at gossip_addr is not gossip, or gossip of another version",
+            Reason::ForeignProtocol => "nodes of this cluster use another version of the protocol between nodes",
+            Reason::Unreadable => "datagrams at gossip_addr are not gossip, or gossip of another version",
             Reason::Unproven => {
-                "gossip can be opened, but its sender does not answer: it does not hear this node, or somebody repeats old gossip"
+                "gossip can be decrypted, but its sender does not answer: it does not hear this node, or somebody replays old gossip"
             }
             Reason::Replayed => {
-                "gossip arrives again and again: somebody repeats it, or two nodes run from one snapshot"
+                "the same gossip arrives repeatedly: somebody replays it, or two nodes run from one snapshot"
             }
             Reason::Unsent => "the operating system does not send gossip",
             Reason::Unreachable => "peers gossip, but cannot be called at their peer_addr",
             Reason::Untrusted => "certificates between nodes are refused: see cluster_key_file and peer_tls_ca_file",
-            Reason::RefusedFile => "files have changed and cannot be used: what was read before stays in use",
+            Reason::RefusedFile => "files have changed and are invalid: the previous contents stay in use",
             Reason::NameTaken => "a later process uses this node's node_id: the others no longer see this one",
         }
     }
 
-    /// Events of one source before it counts, and the time that they must span: one datagram may be damaged on its way, and
-    /// whoever has just started is not proven yet.
+    /// Events of one source before it is reported, and the time that they must span. One datagram may be damaged on its way,
+    /// and a node that has just started is not proven yet.
     fn threshold(self) -> (u64, Duration) {
         match self {
             Reason::ForeignKey | Reason::Unreadable | Reason::Unsent => (3, Duration::ZERO),
@@ -141,22 +141,22 @@ impl Reason {
         }
     }
 
-    /// Whether it ends as soon as its source is heard.
+    /// Whether the problem ends as soon as its source is heard.
     fn ends_when_heard(self) -> bool {
         matches!(self, Reason::ForeignKey | Reason::ForeignCluster | Reason::Unproven | Reason::Unsent)
     }
 }
 
-/// A problem as operators see it.
+/// A problem as shown to operators.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
     pub reason: Reason,
-    /// An address, a configured peer, the name of a node, or a key of the configuration; empty when it is this node itself.
+    /// An address, a configured peer, a node's name, or a configuration key. Empty if the source is this node.
     pub source: String,
     pub detail: String,
-    /// Times that it happened, or was found again.
+    /// How often it happened or was found.
     pub count: u64,
-    /// Since it happened first and last.
+    /// Time since the first and the last event.
     pub since_seconds: f64,
     pub age_seconds: f64,
 }
@@ -185,29 +185,29 @@ struct Entry {
     is_expected: bool,
 }
 
-/// All of one reason.
+/// All sources of one reason.
 #[derive(Default)]
 struct Group {
     entries: Vec<Entry>,
-    /// Events of sources for which there was no room, and the last of them.
+    /// Events of sources that are not kept, and the time of the last one.
     others: u64,
     others_at: Option<Instant>,
     logged_at: Option<Instant>,
     logged: Vec<Source>,
 }
 
-/// What is wrong now. The pure core.
+/// The current problems. The pure core.
 struct ProblemLog {
     groups: Vec<Group>,
-    /// Addresses that the operator has configured.
+    /// Addresses of configured peers.
     expected: BTreeSet<SocketAddr>,
-    /// Those of them that have ever answered.
+    /// Expected addresses that have ever answered.
     answered: BTreeSet<SocketAddr>,
-    /// Those of them that do not answer now, and what a call to the same TCP port came to.
+    /// Expected addresses that do not answer now, and the result of a call to the same TCP port.
     silent: BTreeMap<SocketAddr, String>,
 }
 
-/// A line for the log.
+/// A log line.
 #[derive(Debug, PartialEq, Eq)]
 enum Line {
     Begun { reason: Reason, sources: String, events: u64, others: u64 },
@@ -220,13 +220,13 @@ impl ProblemLog {
         Self { groups, expected: BTreeSet::new(), answered: BTreeSet::new(), silent: BTreeMap::new() }
     }
 
-    /// Something happened once more. `detail` is asked for when the source is new.
+    /// Records an event. `detail` is called when the source is new.
     fn event(&mut self, reason: Reason, source: Source, detail: impl FnOnce() -> String, now: Instant) {
         if let Source::Addr(addr) = &source
             && reason == Reason::ForeignKey
             && self.group(Reason::ForeignCluster).has(&Source::Addr(*addr), now)
         {
-            // Its sender has told why it cannot be opened.
+            // The sender has already reported why its gossip cannot be decrypted.
             return;
         }
         if reason == Reason::ForeignCluster {
@@ -246,7 +246,7 @@ impl ProblemLog {
         }
     }
 
-    /// All that is so at present, of a reason that is looked for again and again.
+    /// Replaces all current sources of a reason that is checked periodically.
     fn state(&mut self, reason: Reason, found: Vec<(String, String)>, now: Instant) {
         let group = self.group_mut(reason);
         (group.others, group.others_at) = (found.len().saturating_sub(MAX_SOURCES) as u64, Some(now));
@@ -260,7 +260,7 @@ impl ProblemLog {
         group.entries = found.into_iter().take(MAX_SOURCES).map(entry).collect();
     }
 
-    /// An address is heard: a node with our key and our cluster's name.
+    /// An address was heard: a node with our key and cluster id.
     fn heard(&mut self, addr: SocketAddr) {
         if self.expected.contains(&addr) {
             self.answered.insert(addr);
@@ -286,7 +286,7 @@ impl ProblemLog {
         &mut self.groups[reason as usize]
     }
 
-    /// What is wrong now, reason by reason.
+    /// The current problems, by reason.
     fn list(&self, now: Instant) -> Vec<Problem> {
         let of = |reason: Reason| {
             self.group(reason).visible(reason, now).map(move |entry| Problem {
@@ -301,7 +301,7 @@ impl ProblemLog {
         Reason::ALL.into_iter().flat_map(of).collect()
     }
 
-    /// The lines that are due. A reason has at most one in a minute.
+    /// The log lines that are due. A reason has at most one per minute.
     fn lines(&mut self, now: Instant) -> Vec<Line> {
         Reason::ALL.into_iter().filter_map(|reason| self.group_mut(reason).line(reason, now)).collect()
     }
@@ -316,7 +316,7 @@ impl Group {
         self.entries.iter().any(|entry| entry.source == *source && !is_over(entry, now))
     }
 
-    /// False when the newcomer has to stay outside.
+    /// Makes room for a source. Returns false if it is not to be kept.
     fn make_room(&mut self, is_expected: bool, now: Instant) -> bool {
         if self.entries.len() < MAX_SOURCES {
             return true;
@@ -333,7 +333,7 @@ impl Group {
 
     fn visible(&self, reason: Reason, now: Instant) -> impl Iterator<Item = &Entry> {
         let (count, span) = reason.threshold();
-        // Whoever sends from ever other addresses does not hide by that.
+        // A sender that keeps changing its address is still noticed.
         let is_crowded = self.others_now(now) >= count;
         self.entries.iter().filter(move |entry| {
             let is_settled = entry.count >= count && entry.last.saturating_duration_since(entry.first) >= span;
@@ -371,7 +371,7 @@ impl Group {
     }
 }
 
-/// Handle to what is wrong. Cheap to clone.
+/// The handle to the problem log. Cheap to clone.
 #[derive(Clone)]
 pub struct Problems(Arc<Mutex<ProblemLog>>);
 
@@ -382,37 +382,37 @@ impl Default for Problems {
 }
 
 impl Problems {
-    /// Something happened that comes from this address. `detail` is asked for when the source is new.
+    /// Records an event caused by this address. `detail` is called when the source is new.
     pub fn event(&self, reason: Reason, from: SocketAddr, detail: impl FnOnce() -> String) {
         self.0.lock().event(reason, Source::Addr(from), detail, Instant::now());
     }
 
-    /// Something happened at a source that is no address of gossip.
+    /// Records an event of a source that is not a gossip address.
     pub fn event_at(&self, reason: Reason, source: &str, detail: impl FnOnce() -> String) {
         self.0.lock().event(reason, Source::Name(source.to_owned()), detail, Instant::now());
     }
 
-    /// All that is so at present, as (source, detail), of a reason that is looked for again and again.
+    /// Sets all current sources, as (source, detail), of a reason that is checked periodically.
     pub fn state(&self, reason: Reason, found: Vec<(String, String)>) {
         self.0.lock().state(reason, found, Instant::now());
     }
 
-    /// A node of this cluster is heard from, or has answered at, this address.
+    /// A node of this cluster was heard from this address, or has answered there.
     pub fn heard(&self, addr: SocketAddr) {
         self.0.lock().heard(addr);
     }
 
-    /// The addresses that the operator has configured.
+    /// Sets the addresses of configured peers.
     pub fn expect(&self, addrs: BTreeSet<SocketAddr>) {
         self.0.lock().expect(addrs);
     }
 
-    /// Which of these, expected before, has ever answered.
+    /// Whether this expected address has ever answered.
     pub fn has_answered(&self, addr: &SocketAddr) -> bool {
         self.0.lock().answered.contains(addr)
     }
 
-    /// Of the expected addresses, those that do not answer now.
+    /// Sets the expected addresses that do not answer now.
     pub fn set_silent(&self, addrs: BTreeSet<SocketAddr>) {
         let silent = &mut self.0.lock().silent;
         let before = std::mem::take(silent);
@@ -423,30 +423,30 @@ impl Problems {
         self.0.lock().silent.keys().copied().collect()
     }
 
-    /// Says more of a silent address.
+    /// Adds details about a silent address.
     pub fn explain(&self, addr: SocketAddr, detail: String) {
         if let Some(known) = self.0.lock().silent.get_mut(&addr) {
             *known = detail;
         }
     }
 
-    /// What is known of a silent address; empty when nothing is.
+    /// What is known about a silent address; empty if nothing.
     pub fn explanation(&self, addr: &SocketAddr) -> String {
         self.0.lock().silent.get(addr).cloned().unwrap_or_default()
     }
 
-    /// The source is well in this respect.
+    /// Ends a problem of this source.
     pub fn clear(&self, reason: Reason, source: &str) {
         let mut log = self.0.lock();
         log.group_mut(reason).entries.retain(|entry| !matches!(&entry.source, Source::Name(name) if name == source));
     }
 
-    /// What is wrong now.
+    /// The current problems.
     pub fn list(&self) -> Vec<Problem> {
         self.0.lock().list(Instant::now())
     }
 
-    /// Logs what is due and counts what is wrong. To be called every second or so.
+    /// Logs and counts the problems. Call it about every second.
     pub fn publish(&self, metrics: &Metrics) {
         let (lines, problems) = {
             let (mut log, now) = (self.0.lock(), Instant::now());

@@ -1,4 +1,4 @@
-//! The log of problems over a scripted clock.
+//! Tests of the problem log with a scripted clock.
 
 use super::*;
 

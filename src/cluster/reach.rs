@@ -1,7 +1,7 @@
-//! Whether the peers that gossip can be called as well, and what answers over TCP where gossip does not: found out before a
-//! client's request depends on it. Each peer's connection is open by then.
+//! Checks that peers that gossip can be called too, and what answers over TCP at addresses that do not answer gossip. Problems
+//! are found before a client's request meets them, and each peer's connection is already open.
 //!
-//! Knows nothing of requests; what it finds goes to `Problems`.
+//! Knows nothing of requests; reports its findings to `Problems`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -20,14 +20,14 @@ use super::{ClusterView, JournalKey, Peer};
 use crate::types::{Failure, FailureKind, NodeId, NodeState, watch, with_causes};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// From one call of a peer to the next, and after one that failed.
+/// Interval of calls to a peer, after success and after failure.
 const RECHECK: Duration = Duration::from_secs(30);
 const RETRY: Duration = Duration::from_secs(5);
-/// Calls that fail in a row before it is told: a peer may just have died.
+/// Consecutive failures before a problem is reported: the peer may just have died.
 const FAILURES: u32 = 2;
-/// At one time, of each kind.
+/// Concurrent calls of each kind.
 const MAX_CALLS: usize = 8;
-/// For a handshake with an address that may be anybody's.
+/// Time limit of a handshake with an unknown address.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(2);
 
 pub struct Reach {
@@ -41,16 +41,16 @@ pub struct Reach {
 /// One process at one address.
 type Process = (NodeId, u64, SocketAddr);
 
-/// What calls of one process have come to.
+/// The results of calls to one process.
 struct Standing {
     next: Instant,
     failures: u32,
-    /// Why the last one failed.
+    /// Why the last call failed.
     detail: String,
 }
 
 impl Reach {
-    /// Calls every peer now and then, until `shutdown`.
+    /// Calls every peer periodically, until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut ticks = interval(INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -98,7 +98,7 @@ impl Reach {
     }
 
     async fn call(&self, process: Process, peer: &Peer) -> (Process, Result<(), Failure>) {
-        // A call like any other, to which there is nothing to say.
+        // An ordinary call with no contents.
         let key = JournalKey::new("", "reach", 0);
         (process, self.transport.lookup(peer, key).await.map(drop))
     }
@@ -106,7 +106,7 @@ impl Reach {
     fn learn(&self, name: &str, standing: &mut Standing, result: Result<(), Failure>) {
         let failure = result.err().filter(|failure| match failure.kind {
             FailureKind::PeerUnreachable | FailureKind::PeerDisconnected | FailureKind::PeerStalled => true,
-            // It answers, so it is reached.
+            // The peer answers, so it can be reached.
             FailureKind::InvalidRequest
             | FailureKind::Unauthenticated
             | FailureKind::RateLimited
@@ -126,7 +126,7 @@ impl Reach {
         standing.next = Instant::now() + RETRY;
         standing.failures += 1;
         if tls::is_distrust(&failure) {
-            // Told as what it is.
+            // Reported as another problem.
             standing.detail.clear();
             self.problems.event_at(Reason::Untrusted, name, || with_causes(&failure).to_string());
         } else {
@@ -135,7 +135,7 @@ impl Reach {
         }
     }
 
-    /// Calls the TCP ports beside silent gossip addresses: by default a node has both there.
+    /// Connects to the TCP ports at silent gossip addresses, since by default a node has both at the same port.
     async fn dial_silent(&self, dialled: &mut BTreeMap<SocketAddr, Instant>) {
         let (silent, now) = (self.problems.silent(), Instant::now());
         dialled.retain(|addr, _| silent.contains(addr));
@@ -150,7 +150,7 @@ impl Reach {
         }
     }
 
-    /// What a silent address says over TCP.
+    /// What a silent address answers over TCP.
     async fn dial(&self, addr: SocketAddr) -> String {
         let stream = match timeout(self.connect_timeout, TcpStream::connect(addr)).await {
             Err(_) => return "no answer over TCP either: the host is down or out of reach".into(),
@@ -158,13 +158,16 @@ impl Reach {
             Ok(Ok(stream)) => stream,
         };
         match timeout(HANDSHAKE_TIMEOUT, self.tls.connect(stream)).await {
-            Err(_) => "it takes TCP connections and does not answer as a node would".into(),
+            Err(_) => "it accepts TCP connections, but does not answer like an Outrigger node".into(),
             Ok(Err(error)) if tls::is_distrust(&error) => {
                 "it has another cluster key, or certificates of another authority".into()
             }
-            Ok(Err(error)) => format!("it takes TCP connections and does not answer as a node would: {error}"),
+            Ok(Err(error)) => {
+                format!("it accepts TCP connections, but does not answer like an Outrigger node: {error}")
+            }
             Ok(Ok(_)) => {
-                "it has the same key and answers over TCP: UDP does not pass between the nodes, or its cluster_id is another".into()
+                "it has the same key and answers over TCP: UDP is blocked between the nodes, or its cluster_id differs"
+                    .into()
             }
         }
     }

@@ -1,8 +1,8 @@
-//! Reads the key file and the certificate files again when they change, so that neither needs a restart. What cannot be used
-//! changes nothing, and is told.
+//! Reloads the key file and the certificate files when they change, so that no restart is needed. Invalid files change nothing
+//! and are reported.
 //!
-//! A list of keys is taken only if it and the one before hear each other: nodes never change at the same moment, so a list
-//! that fails this would cut this node off.
+//! A new key list is accepted only if nodes with it and with the previous list can still communicate. Nodes never change at the
+//! same moment, so any other list would cut this node off.
 
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -21,14 +21,14 @@ use super::tls::{PeerTls, PeerTlsError};
 use super::{Config, Problems};
 use crate::types::with_causes;
 
-/// From one look at the files to the next. Their contents are compared: mounted secrets change in ways that times of files
-/// do not show.
+/// Interval at which the files are read. Contents are compared, because mounted secrets can change without a change of the file
+/// times.
 const INTERVAL: Duration = Duration::from_secs(2);
 
-/// What is compared of each file; longer ones are refused in any case.
+/// How much of each file is compared. Longer files are invalid anyway.
 const MAX_FILE_BYTES: u64 = 2 << 20;
 
-/// The keys in use. Cheap to clone; clones change together.
+/// The keys in use. Cheap to clone; all clones change together.
 #[derive(Clone)]
 pub struct CurrentKeys(Arc<ArcSwap<KeyRing>>);
 
@@ -55,7 +55,7 @@ enum ReloadError {
     TooFar { current: Vec<KeyId>, next: Vec<KeyId> },
 }
 
-/// What is read, and who is told.
+/// The files to read, and the users of their contents.
 pub struct Reload {
     pub config: Config,
     pub key_file: PathBuf,
@@ -65,20 +65,20 @@ pub struct Reload {
     pub problems: Problems,
 }
 
-/// Of all files; an unreadable one has no contents.
+/// A digest of all files. An unreadable file counts as empty.
 type Contents = [u8; 32];
 
 impl Reload {
-    /// Until `shutdown`.
+    /// Runs until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
-        // A pipe, as of a shell's process substitution, can be read once.
+        // A pipe, such as a shell's process substitution, can be read only once.
         if !std::fs::metadata(&self.key_file).is_ok_and(|found| found.is_file()) {
             tracing::info!("cluster_key_file is not a regular file, so it is not read again");
             return shutdown.cancelled().await;
         }
         let mut ticks = interval(INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        // The files may have changed since they were read; taking the same ones again changes nothing.
+        // The files may have changed since they were first read. Applying the same ones again changes nothing.
         let mut used: Option<Contents> = None;
         let mut seen: Option<Contents> = None;
         loop {
@@ -93,7 +93,7 @@ impl Reload {
                 self.problems.state(Reason::RefusedFile, Vec::new());
                 continue;
             }
-            // A file that is being written is looked at again before it is judged.
+            // Contents must be the same twice in a row, in case a file is just being written.
             let is_settled = seen.replace(contents) == Some(contents);
             match self.take().await {
                 Ok(()) => used = Some(contents),
@@ -148,14 +148,14 @@ fn digest(files: &[PathBuf]) -> Contents {
     digest.finalize().into()
 }
 
-/// Says that others of the machine can read or change the secret, if so.
+/// Warns if other users of the machine can read or change the secret.
 pub fn check_permissions(key_file: &Path) {
     use std::os::unix::fs::PermissionsExt;
     let Ok(found) = std::fs::metadata(key_file) else { return };
     let mode = found.permissions().mode() & 0o777;
     if mode & 0o007 != 0 {
         let (path, mode) = (key_file.display(), format!("{mode:03o}"));
-        tracing::warn!(%path, mode, "every user of this machine can read cluster_key_file: take these permissions away");
+        tracing::warn!(%path, mode, "every user of this machine can read cluster_key_file: remove these permissions");
     }
 }
 
@@ -185,7 +185,7 @@ mod tests {
         format!("{LIST_HEAD}\n{}", secrets.iter().map(line).collect::<String>())
     }
 
-    /// Lets it look at the files several times.
+    /// Checks the files several times.
     async fn look(reload: Reload) -> (usize, Vec<String>) {
         let (keys, problems) = (reload.keys.clone(), reload.problems.clone());
         let ended = timeout(INTERVAL * 5, reload.run(CancellationToken::new())).await;

@@ -5,8 +5,8 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use super::journal::JournalKey;
 use crate::types::NodeId;
 
-/// The nodes in their order for the key. Every node that knows the same nodes gets the same order; a node that comes or goes
-/// changes it little.
+/// The nodes in their order for this key. Nodes that know the same nodes compute the same order, and it changes little when a
+/// node comes or goes.
 pub fn rank<'a>(key: &JournalKey, nodes: impl Iterator<Item = &'a NodeId>) -> Vec<&'a NodeId> {
     let seed = xxh3_64_with_seed(key.bytes(), 0);
     let mut ranked: Vec<(u64, &NodeId)> =

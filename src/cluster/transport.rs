@@ -1,7 +1,7 @@
-//! The calls between nodes. `PeerTransport` makes them, `PeerService` answers them; HTTP/2 lies between (`peer_client`, and
-//! the API's `peer`), or the simulator's links.
+//! The interface for calls between nodes. `PeerTransport` makes calls, `PeerService` answers them. Between them is HTTP/2
+//! (`peer_client` and the API's `peer`), or the simulator's network.
 //!
-//! One hop, no loops: what a peer asks for is served here, or refused.
+//! Calls are never forwarded: a peer serves a call itself or refuses it.
 
 use std::any::Any;
 use std::future::poll_fn;
@@ -25,17 +25,17 @@ use crate::types::{
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct GenerateCall {
     pub id: RequestId,
-    /// The replica that is meant; a peer with another one refuses.
+    /// The replica's fingerprint. A peer whose replica has another one refuses.
     pub fingerprint: Fingerprint,
     pub prompt: Arc<[TokenId]>,
     pub choices: Vec<ChoiceStart>,
     pub sampling: Arc<SamplingParams>,
     pub priority: i32,
-    /// What is left of the deadline: nodes exchange no wall-clock times.
+    /// Time left until the deadline. Nodes never exchange wall-clock times.
     pub remaining: Option<Duration>,
-    /// Continues a stream that has begun: queue caps do not apply.
+    /// Whether this continues a stream that has started; then queue limits do not apply.
     pub is_continuation: bool,
-    /// See `wire::encode_call` for how it crosses.
+    /// See `wire::encode_call` for the encoding.
     #[serde(skip)]
     pub extensions: Extensions,
 }
@@ -44,7 +44,7 @@ pub struct GenerateCall {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FollowCall {
     pub key: JournalKey,
-    /// Tokens of each choice that are not wanted again.
+    /// For each choice, the tokens that the caller already has.
     pub have: Vec<u32>,
 }
 
@@ -55,17 +55,17 @@ pub struct JournalBatch {
     pub entries: Vec<JournalEntry>,
 }
 
-/// What a peer's stream carries.
+/// One item of a peer's stream.
 #[derive(Clone, Debug, PartialEq)]
 pub enum PeerFrame {
     Event(GenerationEvent),
-    /// The engine's step loop has moved since the last frame. Comes for queued and preempted requests too.
+    /// The engine's step loop has made progress since the last frame. Sent for queued and preempted requests too.
     Heartbeat,
-    /// The peer drains: continue elsewhere; it goes on until the stream is dropped.
+    /// The peer is draining. The caller should continue the stream elsewhere; the peer continues until the stream is dropped.
     HandOver,
 }
 
-/// Frames of one call. Dropping it cancels the call.
+/// The frames of one call. Dropping it cancels the call.
 pub struct PeerStream {
     frames: Frames,
     _guard: Option<Box<dyn Any + Send + Sync>>,
@@ -77,13 +77,13 @@ enum Frames {
 }
 
 impl PeerStream {
-    /// For a sender that bounds itself: it holds at most what the request may generate, and a heartbeat now and then.
+    /// For a sender that limits itself: it sends at most what the request may generate, and a heartbeat now and then.
     pub fn channel() -> (mpsc::UnboundedSender<PeerFrame>, Self) {
         let (sender, frames) = mpsc::unbounded_channel();
         (sender, Self { frames: Frames::Unbounded(frames), _guard: None })
     }
 
-    /// For a sender that waits while `capacity` frames have not been taken.
+    /// For a sender that waits while `capacity` frames are unread.
     pub fn bounded_channel(capacity: usize) -> (mpsc::Sender<PeerFrame>, Self) {
         let (sender, frames) = mpsc::channel(capacity);
         (sender, Self { frames: Frames::Bounded(frames), _guard: None })
@@ -94,7 +94,7 @@ impl PeerStream {
         Self { _guard: Some(Box::new((self._guard, guard))), ..self }
     }
 
-    /// The next frame. A stream that ends before its last choice has finished is broken: `PeerDisconnected`.
+    /// The next frame. If the stream ends before its last choice has finished, that is a `PeerDisconnected` failure.
     pub async fn next(&mut self) -> PeerFrame {
         poll_fn(|context| self.poll_next(context)).await.unwrap_or_else(|| {
             let failure = Failure::new(FailureKind::PeerDisconnected, "The connection to the replica broke.");
@@ -102,7 +102,7 @@ impl PeerStream {
         })
     }
 
-    /// As `next`, but `None` when the sender is gone, whatever that means.
+    /// Like `next`, but returns `None` when the sender is gone.
     pub fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<PeerFrame>> {
         match &mut self.frames {
             Frames::Unbounded(frames) => frames.poll_recv(context),
@@ -118,23 +118,23 @@ impl PeerStream {
     }
 }
 
-/// Calls peers. A failure of the way there is `PeerUnreachable` or `PeerDisconnected`; any other is the peer's own word.
+/// Makes calls to peers. A failure of the connection is `PeerUnreachable` or `PeerDisconnected`; all others come from the peer.
 pub trait PeerTransport: Send + Sync + 'static {
-    /// Resolves when the peer has accepted the call or refused it.
+    /// Resolves when the peer has accepted or refused the call.
     fn generate(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>>;
 
     fn follow(&self, peer: &Peer, call: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>>;
 
-    /// Entries that were not taken come back.
+    /// Returns the entries that were rejected.
     fn journal(&self, peer: &Peer, batch: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>>;
 
     fn lookup(&self, peer: &Peer, key: JournalKey) -> BoxFuture<'static, Result<Option<JournalRecord>, Failure>>;
 
-    /// The files that make the tokenizer of this digest (`ModelReport::tokenizer`).
+    /// Fetches the tokenizer files with this digest (`ModelReport::tokenizer`).
     fn tokenizer(&self, peer: &Peer, digest: String) -> BoxFuture<'static, Result<Bytes, Failure>>;
 }
 
-/// Answers the calls of peers. Never blocks.
+/// Answers calls from peers. Must not block.
 pub trait PeerService: Send + Sync + 'static {
     fn generate(&self, call: GenerateCall) -> Result<PeerStream, Failure>;
 

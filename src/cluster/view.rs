@@ -1,4 +1,4 @@
-//! The cluster as this node sees it at one moment: the peers that are alive, with their latest reports.
+//! The cluster as this node sees it at one moment: the live peers with their latest reports.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use super::load_report::{LoadReport, ModelReport, NodeDescription};
 use crate::types::NodeId;
 
-/// A snapshot; replaced as a whole when something changes.
+/// A snapshot. Replaced as a whole when something changes.
 #[derive(Clone, Debug, Default)]
 pub struct ClusterView {
-    /// Live peers, without this node.
+    /// Live peers, not including this node.
     pub peers: BTreeMap<NodeId, Arc<Peer>>,
-    /// Peers that gossip considers dead and has not forgotten yet.
+    /// Peers that gossip considers dead and has not yet forgotten.
     pub dead: Vec<NodeId>,
 }
 
@@ -20,13 +20,13 @@ pub struct ClusterView {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Peer {
     pub id: NodeId,
-    /// Greater for a later process with the same name.
+    /// Higher for a later process with the same name.
     pub incarnation: u64,
     pub description: NodeDescription,
     pub report: LoadReport,
-    /// When the report arrived here, by this node's clock.
+    /// When the report arrived, by this node's clock.
     pub reported_at: Instant,
-    /// 0 to 1; below 1 for a peer that came and went often lately. Multiplies its weight.
+    /// 0 to 1; below 1 for a peer that has often come and gone recently. Multiplies the peer's weight.
     pub stability: f64,
 }
 

@@ -1,8 +1,8 @@
-//! The bytes of the calls between nodes: a path for each call, postcard for what it carries, and frames with their length
-//! in front where an answer is a stream.
+//! The wire format of calls between nodes: a path for each call, Postcard for its contents, and length-prefixed frames for
+//! streamed responses.
 //!
-//! Nothing here trusts the other side: every length has a bound, and no bytes make it panic. The encoding is that of
-//! `PROTOCOL_VERSION`; nodes of another version are not called.
+//! The other side is not trusted: every length is limited, and no input causes a panic. The encoding belongs to
+//! `PROTOCOL_VERSION`; nodes with another version are not called.
 
 use std::time::Duration;
 
@@ -15,24 +15,24 @@ use crate::types::{
     CacheSalt, Extensions, Failure, FailureKind, FinishReason, GenerationEvent, TokenId, TokenLogprobs,
 };
 
-/// Where each call is posted.
+/// The path of each call.
 pub const GENERATE_PATH: &str = "/outrigger/v1/generate";
 pub const FOLLOW_PATH: &str = "/outrigger/v1/follow";
 pub const JOURNAL_PATH: &str = "/outrigger/v1/journal";
 pub const LOOKUP_PATH: &str = "/outrigger/v1/lookup";
 pub const TOKENIZER_PATH: &str = "/outrigger/v1/tokenizer";
 
-/// Bytes of a call, and of an answer that is no stream.
+/// Maximum size of a call, and of a response that is not a stream.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
-/// Bytes of a frame, without the length in front.
+/// Maximum size of a frame, without its length prefix.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
-/// Bytes of a failure's message as it crosses; the rest is cut off.
+/// Maximum size of a failure's message between nodes; the rest is cut off.
 const MAX_FAILURE_TEXT_BYTES: usize = 4 << 10;
-/// A frame's length, little-endian.
+/// Size of the length prefix, a little-endian number.
 const LENGTH_BYTES: usize = 4;
 
-/// Codes of failures that cross nodes: `Failure::code` is one of the program's own words, so that a peer's word is looked
-/// up here. Unknown ones are dropped.
+/// Failure codes that are passed between nodes. `Failure::code` is a static string, so a peer's code is looked up here. Unknown
+/// ones are dropped.
 const CODES: &[&str] = &[
     "context_length_exceeded",
     "engine_failed",
@@ -53,32 +53,31 @@ pub enum WireError {
     TooLarge { bytes: usize, limit: usize },
     #[error("the bytes are not what was expected")]
     Malformed(#[source] postcard::Error),
-    #[error("{bytes} bytes too many")]
+    #[error("{bytes} unexpected bytes at the end")]
     Trailing { bytes: usize },
     #[error("the stream ends inside a frame")]
     Truncated,
 }
 
-/// What a call or an answer carries.
+/// Encodes the content of a call or a response.
 pub fn encode_message<T: Serialize>(message: &T) -> Result<Bytes, WireError> {
     let bytes = postcard::to_allocvec(message).map_err(WireError::Malformed)?;
     within(bytes.len(), MAX_MESSAGE_BYTES)?;
     Ok(bytes.into())
 }
 
-/// What a request asks of a replica beyond the first version of the protocol. The order of the variants is part of the
-/// protocol; a node that does not know one refuses the call.
+/// Features that a request needs beyond the first version of the protocol. The order of the variants is part of the protocol. A
+/// node that does not know a feature refuses the call.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Extension {
     CacheSalt(CacheSalt),
     PromptLogprobs(u32),
-    /// Stop strings do not end a choice before `min_tokens`, as they did.
+    /// Stop strings do not end a choice before `min_tokens`. In the first version they did.
     StopsAfterMinTokens,
 }
 
-/// A call for a generation. What it asks for beyond the first version of the protocol stands behind all else, and only where
-/// it is asked for: a node of that version takes any other call, and refuses this one for its trailing bytes instead of
-/// leaving something out.
+/// Encodes a generation call. Needed features are appended at the end, and only if there are any. A node of the first version
+/// therefore accepts calls without features, and refuses others because of the trailing bytes, instead of ignoring a feature.
 pub fn encode_call(call: &GenerateCall) -> Result<Bytes, WireError> {
     let mut bytes = postcard::to_allocvec(call).map_err(WireError::Malformed)?;
     let extensions = extensions_of(call);
@@ -116,7 +115,7 @@ impl FromIterator<Extension> for Extensions {
             match extension {
                 Extension::CacheSalt(salt) => extensions.cache_salt = Some(salt),
                 Extension::PromptLogprobs(count) => extensions.prompt_logprobs = Some(count),
-                // This node does no other thing.
+                // This node always does this.
                 Extension::StopsAfterMinTokens => {}
             }
         }
@@ -129,7 +128,7 @@ pub fn decode_message<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError>
     decode(bytes)
 }
 
-/// Decodes all of `bytes`. The library reserves memory by what is there, not by what a length claims.
+/// Decodes all of `bytes`. Memory is reserved for the data that is present, not for what a length field claims.
 fn decode<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, WireError> {
     let (value, rest) = postcard::take_from_bytes(bytes).map_err(WireError::Malformed)?;
     if !rest.is_empty() {
@@ -142,7 +141,7 @@ fn within(bytes: usize, limit: usize) -> Result<(), WireError> {
     if bytes > limit { Err(WireError::TooLarge { bytes, limit }) } else { Ok(()) }
 }
 
-/// The body of an answer that refuses a call.
+/// The body of a response that refuses a call.
 pub fn encode_failure(failure: Failure) -> Bytes {
     postcard::to_allocvec(&WireFailure::from(failure)).expect("strings and numbers have an encoding").into()
 }
@@ -152,7 +151,8 @@ pub fn decode_failure(bytes: &[u8]) -> Result<Failure, WireError> {
     decode::<WireFailure>(bytes).map(Failure::from)
 }
 
-/// Appends a frame to `buffer`. One that would be too large (a stop string of a megabyte) goes out as a failure.
+/// Appends a frame to `buffer`. A frame that is too large (for example because of a stop string of a megabyte) is replaced by a
+/// failure.
 pub fn encode_frame(frame: PeerFrame, buffer: &mut Vec<u8>) {
     let start = buffer.len();
     append_frame(&WireFrame::from(frame), buffer);
@@ -172,10 +172,10 @@ fn append_frame(frame: &WireFrame, buffer: &mut Vec<u8>) {
     buffer[start..start + LENGTH_BYTES].copy_from_slice(&length.to_le_bytes());
 }
 
-/// Cuts what arrives of a stream into frames.
+/// Splits a byte stream into frames.
 #[derive(Default)]
 pub struct FrameDecoder {
-    /// At most one frame, and what arrived together with its end.
+    /// At most one incomplete frame, and the data that arrived with it.
     buffer: BytesMut,
 }
 
@@ -184,8 +184,8 @@ impl FrameDecoder {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next frame that is there as a whole. To be asked until `None` after each `push`. After an error nothing more
-    /// can be made of the stream.
+    /// The next complete frame. Call this until it returns `None` after each `push`. After an error the stream cannot be
+    /// decoded further.
     pub fn next_frame(&mut self) -> Result<Option<PeerFrame>, WireError> {
         let Some(length) = self.buffer.first_chunk::<LENGTH_BYTES>() else { return Ok(None) };
         let length = u32::from_le_bytes(*length) as usize;
@@ -199,13 +199,13 @@ impl FrameDecoder {
         Ok(Some(frame.into()))
     }
 
-    /// To be called at the end of the stream.
+    /// Call this at the end of the stream.
     pub fn finish(&self) -> Result<(), WireError> {
         if self.buffer.is_empty() { Ok(()) } else { Err(WireError::Truncated) }
     }
 }
 
-/// `PeerFrame` on the wire. The order of the variants is part of the protocol.
+/// The wire form of `PeerFrame`. The order of the variants is part of the protocol.
 #[derive(Serialize, Deserialize)]
 enum WireFrame {
     Scheduled { cached_tokens: u32 },
@@ -253,7 +253,7 @@ impl From<WireFrame> for PeerFrame {
     }
 }
 
-/// What of a failure concerns another node: its source stays in the log of the node where it happened.
+/// The part of a failure that is sent to other nodes. Its source is only logged where it happened.
 #[derive(Serialize, Deserialize)]
 struct WireFailure {
     kind: FailureKind,

@@ -1,4 +1,4 @@
-//! What goes in comes out, and no bytes do harm.
+//! Round trips of all messages, and damaged input.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -53,7 +53,7 @@ fn frames() -> impl Strategy<Value = PeerFrame> {
     prop_oneof![event.prop_map(PeerFrame::Event), Just(PeerFrame::Heartbeat), Just(PeerFrame::HandOver)]
 }
 
-/// Every frame that `bytes` hold, cut into pieces of `step` bytes on the way.
+/// All frames in `bytes`, delivered in pieces of `step` bytes.
 fn decode_in_pieces(bytes: &[u8], step: usize) -> Result<Vec<PeerFrame>, WireError> {
     let mut decoder = FrameDecoder::default();
     let mut frames = Vec::new();
@@ -67,7 +67,7 @@ fn decode_in_pieces(bytes: &[u8], step: usize) -> Result<Vec<PeerFrame>, WireErr
     Ok(frames)
 }
 
-/// `Failure` is equal for the client; between nodes the time to wait matters as well.
+/// `Failure`'s equality ignores the retry time, which matters between nodes.
 fn retry_times(frames: &[PeerFrame]) -> Vec<Option<Duration>> {
     let retry = |frame: &PeerFrame| match frame {
         PeerFrame::Event(GenerationEvent::Failed(failure)) => failure.retry_after,
@@ -96,7 +96,7 @@ proptest! {
         let _ = decode_message::<Option<JournalRecord>>(&bytes);
     }
 
-    /// Real messages with a few bytes changed come further than noise does.
+    /// Real messages with a few changed bytes are parsed further than random bytes.
     #[test]
     fn damaged_messages_do_no_harm(
         frames in vec(frames(), 1..6),
@@ -178,7 +178,7 @@ fn calls_come_back_as_they_were() {
     assert_eq!(decode_message::<FollowCall>(&encode_message(&follow).expect("small")).expect("our own"), follow);
 }
 
-/// A node of the first version reads a call as `decode_message` does.
+/// A node of the first version decodes a call as `decode_message` does.
 #[test]
 fn an_older_node_reads_what_it_can_do_and_refuses_what_it_cannot() {
     let as_before = |call: &GenerateCall| decode_message::<GenerateCall>(&encode_call(call).expect("small"));
@@ -190,7 +190,7 @@ fn an_older_node_reads_what_it_can_do_and_refuses_what_it_cannot() {
         assert!(matches!(as_before(&call), Err(WireError::Trailing { .. })), "{call:?}");
         assert_eq!(decode_call(&encode_call(&call).expect("small")).expect("our own"), call);
     }
-    // Nor does this node take what a later one asks for.
+    // In the same way this node refuses features that it does not know.
     let mut bytes = encode_call(&plain).expect("small").to_vec();
     bytes.extend([1, 99]);
     assert!(matches!(decode_call(&bytes), Err(WireError::Malformed(_))));
@@ -204,7 +204,7 @@ fn messages_are_read_to_their_end_and_bounded() {
     let large = vec![0u8; MAX_MESSAGE_BYTES + 1];
     assert!(matches!(decode_message::<Vec<u8>>(&large), Err(WireError::TooLarge { .. })));
     assert!(matches!(encode_message(&large), Err(WireError::TooLarge { .. })));
-    // A length that claims four thousand million elements, and nothing behind it.
+    // A length field that claims four thousand million elements, with no data.
     assert!(matches!(decode_message::<Vec<u32>>(&[0xff, 0xff, 0xff, 0xff, 0x0f]), Err(WireError::Malformed(_))));
 }
 
@@ -248,7 +248,7 @@ fn failures_cross_with_what_a_node_may_know() {
     assert_eq!(decode_failure(&encode_failure(unknown)).expect("our own").code, None);
 }
 
-/// Codes that the layers below the API give are dropped between nodes unless the table has them.
+/// Codes from the layers below the API are dropped between nodes unless they are in the table.
 #[test]
 fn every_code_below_the_api_crosses() {
     fn sources(folder: &Path, texts: &mut Vec<String>) {

@@ -1,4 +1,4 @@
-//! The bounds of a node's health: when it is slow, unready or failed.
+//! Limits that decide when a node is slow, unready or failed.
 
 use std::time::Duration;
 
@@ -7,36 +7,38 @@ use serde::Deserialize;
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// From the end of one synthetic inference to the next.
+    /// Pause between synthetic inferences.
     pub probe_interval: Duration,
-    /// A slower synthetic inference degrades the node.
+    /// Degrade the node when a synthetic inference is slower than this.
     pub probe_soft_limit: Duration,
-    /// Without an answer for this long the node is unready.
+    /// Report the node unready when a synthetic inference gets no answer for this long.
     pub probe_hard_limit: Duration,
-    /// Tokens of a synthetic inference.
+    /// Length of a synthetic inference, in tokens.
     pub probe_max_tokens: u32,
-    /// Good synthetic inferences in a row that lift a bad verdict.
+    /// Correct synthetic inferences in a row that clear a failure.
     pub probe_recovery: u32,
-    /// Synthetic inferences with wrong numbers, and no right one between them, that make it failed: restart it; 0 is never.
+    /// Fail the node (so that it is restarted) after this many synthetic inferences with wrong numbers and no correct one in
+    /// between; 0 disables this.
     pub probe_failure_threshold: u32,
-    /// An engine that owes answers and has made no progress for this long makes the node unready.
+    /// Report the node unready when the engine has work and makes no progress for this long.
     pub stall_timeout: Duration,
-    /// And for this long makes it failed: restart it. A front that hangs for this long ends the process as well.
+    /// Fail the node (so that it is restarted) when the engine makes no progress for this long. The process also exits when the
+    /// HTTP server hangs for this long.
     pub liveness_timeout: Duration,
-    /// From one reading of the memory to the next.
+    /// Pause between readings of the memory use.
     pub memory_interval: Duration,
-    /// Fraction of memory in use from which it is logged.
+    /// Log a warning when more than this fraction of memory is in use.
     pub memory_warn_mark: f64,
-    /// From which the node asks for less traffic (`Degraded`).
+    /// Ask for less traffic (`Degraded`) above this fraction.
     pub memory_shrink_mark: f64,
-    /// From which it asks for none (unready).
+    /// Report unready above this fraction.
     pub memory_removal_mark: f64,
-    /// Fullness of the queue from which a node is unready, while another ready node is below it.
+    /// Report unready when the queue is fuller than this and another ready node's is not.
     pub queue_saturation_mark: f64,
 }
 
 impl Default for Config {
-    /// A probe of 4 tokens every 10 s, slow beyond 5 s, lost beyond 30 s, 2 good ones to recover, failed after 2 wrong
+    /// A probe of 4 tokens every 10 s, slow beyond 5 s, unanswered beyond 30 s, 2 correct ones to recover, failed after 2 wrong
     /// ones; stall 10 s, liveness 30 s; memory every 5 s with marks at 80, 90 and 95 %; a queue is saturated at 90 %.
     fn default() -> Self {
         Self {

@@ -1,9 +1,9 @@
-//! The device that computes, as its driver sees it: the trait behind which the driver stands, and what its readings mean
-//! for the node. Knows no driver.
+//! The compute device as its driver reports it: the trait that a driver implements, and what its readings mean for the node.
+//! Knows no particular driver.
 //!
-//! Three outcomes. A *lost* device, an uncorrectable memory error or a fatal XID fails the node, whatever the device still
-//! computes: its numbers cannot be trusted, and a restart begins with fresh memory. A device that is *throttled* or nearly
-//! too hot degrades the node. A device that cannot be asked makes it unready until it can.
+//! Three outcomes. A *lost* device, an uncorrectable memory error or a fatal XID fails the node, even if the device still
+//! computes: its numbers cannot be trusted, and a restart begins with fresh memory. A device that is *throttled* or close to
+//! its temperature limit degrades the node. A device that does not answer makes the node unready until it does.
 
 use thiserror::Error;
 use tracing::{error, info, warn};
@@ -12,45 +12,45 @@ use super::Health;
 use super::lifecycle::DegradedBy;
 use super::memory::{MemoryPlace, MemoryReading};
 
-/// The label of the device's metrics. A node computes on one device.
+/// Value of the label `device` in metrics. A node computes on one device.
 const GPU: &str = "gpu";
 
-/// Degrees below a limit of the device from which it counts as nearly too hot.
+/// A device this many degrees below its limit counts as nearly too hot.
 const TEMPERATURE_MARGIN: u32 = 3;
 
-/// Readings in a row that must agree before the node is degraded, or is not any more: drivers report a slowdown for a
-/// moment at every change of clocks.
+/// Readings in a row that must agree before the node is degraded or recovers. Drivers report a brief slowdown at every change
+/// of clocks.
 const CONFIRMATIONS: u32 = 2;
 
 pub trait DeviceProbe: Send {
-    /// Blocks, mostly for microseconds.
+    /// Reads the device. Blocks, usually for microseconds.
     fn read(&mut self) -> Result<DeviceReading, DeviceProbeError>;
 }
 
-/// What is absent is not told by this device or driver.
+/// One reading. Fields that this device or driver does not report are `None`.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct DeviceReading {
     pub memory: MemoryReading,
     pub celsius: Option<u32>,
     pub limits: TemperatureLimits,
-    /// Share of the last moments in which something was computed, 0 to 1.
+    /// Fraction of the last moments in which the device was computing, 0 to 1.
     pub utilization: Option<f64>,
     pub watts: Option<f64>,
     pub throttles: Vec<Throttle>,
-    /// Since the reading before.
+    /// Faults since the previous reading.
     pub faults: Vec<DeviceFault>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TemperatureLimits {
-    /// The hardware slows down here.
+    /// The hardware slows down at this temperature.
     pub slowdown: Option<u32>,
-    /// The hardware switches itself off here.
+    /// The hardware switches itself off at this temperature.
     pub shutdown: Option<u32>,
 }
 
-/// Why the clocks are lower than they should be. A power cap in software is not among them: that is how a device that works
-/// hard is kept within its rating.
+/// Why the clocks are lower than they should be. A power cap in software is not among them: it is the normal way to keep a busy
+/// device within its rating.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Throttle {
     HardwareSlowdown,
@@ -83,32 +83,33 @@ impl Throttle {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceFault {
-    /// An error report of the driver by number; `None` when it cannot name it.
+    /// An error report of the driver, with its number if the driver gives one.
     Xid(Option<u64>),
-    /// Memory was read that the device could not correct.
+    /// The device read memory that it could not correct.
     UncorrectableMemory,
 }
 
-/// What an XID asks for.
+/// The consequence of an XID.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum XidClass {
-    /// The program that caused it must be restarted, and hears of it from its own calls. The report does not say which
-    /// program that was: were it this one, the next step fails; were it another, nothing is wrong here.
+    /// The program that caused the error must be restarted, and sees the error in its own calls. The report does not say which
+    /// program it was: if it was this one, the next step fails; if not, nothing is wrong here.
     Application,
-    /// The device goes on as before; an operator may want to know.
+    /// The device continues as before; worth a log line.
     Notice,
-    /// The device must be reset, or cannot be trusted.
+    /// The device must be reset, or its results cannot be trusted.
     Fatal,
 }
 
 impl XidClass {
-    /// By the action that NVIDIA's catalogue recommends at once. What it does not name, or names as fatal, is fatal.
+    /// Classifies an XID by the immediate action that NVIDIA's catalogue recommends. XIDs that the catalogue does not list are
+    /// fatal.
     fn of(xid: Option<u64>) -> Self {
         match xid {
-            // Invalid command streams, illegal accesses, stopped or timed-out channels, clean-up after them.
+            // Invalid command streams, illegal accesses, stopped or timed-out channels, and their clean-up.
             Some(8 | 11 | 13 | 31 | 32 | 43 | 45 | 68 | 69 | 109) => Self::Application,
-            // A row of memory is replaced at the next reset; many correctable errors; corrected errors of a link; another
-            // recovery action is advised, which follows the error that asks for it.
+            // A row of memory will be replaced at the next reset; many correctable errors; corrected link errors; a recommended
+            // recovery action, which follows the error that requires it.
             Some(63 | 92 | 121 | 154) => Self::Notice,
             _ => Self::Fatal,
         }
@@ -127,29 +128,29 @@ impl DeviceFault {
         }
     }
 
-    /// The reason for which it fails the node, if it does.
+    /// The reason why this fault fails the node, or `None` if it does not.
     fn fatal_reason(self) -> Option<String> {
         match self {
             Self::UncorrectableMemory => Some("the device read memory that it could not correct".to_owned()),
             Self::Xid(xid) if XidClass::of(xid) != XidClass::Fatal => None,
             Self::Xid(Some(xid)) => Some(format!("the device's driver reports XID {xid}")),
-            Self::Xid(None) => Some("the device's driver reports an XID that it does not name".to_owned()),
+            Self::Xid(None) => Some("the device's driver reports an XID without a number".to_owned()),
         }
     }
 }
 
 #[derive(Debug, Error)]
 pub enum DeviceProbeError {
-    /// It fell off the bus, or must be reset: a restart of the node at best finds it again.
+    /// The device fell off the bus or must be reset. It may be found again after a restart of the node.
     #[error("the device is lost: {0}")]
     Lost(String),
-    /// It may answer the next time.
+    /// The next reading may succeed.
     #[error("the device does not answer: {0}")]
     Silent(String),
 }
 
 impl DeviceReading {
-    /// Why the device works less well than it should, in words.
+    /// Describes why the device is slower than it should be.
     fn trouble(&self) -> Option<String> {
         let mut parts: Vec<String> = self.throttles.iter().map(|throttle| throttle.words().to_owned()).collect();
         parts.extend(self.heat());
@@ -164,11 +165,11 @@ impl DeviceReading {
     }
 }
 
-/// Whether the device is in trouble, once enough readings in a row say so. Pure.
+/// Decides whether the device is in trouble, from consecutive readings. Pure.
 #[derive(Debug, Default)]
 pub(super) struct TroubleJudge {
     in_trouble: bool,
-    /// Readings in a row that say otherwise.
+    /// Consecutive readings that disagree with the current decision.
     contrary: u32,
 }
 
@@ -184,7 +185,7 @@ impl TroubleJudge {
 }
 
 impl Health {
-    /// Takes a reading of the device, or the lack of one. `block_bytes`: size of one KV block in its memory.
+    /// Processes a reading of the device, or a failure to read it. `block_bytes`: size of one KV block in device memory.
     pub(super) fn observe_device(&self, reading: Result<&DeviceReading, &DeviceProbeError>, block_bytes: u64) {
         let reading = match reading {
             Ok(reading) => reading,
@@ -200,9 +201,9 @@ impl Health {
         let lifecycle = self.lifecycle();
         match (is_troubled, trouble) {
             (true, Some(trouble)) => lifecycle.degrade(DegradedBy::Device, trouble),
-            // The first good reading after bad ones, or the first bad one after good ones.
+            // Logged only when readings start or stop failing.
             (true, None) => {}
-            (false, _) => lifecycle.recover(DegradedBy::Device, "the device runs at its own speed"),
+            (false, _) => lifecycle.recover(DegradedBy::Device, "the device runs at full speed"),
         }
     }
 
@@ -219,7 +220,7 @@ impl Health {
             if is_news {
                 self.state.metrics.device_errors.with(["lost"]).inc();
             }
-            // Refused when the node has failed or stopped already.
+            // This has no effect if the node has already failed or stopped.
             let _ = self.lifecycle().fail(error.to_string());
         }
     }
@@ -229,7 +230,7 @@ impl Health {
         match fault.fatal_reason() {
             Some(reason) => {
                 error!(?fault, "device fault");
-                // Refused when the node has failed or stopped already.
+                // This has no effect if the node has already failed or stopped.
                 let _ = self.lifecycle().fail(reason);
             }
             None => info!(?fault, "device fault that does not concern this node"),

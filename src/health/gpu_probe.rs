@@ -1,8 +1,8 @@
-//! One NVIDIA GPU, asked through the driver's management library (NVML). The library is opened at run time; without it, or
+//! Monitors one NVIDIA GPU through the driver's management library (NVML). The library is loaded at run time; without it, or
 //! without the device, there is no probe.
 //!
-//! Errors arrive in two ways: as events (XIDs and uncorrectable memory errors) where the driver gives them, and as the
-//! count of uncorrectable memory errors since the driver was loaded, which also tells where it does not.
+//! Errors are detected in two ways: by events (XIDs and uncorrectable memory errors), if the driver provides them, and by the
+//! driver's count of uncorrectable memory errors.
 
 use std::sync::OnceLock;
 
@@ -18,16 +18,16 @@ use tracing::info;
 use super::device::{DeviceFault, DeviceProbe, DeviceProbeError, DeviceReading, TemperatureLimits, Throttle};
 use super::memory::MemoryReading;
 
-/// Events taken at one reading; the others are taken at the next.
+/// Events processed per reading; the others follow at the next one.
 const MAX_EVENTS: usize = 32;
 
-/// A GPU that answered once.
+/// A GPU that has answered at least once.
 pub struct GpuProbe {
     device: Device<'static>,
-    /// `None` where the driver gives no events of this device.
+    /// `None` if the driver provides no events for this device.
     events: Option<EventSet<'static>>,
     limits: TemperatureLimits,
-    /// Uncorrectable memory errors that were counted at the last reading.
+    /// The driver's count of uncorrectable memory errors at the last reading.
     uncorrectable: Option<u64>,
 }
 
@@ -41,7 +41,8 @@ pub enum GpuProbeError {
 }
 
 impl GpuProbe {
-    /// The GPU of this PCI bus id, as the computing side names it: numbers do not agree where some devices are hidden.
+    /// Opens the GPU with this PCI bus id. NVML's device numbers differ from CUDA's if some devices are hidden, so the id is
+    /// used.
     pub fn open(pci_bus_id: &str) -> Result<Self, GpuProbeError> {
         let library = library()?;
         let invisible =
@@ -62,7 +63,7 @@ impl GpuProbe {
     }
 
     fn throttles(&self) -> Vec<Throttle> {
-        // What this driver cannot tell does not hold.
+        // A driver that cannot report this counts as not throttled.
         let reasons = self.device.current_throttle_reasons().unwrap_or(ThrottleReasons::NONE);
         let flag = |throttle| match throttle {
             Throttle::HardwareSlowdown => ThrottleReasons::HW_SLOWDOWN,
@@ -95,11 +96,11 @@ impl GpuProbe {
 
 impl DeviceProbe for GpuProbe {
     fn read(&mut self) -> Result<DeviceReading, DeviceProbeError> {
-        // Faults first: a device that is about to be lost may still say why.
+        // Faults first: a device that is about to be lost may still report why.
         let faults = self.faults()?;
         let memory = self.device.memory_info().map_err(|error| probe_error(&error))?;
         Ok(DeviceReading {
-            // What the driver keeps for itself is in nobody's reach, and so in use.
+            // Memory that the driver reserves for itself counts as used.
             memory: MemoryReading { used_bytes: memory.total.saturating_sub(memory.free), total_bytes: memory.total },
             celsius: self.device.temperature(TemperatureSensor::Gpu).ok(),
             limits: self.limits,
@@ -111,7 +112,7 @@ impl DeviceProbe for GpuProbe {
     }
 }
 
-/// The library is opened once and stays open: what is asked of it refers to it.
+/// The library stays open, since device handles refer to it.
 fn library() -> Result<&'static Nvml, GpuProbeError> {
     static LIBRARY: OnceLock<Result<Nvml, String>> = OnceLock::new();
     LIBRARY
@@ -141,7 +142,7 @@ fn listen(library: &'static Nvml, device: &Device<'static>) -> Option<EventSet<'
     }
 }
 
-/// `None` where the memory has no error correction, or it is off.
+/// `None` if the memory has no error correction or it is disabled.
 fn count_uncorrectable(device: &Device<'_>) -> Option<u64> {
     device.total_ecc_errors(MemoryError::Uncorrected, EccCounter::Volatile).ok()
 }
@@ -167,7 +168,7 @@ fn probe_error(error: &NvmlError) -> DeviceProbeError {
 mod tests {
     use super::*;
 
-    /// Runs with and without a driver.
+    /// Must pass on machines with and without a driver.
     #[test]
     fn a_device_that_is_not_there_is_an_error_that_says_why() {
         let error = GpuProbe::open("ffff:ff:1f.0").err().expect("no such device");

@@ -1,8 +1,8 @@
-//! The synthetic inference: asks the engine, through the same door as everybody, for a few greedy tokens and compares them,
-//! and the bits of their log-probabilities, with those recorded when the model was loaded. So a hang, a slow-down and
-//! silent corruption of weights all show.
+//! The synthetic inference: sends the engine a short greedy request through the same interface as clients, and compares the
+//! tokens and the bits of their log-probabilities with those recorded when the model was loaded. This detects hangs, slowness
+//! and silent corruption of weights.
 //!
-//! [`ProbeJudge`] is the pure core: outcomes in, a standing verdict out. [`InferenceProbe`] asks.
+//! [`ProbeJudge`] is the pure core: it turns outcomes into a verdict. [`InferenceProbe`] sends the requests.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,39 +19,38 @@ use crate::types::{
 
 use super::{Config, Health};
 
-/// From a probe with wrong numbers to the one that confirms it.
+/// Pause between a probe with wrong numbers and the one that confirms it.
 const DOUBT_INTERVAL: Duration = Duration::from_millis(50);
-/// At least this long lies between other probes, and no more while the verdict is bad, once somebody met NaN, or while the
-/// engine is silent: neither a node that has recovered nor one that has broken waits long to be known for it.
+/// Minimum pause between other probes. It is also the pause while the verdict is bad, after a request met NaN, and while the
+/// engine makes no progress, so that failures and recoveries are detected quickly.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-/// An engine that lives shows it more often than this, also when it has nothing to do. One that does not is asked at once:
-/// whether it hangs shows in whether it answers.
+/// A healthy engine shows progress more often than this, even when idle. If it does not, it is probed at once.
 const MAX_SILENCE: Duration = Duration::from_secs(2);
-/// From one look at the engine's status to the next.
+/// How often to look at the engine's status.
 const SUSPICION_INTERVAL: Duration = Duration::from_millis(100);
-/// The first inference touches every page of the weights, perhaps from disk.
+/// The first inference may be this many times slower than the hard limit: it loads the weights from disk.
 const CALIBRATION_SLACK: u32 = 10;
 
-/// How one synthetic inference went.
+/// The result of one synthetic inference.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ProbeOutcome {
-    /// The expected tokens.
+    /// The expected tokens and log-probabilities.
     Right { elapsed: Duration },
-    /// Other numbers than were recorded, or none that are numbers.
+    /// Other tokens or log-probabilities than recorded, or NaN.
     Wrong { message: String },
     /// No answer within the hard limit.
     TimedOut { limit: Duration },
-    /// The engine refused or failed.
+    /// The engine refused the request, or failed.
     Failed { message: String },
 }
 
-/// The standing verdict over a series of outcomes.
+/// Turns a series of outcomes into a verdict.
 #[derive(Clone, Debug)]
 pub struct ProbeJudge {
     soft_limit: Duration,
-    /// Good probes in a row that lift a verdict.
+    /// Correct probes in a row that clear a verdict.
     recovery: u32,
-    /// Wrong ones without a right one between them that fail the node; `None`: any number may be.
+    /// Wrong probes, without a correct one in between, that fail the node. `None`: never.
     failure_threshold: Option<u32>,
     has_passed: bool,
     fault: Option<String>,
@@ -76,13 +75,13 @@ impl ProbeJudge {
         }
     }
 
-    /// Takes an outcome into account and gives its label for metrics.
+    /// Processes an outcome. Returns its metric label.
     pub fn observe(&mut self, outcome: &ProbeOutcome) -> &'static str {
         let (label, fault) = match outcome {
             ProbeOutcome::Right { elapsed } => return self.observe_right(*elapsed),
             ProbeOutcome::Wrong { message } => {
                 self.wrong_since_right = self.wrong_since_right.saturating_add(1);
-                ("wrong", format!("the synthetic inference gave wrong numbers: {message}"))
+                ("wrong", format!("the synthetic inference returned wrong numbers: {message}"))
             }
             ProbeOutcome::TimedOut { limit } => {
                 ("timeout", format!("the synthetic inference took longer than {:.1} s", limit.as_secs_f64()))
@@ -119,30 +118,30 @@ impl ProbeJudge {
         self.has_passed
     }
 
-    /// Makes the node unready while it lasts.
+    /// Why the node is unready, if it is.
     pub fn fault(&self) -> Option<&str> {
         self.fault.as_deref()
     }
 
-    /// Fails the node: its numbers have been wrong for so long that only a fresh start may mend them. Slow answers, refusals
-    /// and silence do not count: a busy node is no broken one.
+    /// Why the node has failed, if it has: its numbers were wrong so often that only a restart can help. Slow answers, refusals
+    /// and timeouts do not count, since an overloaded node is not broken.
     pub fn failure(&self) -> Option<String> {
         let threshold = self.failure_threshold.filter(|&threshold| self.wrong_since_right >= threshold)?;
         Some(format!("{}, {threshold} times", self.fault()?))
     }
 
-    /// The numbers were wrong just now, and a few more such answers fail the node.
+    /// Whether the last numbers were wrong. A few more wrong answers fail the node.
     pub fn is_in_doubt(&self) -> bool {
         self.wrong_since_right > 0 && self.failure_threshold.is_some()
     }
 
-    /// Degrades the node while it lasts.
+    /// Why the node is degraded, if it is.
     pub fn slow(&self) -> Option<&str> {
         self.slow.as_deref()
     }
 }
 
-/// Why the node cannot trust its model from the start.
+/// Why a freshly loaded model cannot be trusted.
 #[derive(Debug, Error)]
 pub enum CalibrationError {
     #[error("the first inference failed: {0}")]
@@ -153,10 +152,10 @@ pub enum CalibrationError {
     NotReproducible(String),
 }
 
-/// A generated token and the bits of its log-probability.
+/// A generated token, and the bits of its log-probability.
 type Generated = (TokenId, u32);
 
-/// Asks the engine again and again.
+/// Runs the synthetic inference periodically.
 pub struct InferenceProbe {
     health: Health,
     backend: Arc<dyn Backend>,
@@ -165,7 +164,8 @@ pub struct InferenceProbe {
 }
 
 impl InferenceProbe {
-    /// Records what the freshly loaded model answers to `prompt` (not empty), twice. The node has then passed once.
+    /// Runs the prompt (not empty) twice on the freshly loaded model, and records the answer. The node then counts as probed
+    /// once.
     pub async fn calibrate(
         health: Health,
         backend: Arc<dyn Backend>,
@@ -185,7 +185,7 @@ impl InferenceProbe {
         Ok(probe)
     }
 
-    /// Probes until the node drains, fails or is told to end.
+    /// Probes until the node drains or fails, or until `shutdown`.
     pub async fn run(self, shutdown: CancellationToken) {
         let mut phases = self.health.lifecycle().subscribe();
         let is_over = |state| matches!(state, NodeState::Draining | NodeState::Stopped | NodeState::Failed);
@@ -200,7 +200,7 @@ impl InferenceProbe {
         let mut invalid = 0;
         loop {
             self.pause(invalid).await;
-            // What a request meets from here on is a reason for the next.
+            // NaN rows that requests meet from now on trigger the next probe early.
             invalid = self.backend.status().numerics_invalid;
             let outcome = self.probe_once().await;
             if !matches!(outcome, ProbeOutcome::Right { .. }) {
@@ -210,8 +210,7 @@ impl InferenceProbe {
         }
     }
 
-    /// Until the next probe, which comes soon where there is reason to ask. `invalid`: rows that were no numbers before the
-    /// last probe.
+    /// Waits until the next probe, which comes early if there is a reason. `invalid`: count of NaN rows before the last probe.
     async fn pause(&self, invalid: u64) {
         let (begin, interval) = (Instant::now(), self.health.config().probe_interval);
         sleep(interval.min(DOUBT_INTERVAL)).await;
@@ -258,10 +257,10 @@ impl InferenceProbe {
                 GenerationEvent::Failed(failure) => return Err(failure),
             }
         }
-        Err(Failure::new(FailureKind::EngineFailed, "the engine went away"))
+        Err(Failure::new(FailureKind::EngineFailed, "the engine has stopped"))
     }
 
-    /// Greedy, of fixed length, outside the queue, the slots and the prefix cache.
+    /// A greedy request of fixed length that bypasses the queue, the slots and the prefix cache.
     fn request(&self) -> GenerateRequest {
         let sampling = SamplingParams {
             temperature: 0.0,

@@ -1,7 +1,7 @@
-//! The node's state machine: `Starting → Warming → Ready ⇄ Degraded → Draining → Stopped`, and `Failed` from anywhere.
+//! The node's state machine: `Starting → Warming → Ready ⇄ Degraded → Draining → Stopped`, and `Failed` from any state.
 //!
-//! `Machine` is the pure core. [`Lifecycle`] is its handle: each transition has a reason, a metric and a log line, and
-//! reaches every subscriber. Who asks for a transition that cannot be made is told so; the state stays.
+//! `Machine` is the pure core, [`Lifecycle`] its handle. Each transition has a reason, a metric and a log line, and is sent to
+//! all subscribers. A transition that is not allowed is an error and changes nothing.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -16,20 +16,20 @@ use crate::observability::Metrics;
 use crate::observability::metrics::state_label;
 use crate::types::{NodeState, watch};
 
-/// Why a node works less well than it should.
+/// Why a node is degraded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DegradedBy {
-    /// The synthetic inference is slower than its soft limit.
+    /// The synthetic inference is slower than the soft limit.
     SlowProbe,
-    /// Memory is above the mark at which the node's weight shrinks.
+    /// Memory is above `memory_shrink_mark`.
     Memory,
-    /// The same of the memory of the device that computes.
+    /// Device memory is above `memory_shrink_mark`.
     DeviceMemory,
-    /// The device is throttled, or nearly too hot.
+    /// The device is throttled, or close to its temperature limit.
     Device,
 }
 
-/// Where the node is, and what brought it there.
+/// A state, and the reason why the node entered it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NodePhase {
     pub state: NodeState,
@@ -47,7 +47,7 @@ pub struct InvalidTransition {
 #[derive(Clone, Debug)]
 struct Machine {
     phase: NodePhase,
-    /// What degrades the node at present, also before it is ready.
+    /// Current causes of degradation. Recorded also before the node is ready.
     causes: BTreeMap<DegradedBy, Cow<'static, str>>,
 }
 
@@ -57,7 +57,7 @@ impl Machine {
         Self { phase, causes: BTreeMap::new() }
     }
 
-    /// Whether the step can be asked for. `Ready ⇄ Degraded` cannot: it follows from the causes.
+    /// Whether this transition can be requested. `Ready ⇄ Degraded` cannot: it follows from the causes.
     fn allows(from: NodeState, to: NodeState) -> bool {
         use NodeState::{Degraded, Draining, Failed, Ready, Starting, Stopped, Warming};
         match to {
@@ -70,7 +70,7 @@ impl Machine {
         }
     }
 
-    /// Makes the step, and the one to `Degraded` that may follow at once. Returns the phases entered.
+    /// Makes the transition, and the one to `Degraded` if it follows at once. Returns the phases that were entered.
     fn go(&mut self, to: NodeState, reason: Cow<'static, str>) -> Result<Vec<NodePhase>, InvalidTransition> {
         let from = self.phase.state;
         if !Self::allows(from, to) {
@@ -96,7 +96,7 @@ impl Machine {
         Some(self.phase.clone())
     }
 
-    /// A ready node with a cause is degraded.
+    /// Degrades a ready node that has a cause, or makes it ready again.
     fn settle(&mut self) -> Option<NodePhase> {
         let reason = self.causes.values().next().filter(|_| self.phase.state == NodeState::Ready)?.clone();
         self.phase = NodePhase { state: NodeState::Degraded, reason };
@@ -104,13 +104,13 @@ impl Machine {
     }
 }
 
-/// Handle to the node's state. Cheap to clone.
+/// The handle to the node's state. Cheap to clone.
 #[derive(Clone)]
 pub struct Lifecycle {
     cell: Arc<PhaseCell>,
 }
 
-/// The machine, and the phase as subscribers see it.
+/// The machine, and the current phase for subscribers.
 struct PhaseCell {
     machine: Mutex<Machine>,
     phases: watch::Sender<NodePhase>,
@@ -134,17 +134,17 @@ impl Lifecycle {
         self.cell.phases.borrow().clone()
     }
 
-    /// The node has been ready once.
+    /// Whether the node has ever been ready.
     pub fn has_started(&self) -> bool {
         self.cell.has_started.load(Ordering::Acquire)
     }
 
-    /// Sees the latest phase; quick successions may be skipped.
+    /// Receives the latest phase. Phases that follow one another quickly may be skipped.
     pub fn subscribe(&self) -> watch::Receiver<NodePhase> {
         self.cell.phases.subscribe()
     }
 
-    /// The weights are loaded; what remains is to try them.
+    /// The weights are loaded; the node now tries the model.
     pub fn warming(&self, reason: impl Into<Cow<'static, str>>) -> Result<(), InvalidTransition> {
         self.go(NodeState::Warming, reason.into())
     }
@@ -165,7 +165,7 @@ impl Lifecycle {
         self.go(NodeState::Failed, reason.into())
     }
 
-    /// Notes a cause of degradation. It matters while the node is ready, and as soon as it becomes so.
+    /// Adds a cause of degradation. It takes effect while the node is ready, or when it becomes ready.
     pub fn degrade(&self, cause: DegradedBy, reason: impl Into<Cow<'static, str>>) {
         let mut machine = self.cell.machine.lock();
         if let Some(phase) = machine.degrade(cause, reason.into()) {
@@ -173,7 +173,7 @@ impl Lifecycle {
         }
     }
 
-    /// A cause is gone; with the last one the node is ready again.
+    /// Removes a cause of degradation. The node is ready again when none is left.
     pub fn recover(&self, cause: DegradedBy, reason: impl Into<Cow<'static, str>>) {
         let mut machine = self.cell.machine.lock();
         if let Some(phase) = machine.recover(cause, reason.into()) {
@@ -182,7 +182,7 @@ impl Lifecycle {
     }
 
     fn go(&self, to: NodeState, reason: Cow<'static, str>) -> Result<(), InvalidTransition> {
-        // Published under the lock, so that subscribers see phases in their order.
+        // Published while the lock is held, so that subscribers see phases in order.
         let mut machine = self.cell.machine.lock();
         let mut from = machine.phase.state;
         for phase in machine.go(to, reason)? {
@@ -292,7 +292,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is asked for: the state moves along the diagram, and is `Degraded` just when a ready node has a cause.
+        /// For any requests: the state follows the diagram, and a ready node is `Degraded` exactly when it has a cause.
         #[test]
         fn the_diagram_holds(asked in prop::collection::vec((0_usize..9, any::<bool>()), 1..60)) {
             let mut machine = Machine::new();

@@ -1,5 +1,5 @@
-//! How close the node is to running out of memory: the trait behind which the sources of the host stand, the source itself,
-//! and the marks, which hold for a device's memory as well.
+//! How close the node is to running out of memory: the trait for memory sources, the source for the host, and the marks, which
+//! apply to a device's memory as well.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,9 +9,9 @@ use tracing::warn;
 
 use crate::types::with_causes;
 
-/// Where memory is measured.
+/// A source of memory readings.
 pub trait MemoryProbe: Send {
-    /// The label of metrics: `cgroup` or `host`.
+    /// The metric label: `cgroup` or `host`.
     fn source(&self) -> &'static str;
 
     fn read(&mut self) -> Result<MemoryReading, MemoryProbeError>;
@@ -24,7 +24,7 @@ pub struct MemoryReading {
 }
 
 impl MemoryReading {
-    /// Used over total, where the free part of a pool that is reserved in full counts as free.
+    /// Used memory divided by total. The free part of a pool that is fully reserved counts as free.
     pub fn pressure(self, free_pool_bytes: u64) -> f64 {
         self.used_bytes.saturating_sub(free_pool_bytes) as f64 / self.total_bytes.max(1) as f64
     }
@@ -40,8 +40,8 @@ pub enum MemoryProbeError {
     Silent { source_name: &'static str, seconds: u64 },
 }
 
-/// The memory of a process on the host: its control group's (version 2, else 1), the tightest of the group and its
-/// ancestors; the machine's where no group has a limit. Page cache that can be dropped (inactive files) does not count.
+/// The memory of a process on the host: that of its control group (version 2, else 1), using the tightest limit of the group
+/// and its ancestors; or the machine's if no group has a limit. Page cache that can be dropped (inactive files) does not count.
 pub struct HostMemory {
     levels: Vec<Level>,
     meminfo: PathBuf,
@@ -51,16 +51,16 @@ pub struct HostMemory {
 struct Level {
     usage: PathBuf,
     stat: PathBuf,
-    /// The key of the inactive page cache in `stat`.
+    /// The key in `stat` for the inactive page cache.
     inactive_key: &'static str,
     limit_bytes: u64,
 }
 
-/// Version 1 spells "no limit" as the largest multiple of the page size.
+/// Version 1 writes "no limit" as the largest multiple of the page size.
 const NO_LIMIT_FROM: u64 = 1 << 60;
 
 impl HostMemory {
-    /// Reads the limits that apply to this process.
+    /// Finds the limits that apply to this process.
     pub fn detect() -> Self {
         Self::below(Path::new("/proc"), Path::new("/sys/fs/cgroup"))
     }
@@ -96,7 +96,7 @@ impl HostMemory {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryLimit {
     pub bytes: u64,
-    /// Whose memory it is, in words.
+    /// Names the source in messages.
     pub source_name: &'static str,
 }
 
@@ -136,7 +136,7 @@ impl Level {
         Self::open(folder, "memory.usage_in_bytes", "memory.limit_in_bytes", "total_inactive_file")
     }
 
-    /// `None` where there is no such group, or no limit on it.
+    /// `None` if there is no such group, or it has no limit.
     fn open(folder: &Path, usage: &str, limit: &str, inactive_key: &'static str) -> Option<Self> {
         let limit_bytes = fs::read_to_string(folder.join(limit)).ok()?.trim().parse().ok()?;
         let is_limit = limit_bytes < NO_LIMIT_FROM;
@@ -159,8 +159,8 @@ impl Level {
     }
 }
 
-/// The folder of a group below the mount point, and those of its ancestors. Inside a container the group's path may be the
-/// host's and its folder missing; the mount point itself is then the container's group.
+/// The folder of a group below the mount point, and those of its ancestors. In a container, the group's path may be the host's
+/// and its folder may not exist; then the mount point is the container's own group.
 fn ancestors(mount: &Path, group: &str) -> impl Iterator<Item = PathBuf> {
     let relative = Path::new(group.trim_start_matches('/')).to_path_buf();
     let inside = !relative.components().any(|part| part == std::path::Component::ParentDir);
@@ -176,25 +176,25 @@ fn malformed(path: &Path, what: &'static str) -> MemoryProbeError {
     MemoryProbeError::Malformed { path: path.display().to_string(), what }
 }
 
-/// Whose memory it is. A node that computes on a device can run out of either.
+/// Which memory. A node with a device can run out of either.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum MemoryPlace {
     Host,
     Device,
 }
 
-/// What was read of one place's memory last.
+/// The latest reading of one memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct MemoryState {
-    /// Used over total; `None` while it cannot be read.
+    /// Used divided by total; `None` while it cannot be read.
     pub(super) pressure: Option<f64>,
     pub(super) level: MemoryLevel,
-    /// It could not be read, and that was logged.
+    /// Reading failed, and that was logged.
     pub(super) is_unreadable: bool,
 }
 
 impl MemoryState {
-    /// What cannot be read is unknown, which is no reason to refuse.
+    /// Reading failed. The pressure is then unknown, which does not make the node unready.
     pub(super) fn unreadable(&mut self, error: &MemoryProbeError) {
         if !self.is_unreadable {
             warn!(error = %with_causes(error), "cannot read the memory use");
@@ -203,16 +203,16 @@ impl MemoryState {
     }
 }
 
-/// What the pressure calls for.
+/// The consequence of the memory pressure.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum MemoryLevel {
     #[default]
     Normal,
-    /// Log it.
+    /// Log a warning.
     Warn,
-    /// Take less traffic.
+    /// Ask for less traffic.
     Shrink,
-    /// Take none.
+    /// Ask for no traffic.
     Remove,
 }
 
@@ -224,7 +224,7 @@ pub struct MemoryMarks {
 }
 
 impl MemoryMarks {
-    /// A level is left only this far below its mark, so that pressure at a mark does not make the node flap.
+    /// A level ends only this far below its mark, so that the node does not flap.
     const HYSTERESIS: f64 = 0.02;
 
     pub fn level(&self, previous: MemoryLevel, pressure: f64) -> MemoryLevel {

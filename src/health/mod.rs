@@ -1,8 +1,8 @@
-//! What the node knows of its own health, and what it answers when asked.
+//! The node's health, and the answers to probes.
 //!
-//! [`Health`] is the handle: tasks report to it, the API reads verdicts from it. The pure parts are the state machine in
-//! `lifecycle`, the verdicts, the judge of probes, the watch over the engine and the memory marks. Knows no HTTP, and the
-//! engine only as a `Backend`.
+//! [`Health`] is the handle: tasks report to it, and the API reads verdicts from it. The pure parts are the state machine in
+//! `lifecycle`, the verdicts, the probe judge, the stall watch and the memory marks. Knows no HTTP, and knows the engine only
+//! as a `Backend`.
 
 mod config;
 pub mod device;
@@ -45,7 +45,7 @@ pub use verdict::{HealthSnapshot, Liveness, LoadPhase, LoadProgress, QueueView, 
 #[error("{0}")]
 struct NodeFailed(Cow<'static, str>);
 
-/// Handle to the node's health. Cheap to clone.
+/// The handle to the node's health. Cheap to clone.
 #[derive(Clone)]
 pub struct Health {
     state: Arc<HealthState>,
@@ -59,7 +59,7 @@ struct HealthState {
     observed: Mutex<Observed>,
 }
 
-/// What was reported last.
+/// The latest reports.
 struct Observed {
     loading: LoadProgress,
     watch: StallWatch,
@@ -94,15 +94,15 @@ impl Health {
         &self.state.lifecycle
     }
 
-    /// Says how far loading has come.
+    /// Reports the progress of loading.
     pub fn set_loading(&self, phase: LoadPhase, fraction: f64) {
         self.state.observed.lock().loading = LoadProgress { phase, fraction };
     }
 
-    /// Gives the engine whose status counts from now on. Only the first one is taken.
+    /// Sets the engine whose status counts. Only the first call has an effect.
     pub fn attach(&self, backend: Arc<dyn Backend>) {
         if self.state.backend.set(backend).is_err() {
-            warn!("a second engine was attached to the node's health; the first one counts");
+            warn!("a second engine was attached to the node's health; the second one is ignored");
         }
     }
 
@@ -118,7 +118,7 @@ impl Health {
         verdict::startup(&self.snapshot(QueueView::default()))
     }
 
-    /// The engine owes answers and has made no progress for `stall_timeout`: whatever is handed to it now would wait.
+    /// Whether the engine has work and has made no progress for `stall_timeout`. New requests would have to wait.
     pub fn engine_is_stalled(&self) -> bool {
         let now = tokio::time::Instant::now().into_std();
         let engine = self.state.view_engine(&mut self.state.observed.lock(), now);
@@ -148,13 +148,13 @@ impl Health {
         }
     }
 
-    /// What streams of this node's engine end with, once the node has failed.
+    /// The error for this node's streams once the node has failed.
     pub fn engine_failure(&self) -> Failure {
         let is_wrong = self.state.observed.lock().judge.failure().is_some();
         let failure = match is_wrong {
             true => Failure::new(
                 FailureKind::NumericsSuspect,
-                "The replica was found to compute wrong numbers: what it has answered so far may be wrong. Send the request again.",
+                "The replica was found to compute wrong numbers: the response so far may be wrong. Send the request again.",
             ),
             false => Failure::new(FailureKind::EngineFailed, "The engine has failed."),
         };
@@ -182,7 +182,7 @@ impl Health {
             info!("the synthetic inference is right again");
         }
         if let Some(reason) = observed.judge.failure() {
-            // Refused when the node has failed or stopped already.
+            // This has no effect if the node has already failed or stopped.
             let _ = lifecycle.fail(reason);
         }
         match observed.judge.slow() {
@@ -191,17 +191,17 @@ impl Health {
         }
     }
 
-    /// Fails the node when its engine is dead, or hangs beyond the bound.
+    /// Fails the node if its engine has ended, or has hung for too long.
     fn judge_engine(&self) {
         let liveness = self.liveness();
         let engine_reason = liveness.reasons.iter().find(|reason| reason.code.starts_with("engine_"));
         if let Some(reason) = engine_reason {
-            // Refused when the node has failed or stopped already.
+            // This has no effect if the node has already failed or stopped.
             let _ = self.state.lifecycle.fail(reason.message.clone());
         }
     }
 
-    /// Takes a reading, or the lack of one. `block_bytes`: size of one KV block of a pool that is reserved in full.
+    /// Processes a reading, or a failure to read. `block_bytes`: size of one KV block, if the pool is fully reserved.
     fn observe_memory(
         &self,
         place: MemoryPlace,
@@ -265,7 +265,7 @@ impl Observed {
         ProbeView { has_passed: self.judge.has_passed(), fault: self.judge.fault().map(str::to_string) }
     }
 
-    /// The tighter memory counts.
+    /// The memory with the higher pressure.
     fn memory_view(&self) -> MemoryView {
         MemoryView {
             pressure: self.memory.values().filter_map(|state| state.pressure).reduce(f64::max),

@@ -1,7 +1,7 @@
-//! The tasks that watch: the engine several times a second, the device every second, the host's memory every few.
+//! The monitoring tasks: the engine several times a second, the device every second, the host's memory every few seconds.
 //!
-//! A verdict is only as good as the task that renews it. A task that panics fails the node ([`Health::supervise`]); a source
-//! that panics or does not answer in time counts as silent.
+//! If such a task panics, its verdicts would no longer be updated, so the node fails ([`Health::supervise`]). A source that
+//! panics or does not answer in time counts as unreadable.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
@@ -18,27 +18,27 @@ use super::memory::{MemoryPlace, MemoryProbe, MemoryProbeError};
 use crate::types::panic_message;
 
 const ENGINE_INTERVAL: Duration = Duration::from_millis(250);
-/// At most this long passes before an error that the device reports fails the node.
+/// A device error fails the node within this time.
 const DEVICE_INTERVAL: Duration = Duration::from_secs(1);
-/// A source that has not answered for this long does not answer.
+/// A source that does not answer within this time counts as unreadable.
 const READ_LIMIT: Duration = Duration::from_secs(10);
 
 impl Health {
-    /// Runs a task without which the node would not know how it does, or could not do its part: when it panics, the node
-    /// fails and is restarted. `name` completes "the task that …".
+    /// Runs a task that the node cannot do without. If it panics, the node fails and is restarted. `name` completes the
+    /// sentence "the task that …".
     pub fn supervise(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
         let health = self.clone();
         tokio::spawn(async move {
             let Err(panic) = AssertUnwindSafe(task).catch_unwind().await else { return };
             let cause = panic_message(panic.as_ref());
             error!(cause, "the task that {name} panicked");
-            // Refused when the node has failed or stopped already.
+            // This has no effect if the node has already failed or stopped.
             let _ = health.lifecycle().fail(format!("the task that {name} panicked: {cause}"));
         })
     }
 }
 
-/// Fails the node when its engine dies or hangs. End it before the engine is stopped on purpose.
+/// Fails the node when its engine ends or hangs. Stop this task before the engine is stopped on purpose.
 pub async fn watch_engine(health: Health, shutdown: CancellationToken) {
     let mut ticks = interval(ENGINE_INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -47,7 +47,7 @@ pub async fn watch_engine(health: Health, shutdown: CancellationToken) {
     }
 }
 
-/// Reads the host's memory every `memory_interval`. A KV pool in it counts by its pages that were touched.
+/// Reads the host's memory every `memory_interval`. A KV pool in host memory counts only by the pages that have been used.
 pub async fn watch_memory(health: Health, probe: Box<dyn MemoryProbe>, shutdown: CancellationToken) {
     let (every, source) = (health.config().memory_interval, probe.source());
     let silent = MemoryProbeError::Silent { source_name: source, seconds: READ_LIMIT.as_secs() };
@@ -64,7 +64,7 @@ pub async fn watch_memory(health: Health, probe: Box<dyn MemoryProbe>, shutdown:
     .await;
 }
 
-/// Reads the device. `block_bytes`: size of one KV block of the pool that is reserved in its memory.
+/// Monitors the device. `block_bytes`: size of one KV block of the pool reserved in device memory.
 pub async fn watch_device(health: Health, probe: Box<dyn DeviceProbe>, block_bytes: u64, shutdown: CancellationToken) {
     let every = health.config().memory_interval.min(DEVICE_INTERVAL);
     let silent = DeviceProbeError::Silent(format!("no reading within {} s", READ_LIMIT.as_secs()));
@@ -80,7 +80,7 @@ pub async fn watch_device(health: Health, probe: Box<dyn DeviceProbe>, block_byt
     .await;
 }
 
-/// Reads `probe` again and again, and reports what it says; `None` when it panics or does not answer in time.
+/// Reads `probe` periodically and reports each result; `None` if it panics or does not answer in time.
 async fn watch<P: Send + 'static, R: Send + 'static>(
     mut probe: P,
     every: Duration,
@@ -91,7 +91,7 @@ async fn watch<P: Send + 'static, R: Send + 'static>(
     let mut ticks = interval(every);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     while shutdown.run_until_cancelled(ticks.tick()).await.is_some() {
-        // A driver may block: the read leaves the runtime, and is waited for with a limit.
+        // A driver may block, so the read runs on a blocking thread and has a time limit.
         let mut reading: JoinHandle<(P, Option<R>)> = tokio::task::spawn_blocking(move || {
             let reading = catch_unwind(AssertUnwindSafe(|| read(&mut probe)));
             let reading = reading.inspect_err(|panic| {
@@ -107,7 +107,7 @@ async fn watch<P: Send + 'static, R: Send + 'static>(
                     report(reading.as_ref());
                     break returned;
                 }
-                // The runtime ends, and the process with it.
+                // The runtime is shutting down.
                 Some(Ok(Err(_))) => return,
             }
         };

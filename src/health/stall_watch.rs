@@ -1,14 +1,15 @@
-//! Tells a hang from idleness, from a long step and from a pause of the whole process. Pure: time is passed in.
+//! Detects that the engine hangs, as opposed to being idle, running a long step, or the whole process being paused. Pure: time
+//! is passed in.
 //!
-//! Whether there is work is counted by those who hand it over, never by the thread that is watched. Only progress resets the
-//! clock; neither a client that gives up nor an abandoned synthetic inference does.
+//! The amount of work is counted by those who hand it over, never by the thread that is watched. Only progress resets the
+//! clock. A client that gives up, or an abandoned synthetic inference, does not.
 
 use std::time::{Duration, Instant};
 
-/// A longer gap between two observations counts as this much: the whole process may have stood still meanwhile.
+/// A longer gap between two observations counts as this long, since the whole process may have been paused.
 const MAX_GAP: Duration = Duration::from_secs(2);
 
-/// Should be told several times a second; told less often, it counts too little time rather than too much.
+/// Should observe several times a second. With fewer observations it underestimates the stall.
 #[derive(Clone, Debug, Default)]
 pub struct StallWatch {
     last: Option<Observation>,
@@ -23,8 +24,8 @@ struct Observation {
 }
 
 impl StallWatch {
-    /// How long there has been work and no progress; `None` without work. `outstanding`: what was handed over and is not
-    /// answered. `progress` changes whenever some of it advances.
+    /// How long there has been work without progress; `None` if there is no work. `outstanding`: requests handed over and not
+    /// answered. `progress` changes whenever any of them advances.
     pub fn observe(&mut self, outstanding: u64, progress: u64, now: Instant) -> Option<Duration> {
         let has_work = outstanding > 0;
         let last = self.last.replace(Observation { at: now, has_work, progress });
@@ -54,7 +55,7 @@ mod tests {
             Self { watch: StallWatch::default(), now: Instant::now() }
         }
 
-        /// Observes every half second; returns the last answer.
+        /// Observes every half second; returns the last result.
         fn run(&mut self, ticks: u32, outstanding: u64, progress: impl Fn(u32) -> u64) -> Option<Duration> {
             let mut answer = None;
             for tick in 0..ticks {

@@ -1,4 +1,4 @@
-//! The handle and its tasks, against an engine that does what the test says.
+//! Tests of the handle and its tasks, with an engine that the test controls.
 
 use parking_lot::Mutex;
 use tokio_util::sync::CancellationToken;
@@ -25,7 +25,7 @@ enum Conduct {
 struct FakeEngine {
     conduct: Mutex<Conduct>,
     status: Mutex<EngineStatus>,
-    /// Streams that never get an answer, kept open.
+    /// Streams that stay open and get no answer.
     silent: Mutex<Vec<tokio::sync::mpsc::UnboundedSender<GenerationEvent>>>,
     requests: Mutex<Vec<GenerateRequest>>,
 }
@@ -82,7 +82,7 @@ impl Backend for FakeEngine {
 
     fn status(&self) -> EngineStatus {
         let mut status = self.status.lock();
-        // What was handed over is owed, also when whoever asked has given up.
+        // Handed-over requests count as outstanding even if the caller has given up.
         status.outstanding = status.outstanding.max(self.silent.lock().len() as u64);
         if *self.conduct.lock() != Conduct::Silent {
             status.heartbeat = Instant::now();
@@ -145,7 +145,7 @@ impl Node {
         self.health.readiness(QueueView::default()).reasons.iter().map(|reason| reason.code).collect()
     }
 
-    /// Waits until the node is as wanted; fails after ten seconds.
+    /// Waits for a condition; fails after ten seconds.
     async fn until(&self, what: &str, is_so: impl Fn(&Self) -> bool) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !is_so(self) {
@@ -195,7 +195,7 @@ async fn numbers_that_stay_wrong_fail_the_node() {
     node.engine.behave(Conduct::Nan);
     node.until("failed", |node| state(node) == NodeState::Failed).await;
     let reason = node.health.lifecycle().phase().reason;
-    assert_eq!(reason, "the synthetic inference gave wrong numbers: no number, 5 times");
+    assert_eq!(reason, "the synthetic inference returned wrong numbers: no number, 5 times");
     assert!(!node.health.liveness().live);
 }
 
@@ -303,7 +303,7 @@ async fn a_model_that_cannot_repeat_itself_is_not_served() {
     assert!(!health.readiness(QueueView::default()).ready);
 }
 
-/// Reads what the test says; nothing is a source that cannot be read.
+/// Returns the value that the test sets; `None` means unreadable.
 struct SimulatedMemory(Arc<Mutex<Option<u64>>>);
 
 impl MemoryProbe for SimulatedMemory {
@@ -317,7 +317,7 @@ impl MemoryProbe for SimulatedMemory {
     }
 }
 
-/// Panics once, then gives readings.
+/// Panics once, then returns readings.
 struct PanickingMemory(bool);
 
 impl MemoryProbe for PanickingMemory {
@@ -338,7 +338,7 @@ async fn a_source_that_panics_is_silent_and_asked_again() {
     node.until("measured", |node| pressure(node) == Some(0.3)).await;
 }
 
-/// Says what the test says, faults once.
+/// Returns what the test sets; reports its faults once.
 struct SimulatedDevice(Arc<Mutex<Answer>>);
 
 enum Answer {
@@ -363,7 +363,7 @@ fn using(used_bytes: u64) -> DeviceReading {
     DeviceReading { memory: MemoryReading { used_bytes, total_bytes: 100 }, ..Default::default() }
 }
 
-/// A ready node that watches a device, and what the device answers. 6 of 10 KV blocks of a byte are free.
+/// A ready node with a device that the test controls. 6 of 10 KV blocks, of one byte each, are free.
 async fn node_with_device(answer: DeviceReading) -> (Node, Arc<Mutex<Answer>>) {
     let node = Node::start().await;
     let answer = Arc::new(Mutex::new(Answer::Reading(answer)));

@@ -1,7 +1,7 @@
-//! What the three probes answer, as pure functions of a snapshot, and the bodies that say why.
+//! The answers of the three probes, as pure functions of a snapshot, with the reasons in their bodies.
 //!
-//! *Liveness*: restart me? *Readiness*: send me traffic? *Startup*: how far has loading come? Knows no clock: the snapshot
-//! holds durations.
+//! *Liveness*: should the process be restarted? *Readiness*: should it get traffic? *Startup*: how far has loading come? Uses
+//! no clock: the snapshot holds durations.
 
 use std::time::Duration;
 
@@ -10,12 +10,12 @@ use serde::{Serialize, Serializer};
 use crate::observability::metrics::state_label;
 use crate::types::NodeState;
 
-/// All that the verdicts look at.
+/// The input of the verdicts.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HealthSnapshot {
     pub state: NodeState,
     pub state_reason: String,
-    /// The node has been ready once.
+    /// The node has been ready at least once.
     pub has_started: bool,
     pub loading: LoadProgress,
     /// `None` until the engine runs.
@@ -29,24 +29,24 @@ pub struct HealthSnapshot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineView {
     pub alive: bool,
-    /// Time without progress while there was work; `None` when idle.
+    /// Time without progress while there was work; `None` if idle.
     pub stalled_for: Option<Duration>,
 }
 
-/// The last word of the synthetic inference.
+/// The current verdict of the synthetic inference.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ProbeView {
     pub has_passed: bool,
-    /// Wrong tokens, no answer within the hard limit, or a failure; gone after enough good probes.
+    /// Wrong numbers, no answer within the hard limit, or an error. Cleared by enough correct probes.
     pub fault: Option<String>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct MemoryView {
-    /// Used over total; `None` until measured.
+    /// Used memory divided by total; `None` until measured.
     pub pressure: Option<f64>,
     pub above_removal_mark: bool,
-    /// The device that the node computes on does not answer.
+    /// Why the compute device does not answer.
     pub device_lost: Option<String>,
 }
 
@@ -54,7 +54,8 @@ pub struct MemoryView {
 pub struct QueueView {
     /// How full the admission queue is, 0 to 1.
     pub saturation: f64,
-    /// Another ready node is below its mark. Never so for a single node: were it to leave, nobody could answer 429.
+    /// Whether another ready node's queue is below its mark. Always false for a single node: if it became unready, nobody could
+    /// answer 429.
     pub other_ready_peer_below_mark: bool,
 }
 
@@ -70,29 +71,29 @@ pub struct Bounds {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum LoadPhase {
-    /// Nothing has begun.
+    /// Nothing has started yet.
     #[default]
     Starting,
     Downloading,
     LoadingTokenizer,
     LoadingWeights,
-    /// Trying the model.
+    /// The model is being tried.
     Warming,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct LoadProgress {
     pub phase: LoadPhase,
-    /// Of this phase, 0 to 1.
+    /// Progress of this phase, 0 to 1.
     pub fraction: f64,
 }
 
-/// One thing that stands in the way.
+/// One reason why the node is not ready or not alive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Reason {
-    /// For machines; a closed set.
+    /// A code for programs, from a closed set.
     pub code: &'static str,
-    /// For people.
+    /// An explanation for people.
     pub message: String,
 }
 
@@ -116,7 +117,7 @@ pub struct Readiness {
     #[serde(serialize_with = "by_label")]
     pub state: NodeState,
     pub state_reason: String,
-    /// Everything that stands in the way; empty when ready.
+    /// All reasons why the node is not ready; empty if it is.
     pub reasons: Vec<Reason>,
     pub memory_pressure: Option<f64>,
     pub queue_saturation: f64,
@@ -136,20 +137,20 @@ fn by_label<S: Serializer>(state: &NodeState, serializer: S) -> Result<S::Ok, S:
     serializer.serialize_str(state_label(*state))
 }
 
-/// Restart me? Only for what a restart mends: a dead or hung engine, or a node that gave up.
+/// Should the process be restarted? Only for what a restart can mend: an engine that has ended or hangs, or a failed node.
 pub fn liveness(snapshot: &HealthSnapshot) -> Liveness {
     let mut reasons = Vec::new();
     if snapshot.state == NodeState::Failed {
         reasons.push(Reason::new("failed", &snapshot.state_reason));
     }
-    // A stopped node has ended its engine itself.
+    // A stopped node has ended its engine on purpose.
     if snapshot.state != NodeState::Stopped {
         reasons.extend(engine_trouble(snapshot, snapshot.bounds.liveness_timeout));
     }
     Liveness { live: reasons.is_empty(), state: snapshot.state, reasons }
 }
 
-/// Send me traffic?
+/// Should the node get traffic?
 pub fn readiness(snapshot: &HealthSnapshot) -> Readiness {
     let mut reasons = Vec::new();
     reasons.extend(state_trouble(snapshot));
@@ -177,7 +178,7 @@ pub fn readiness(snapshot: &HealthSnapshot) -> Readiness {
     }
 }
 
-/// How far has loading come? Once started, a node stays so.
+/// How far has loading come? Once started, the answer stays "started".
 pub fn startup(snapshot: &HealthSnapshot) -> Startup {
     let mut reasons = Vec::new();
     if !snapshot.has_started {

@@ -1,11 +1,11 @@
-//! Special and user-defined tokens, which are found in the text as they are before anything else is done to it.
+//! Special and user-defined tokens. They are found in the raw text before any other processing.
 
 use aho_corasick::{AhoCorasick, MatchKind};
 
 use super::error::TokenizerError;
 use crate::types::TokenId;
 
-/// Of several tokens that begin at the same place, the longest is taken.
+/// If several tokens begin at the same place, the longest wins.
 #[derive(Debug)]
 pub(super) struct AddedTokens {
     automaton: AhoCorasick,

@@ -1,5 +1,5 @@
-//! Byte-level byte-pair encoding (GPT-2 and its descendants): a word's bytes are tokens, and pairs of tokens are merged
-//! in the order in which the training found them.
+//! Byte-level byte-pair encoding (GPT-2 and its successors): a word's bytes are tokens, and adjacent pairs are merged in the
+//! order of the merge list.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,14 +9,14 @@ use super::error::TokenizerError;
 use super::merge::{Joined, Merger};
 use crate::types::TokenId;
 
-/// Words up to this length are merged by repeated search for the best pair, longer ones through a heap.
+/// Shorter words are merged by searching for the best pair repeatedly, longer ones with a heap.
 const MAX_SCANNED_BYTES: usize = 32;
 
 #[derive(Debug)]
 pub(super) struct BytePairEncoder {
     byte_tokens: Box<[Option<TokenId>; 256]>,
     merges: HashMap<(TokenId, TokenId), Joined, ahash::RandomState>,
-    /// Whole words that are one token whatever the merges say; empty when the merges decide alone.
+    /// Words that are single tokens regardless of the merges. Empty if only the merges decide.
     words: HashMap<Box<[u8]>, TokenId, ahash::RandomState>,
 }
 
@@ -25,8 +25,8 @@ thread_local! {
 }
 
 impl BytePairEncoder {
-    /// `tokens` gives the id of each token, spelled in the byte-level alphabet; `merges` are pairs of such tokens with a
-    /// space between them, the first to be applied first.
+    /// `tokens` gives the id of each token, written in the byte-level alphabet. `merges` are pairs of such tokens, separated by
+    /// a space, in the order of priority.
     pub fn new<'a>(
         tokens: &HashMap<&str, TokenId, ahash::RandomState>,
         merges: impl ExactSizeIterator<Item = Option<&'a str>>,
@@ -44,13 +44,13 @@ impl BytePairEncoder {
             let merge = merge.unwrap_or("");
             let (pair, token) = resolve(tokens, merge, &mut joined)
                 .ok_or_else(|| TokenizerError::InvalidMerge { index, merge: merge.to_owned() })?;
-            // A pair that is listed twice keeps its first place.
+            // If a pair is listed twice, the first entry counts.
             encoder.merges.entry(pair).or_insert(Joined { priority: index as u32, token });
         }
         Ok(encoder)
     }
 
-    /// Words that are tokens stay whole, whatever the merges say. Of two tokens for one word the first is taken.
+    /// Adds words that become one token regardless of the merges. If a word has several tokens, the first counts.
     pub fn with_whole_words<'a>(mut self, words: impl Iterator<Item = (&'a str, TokenId)>) -> Self {
         let mut bytes = Vec::new();
         for (text, token) in words.filter(|(text, _)| byte_level::spells(text)) {
@@ -61,7 +61,7 @@ impl BytePairEncoder {
         self
     }
 
-    /// Appends the tokens of a word. Bytes that the vocabulary lacks are left out, as Hugging Face's library does.
+    /// Appends the tokens of a word. Bytes that are not in the vocabulary are dropped, as by Hugging Face's library.
     pub fn encode_word(&self, word: &[u8], tokens: &mut Vec<TokenId>) {
         if let Some(&token) = self.words.get(word) {
             tokens.push(token);
@@ -81,7 +81,7 @@ impl BytePairEncoder {
             word.iter().filter_map(|&byte| self.byte_tokens[usize::from(byte)]).collect();
         let mut pairs: smallvec::SmallVec<[Option<Joined>; MAX_SCANNED_BYTES]> =
             symbols.windows(2).map(|pair| self.join(pair[0], pair[1])).collect();
-        // The lowest priority, the leftmost of equals.
+        // The lowest priority value; of equals, the leftmost.
         while let Some((place, best)) = pairs
             .iter()
             .enumerate()
@@ -114,7 +114,7 @@ impl BytePairEncoder {
     }
 }
 
-/// The pair that a merge joins and the token that it gives.
+/// The pair of tokens that a merge joins, and the resulting token.
 fn resolve(
     tokens: &HashMap<&str, TokenId, ahash::RandomState>,
     merge: &str,
@@ -186,7 +186,7 @@ mod tests {
             merges in prop::collection::vec(("[abcd]{1,2}", "[abcd]{1,2}"), 0..12),
             word in "[abcd]{0,60}",
         ) {
-            // Every part is a token as well.
+            // Add every part as a token too.
             let mut closed: Vec<String> = Vec::new();
             for (left, right) in &merges {
                 for part in [left, right].into_iter().filter(|part| part.len() == 2) {

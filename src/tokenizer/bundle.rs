@@ -1,4 +1,4 @@
-//! All that turns a model's text into ids and back, in one piece that can be sent to another node.
+//! A model's tokenizer files and settings in one piece, which can be sent to another node.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use super::{Tokenizer, TokenizerError};
 use crate::formats::gguf::Value;
 use crate::types::{SamplingDefaults, TokenId};
 
-/// Of a GGUF file's metadata.
+/// Prefix of the tokenizer's keys in GGUF metadata.
 const PREFIX: &str = "tokenizer.";
 
 #[derive(Debug, thiserror::Error)]
@@ -21,17 +21,17 @@ pub enum BundleError {
     Tokenizer(#[from] TokenizerError),
 }
 
-/// Encoded, it is the base and then the additions, so that a node that knows only the base can read it.
+/// Encoded as the base followed by the additions, so that a node that knows only the base can read it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenizerBundle {
     base: Base,
     additions: Additions,
 }
 
-/// The first version's layout.
+/// The layout of the first version.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 struct Base {
-    /// Of the model and of its tokenizer.
+    /// End tokens of the model and the tokenizer.
     eos_token_ids: Vec<TokenId>,
     source: Source,
 }
@@ -42,11 +42,11 @@ enum Source {
     Directory(BTreeMap<String, Vec<u8>>),
 }
 
-/// What the node that serves the model has decided. New fields go to the end.
+/// Settings of the node that serves the model. Append new fields at the end.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Additions {
     sampling_defaults: SamplingDefaults,
-    /// Instead of the model's own.
+    /// Replaces the model's own template.
     chat_template: Option<String>,
 }
 
@@ -62,13 +62,13 @@ impl TokenizerBundle {
         Self { base: Base { eos_token_ids, source }, additions: Additions::default() }
     }
 
-    /// For requests that leave sampling parameters out.
+    /// Sets the values for sampling parameters that a request leaves out.
     pub fn with_sampling_defaults(mut self, defaults: SamplingDefaults) -> Self {
         self.additions.sampling_defaults = defaults;
         self
     }
 
-    /// Replaces the chat templates that came with the model.
+    /// Replaces the chat templates of the model.
     pub fn with_chat_template(mut self, template: Option<String>) -> Self {
         self.additions.chat_template = template;
         self
@@ -91,14 +91,14 @@ impl TokenizerBundle {
     pub fn decode(bytes: &[u8]) -> Result<Self, BundleError> {
         let (base, rest) = postcard::take_from_bytes(bytes).map_err(BundleError::Damaged)?;
         let additions = match rest {
-            // From a node of the first version.
+            // A bundle from a node of the first version.
             [] => Additions::default(),
             rest => postcard::from_bytes(rest).map_err(BundleError::Damaged)?,
         };
         Ok(Self { base, additions })
     }
 
-    /// The tokenizer, with the chat template that the node has decided on. Blocks, for as long as building one takes.
+    /// Builds the tokenizer, with the chat template set by the node. Blocks while it is built.
     pub fn build(&self) -> Result<Tokenizer, BundleError> {
         let tokenizer = match &self.base.source {
             Source::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
@@ -111,8 +111,8 @@ impl TokenizerBundle {
     }
 }
 
-/// Names an encoded bundle. Equal bundles: equal ids for every text and every conversation, and equal sampling defaults.
-/// Nodes that differ in any of it would answer one request differently, so a request stays among those of one digest.
+/// The digest of an encoded bundle. Nodes with equal digests give equal ids for every text and conversation, and use the same
+/// sampling defaults. A request is only passed between nodes with the same digest.
 pub fn digest(bundle: &[u8]) -> String {
     Sha256::digest(bundle).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }

@@ -1,4 +1,4 @@
-//! What another node makes of a bundle: the same as the node that it comes from.
+//! A node that receives a bundle must behave like the node that sent it.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ fn fixture() -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fixtures/llama-gqa-tied-bf16")
 }
 
-/// A directory with the fixture's tokenizer and these files, instead of its own or beside them.
+/// A directory with the fixture's tokenizer, in which these files are added or replaced.
 fn directory(files: &[(&str, String)]) -> tempfile::TempDir {
     let directory = tempfile::tempdir().expect("a directory");
     for name in [TOKENIZER_FILE, TOKENIZER_CONFIG] {
@@ -31,7 +31,7 @@ fn bundle(directory: &Path) -> TokenizerBundle {
     TokenizerBundle::from_files(files, here.eos_token_ids().to_vec())
 }
 
-/// All that a node does with text: ids, ends, names of special tokens, and conversations with and without tools.
+/// Describes everything the tokenizer does: ids, end tokens, special tokens, and conversations with and without tools.
 fn behaviour(tokenizer: &Tokenizer) -> String {
     let template = tokenizer.chat_template().expect("a template");
     let messages = json!([{"role": "user", "content": "the wave"}]);
@@ -51,7 +51,7 @@ fn behaviour(tokenizer: &Tokenizer) -> String {
     )
 }
 
-/// Files that change what a node does, one of each kind.
+/// One change of each file that affects behaviour.
 fn each_kind() -> Vec<(&'static str, String)> {
     let config = std::fs::read(fixture().join(TOKENIZER_CONFIG)).expect("the fixture has one");
     let mut config: serde_json::Value = serde_json::from_slice(&config).expect("JSON");
@@ -111,7 +111,7 @@ fn a_bundle_of_the_first_version_is_read_and_the_first_version_reads_ours() {
     let old = postcard::to_stdvec(&bundle.base).expect("serializes");
     let read = TokenizerBundle::decode(&old).expect("undamaged");
     assert_eq!((&read.base, &read.additions), (&bundle.base, &Additions::default()));
-    // As the first version decodes: bytes that follow are not looked at.
+    // The first version decodes like this: it ignores the bytes that follow.
     assert_eq!(postcard::from_bytes::<Base>(&bundle.encode()).expect("undamaged"), bundle.base);
 }
 

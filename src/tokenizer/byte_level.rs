@@ -1,8 +1,8 @@
-//! GPT-2's alphabet: a printable character for each byte, so that vocabularies can be written as text.
+//! GPT-2's byte-level alphabet: one printable character per byte, so that vocabularies can be written as text.
 
 use std::sync::LazyLock;
 
-/// The characters beyond the printable Latin-1 ones, in the order of the bytes that they stand for.
+/// Bytes that are not printable Latin-1 characters are mapped to the characters from here on, in order.
 const FIRST_SUBSTITUTE: u32 = 256;
 
 static CHARS: LazyLock<[char; 256]> = LazyLock::new(|| {
@@ -40,7 +40,7 @@ pub(super) fn byte_of(character: char) -> Option<u8> {
     BYTES.get(character as usize).copied().flatten()
 }
 
-/// Appends the bytes that a token stands for. A token with a character outside of the alphabet stands for itself.
+/// Appends the bytes of a token. A token with a character outside the alphabet is taken literally.
 pub(super) fn decode(token: &str, bytes: &mut Vec<u8>) {
     match token.chars().map(byte_of).collect::<Option<Vec<u8>>>() {
         Some(decoded) => bytes.extend_from_slice(&decoded),
@@ -48,7 +48,7 @@ pub(super) fn decode(token: &str, bytes: &mut Vec<u8>) {
     }
 }
 
-/// Whether a token is spelled in the alphabet, so that merging could make it.
+/// Whether all characters of a token are in the alphabet, so that merging can produce it.
 pub(super) fn spells(token: &str) -> bool {
     token.chars().all(|character| byte_of(character).is_some())
 }
@@ -62,7 +62,7 @@ mod tests {
         for byte in 0..=255 {
             assert_eq!(byte_of(char_of(byte)), Some(byte));
         }
-        // As in the published vocabularies.
+        // Values from published vocabularies.
         assert_eq!((char_of(b' '), char_of(b'\n'), char_of(0xAD), char_of(b'a')), ('Ġ', 'Ċ', 'Ń', 'a'));
     }
 

@@ -1,5 +1,5 @@
-//! The character classes that pre-tokenizer patterns speak of, from the tables of the regular expression library, so
-//! that the hand-written splits agree with the patterns that they stand for.
+//! The character classes used in pre-tokenizer patterns. They are read from the regular expression library, so that the
+//! hand-written splitters agree with the patterns.
 
 use std::sync::LazyLock;
 
@@ -11,7 +11,7 @@ pub(super) enum CharClass {
     Letter,
     /// `\p{N}`
     Number,
-    /// `\s` but for the next.
+    /// `\s` without line breaks.
     Space,
     /// `[\r\n]`
     LineBreak,
@@ -22,7 +22,7 @@ static TABLE: LazyLock<Table> = LazyLock::new(Table::new);
 
 struct Table {
     ascii: [CharClass; 128],
-    /// Sorted, disjoint, inclusive; what is between them is `Other`.
+    /// Sorted, disjoint, inclusive. Characters in between are `Other`.
     ranges: Vec<(char, char, CharClass)>,
 }
 
@@ -55,7 +55,7 @@ impl Table {
     }
 }
 
-/// The ranges of a pattern that is a single class.
+/// The ranges of a pattern that consists of one class.
 fn ranges_of(pattern: &str) -> Vec<(char, char)> {
     let hir = regex_syntax::parse(pattern).expect("a valid pattern");
     match hir.kind() {

@@ -1,9 +1,9 @@
-//! Chat templates: messages to the text that the model was trained on. Jinja as Hugging Face's transformers runs it,
-//! with its extensions, on minijinja.
+//! Chat templates: render messages to the text format that the model was trained on. They are Jinja templates as in Hugging
+//! Face's transformers, including its extensions, run by minijinja.
 //!
-//! Templates come with models, never with requests. They are still bounded in steps, depth, output and time, because a
-//! request decides how much they have to do. What minijinja gives no hold on is memory: a template that doubles a
-//! string forty times asks for a terabyte. A file of weights from an untrusted source is no safer for that.
+//! Templates come with models, never with requests. They are still limited in steps, depth, output and time, because a request
+//! determines how much work they do. Memory cannot be limited in minijinja: a template that doubles a string forty times
+//! allocates a terabyte. So load models from trusted sources only.
 
 use std::borrow::Cow;
 use std::cell::Cell;
@@ -22,21 +22,22 @@ use super::strftime::strftime;
 use super::template_traits::{Render, TemplateTraits, probe_tool};
 use crate::types::{Failure, FailureKind};
 
-/// The longest in use have some 20 kB.
+/// The longest templates in use have about 20 kB.
 const MAX_TEMPLATE_BYTES: usize = 256 << 10;
-/// Instructions for one rendering. A message of a long conversation takes some tens.
+/// Instructions per rendering. Each message of a long conversation takes some tens.
 const MAX_STEPS: u64 = 4_000_000;
-/// Of statements and calls in one another, where a macro's call counts for several. minijinja allows no more.
+/// Nesting of statements and calls; a macro call counts several times. This is minijinja's maximum.
 const MAX_RECURSION: usize = 500;
-/// Far beyond any context length.
+/// Far longer than any context.
 const MAX_OUTPUT_BYTES: usize = 64 << 20;
-/// Looked at whenever something is written.
+/// Checked on every write.
 const MAX_TIME: Duration = Duration::from_secs(5);
-/// A template can build values that are nested as deep as it has steps, and freeing them recurses; so do macros.
-/// Templates that can do neither are rendered on the caller's stack.
+/// A template can build values nested as deeply as it has steps, and freeing them recurses; so do macros. Templates that can do
+/// neither are rendered on the caller's stack.
 const DEEP_STACK_BYTES: usize = 512 << 20;
 const MAX_SHALLOW_TEMPLATE_BYTES: usize = 16 << 10;
-/// A namespace carries values from one turn of a loop to the next; the others call themselves.
+/// Words without which a template can neither nest values nor recurse: a namespace carries values between loop iterations, the
+/// others recurse.
 const SIGNS_OF_DEPTH: [&str; 4] = ["namespace", "macro", "recursive", "include"];
 
 const DEFAULT: &str = "default";
@@ -46,13 +47,13 @@ const TOOL_USE: &str = "tool_use";
 pub enum ChatTemplateError {
     #[error("the model has no chat template")]
     Missing,
-    #[error("the model has a chat template for requests with tools alone")]
+    #[error("the model has a chat template only for requests with tools")]
     OnlyForTools,
     #[error("the chat template has {0} bytes, more than {MAX_TEMPLATE_BYTES}")]
     TemplateTooLarge(usize),
     #[error("the chat template cannot be read")]
     Syntax(#[source] minijinja::Error),
-    /// The template called `raise_exception`: the messages are not what it wants.
+    /// The template called `raise_exception`, because it does not support these messages.
     #[error("the chat template refuses the messages: {0}")]
     Raised(String),
     #[error("the rendered chat template is longer than {MAX_OUTPUT_BYTES} bytes")]
@@ -61,7 +62,7 @@ pub enum ChatTemplateError {
     TooExpensive,
     #[error("the chat template cannot be rendered")]
     Render(#[source] minijinja::Error),
-    /// A bug in the template engine, which some input brought to light.
+    /// A bug in the template engine, triggered by this input.
     #[error("the template engine failed on the chat template")]
     EnginePanicked,
     #[error("no thread to render the chat template on")]
@@ -95,7 +96,7 @@ impl From<ChatTemplateError> for Failure {
     }
 }
 
-/// The sources as the model's files have them.
+/// The templates as they are in the model's files.
 #[derive(Clone, Debug, Default)]
 pub(super) struct TemplateSources {
     pub default: Option<String>,
@@ -109,12 +110,12 @@ pub struct ChatTemplate {
     environment: Arc<Environment<'static>>,
     special_tokens: Arc<BTreeMap<String, String>>,
     needs_deep_stack: bool,
-    /// Without and with tools; found out when they are first asked for.
+    /// Without and with tools. Determined when first used.
     traits: Arc<[OnceLock<TemplateTraits>; 2]>,
 }
 
 impl ChatTemplate {
-    /// `special_tokens` are the variables `bos_token`, `eos_token` and so on.
+    /// `special_tokens` become template variables: `bos_token`, `eos_token` and so on.
     pub fn new(source: &str, special_tokens: &BTreeMap<String, String>) -> Result<Self, ChatTemplateError> {
         let sources = TemplateSources { default: Some(source.to_owned()), tool_use: None };
         Self::from_sources(&sources, special_tokens)
@@ -124,7 +125,7 @@ impl ChatTemplate {
         sources: &TemplateSources,
         special_tokens: &BTreeMap<String, String>,
     ) -> Result<Self, ChatTemplateError> {
-        // Compiling recurses as deep as the template nests, and a chain of filters nests without an end.
+        // Compiling recurses with the nesting of the template, which is not limited: chains of filters nest, too.
         let environment = on_deep_stack(|| {
             let mut environment = environment();
             for (name, source) in [(DEFAULT, &sources.default), (TOOL_USE, &sources.tool_use)] {
@@ -150,17 +151,18 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether the model came with a template at all.
+    /// Whether the model has a template.
     pub fn exists(&self) -> bool {
         self.template(false).or_else(|_| self.template(true)).is_ok()
     }
 
-    /// What messages have to look like for it. The first call renders some, so make it before there are requests.
+    /// The form of messages that the template expects. The first call renders test messages, so call it before serving
+    /// requests.
     pub fn traits(&self, has_tools: bool) -> &TemplateTraits {
         self.traits[usize::from(has_tools)].get_or_init(|| {
             let render = |tools: Option<&serde_json::Value>, messages: &serde_json::Value| {
                 self.render(messages, tools, true, &Map::new()).map_err(|error| match error {
-                    // What is endless once is endless each time.
+                    // If it takes too long once, it will every time, so this is not tried again.
                     ChatTemplateError::TooExpensive
                     | ChatTemplateError::OutputTooLarge
                     | ChatTemplateError::Missing => true,
@@ -178,7 +180,7 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether the template's source names a word as a string of its own, as it does with the roles that it knows.
+    /// Whether the template's source contains this word as a quoted string, as it does for the roles that it knows.
     pub fn names(&self, has_tools: bool, word: &str) -> bool {
         self.template(has_tools).is_ok_and(|template| {
             let source = template.source();
@@ -186,7 +188,7 @@ impl ChatTemplate {
         })
     }
 
-    /// The one for tools where there is one, for a request that has tools.
+    /// The template for tools, if there is one and the request has tools; else the default.
     fn template(&self, has_tools: bool) -> Result<minijinja::Template<'_, '_>, ChatTemplateError> {
         if has_tools && let Ok(template) = self.environment.get_template(TOOL_USE) {
             return Ok(template);
@@ -197,8 +199,9 @@ impl ChatTemplate {
         })
     }
 
-    /// The prompt. `messages` is a list in the form that the traits ask for, `tools` a list of tool definitions; `extra` holds
-    /// further variables (`documents`, `enable_thinking`, …), which may replace special tokens but not the arguments.
+    /// Renders the prompt. `messages` is a list in the form that the traits describe, `tools` a list of tool definitions.
+    /// `extra` holds further variables (`documents`, `enable_thinking`, …), which may override special tokens but not the
+    /// arguments.
     pub fn render(
         &self,
         messages: &serde_json::Value,
@@ -229,7 +232,7 @@ impl ChatTemplate {
 fn render(template: &minijinja::Template<'_, '_>, variables: Value) -> Result<String, ChatTemplateError> {
     let mut output = BoundedOutput::default();
     DEADLINE.set(Instant::now().checked_add(MAX_TIME));
-    // minijinja 2.24 panics on `[][::-1]`, which a request with no messages reaches in Qwen's template.
+    // minijinja 2.24 panics on `[][::-1]`, which Qwen's template reaches for a request without messages.
     let result = catch_unwind(AssertUnwindSafe(|| template.render_captured_to(variables, &mut output).map(drop)));
     DEADLINE.set(None);
     match result {
@@ -240,7 +243,7 @@ fn render(template: &minijinja::Template<'_, '_>, variables: Value) -> Result<St
     }
 }
 
-/// Rendering and dropping all that it made.
+/// Runs the work on a thread with a large stack, including the destruction of everything it creates.
 fn on_deep_stack<T: Send>(work: impl FnOnce() -> Result<T, ChatTemplateError> + Send) -> Result<T, ChatTemplateError> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new().name("chat-template".into()).stack_size(DEEP_STACK_BYTES);
@@ -250,11 +253,11 @@ fn on_deep_stack<T: Send>(work: impl FnOnce() -> Result<T, ChatTemplateError> + 
 }
 
 thread_local! {
-    /// Of the rendering that this thread is at.
+    /// The deadline of the rendering that runs on this thread.
     static DEADLINE: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
-/// What a template's `raise_exception` says, on its way through minijinja's error.
+/// The message of the template's `raise_exception`, carried inside minijinja's error.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Raised(String);
@@ -279,10 +282,10 @@ fn classify(error: minijinja::Error) -> ChatTemplateError {
     ChatTemplateError::Render(error)
 }
 
-/// Settings, functions and filters as transformers' `apply_chat_template` has them.
+/// Settings, functions and filters as in transformers' `apply_chat_template`.
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
-    // Errors would show the variables, and with them what the client wrote.
+    // Debug errors would contain the variables, and with them the client's text.
     environment.set_debug(false);
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
@@ -323,7 +326,7 @@ fn strftime_now(format: &str) -> Result<String, minijinja::Error> {
     })
 }
 
-/// Unlike minijinja, Jinja does not count `none`.
+/// Unlike minijinja, Jinja does not treat `none` as iterable.
 fn is_iterable(value: &Value) -> bool {
     match value.kind() {
         ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map | ValueKind::Iterable => true,
@@ -331,7 +334,7 @@ fn is_iterable(value: &Value) -> bool {
     }
 }
 
-/// Whatever is not a string becomes one first.
+/// Converts values that are not strings to strings first.
 fn trim(value: &Value, characters: Option<Cow<'_, str>>) -> Result<String, minijinja::Error> {
     let text = python::str(value)?;
     let trimmed = match &characters {
@@ -366,7 +369,7 @@ fn tojson(
     python::json_dumps(value, &style)
 }
 
-/// A number of spaces, or the text itself.
+/// The indentation: a number of spaces, or a string.
 fn indentation(indent: Value) -> Result<String, minijinja::Error> {
     const MAX_INDENT: usize = 64;
     match indent.as_str() {
@@ -376,8 +379,8 @@ fn indentation(indent: Value) -> Result<String, minijinja::Error> {
     }
 }
 
-/// `{% generation %}` marks what the assistant said, for training. It changes nothing in the text, so it becomes a block
-/// that changes nothing.
+/// `{% generation %}` marks the assistant's text for training. It does not affect the output, so it is replaced by a block
+/// without effect.
 fn without_generation_tags(source: &str) -> String {
     let mut result = String::with_capacity(source.len());
     let mut rest = source;

@@ -1,4 +1,4 @@
-//! What a template may see, what its errors tell, and where its work ends.
+//! Tests of what templates can access, of their errors, and of their limits.
 
 use super::*;
 use crate::tokenizer::template_traits::{Arguments, Content};
@@ -27,7 +27,7 @@ fn what_the_template_raises_reaches_the_client() {
     let failure = Failure::from(error);
     assert_eq!((failure.kind, failure.param.as_deref()), (FailureKind::InvalidRequest, Some("messages")));
     assert!(failure.message.ends_with("Only user may speak"), "{}", failure.message);
-    // Also out of a macro.
+    // From inside a macro, too.
     let error = render("{% macro m() %}{{ raise_exception('no') }}{% endmacro %}{{ m() }}").unwrap_err();
     assert!(matches!(error, ChatTemplateError::Raised(message) if message == "no"));
 }
@@ -71,14 +71,14 @@ fn traits_are_found_by_trying() {
     assert_eq!(traits(text, true), TemplateTraits { takes_tools: false, ..expected.clone() });
     let list = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}";
     assert_eq!(traits(list, false).content, Content::Parts);
-    // Written as it is, a list would be a listing.
+    // A list written without a loop would show its Python form.
     assert_eq!(traits("{{ messages[0].content }}", false).content, Content::Text);
-    // That it names the word is not enough, nor that it writes any role.
+    // The template must both name the role and write it.
     assert!(!traits("{{ messages[-1].content }}{# 'developer' #}", false).has_developer_role);
     assert!(!traits(text, false).has_developer_role);
     assert!(traits(&format!("{text}{{# 'developer' #}}"), false).has_developer_role);
     assert!(traits("{{ messages[-1].content }}", false).loses_instructions);
-    // What cannot be tried is taken as it is.
+    // A template that cannot be tried keeps the default traits.
     assert_eq!(traits("{{ raise_exception('no') }}", true), TemplateTraits { later_instructions: None, ..expected });
     let endless = "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}";
     assert_eq!(traits(endless, true), TemplateTraits::default());
@@ -94,7 +94,7 @@ fn errors_do_not_tell_what_the_client_wrote() {
 
 #[test]
 fn a_bug_of_the_engine_is_an_error_and_not_a_crash() {
-    // If this renders, the bug is fixed and the catch may go.
+    // If this renders, the bug is fixed and `catch_unwind` can be removed.
     assert!(matches!(render("{% for m in [][::-1] %}{% endfor %}"), Err(ChatTemplateError::EnginePanicked)));
 }
 
@@ -115,7 +115,7 @@ fn the_clock_is_there() {
     assert!(matches!(render("{{ strftime_now('%Q') }}"), Err(ChatTemplateError::Render(_))));
 }
 
-/// Tool definitions are JSON schemas, which templates write by macros that call themselves.
+/// Tool definitions are JSON schemas, which templates write with recursive macros.
 #[test]
 fn macros_follow_a_nested_schema() {
     let source = "{% macro show(s) %}{% if s.inner is defined %}{% for key, value in s.items() %}\
@@ -154,7 +154,7 @@ fn deep_nesting_does_not_overflow_the_stack() {
     };
     assert!(matches!(nest("{% if true %}", "x", "{% endif %}", 5_000), Err(ChatTemplateError::Syntax(_))));
     let depth = MAX_TEMPLATE_BYTES / 4;
-    // Whether these render does not matter, coming back does.
+    // Whether these render does not matter; they must return.
     for (open, close) in [("(", ")"), ("[", "]"), ("not ", ""), ("-", ""), ("{1:", "}")] {
         let source = format!("{{{{ {}1{} }}}}", open.repeat(depth / open.len()), close.repeat(depth / open.len()));
         let _ = render(&source);

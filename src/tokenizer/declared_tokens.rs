@@ -1,6 +1,6 @@
-//! Tokens that stand beside a `tokenizer.json`: `added_tokens_decoder` of `tokenizer_config.json`, `added_tokens.json`, and
-//! the named special tokens. transformers adds those that the `tokenizer.json` lacks; a text that spells one of them out
-//! must become that token, and not pieces of it.
+//! Tokens that are declared outside `tokenizer.json`: in `added_tokens_decoder` of `tokenizer_config.json`, in
+//! `added_tokens.json`, and as named special tokens. Like transformers, this module adds those that `tokenizer.json` lacks, so
+//! that each becomes one token and is not split.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -11,16 +11,16 @@ use super::error::TokenizerError;
 use super::file_set::{ADDED_TOKENS, TokenizerFiles};
 use crate::types::TokenId;
 
-/// A token and the id that it must have.
+/// A token, and the id that it must have.
 struct Declared {
     id: TokenId,
     token: AddedToken,
 }
 
-/// Puts the declared tokens into a `tokenizer.json` that lacks them. Returns what was put there, and the ids that the finished
-/// tokenizer must give it.
+/// Adds the declared tokens to a `tokenizer.json` that lacks them. Returns the added tokens, and the ids that the finished
+/// tokenizer must give them.
 ///
-/// `named` are the texts of special tokens. Where two files give one token different ids, the `tokenizer.json` is right.
+/// `named` are the texts of special tokens. If two files give a token different ids, `tokenizer.json` wins.
 pub(super) fn complete(
     json: &mut Value,
     files: &TokenizerFiles,
@@ -37,14 +37,14 @@ pub(super) fn complete(
         let id = known.id(content).unwrap_or(declared.id);
         if id != declared.id {
             let expected = declared.id;
-            tracing::warn!(token = content, id, expected, "tokenizer.json has another id for a token, which counts");
+            tracing::warn!(token = content, id, expected, "tokenizer.json gives a token another id, which is used");
         }
         if let Some(other) = known.text(id).filter(|other| other != content) {
             return Err(TokenizerError::AddedToken { token: content.clone(), id, other: other.to_owned() });
         }
         missing.push(Declared { id, ..declared });
     }
-    // Special tokens that the vocabulary has as ordinary ones. A single character stays text: some models are padded with `!`.
+    // Special tokens that are ordinary tokens in the vocabulary. Single characters stay text: some models use `!` for padding.
     for content in named.iter().filter(|content| content.chars().count() > 1) {
         let is_known = known.added.contains_key(content.as_str())
             || missing.iter().any(|declared| declared.token.content == *content);
@@ -60,10 +60,10 @@ pub(super) fn complete(
     Ok(ids)
 }
 
-/// What a `tokenizer.json` knows.
+/// The tokens of a `tokenizer.json`.
 struct Known<'a> {
     vocabulary: &'a Value,
-    /// Those that are looked for in texts as they are.
+    /// Tokens that are searched for in the raw text.
     added: BTreeMap<&'a str, TokenId>,
 }
 
@@ -77,7 +77,7 @@ impl<'a> Known<'a> {
     fn id(&self, content: &str) -> Option<TokenId> {
         let in_vocabulary = || match self.vocabulary {
             Value::Object(ids) => ids.get(content).and_then(as_id),
-            // Unigram: a list of texts with their scores.
+            // Unigram models have a list of texts and scores.
             Value::Array(pieces) => {
                 pieces.iter().position(|piece| piece.get(0) == Some(&content.into()))?.try_into().ok()
             }
@@ -96,7 +96,8 @@ impl<'a> Known<'a> {
     }
 }
 
-/// By id. `added_tokens.json` is older and counts only for tokens that the configuration does not name.
+/// The declared tokens, by id. `added_tokens.json` is the older format, and counts only for tokens that the configuration does
+/// not declare.
 fn declared(
     files: &TokenizerFiles,
     config: &Map<String, Value>,
@@ -131,10 +132,10 @@ fn declared(
     Ok(tokens.into_iter().map(|(id, token)| Declared { id, token }).collect())
 }
 
-/// Writes the tokens into the list of added ones.
+/// Adds the tokens to the list of added tokens.
 ///
-/// The library numbers added tokens that the vocabulary lacks by the vocabulary's size, so those of the file and these ones
-/// stand in the vocabulary as well, where it is a map that says each id.
+/// The library numbers added tokens from the vocabulary's size on, unless the vocabulary contains them. So if the vocabulary is
+/// a map with ids, all added tokens are put there as well.
 fn insert(json: &mut Value, missing: Vec<Declared>) {
     let mut tokens = match json.get_mut("added_tokens") {
         Some(Value::Array(tokens)) => std::mem::take(tokens),

@@ -1,4 +1,4 @@
-//! Tokens that other files than `tokenizer.json` name: one token each, under its own id, or a refusal.
+//! Tokens declared outside `tokenizer.json` must become one token with the declared id, or be refused.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::tokenizer::{Tokenizer, TokenizerError, TokenizerFiles};
 
 use super::*;
 
-/// The fixture's files, with the tokens of the ids 1 and 2 (`<|im_start|>` and `<|im_end|>`) taken out of `tokenizer.json`.
+/// The fixture's files without the tokens 1 and 2 (`<|im_start|>` and `<|im_end|>`) in `tokenizer.json`.
 fn without_turns(more: &[(&str, Value)]) -> TokenizerFiles {
     let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fixtures/llama-gqa-tied-bf16");
     let mut files = TokenizerFiles::read(&fixture).expect("the fixture has a tokenizer").into_bundle();
@@ -48,10 +48,11 @@ fn what_the_configuration_or_the_old_file_names_is_one_token() {
         assert!(tokenizer.is_special(2));
         assert_eq!(tokenizer.eos_token_ids()[0], 2);
         assert_eq!(tokenizer.decode(&whole, true), "a");
-        // The others keep their ids.
+        // The other tokens keep their ids.
         assert_eq!(tokenizer.encode("<|endoftext|>", false).expect("encodes"), [0]);
     }
-    // The configuration goes first; what only the old file has is added, and is text where nothing says that it is special.
+    // The configuration takes precedence. A token that only the old file has is added, as an ordinary token unless something
+    // says that it is special.
     let decoder = json!({"1": token("<|im_start|>", true), "2": token("<|im_end|>", false)});
     let size = Tokenizer::from_files(&without_turns(&[("added_tokens.json", old)])).expect("a tokenizer").vocab_size();
     let old = json!({"<|im_end|>": 2, "<hull>": size});

@@ -1,21 +1,21 @@
-//! Token ids to text, one token at a time. The text after k tokens depends on those k alone, so a detokenizer is
-//! rebuilt by feeding the same tokens into a fresh one.
+//! Converts token ids to text, one token at a time. The text after k tokens depends on those k tokens alone, so to restore a
+//! detokenizer, feed the same tokens into a new one.
 
 use std::sync::Arc;
 
 use super::pieces::Pieces;
 use crate::types::TokenId;
 
-/// Emits complete characters only: bytes of an unfinished one are held back until they are complete, or known to be
-/// invalid and replaced by U+FFFD. The concatenation of what `push` and `finish` return is what decoding everything at
-/// once gives. The cost of a push is the length of the token.
+/// Emits complete characters only. Bytes of an incomplete character are held back until it is complete, or is known to be
+/// invalid and replaced by U+FFFD. What `push` and `finish` return together equals the text of decoding everything at once. A
+/// push takes time proportional to the token's length.
 #[derive(Clone, Debug)]
 pub struct Detokenizer {
     pieces: Arc<Pieces>,
     skip_special_tokens: bool,
-    /// A space that begins the text stands for the tokenizer's own prefix and is dropped.
+    /// Drop a space at the beginning of the text: the tokenizer has put it there.
     strip_leading_space: bool,
-    /// A valid beginning of a character, at most 3 bytes between calls.
+    /// The beginning of a valid character; at most 3 bytes between calls.
     pending: Vec<u8>,
 }
 
@@ -25,14 +25,14 @@ impl Detokenizer {
         Self { pieces, skip_special_tokens, strip_leading_space, pending: Vec::new() }
     }
 
-    /// The text that this token completes, often empty. Ids outside the vocabulary have no text.
+    /// Returns the text that this token completes, often empty. Ids outside the vocabulary have no text.
     pub fn push(&mut self, token: TokenId) -> String {
         let mut text = String::new();
         self.push_to(token, &mut text);
         text
     }
 
-    /// As `push`, appending to `text`.
+    /// Like `push`, but appends to `text`.
     pub fn push_to(&mut self, token: TokenId, text: &mut String) {
         if self.skip_special_tokens && self.pieces.is_special(token) {
             return;
@@ -51,7 +51,7 @@ impl Detokenizer {
         }
     }
 
-    /// The text ends here: an unfinished character becomes U+FFFD.
+    /// Ends the text. An incomplete character becomes U+FFFD.
     pub fn finish(&mut self) -> String {
         let pending = std::mem::take(&mut self.pending);
         let count = if self.pieces.replaces_bytewise() { pending.len() } else { pending.len().min(1) };
@@ -59,8 +59,8 @@ impl Detokenizer {
     }
 }
 
-/// Appends the characters that are decided and returns the bytes that are not: a valid beginning of a character.
-/// An invalid sequence becomes one U+FFFD, as in `String::from_utf8_lossy`, or one for each of its bytes.
+/// Appends all complete characters, and returns the remaining bytes: the beginning of a valid character. An invalid sequence
+/// becomes one U+FFFD, as in `String::from_utf8_lossy`, or one per byte if `bytewise`.
 fn decode_complete<'a>(mut bytes: &'a [u8], bytewise: bool, text: &mut String) -> &'a [u8] {
     loop {
         let error = match std::str::from_utf8(bytes) {
@@ -85,7 +85,7 @@ mod tests {
     use crate::tokenizer::pieces::PieceKind;
     use proptest::prelude::*;
 
-    /// One token per byte, then some words and a special token.
+    /// One token per byte, some words, and a special token.
     fn pieces(sentence_piece: bool) -> Arc<Pieces> {
         let mut pieces = Pieces::builder(sentence_piece, sentence_piece);
         for byte in 0..=255u8 {

@@ -1,4 +1,4 @@
-//! Text to token ids, by the kind of tokenizer.
+//! Converts text to token ids, for each kind of tokenizer.
 
 use std::borrow::Cow;
 
@@ -14,7 +14,7 @@ use crate::types::TokenId;
 #[derive(Debug)]
 pub(super) struct Encoder {
     pub kind: EncoderKind,
-    /// Put before and after the text when special tokens are asked for.
+    /// Special tokens added before and after the text, if requested.
     pub prefix: Option<TokenId>,
     pub suffix: Option<TokenId>,
 }
@@ -30,7 +30,7 @@ pub(super) enum EncoderKind {
         added: AddedTokens,
         spm: SentencePieceEncoder,
     },
-    /// A `tokenizer.json`, which frames the text by its own rule if `frames` says so.
+    /// A `tokenizer.json`. It adds special tokens by its own rule if `frames` is set.
     Json {
         tokenizer: Box<tokenizers::Tokenizer>,
         frames: bool,
@@ -83,7 +83,7 @@ fn encode_byte_level(
     Ok(())
 }
 
-/// Unicode normalization form C.
+/// Applies Unicode normalization form C.
 fn compose(text: &str) -> Cow<'_, str> {
     match is_nfc_quick(text.chars()) {
         IsNormalized::Yes => Cow::Borrowed(text),

@@ -1,4 +1,4 @@
-//! What can be wrong with a tokenizer, told to the operator.
+//! Errors in a tokenizer's files, for the operator.
 
 use std::path::PathBuf;
 
@@ -10,19 +10,19 @@ pub enum TokenizerError {
         #[source]
         source: std::io::Error,
     },
-    #[error("{path} is not the JSON that is expected there: {reason}")]
+    #[error("{path} does not hold the expected JSON: {reason}")]
     Json { path: PathBuf, reason: String },
     #[error("{path} is larger than {limit} bytes")]
     TooLarge { path: PathBuf, limit: u64 },
     #[error("there is no tokenizer.json in {0}")]
     NoTokenizerFile(PathBuf),
-    #[error("the file has no {0:?} in its metadata, so it holds no tokenizer that can be used")]
+    #[error("the file's metadata has no {0:?}, so it contains no usable tokenizer")]
     MissingKey(&'static str),
     #[error("{key:?} in the metadata is not {expected}")]
     WrongType { key: &'static str, expected: &'static str },
     #[error("tokenizer model {0:?} is not supported (\"gpt2\" and \"llama\" are)")]
     UnsupportedModel(String),
-    #[error("pre-tokenizer {0:?} (tokenizer.ggml.pre) is not known, and a guess would give wrong tokens")]
+    #[error("pre-tokenizer {0:?} (tokenizer.ggml.pre) is not supported; another one would give wrong tokens")]
     UnsupportedPreTokenizer(String),
     #[error("the file does not say how to split text (tokenizer.ggml.pre is missing); convert the model again")]
     MissingPreTokenizer,
@@ -34,13 +34,13 @@ pub enum TokenizerError {
     UnknownTokenType { token: usize, id: u64 },
     #[error("byte token {token} is {text:?}, not of the form <0xFF>")]
     InvalidByteToken { token: usize, text: String },
-    #[error("{what} of tokenizer.json is of a kind that is not supported: {kind}")]
+    #[error("{what} of tokenizer.json is of an unsupported kind: {kind}")]
     Unsupported { what: &'static str, kind: String },
     #[error("{token:?} should be token {id}, which tokenizer.json gives to {other:?}")]
     AddedToken { token: String, id: u32, other: String },
-    #[error("{token:?} should be token {id}; it stands beside tokenizer.json and cannot be put there under that id")]
+    #[error("{token:?} is declared outside tokenizer.json as token {id}, and cannot be added under that id")]
     AddedTokenPlace { token: String, id: u32 },
-    #[error("the tokenizer refused: {0}")]
+    #[error("the tokenizers library reports: {0}")]
     Library(String),
     #[error("the text cannot be split within the limits of the pre-tokenizer's pattern: {0}")]
     Split(String),

@@ -1,7 +1,8 @@
-//! The files of a directory in Hugging Face's layout that decide how text becomes ids, and how requests are read.
+//! The tokenizer files of a model directory in Hugging Face's layout: those that decide how text becomes ids and how requests
+//! are read.
 //!
-//! This is the one list of them: what a tokenizer is built from, what is downloaded from a hub, what is sent to other nodes,
-//! and what the digest covers that says which nodes have the same.
+//! This is the only such list. It determines what a tokenizer is built from, what is downloaded from a hub, what is sent to
+//! other nodes, and what the digest covers.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -11,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::error::TokenizerError;
 
-/// The one file that has to be there.
+/// The only required file.
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub(super) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
@@ -21,7 +22,7 @@ pub(super) const CHAT_TEMPLATE_JSON: &str = "chat_template.json";
 pub(super) const CHAT_TEMPLATE: &str = "chat_template.jinja";
 pub(super) const TOOL_USE_TEMPLATE: &str = "additional_chat_templates/tool_use.jinja";
 
-/// All of them, relative to the directory. A name holds a `/` where the file lies in a folder below it.
+/// All files, relative to the directory. A name contains a `/` if the file is in a subdirectory.
 pub const TOKENIZER_FILES: [&str; 8] = [
     TOKENIZER_FILE,
     TOKENIZER_CONFIG,
@@ -33,20 +34,20 @@ pub const TOKENIZER_FILES: [&str; 8] = [
     TOOL_USE_TEMPLATE,
 ];
 
-/// The largest in use are some 35 MB.
+/// The largest in use have about 35 MB.
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 const MAX_COMPANION_BYTES: u64 = 16 << 20;
 
-/// Those of the files that are there, by their names, as they are.
+/// The contents of the files that exist, by name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TokenizerFiles {
-    /// Where they came from, for errors; empty for those of another node.
+    /// The directory, for error messages. Empty if the files came from another node.
     directory: PathBuf,
     files: BTreeMap<String, Vec<u8>>,
 }
 
 impl TokenizerFiles {
-    /// Reads them from a directory.
+    /// Reads the files of a directory.
     pub fn read(directory: &Path) -> Result<Self, TokenizerError> {
         let mut files = BTreeMap::new();
         for name in TOKENIZER_FILES {

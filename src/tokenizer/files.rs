@@ -1,5 +1,5 @@
-//! A tokenizer from a directory as Hugging Face publishes them. `tokenizer.json` is read by the library that defines
-//! it; what stands around it follows transformers: `tokenizer_config.json` may override how texts are framed.
+//! A tokenizer from a directory in Hugging Face's layout. `tokenizer.json` is read by Hugging Face's library; the other files
+//! are treated as in transformers: `tokenizer_config.json` may change which special tokens are added.
 
 use std::collections::BTreeSet;
 
@@ -49,7 +49,7 @@ pub(super) fn load(files: &TokenizerFiles) -> Result<Tokenizer, TokenizerError> 
             return Err(TokenizerError::AddedTokenPlace { token, id });
         }
     }
-    // These are for training batches; a prompt is never cut or padded silently.
+    // Truncation and padding are for training. A prompt is never cut or padded silently.
     tokenizer.with_truncation(None).map_err(|error| TokenizerError::Library(error.to_string()))?;
     tokenizer.with_padding(None);
 
@@ -62,7 +62,7 @@ pub(super) fn load(files: &TokenizerFiles) -> Result<Tokenizer, TokenizerError> 
     Ok(Tokenizer::assemble(encoder, pieces, special, templates(files, &config)?, defaults))
 }
 
-/// The framing is the file's own, unless `tokenizer_config.json` says which tokens to add.
+/// Special tokens are added as `tokenizer.json` says, unless `tokenizer_config.json` says which ones to add.
 fn encoder(tokenizer: tokenizers::Tokenizer, config: &Object, special: &SpecialTokens) -> Encoder {
     let flag = |name| config.get(name).and_then(Value::as_bool);
     let (add_bos, add_eos) = (flag("add_bos_token"), flag("add_eos_token"));
@@ -74,7 +74,7 @@ fn encoder(tokenizer: tokenizers::Tokenizer, config: &Object, special: &SpecialT
     }
 }
 
-/// How the tokens of a `tokenizer.json` become bytes.
+/// How tokens of a `tokenizer.json` are converted to bytes.
 #[derive(Debug, PartialEq, Eq)]
 enum Decoder {
     ByteLevel,
@@ -82,7 +82,7 @@ enum Decoder {
 }
 
 impl Decoder {
-    /// Accepts what language models use. Others (WordPiece, CTC) join tokens by rules of their own.
+    /// Accepts the decoders of language models. Others (WordPiece, CTC) join tokens by other rules.
     fn from_json(decoder: &Value) -> Result<Self, TokenizerError> {
         let steps = match kind(decoder) {
             "Sequence" => decoder.get("decoders").and_then(Value::as_array).map_or(&[][..], Vec::as_slice),
@@ -145,7 +145,7 @@ fn pieces(tokenizer: &tokenizers::Tokenizer, decoder: &Decoder) -> Result<Pieces
     }
     let mut texts = vec![""; size];
     for (text, &token) in &vocabulary {
-        // The same whatever the order of the map, should two texts have one id.
+        // If two texts have the same id, the choice must not depend on the order of the map.
         let place = &mut texts[token as usize];
         *place = if place.is_empty() { text } else { (*place).min(text) };
     }
@@ -167,7 +167,7 @@ fn pieces(tokenizer: &tokenizers::Tokenizer, decoder: &Decoder) -> Result<Pieces
     Ok(pieces.build())
 }
 
-/// The texts of the named tokens; `tokenizer_config.json` goes before the older `special_tokens_map.json`.
+/// The texts of the named tokens. `tokenizer_config.json` takes precedence over the older `special_tokens_map.json`.
 fn named_tokens(config: &Object, map: &Object) -> Vec<(&'static str, String)> {
     let named = NAMED_TOKENS.into_iter().filter_map(|name| {
         let token = config.get(name).and_then(token_text).or_else(|| map.get(name).and_then(token_text))?;
@@ -176,12 +176,12 @@ fn named_tokens(config: &Object, map: &Object) -> Vec<(&'static str, String)> {
     named.collect()
 }
 
-/// A token is its text, or an object that has the text in it.
+/// The text of a token, which is given as a string or as an object that contains it.
 fn token_text(token: &Value) -> Option<&str> {
     token.as_str().or_else(|| token.get("content").and_then(Value::as_str))
 }
 
-/// The texts of all special tokens, those without a name of their own among them.
+/// The texts of all special tokens, including those without a name.
 fn special_texts(config: &Object, map: &Object, named: &[(&'static str, String)]) -> BTreeSet<String> {
     let mut texts: BTreeSet<String> = named.iter().map(|(_, text)| text.clone()).collect();
     for list in ["additional_special_tokens", "extra_special_tokens"] {
@@ -229,7 +229,7 @@ fn special_tokens(
     special
 }
 
-/// A file of its own goes before what `tokenizer_config.json` holds: one template, or a list of named ones.
+/// A template file takes precedence over `tokenizer_config.json`, which holds one template or a list of named ones.
 fn templates(files: &TokenizerFiles, config: &Object) -> Result<TemplateSources, TokenizerError> {
     let mut sources = TemplateSources::default();
     read_templates(config.get("chat_template"), &mut sources);
@@ -243,7 +243,7 @@ fn templates(files: &TokenizerFiles, config: &Object) -> Result<TemplateSources,
     Ok(sources)
 }
 
-/// A template, a list of objects with a name and a template, or an object of templates by name.
+/// Reads one template, a list of objects with name and template, or a map of templates by name.
 fn read_templates(templates: Option<&Value>, sources: &mut TemplateSources) {
     let mut put = |name: Option<&str>, template: Option<&str>| match (name, template) {
         (Some("default"), Some(template)) => sources.default = Some(template.to_owned()),

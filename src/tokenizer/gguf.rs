@@ -1,4 +1,4 @@
-//! A tokenizer from the metadata of a GGUF file.
+//! Builds a tokenizer from the metadata of a GGUF file.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -28,7 +28,7 @@ const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 const ADD_SPACE_PREFIX: &str = "tokenizer.ggml.add_space_prefix";
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 const TOOL_USE_TEMPLATE: &str = "tokenizer.chat_template.tool_use";
-/// SentencePiece's own ids for the beginning and the end of a text, where the file names none.
+/// SentencePiece's default ids for the beginning and the end of a text, used if the file gives none.
 const SENTENCE_PIECE_ENDS: [(&str, TokenId); 2] = [("bos", 1), ("eos", 2)];
 
 type Metadata = BTreeMap<String, Value>;
@@ -112,7 +112,7 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokeni
     let unknown = vocabulary.types.iter().position(|&ty| ty == TokenType::Unknown).map(|index| index as TokenId);
     let bytes = bytes.iter().copied().collect::<Option<Vec<_>>>().and_then(|bytes| Box::try_from(bytes).ok());
     let spm = SentencePieceEncoder::new(merged, bytes, unknown, add_space_prefix);
-    // Inside of pieces a space is written as U+2581; in the text that is searched for them it is a space.
+    // Pieces write a space as U+2581; in the text that is searched for added tokens it is a space.
     let added = vocabulary.added(|text| vec![text.to_owned(), text.replace(spm::SPACE, " ")]);
     let kind = EncoderKind::SentencePiece { added: AddedTokens::new(added)?, spm };
     finish(metadata, vocabulary, kind, pieces.build(), true)
@@ -200,20 +200,20 @@ impl<'a> Vocabulary<'a> {
         Ok(vocabulary)
     }
 
-    /// Converters give the ends of turns other types; the text says what they are.
+    /// Converters often give end-of-turn tokens a wrong type. Tokens with a known text are corrected.
     fn correct_types(&mut self) {
         let is_end = |text: &&str| is_unmistakable_end(text, |text| self.has(text));
         let ends: Vec<usize> = (0..self.texts.len()).filter(|&index| is_end(&self.texts[index])).collect();
         for index in ends {
             if self.types[index] != TokenType::Control {
                 let (text, ty) = (self.texts[index], self.types[index]);
-                tracing::info!(token = text, ?ty, "a token that ends a turn is taken for a control token");
+                tracing::info!(token = text, ?ty, "treating an end-of-turn token as a control token");
                 self.types[index] = TokenType::Control;
             }
         }
     }
 
-    /// Whether a token has this text. Looks at all of them.
+    /// Whether a token has this text. Searches the whole vocabulary.
     fn has(&self, text: &str) -> bool {
         self.texts.contains(&text)
     }
@@ -222,7 +222,7 @@ impl<'a> Vocabulary<'a> {
         self.texts.iter().copied().zip(self.types.iter().copied())
     }
 
-    /// Where two tokens have the same text, the one that merging makes comes first, then the lower id.
+    /// If two tokens have the same text, the one that merging can produce comes first, then the lower id.
     fn by_text(&self) -> HashMap<&'a str, TokenId, ahash::RandomState> {
         let mut by_text = HashMap::with_capacity_and_hasher(self.texts.len(), Default::default());
         for normal in [true, false] {
@@ -235,7 +235,7 @@ impl<'a> Vocabulary<'a> {
         by_text
     }
 
-    /// The tokens that are looked for in the text itself, under each of their spellings there.
+    /// The tokens that are searched for in the raw text, in each of their spellings.
     fn added(&self, spellings: impl Fn(&str) -> Vec<String>) -> Vec<(String, TokenId)> {
         let is_added = |ty| matches!(ty, TokenType::Control | TokenType::UserDefined | TokenType::Unknown);
         let added = self.iter().enumerate().filter(|&(_, (_, ty))| is_added(ty));
@@ -266,9 +266,9 @@ fn piece_kind(ty: TokenType) -> PieceKind {
 }
 
 enum NamedToken {
-    /// The file says nothing.
+    /// The key is missing.
     Absent,
-    /// The file says that there is none.
+    /// The file says that there is no such token.
     None,
     Id(TokenId),
 }
@@ -277,7 +277,7 @@ fn token_id(metadata: &Metadata, name: &str, size: usize) -> Result<NamedToken, 
     let key = format!("tokenizer.ggml.{name}_token_id");
     let Some(value) = metadata.get(&key) else { return Ok(NamedToken::Absent) };
     let id = value.as_u64().unwrap_or(u64::MAX);
-    // Converters write the largest integer for "none".
+    // Converters write the largest integer for "no such token".
     if id == u64::from(u32::MAX) {
         return Ok(NamedToken::None);
     }

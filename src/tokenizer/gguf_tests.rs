@@ -1,4 +1,4 @@
-//! What a GGUF vocabulary may and may not say. That the right ones encode rightly, `tests/it` shows.
+//! Valid and invalid GGUF vocabularies. `tests/it` checks that valid ones encode correctly.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ fn integers(values: &[u64]) -> Value {
     Value::Array(values.iter().map(|&value| Value::U64(value)).collect())
 }
 
-/// Byte-level: "a", "b", "ab", a control, a user-defined and a turn's end token.
+/// Byte-level: "a", "b", "ab", a control token, a user-defined token, and an end-of-turn token.
 fn byte_level() -> Metadata {
     BTreeMap::from([
         (MODEL.to_owned(), Value::String("gpt2".into())),
@@ -116,7 +116,7 @@ fn sentence_piece_has_its_own_ids_where_the_file_names_none() {
     assert_eq!(load(&other).unwrap().eos_token_ids(), [3, 2], "the file's own first");
     let none = with(metadata, "tokenizer.ggml.bos_token_id", Value::U64(u32::MAX.into()));
     assert_eq!(load(&none).unwrap().bos_token_id(), None);
-    // Whatever is at these places is no end unless it is a control token.
+    // Tokens with these ids are end tokens only if they are control tokens.
     assert!(load(&sentence_piece()).unwrap().eos_token_ids().is_empty());
 }
 

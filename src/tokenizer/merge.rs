@@ -1,25 +1,25 @@
-//! Byte-pair merging, the part that byte-level BPE and SentencePiece share: of all adjacent pairs that may be joined,
-//! the one of the best priority is joined first, the leftmost of equals, until none is left.
+//! Byte-pair merging, shared by byte-level BPE and SentencePiece: of all adjacent pairs that can be joined, the one with the
+//! best priority is joined first (of equals, the leftmost), until none is left.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
-/// A piece of the text while it is being merged.
+/// A piece of the text during merging.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Symbol {
-    /// Bytes of the text, from `start` on. Zero once the symbol has been merged into its left neighbour.
+    /// Length in bytes. Zero once the symbol has been merged into its left neighbour.
     pub length: u32,
     pub start: u32,
-    /// The token, or what else the rule needs to know it again.
+    /// The token, or another identifier that the merge rule uses.
     pub token: u32,
     previous: u32,
     next: u32,
 }
 
-/// What joining a pair gives.
+/// The result of joining a pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Joined {
-    /// The lowest is joined first.
+    /// The lowest value is joined first.
     pub priority: u32,
     pub token: u32,
 }
@@ -31,12 +31,12 @@ struct Candidate {
     priority: u32,
     left: u32,
     right: u32,
-    /// Bytes of both, by which a candidate that has become stale is known: symbols only ever grow.
+    /// Length of both symbols. A candidate whose length no longer matches is outdated, since symbols only grow.
     length: u32,
     token: u32,
 }
 
-/// Buffers that are used again from call to call.
+/// Buffers that are reused between calls.
 #[derive(Debug, Default)]
 pub(super) struct Merger {
     symbols: Vec<Symbol>,
@@ -49,7 +49,7 @@ impl Merger {
         self.candidates.clear();
     }
 
-    /// Appends a symbol that follows the last one in the text. Texts are shorter than 4 GiB.
+    /// Appends a symbol that follows the last one in the text. Texts must be shorter than 4 GiB.
     pub fn push(&mut self, start: usize, length: usize, token: u32) {
         let index = self.symbols.len() as u32;
         if let Some(last) = self.symbols.last_mut() {
@@ -59,7 +59,7 @@ impl Merger {
         self.symbols.push(Symbol { length: length as u32, start: start as u32, token, previous, next: NONE });
     }
 
-    /// Merges to the end; the cost is O(n log n). `join` must depend on the two symbols alone.
+    /// Merges until no pair can be joined, in O(n log n). `join` must depend only on the two symbols.
     pub fn merge(&mut self, join: impl Fn(&Symbol, &Symbol) -> Option<Joined>) -> impl Iterator<Item = &Symbol> {
         for left in 1..self.symbols.len() as u32 {
             self.consider(left - 1, left, &join);

@@ -1,7 +1,7 @@
-//! Text to token ids and back, chat templates, stop strings. Knows nothing of requests, models or the engine.
+//! Converts text to token ids and back; chat templates; stop strings. Knows nothing of requests, models or the engine.
 //!
-//! A tokenizer comes from a GGUF file's metadata or from a directory with a `tokenizer.json`. What we do not know is
-//! refused by name: a wrong guess would give tokens that the model has never seen.
+//! A tokenizer is read from a GGUF file's metadata or from a directory with a `tokenizer.json`. Formats that we do not support
+//! are refused by name: a wrong guess would produce tokens that the model has never seen.
 
 mod added_tokens;
 mod bpe;
@@ -63,17 +63,17 @@ struct Shared {
 }
 
 impl Tokenizer {
-    /// From the metadata of a GGUF file.
+    /// Builds the tokenizer from the metadata of a GGUF file.
     pub fn from_gguf(metadata: &BTreeMap<String, Value>) -> Result<Self, TokenizerError> {
         gguf::load(metadata)
     }
 
-    /// From a directory with a `tokenizer.json` and, where they are there, the other [`TOKENIZER_FILES`].
+    /// Builds the tokenizer from a directory with a `tokenizer.json` and, if present, the other [`TOKENIZER_FILES`].
     pub fn from_dir(directory: &Path) -> Result<Self, TokenizerError> {
         Self::from_files(&TokenizerFiles::read(directory)?)
     }
 
-    /// From such files, wherever they were read.
+    /// Builds the tokenizer from these files.
     pub fn from_files(files: &TokenizerFiles) -> Result<Self, TokenizerError> {
         files::load(files)
     }
@@ -89,20 +89,20 @@ impl Tokenizer {
         Self { shared: Arc::new(shared), templates: Arc::new(templates) }
     }
 
-    /// With this chat template instead of those that came with the model.
+    /// Replaces the chat templates of the model.
     pub fn with_chat_template(self, source: String) -> Self {
         Self { templates: Arc::new(TemplateSources { default: Some(source), tool_use: None }), ..self }
     }
 
-    /// The ids of a text. Special tokens that are spelled out in the text become those tokens, as a rendered chat
-    /// template wants it. With `add_special_tokens` the text is framed as the model was trained (often a token at the
-    /// beginning); rendered chat templates bring their own frame and want `false`.
+    /// The ids of a text. Special tokens written in the text become those tokens, as rendered chat templates require.
+    /// `add_special_tokens` adds the tokens that the model expects around a text (often one at the beginning). Rendered chat
+    /// templates already contain them and pass `false`.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TokenizerError> {
         self.shared.encoder.encode(text, add_special_tokens)
     }
 
-    /// The text of the ids, taken as a whole text: where encoding puts a space before the first word, it is taken away
-    /// again. Ids outside the vocabulary have no text.
+    /// The text of the ids, as a complete text: a space that encoding puts before the first word is removed. Ids outside the
+    /// vocabulary have no text.
     pub fn decode(&self, tokens: &[TokenId], skip_special_tokens: bool) -> String {
         let mut detokenizer = Detokenizer::new(self.shared.pieces.clone(), skip_special_tokens, true);
         let mut text = String::new();
@@ -113,8 +113,8 @@ impl Tokenizer {
         text
     }
 
-    /// Where the text of each id begins in what [`Tokenizer::decode`] makes of them, in characters. An id that goes on with
-    /// an unfinished character begins where that character does.
+    /// Where the text of each id begins in the output of [`Tokenizer::decode`], in characters. An id that continues an
+    /// incomplete character begins where that character begins.
     pub fn offsets(&self, tokens: &[TokenId], skip_special_tokens: bool) -> Vec<usize> {
         let mut detokenizer = Detokenizer::new(self.shared.pieces.clone(), skip_special_tokens, true);
         let mut characters = 0;
@@ -126,61 +126,59 @@ impl Tokenizer {
         tokens.iter().map(offset).collect()
     }
 
-    /// For text that continues a prompt: a space that begins it is part of it. For all tokenizers but SentencePiece's
-    /// the deltas join to what [`Tokenizer::decode`] returns; for those they are what it returns beyond the prompt.
+    /// A detokenizer for text that continues a prompt: a space at its beginning is kept. The pieces join to the output of
+    /// [`Tokenizer::decode`]; with SentencePiece, to what it returns beyond the prompt.
     pub fn detokenizer(&self, skip_special_tokens: bool) -> Detokenizer {
         Detokenizer::new(self.shared.pieces.clone(), skip_special_tokens, false)
     }
 
-    /// One more than the highest id.
+    /// The highest id plus one.
     pub fn vocab_size(&self) -> usize {
         self.shared.pieces.len()
     }
 
-    /// How the vocabulary spells a token, which is not its text: `Ġsea` is ` sea`. `None` outside the vocabulary.
+    /// A token as written in the vocabulary, which differs from its text: `Ġsea` is ` sea`. `None` outside the vocabulary.
     pub fn token_name(&self, token: TokenId) -> Option<&str> {
         ((token as usize) < self.vocab_size()).then(|| self.shared.pieces.name(token))
     }
 
-    /// What the model's files recommend to requests that say nothing themselves.
+    /// The model's recommended values for sampling parameters that a request leaves out.
     pub fn sampling_defaults(&self) -> &SamplingDefaults {
         &self.shared.sampling_defaults
     }
 
-    /// What a token stands for, on its own: bytes that are no complete character become U+FFFD. `None` outside the
-    /// vocabulary.
+    /// The text of a single token. Bytes that are not a complete character become U+FFFD. `None` outside the vocabulary.
     pub fn token_text(&self, token: TokenId) -> Option<String> {
         let known = (token as usize) < self.vocab_size();
         known.then(|| String::from_utf8_lossy(self.shared.pieces.bytes(token)).into_owned())
     }
 
-    /// The bytes a token stands for; empty outside the vocabulary.
+    /// The bytes of a token; empty outside the vocabulary.
     pub fn token_bytes(&self, token: TokenId) -> Vec<u8> {
         self.shared.pieces.bytes(token).to_vec()
     }
 
-    /// Whether it is a control token, which `skip_special_tokens` leaves out of the text.
+    /// Whether it is a control token, which `skip_special_tokens` removes from the text.
     pub fn is_special(&self, token: TokenId) -> bool {
         self.shared.pieces.is_special(token)
     }
 
-    /// Put before a text by `encode` where the model wants it.
+    /// The token that `encode` puts before a text, if the model expects one.
     pub fn bos_token_id(&self) -> Option<TokenId> {
         self.shared.special.bos
     }
 
-    /// The tokens that end a generation, the model's own first. May be empty.
+    /// The tokens that end a generation; those of the model's configuration come first. May be empty.
     pub fn eos_token_ids(&self) -> &[TokenId] {
         &self.shared.special.eos
     }
 
-    /// The texts of the special tokens by the names that chat templates use (`bos_token`, `eos_token`, …).
+    /// The texts of the special tokens, by the names that chat templates use (`bos_token`, `eos_token`, …).
     pub fn special_tokens(&self) -> &BTreeMap<String, String> {
         &self.shared.special.texts
     }
 
-    /// The chat template that came with the model, compiled. Without one every rendering fails with
-    /// [`ChatTemplateError::Missing`].
+    /// The model's compiled chat template. If it has none, every rendering fails with [`ChatTemplateError::Missing`].
     pub fn chat_template(&self) -> Result<ChatTemplate, ChatTemplateError> {
         ChatTemplate::from_sources(&self.templates, self.special_tokens())
     }

@@ -1,11 +1,11 @@
-//! What each token is called and the bytes that it stands for, in one table. Decoding needs nothing else of the vocabulary.
+//! The name and the bytes of each token, in one table. Decoding needs nothing else of the vocabulary.
 
 use crate::types::TokenId;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum PieceKind {
     Text,
-    /// Control tokens, which a client usually does not want to see.
+    /// Control tokens, which clients usually do not want to see.
     Special,
 }
 
@@ -19,8 +19,8 @@ pub(super) struct Pieces {
 }
 
 impl Pieces {
-    /// `strips_leading_space`: encoding puts a space before the text, decoding takes it away again.
-    /// `replaces_bytewise`: every byte of an invalid sequence becomes a U+FFFD of its own, as SentencePiece does.
+    /// `strips_leading_space`: encoding puts a space before the text, and decoding removes it. `replaces_bytewise`: each byte
+    /// of an invalid sequence becomes one U+FFFD, as in SentencePiece.
     pub fn builder(strips_leading_space: bool, replaces_bytewise: bool) -> PiecesBuilder {
         PiecesBuilder(Pieces {
             names: Joined::default(),
@@ -40,7 +40,7 @@ impl Pieces {
         self.bytes.get(token)
     }
 
-    /// As the vocabulary spells the token; empty for ids outside of it.
+    /// The token as written in the vocabulary; empty outside it.
     pub fn name(&self, token: TokenId) -> &str {
         std::str::from_utf8(self.names.get(token)).expect("names are pushed as text")
     }
@@ -58,11 +58,11 @@ impl Pieces {
     }
 }
 
-/// Pieces are pushed in the order of their ids.
+/// Pieces are added in the order of their ids.
 pub(super) struct PiecesBuilder(Pieces);
 
 impl PiecesBuilder {
-    /// `name` is how the vocabulary spells the token.
+    /// `name` is the token as written in the vocabulary.
     pub fn push(&mut self, name: &str, bytes: &[u8], kind: PieceKind) {
         self.0.names.push(name.as_bytes());
         self.0.bytes.push(bytes);
@@ -88,7 +88,7 @@ impl Joined {
         self.ends.push(u32::try_from(self.bytes.len()).expect("a vocabulary's text is far below 4 GiB"));
     }
 
-    /// Empty for one that is not there.
+    /// Empty if there is no such piece.
     fn get(&self, token: TokenId) -> &[u8] {
         let index = token as usize;
         let Some(&end) = self.ends.get(index) else { return &[] };

@@ -1,51 +1,51 @@
-//! How text is split into words before merging, by the name that GGUF files give (`tokenizer.ggml.pre`). The patterns
-//! are those of the models' published `tokenizer.json`. Names that we cannot vouch for are refused: a wrong split gives
-//! tokens that the model has never seen, and nothing would say so.
+//! Splits text into words before merging, by the rule that GGUF files name (`tokenizer.ggml.pre`). The patterns are those of
+//! the models' published `tokenizer.json`. Unknown names are refused: a wrong split would silently produce tokens that the
+//! model has never seen.
 
 use fancy_regex::Regex;
 
 use super::error::TokenizerError;
 use super::split::{split_gpt2, split_llama3, split_single_digits};
 
-/// What a name stands for.
+/// The splitting rule and the settings of a name.
 #[derive(Debug)]
 pub(super) struct PreTokenizer {
     split: Split,
-    /// Text is brought into Unicode normalization form C first.
+    /// Whether text is normalized to Unicode form C first.
     pub normalizes: bool,
-    /// A word that is a token as a whole is not merged.
+    /// Whether a word that is a token as a whole skips merging.
     pub ignores_merges: bool,
-    /// Whether a text begins with the beginning-of-sequence token when the file does not say.
+    /// Whether a text begins with the beginning-of-sequence token if the file does not say.
     pub adds_bos: bool,
 }
 
 #[derive(Debug)]
 enum Split {
     Gpt2,
-    /// Each digit alone, GPT-2's pattern between them.
+    /// Each digit is a word; the text in between is split by GPT-2's pattern.
     DigitsThenGpt2,
     Llama3 {
         max_digits: usize,
     },
-    /// One pattern after the other on each part; a match is a part of its own, and so is what lies between matches.
+    /// Applies one pattern after the other to each part. Matches become parts, and so does the text between matches.
     Patterns(Vec<Regex>),
-    /// Runs of punctuation, then GPT-2's pattern, then the patterns.
+    /// Splits off runs of punctuation, then applies GPT-2's pattern, then the patterns.
     Falcon(Vec<Regex>),
 }
 
-/// The words of Mistral's Tekken: upper case before lower case, with the character before them.
+/// Mistral's Tekken: words with upper case before lower case, including the character before them.
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// GPT-4o and Llama 4: as Tekken, with contractions and up to three digits.
+/// GPT-4o and Llama 4: like Tekken, with contractions and up to three digits.
 const GPT4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Qwen 3.5: as Qwen 2, with combining marks among the letters.
+/// Qwen 3.5: like Qwen 2, with combining marks counted as letters.
 const QWEN35: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 const SEED_CODER: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// The letters that have an upper and a lower case, in the Unicode version of the model's authors. Written as numbers,
+/// The letters that have upper and lower case, in the Unicode version that the model's authors used. Written as numbers,
 /// because some look like others and editors normalize them.
 const CASED_LETTERS: &str = concat!(
     r"\s?[",
@@ -76,7 +76,7 @@ const DEEPSEEK_LLM: [&str; 6] = [
 
 const DEEPSEEK_CODER: [&str; 5] = [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CJK, r"\p{N}"];
 
-/// Han, and much else: the ranges are the model's.
+/// Han and more: these are the model's own ranges.
 const CJK: &str = r"[\x{4E00}-\x{9FA5}\x{800}-\x{4E00}\x{AC00}-\x{D7FF}]+";
 
 const DEEPSEEK_V3: [&str; 3] = [
@@ -118,7 +118,7 @@ impl PreTokenizer {
         })
     }
 
-    /// Calls `word` for each word of a normalized text, in order; together they are the text.
+    /// Calls `word` for each word of a normalized text, in order. The words together are the text.
     pub fn split(&self, text: &str, word: &mut dyn FnMut(&str)) -> Result<(), TokenizerError> {
         match &self.split {
             Split::Gpt2 => split_gpt2(text, word),
@@ -142,7 +142,7 @@ fn compile(patterns: &[&str]) -> Vec<Regex> {
     patterns.iter().map(|pattern| Regex::new(pattern).expect("the patterns above are valid, a test says")).collect()
 }
 
-/// The depth of the recursion is the number of patterns.
+/// Recurses once per pattern.
 fn split_by_patterns(text: &str, patterns: &[Regex], word: &mut dyn FnMut(&str)) -> Result<(), TokenizerError> {
     let Some((pattern, rest)) = patterns.split_first() else {
         word(text);
@@ -257,7 +257,7 @@ mod tests {
         }
     }
 
-    /// 200 kB of one thing. No pattern may run into a limit of the regular expression library, or take forever.
+    /// Texts of 200 kB that repeat one thing. No pattern may hit a limit of the regular expression library or take too long.
     #[test]
     fn monotonous_texts_are_split_in_time() {
         let started = Instant::now();

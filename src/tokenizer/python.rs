@@ -1,20 +1,19 @@
-//! Values as Python writes them: chat templates were written for Jinja in Python, and models were trained on its
-//! output.
+//! Writes values as Python does: chat templates were written for Jinja in Python, and models were trained on its output.
 
 use std::fmt::Write;
 
 use minijinja::value::{Value, ValueKind};
 use minijinja::{Error, ErrorKind};
 
-/// Deeper values are refused; Python's own limit is of the same order.
+/// Deeper values are refused. Python's own limit is similar.
 const MAX_DEPTH: usize = 256;
 
 /// The arguments of `json.dumps` that templates use.
 #[derive(Clone, Debug, Default)]
 pub(super) struct JsonStyle {
-    /// Spaces, or any other text, for each level; everything on one line without.
+    /// The indentation of one level; `None` puts everything on one line.
     pub indent: Option<String>,
-    /// Between items, and between a key and its value.
+    /// The separators between items, and between key and value.
     pub separators: Option<(String, String)>,
     pub ensure_ascii: bool,
     pub sort_keys: bool,
@@ -202,10 +201,10 @@ fn number(value: &Value) -> String {
     }
 }
 
-/// The shortest digits that read back as the same number; an exponent below 1e-4 and from 1e16 on.
+/// The shortest digits that read back as the same number, with an exponent below 1e-4 and from 1e16 on.
 fn repr_float(float: f64) -> String {
     if !float.is_finite() {
-        // As `json.dumps` and `repr` differ here, and JSON has no such numbers, either will do.
+        // `json.dumps` and `repr` differ here, and JSON has no such numbers, so either form will do.
         return if float.is_nan() {
             "NaN"
         } else if float > 0.0 {
@@ -234,7 +233,7 @@ mod tests {
         Value::from_serialize(serde_json::from_str::<serde_json::Value>(json).unwrap())
     }
 
-    // Expected values: Python 3.11.
+    // Expected values are from Python 3.11.
     #[test]
     fn floats_are_written_as_python_writes_them() {
         let cases = [

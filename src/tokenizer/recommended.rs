@@ -1,7 +1,7 @@
-//! The sampling defaults that a model's files carry: `generation_config.json`, or `general.sampling.*` in a GGUF file.
+//! The sampling defaults in a model's files: `generation_config.json`, or `general.sampling.*` in a GGUF file.
 //!
-//! A value that no request could ask for either is left out with a line in the log. `do_sample: false` means what it means
-//! in transformers: the likeliest token, whatever else the file says.
+//! Values that a request could not ask for are ignored with a log line. `do_sample: false` means the same as in transformers:
+//! always take the most likely token, whatever else the file says.
 
 use std::collections::BTreeMap;
 
@@ -10,13 +10,13 @@ use serde_json::{Map, Value};
 use crate::formats::gguf;
 use crate::types::SamplingDefaults;
 
-/// What a request may ask for (see `api::openai::sampling`).
+/// The limits for requests (see `api::openai::sampling`).
 const MAX_TEMPERATURE: f64 = 2.0;
 const MAX_REPETITION_PENALTY: f64 = 10.0;
-/// What is greater than 0 has to be so as an `f32`.
+/// For values that must be greater than 0, also as `f32`.
 const SMALLEST: f64 = f32::MIN_POSITIVE as f64;
 
-/// Of the content of a `generation_config.json`.
+/// Reads the content of a `generation_config.json`.
 pub(super) fn of_generation_config(config: &Map<String, Value>) -> SamplingDefaults {
     let is_greedy = config.get("do_sample").and_then(Value::as_bool) == Some(false);
     let numbers = Numbers(&|name| {
@@ -33,7 +33,7 @@ pub(super) fn of_generation_config(config: &Map<String, Value>) -> SamplingDefau
     }
 }
 
-/// Of a GGUF file's metadata. Its format has no key for the number of tokens.
+/// Reads a GGUF file's metadata. The format has no key for the number of tokens.
 pub(super) fn of_gguf(metadata: &BTreeMap<String, gguf::Value>) -> SamplingDefaults {
     let numbers = Numbers(&|name| Some(metadata.get(name)?.as_f64().unwrap_or(f64::NAN)));
     SamplingDefaults {
@@ -46,7 +46,7 @@ pub(super) fn of_gguf(metadata: &BTreeMap<String, gguf::Value>) -> SamplingDefau
     }
 }
 
-/// Gives the number of a name; NaN for what is no number.
+/// Looks up a number by name; NaN if the value is not a number.
 struct Numbers<'a>(&'a dyn Fn(&str) -> Option<f64>);
 
 impl Numbers<'_> {
@@ -66,7 +66,7 @@ impl Numbers<'_> {
         Some(self.within(name, SMALLEST, MAX_REPETITION_PENALTY)? as f32)
     }
 
-    /// -1 and 0 are both off.
+    /// Both −1 and 0 mean no limit.
     fn top_k(&self, name: &str) -> Option<u32> {
         self.count(name, -1.0)
     }
@@ -81,7 +81,7 @@ impl Numbers<'_> {
         if (min..=max).contains(&number) {
             return Some(number);
         }
-        tracing::warn!(name, number, "the model's files recommend a sampling parameter out of range; it is ignored");
+        tracing::warn!(name, number, "ignoring a sampling default of the model's files that is out of range");
         None
     }
 }

@@ -1,9 +1,9 @@
-//! The two families of splitting patterns that most models use, written by hand: a regular expression with lookahead
-//! costs ten times as much. Tests hold them to the patterns that they stand for.
+//! The two families of splitting patterns that most models use, written by hand because a regular expression with lookahead
+//! takes ten times as long. Tests compare them with the patterns.
 
 use super::char_class::{CharClass, class_of};
 
-/// The contractions that stand as words of their own.
+/// Contractions that are words of their own.
 const CONTRACTIONS: [&str; 7] = ["s", "t", "re", "ve", "m", "ll", "d"];
 
 /// GPT-2: `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`.
@@ -25,7 +25,7 @@ pub(super) fn split_llama3(mut text: &str, max_digits: usize, word: &mut dyn FnM
     }
 }
 
-/// Numbers stand alone, digit by digit; what is between them is passed on whole.
+/// Each digit is a word; the text in between is passed on unsplit.
 pub(super) fn split_single_digits(mut text: &str, word: &mut dyn FnMut(&str, bool)) {
     while let Some(character) = text.chars().next() {
         let is_digit = class_of(character) == CharClass::Number;
@@ -38,7 +38,7 @@ pub(super) fn split_single_digits(mut text: &str, word: &mut dyn FnMut(&str, boo
     }
 }
 
-/// The length of the first word. `text` is not empty.
+/// The length of the first word. `text` must not be empty.
 fn gpt2_word(text: &str) -> usize {
     if let Some(length) = contraction(text, |expected, actual| expected == actual) {
         return length;
@@ -51,7 +51,7 @@ fn gpt2_word(text: &str) -> usize {
     }
 }
 
-/// The length of the first word. `text` is not empty.
+/// The length of the first word. `text` must not be empty.
 fn llama3_word(text: &str, max_digits: usize) -> usize {
     if let Some(length) =
         contraction(text, |expected, actual| actual.to_lowercase().eq([expected]) || (expected, actual) == ('s', 'ſ'))
@@ -79,7 +79,7 @@ fn llama3_word(text: &str, max_digits: usize) -> usize {
     }
 }
 
-/// An apostrophe and one of the contractions.
+/// The length of a contraction: an apostrophe and one of the endings.
 fn contraction(text: &str, same: impl Fn(char, char) -> bool) -> Option<usize> {
     let rest = text.strip_prefix('\'')?;
     CONTRACTIONS.iter().find_map(|contraction| {
@@ -93,7 +93,7 @@ fn contraction(text: &str, same: impl Fn(char, char) -> bool) -> Option<usize> {
     })
 }
 
-/// The length of the run of characters of a class at the beginning.
+/// The length of the run of characters of these classes at the beginning.
 fn run(text: &str, belongs: impl Fn(CharClass) -> bool) -> usize {
     text.find(|character| !belongs(class_of(character))).unwrap_or(text.len())
 }
@@ -119,7 +119,7 @@ fn last_line_break(text: &str) -> Option<usize> {
     space.rfind(['\r', '\n']).map(|place| place + 1)
 }
 
-/// `\s+(?!\S)|\s+`: white space but for its last character, which belongs to the word that follows.
+/// `\s+(?!\S)|\s+`: white space without its last character, which belongs to the next word.
 fn space_word(text: &str) -> usize {
     let length = run(text, is_space);
     let last = text[..length].chars().next_back().map_or(0, char::len_utf8);
@@ -138,7 +138,7 @@ mod tests {
     const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
     const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-    /// Characters that the rules tell apart, and some that nobody thought of.
+    /// Characters that the rules distinguish, and arbitrary others.
     fn text() -> impl Strategy<Value = String> {
         let character = prop_oneof![
             8 => prop::sample::select(" \n\r\t'sSſtTrRevVEmMlLdD1½٣a日é!.-\u{3000}\u{A0}\u{301}K😀".chars().collect::<Vec<_>>()),
@@ -153,7 +153,7 @@ mod tests {
         words
     }
 
-    /// Compiling takes longer than matching.
+    /// Cached, because compiling takes longer than matching.
     fn by_pattern(pattern: &'static str, text: &str) -> Vec<String> {
         static COMPILED: Mutex<BTreeMap<&str, Regex>> = Mutex::new(BTreeMap::new());
         let compile = || Regex::new(pattern).unwrap();

@@ -1,5 +1,5 @@
-//! SentencePiece's byte-pair model: pieces have scores, adjacent pieces are merged into the piece of the best score,
-//! and what the vocabulary lacks is spelled in bytes.
+//! SentencePiece's byte-pair model: pieces have scores, adjacent pieces are merged into the piece with the best score, and text
+//! that is not in the vocabulary is written as byte tokens.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -7,16 +7,16 @@ use std::collections::HashMap;
 use super::merge::{Joined, Merger};
 use crate::types::TokenId;
 
-/// Stands for a space inside of pieces: U+2581, lower one eighth block.
+/// Replaces the space inside pieces: U+2581, lower one eighth block.
 pub(super) const SPACE: char = '▁';
 
 #[derive(Debug)]
 pub(super) struct SentencePieceEncoder {
     pieces: HashMap<Box<str>, Piece, ahash::RandomState>,
-    /// Complete or useless: without all 256, unknown characters become the unknown token.
+    /// Used only if all 256 exist. Otherwise unknown characters become the unknown token.
     byte_tokens: Option<Box<[TokenId; 256]>>,
     unknown: Option<TokenId>,
-    /// A space is put before the text, so that its first word is spelled as it is inside of a sentence.
+    /// Whether a space is put before the text, so that its first word gets the same tokens as inside a sentence.
     add_space_prefix: bool,
 }
 
@@ -24,11 +24,11 @@ pub(super) struct SentencePieceEncoder {
 pub(super) struct Piece {
     pub token: TokenId,
     pub score: f32,
-    /// Only a step on the way to longer pieces.
+    /// Used only as an intermediate step to longer pieces.
     pub unused: bool,
 }
 
-/// Where the unused pieces of a text were joined: the length of the left part.
+/// Where unused pieces were joined: the length of the left part.
 type Splits<'a> = HashMap<&'a str, usize, ahash::RandomState>;
 
 #[derive(Default)]
@@ -51,8 +51,8 @@ impl SentencePieceEncoder {
         Self { pieces, byte_tokens, unknown, add_space_prefix }
     }
 
-    /// Appends the tokens of a text without special tokens. The prefix is put wherever such a text begins: at the start
-    /// and after each special token.
+    /// Appends the tokens of a text without special tokens. The space prefix is added wherever such a text begins: at the
+    /// start, and after each special token.
     pub fn encode(&self, text: &str, tokens: &mut Vec<TokenId>) {
         if text.is_empty() {
             return;
@@ -88,7 +88,7 @@ impl SentencePieceEncoder {
         }
     }
 
-    /// The tokens of one merged symbol. An unused piece falls apart again into what it was last joined from.
+    /// Appends the tokens of one merged symbol. An unused piece is split into the parts from which it was joined.
     fn emit<'a>(&self, symbol: &'a str, splits: &Splits<'a>, tokens: &mut Vec<TokenId>) {
         let mut rest = vec![symbol];
         while let Some(symbol) = rest.pop() {
@@ -111,15 +111,15 @@ impl SentencePieceEncoder {
     }
 }
 
-/// The byte that a byte token such as `<0x0A>` stands for.
+/// The byte of a byte token such as `<0x0A>`.
 pub(super) fn parse_byte(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
     (digits.len() == 2).then(|| u8::from_str_radix(digits, 16).ok())?
 }
 
-/// Scores as integers of which the lowest is the best.
+/// Converts scores to integers so that the best score is the lowest integer.
 fn priority(score: f32) -> u32 {
-    // The bits of a float order as its sign and magnitude do.
+    // The bits of a float sort by sign and magnitude.
     let bits = score.to_bits();
     let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
     !ascending

@@ -1,7 +1,7 @@
-//! Finds stop strings in a text that arrives piece by piece, and holds back only what may still become one.
+//! Finds stop strings in text that arrives in pieces, and holds back only text that may still become one.
 //!
-//! The result depends on the text alone, and on the point from which a stop string may end it, never on where its pieces
-//! were cut. So a matcher is rebuilt by feeding the same text into a fresh one. Knows nothing of tokens.
+//! The result depends only on the text and on the point from which stop strings count, not on how the text is cut into pieces.
+//! So to restore a matcher, feed the same text into a new one. Knows nothing of tokens.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,8 +11,7 @@ type Node = u32;
 
 const ROOT: Node = 0;
 
-/// The Aho–Corasick automaton over the bytes of the stop strings. Its size is the sum of their lengths, which the API
-/// bounds.
+/// The Aho–Corasick automaton over the bytes of the stop strings. Its size is the sum of their lengths, which the API limits.
 #[derive(Debug)]
 struct Automaton {
     stops: Vec<String>,
@@ -23,49 +22,49 @@ struct Automaton {
 struct TrieNode {
     /// Sorted by byte.
     edges: Vec<(u8, Node)>,
-    /// The node of the longest proper suffix that begins a stop string.
+    /// The node of the longest proper suffix that is the beginning of a stop string.
     fallback: Node,
-    /// Bytes from the root.
+    /// Number of bytes from the root.
     depth: usize,
-    /// A stop string that begins with these `depth` bytes.
+    /// Index of a stop string that begins with these `depth` bytes.
     begins: u32,
-    /// The first stop string, in the order of the request, that ends here.
+    /// The first stop string, in the order of the request, that ends at this node.
     ends: Option<u32>,
 }
 
-/// Text goes in through [`StopMatcher::push`]; what may be shown to the client comes out.
+/// Takes text through [`StopMatcher::push`], and returns the text that may be sent to the client.
 ///
-/// The stop string that is completed first wins; of several completed by the same character, the first in the list.
-/// That is vLLM's rule. Cloning is cheap.
+/// The stop string that is completed first wins; if one character completes several, the first in the list wins. This is vLLM's
+/// rule. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct StopMatcher {
     automaton: Arc<Automaton>,
     include_in_output: bool,
-    /// Stands for the longest suffix of the text so far that begins a stop string: the text held back.
+    /// The longest suffix of the text so far that is the beginning of a stop string. This suffix is the text held back.
     node: Node,
     matched: Option<u32>,
 }
 
-/// What one piece of text led to.
+/// The effect of one piece of text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StopOutcome {
-    /// Text that is certain to be part of the output.
+    /// Text that is definitely part of the output.
     pub released: String,
     /// The index of the stop string that this piece completed.
     pub matched: Option<usize>,
 }
 
 impl StopMatcher {
-    /// `stops` are not empty strings (those would match nothing and are ignored).
+    /// Empty strings in `stops` are ignored.
     pub fn new(stops: &[String], include_in_output: bool) -> Self {
         Self { automaton: Arc::new(Automaton::new(stops)), include_in_output, node: ROOT, matched: None }
     }
 
-    /// Takes the next piece of text. Once a stop string has matched, everything further is dropped.
-    /// The cost is proportional to the length of the pieces, amortised.
+    /// Adds the next piece of text. Once a stop string has matched, further text is dropped. The cost is proportional to the
+    /// length of the pieces, amortized.
     ///
-    /// With `may_end` false, no stop string that ends in this piece counts. One that begins in it and ends in a later piece
-    /// does: that is vLLM's rule for the text of the first `min_tokens` tokens.
+    /// With `may_end` false, stop strings that end in this piece do not count; those that begin in it and end in a later piece
+    /// do. This is vLLM's rule for the text of the first `min_tokens` tokens.
     pub fn push(&mut self, piece: &str, may_end: bool) -> StopOutcome {
         if self.matched.is_some() {
             return StopOutcome { released: String::new(), matched: None };
@@ -82,13 +81,13 @@ impl StopMatcher {
         StopOutcome { released: self.automaton.joined_without(held, piece, kept), matched: None }
     }
 
-    /// The text ended without a stop string: what was held back belongs to the output.
+    /// Ends the text. Returns the text held back, since no stop string was completed.
     pub fn finish(&mut self) -> String {
         let node = std::mem::replace(&mut self.node, ROOT);
         self.automaton.held(node).to_owned()
     }
 
-    /// The stop string that matched, once one has.
+    /// The stop string that matched, if any.
     pub fn matched(&self) -> Option<&str> {
         self.matched.map(|stop| self.automaton.stops[stop as usize].as_str())
     }
@@ -134,7 +133,7 @@ impl Automaton {
         child
     }
 
-    /// Sets the fallbacks, breadth first, and hands each node the stop strings that end with its fallback's.
+    /// Sets the fallbacks in breadth-first order, and passes on the stop strings that end at a node's fallback.
     fn link(&mut self) {
         let mut queue: VecDeque<Node> = self.nodes[ROOT as usize].edges.iter().map(|&(_, child)| child).collect();
         while let Some(node) = queue.pop_front() {
@@ -149,8 +148,8 @@ impl Automaton {
         }
     }
 
-    /// The longest suffix of this node's text that may still grow into a stop string. It is the node itself, unless a whole
-    /// stop string went by that did not count.
+    /// The longest suffix of this node's text that may still grow into a stop string. This is the node itself, unless it is a
+    /// complete stop string that did not count.
     fn unfinished(&self, mut node: Node) -> Node {
         while self.nodes[node as usize].edges.is_empty() && node != ROOT {
             node = self.nodes[node as usize].fallback;
@@ -158,14 +157,14 @@ impl Automaton {
         node
     }
 
-    /// The text that a node stands for.
+    /// The text of a node.
     fn held(&self, node: Node) -> &str {
         let TrieNode { depth, begins, .. } = self.nodes[node as usize];
-        // The root has no stop string when there is none at all.
+        // Without stop strings the root has no text.
         self.stops.get(begins as usize).map_or("", |stop| &stop[..depth])
     }
 
-    /// The held text and the piece, less the last `dropped` bytes.
+    /// The held text followed by the piece, without the last `dropped` bytes.
     fn joined_without(&self, held: Node, piece: &str, dropped: usize) -> String {
         let held = self.held(held);
         let length = held.len() + piece.len() - dropped;
@@ -198,7 +197,7 @@ mod tests {
         texts.iter().map(|text| text.to_string()).collect()
     }
 
-    /// Feeds the pieces; the output text and the index of the stop string.
+    /// Feeds the pieces; returns the output text and the index of the stop string.
     fn run(matcher: &mut StopMatcher, pieces: &[&str]) -> (String, Option<usize>) {
         let mut output = String::new();
         let mut matched = None;
@@ -225,10 +224,10 @@ mod tests {
 
     #[test]
     fn the_first_completed_wins_then_the_first_listed() {
-        // "bc" is complete one character before "abcd".
+        // "bc" is completed one character before "abcd".
         let mut matcher = StopMatcher::new(&stops(&["abcd", "bc"]), false);
         assert_eq!(run(&mut matcher, &["xab", "cd"]), ("xa".into(), Some(1)));
-        // Both are complete with "c": the list decides, here for the shorter one.
+        // Both are completed by "c": the order of the list decides, here for the shorter one.
         let mut matcher = StopMatcher::new(&stops(&["c", "abc"]), false);
         assert_eq!(run(&mut matcher, &["xabc"]), ("xab".into(), Some(0)));
         let mut matcher = StopMatcher::new(&stops(&["abc", "c"]), false);
@@ -247,7 +246,7 @@ mod tests {
         assert_eq!(matcher.push("END E", false), StopOutcome { released: "END ".into(), matched: None });
         assert_eq!(matcher.push("N", false), StopOutcome { released: "".into(), matched: None });
         assert_eq!(matcher.push("D!", true), StopOutcome { released: "".into(), matched: Some(0) });
-        // A stop string that did not count is not held back when nothing longer begins with it.
+        // A stop string that did not count is not held back if no longer one begins with it.
         let mut matcher = StopMatcher::new(&stops(&[",", ",,"]), false);
         assert_eq!(matcher.push("a,,", false), StopOutcome { released: "a,".into(), matched: None });
         assert_eq!(matcher.push("b,", true), StopOutcome { released: ",b".into(), matched: Some(0) });

@@ -1,5 +1,5 @@
-//! Dates for chat templates, which some models want in their system prompt: `strftime_now("%d %b %Y")`. UTC, so that
-//! every replica renders the same text.
+//! Dates for chat templates; some models expect one in their system prompt: `strftime_now("%d %b %Y")`. In UTC, so that every
+//! replica renders the same text.
 
 use std::fmt::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -21,7 +21,7 @@ const MONTHS: [&str; 12] = [
 const WEEKDAYS: [&str; 7] = ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 const SECONDS_A_DAY: u64 = 86_400;
 
-/// A moment in the Gregorian calendar.
+/// A date and time in the Gregorian calendar.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Moment {
     year: u64,
@@ -38,7 +38,7 @@ struct Moment {
     second: u64,
 }
 
-/// Formats as C's `strftime` does in the C locale; `None` for a directive that is not supported.
+/// Formats as C's `strftime` in the C locale. `None` if a directive is not supported.
 pub(super) fn strftime(format: &str, time: SystemTime) -> Option<String> {
     let moment = Moment::at(time);
     let mut text = String::new();
@@ -78,7 +78,7 @@ impl Moment {
             month,
             day: day + 1,
             day_of_year: day_of_year + 1,
-            // The first of January 1970 was a Thursday.
+            // 1 January 1970 was a Thursday.
             weekday: ((days + 4) % 7) as usize,
             hour: second / 3600,
             minute: second / 60 % 60,
@@ -125,7 +125,7 @@ impl Moment {
         write!(text, "{number:0width$}").ok()
     }
 
-    /// Letters are directives, the rest is text.
+    /// Writes the format, in which letters after `%` are directives.
     fn write_all(&self, format: &str, text: &mut String) -> Option<()> {
         for character in format.chars() {
             match character.is_ascii_alphabetic() {

@@ -1,5 +1,5 @@
-//! What a chat template makes of messages, found out by rendering small conversations. Templates are programs: whether one
-//! has a place for a developer's instructions, say, shows in what it writes and not in a flag that comes with it.
+//! Determines what form of messages a chat template expects, by rendering small test conversations. Templates are programs, so
+//! only their output shows, for example, whether they support developer messages.
 
 use serde_json::{Value, json};
 
@@ -7,47 +7,47 @@ use serde_json::{Value, json};
 const FIRST: &str = "zqoutriggeronezq";
 const SECOND: &str = "zqoutriggertwozq";
 
-/// What a message's `content` has to be.
+/// The type of `content` that a template expects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {
     /// A string.
     Text,
-    /// A list of parts: strings are written letter by letter, which is not at all.
+    /// A list of parts. Such a template writes strings letter by letter or not at all.
     Parts,
-    /// Either is written.
+    /// Both are supported.
     Any,
 }
 
-/// What the `arguments` of a call have to be.
+/// The type of a call's `arguments` that a template expects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Arguments {
     /// An object.
     Object,
-    /// Its JSON in a string.
+    /// A string with the object's JSON.
     Text,
 }
 
-/// Of one template, with or without tools in the request.
+/// The traits of one template, for requests with or without tools.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TemplateTraits {
     pub content: Content,
     pub arguments: Arguments,
-    /// Calls are written only where the content beside them is null, not empty.
+    /// Calls are written only if the content beside them is null, not if it is empty.
     pub calls_need_null: bool,
-    /// The template knows the role `developer` and writes such a message at the beginning.
+    /// The template knows the role `developer`, and writes such a message at the beginning.
     pub has_developer_role: bool,
-    /// It leaves out instructions at the beginning, under any role, without an error.
+    /// The template silently drops instructions at the beginning, whatever their role.
     pub loses_instructions: bool,
-    /// It writes both a system message and the developer message after it.
+    /// The template writes both a system message and a developer message that follows it.
     pub keeps_system_and_developer: bool,
-    /// The role of instructions in the middle of a conversation; none if they, or those at the beginning, would be lost.
+    /// The role of instructions in the middle of a conversation. None if these, or those at the beginning, would be dropped.
     pub later_instructions: Option<&'static str>,
-    /// It writes the tools; only of a request that has some.
+    /// The template writes the tools. Determined only for requests with tools.
     pub takes_tools: bool,
 }
 
 impl Default for TemplateTraits {
-    /// Of a template that cannot be tried: messages pass as they are, and rendering says what is wrong.
+    /// The traits of a template that cannot be tried: messages are passed unchanged, and rendering reports the error.
     fn default() -> Self {
         Self {
             content: Content::Text,
@@ -62,10 +62,10 @@ impl Default for TemplateTraits {
     }
 }
 
-/// Renders messages; `None` is an error.
+/// Renders messages; `None` if rendering fails.
 pub(super) type Render<'a> = dyn Fn(&Value) -> Option<String> + 'a;
 
-/// A tool as requests give it, named by the first word.
+/// A tool definition as in requests; its name is the first word.
 pub(super) fn probe_tool() -> Value {
     json!([{"type": "function", "function": {
         "name": FIRST, "description": "d",
@@ -74,7 +74,8 @@ pub(super) fn probe_tool() -> Value {
 }
 
 impl TemplateTraits {
-    /// `render` is the template with or without the tool of `probe_tool`; `without_tools` is there with it.
+    /// `render` is the template with or without the tool of `probe_tool`. With the tool, `without_tools` is the template
+    /// without it.
     pub(super) fn find(render: &Render<'_>, names_developer: bool, without_tools: Option<&Render<'_>>) -> Self {
         let content = content(render);
         let said = |role: &str, text: &str| {
@@ -119,7 +120,7 @@ fn content(render: &Render<'_>) -> Content {
     let takes_text = as_text.is_some_and(|text| text.contains(FIRST));
     let parts = json!([{"type": "text", "text": FIRST}, {"type": "text", "text": SECOND}]);
     let as_parts = render(&json!([{"role": "user", "content": parts}]));
-    // A list that is written as it is shows its keys.
+    // A list written without a loop would show its keys.
     let takes_parts = as_parts.is_some_and(|text| {
         let words = [FIRST, SECOND].iter().all(|word| text.contains(word));
         words && !text.contains("'type'") && !text.contains("\"type\": \"text\"")
@@ -131,7 +132,7 @@ fn content(render: &Render<'_>) -> Content {
     }
 }
 
-/// The form of the arguments, and whether the content beside a call has to be null.
+/// The type of the arguments, and whether the content beside a call must be null.
 fn calls(render: &Render<'_>, question: &Value, nothing: &Value) -> (Arguments, bool) {
     let object = json!({"a": SECOND});
     let text = Value::String(object.to_string());
@@ -152,7 +153,7 @@ fn calls(render: &Render<'_>, question: &Value, nothing: &Value) -> (Arguments, 
     way.map_or((Arguments::Object, false), |(_, form, _, null)| (form, null))
 }
 
-/// A template that cannot be rendered with tools says so itself.
+/// If the template fails with tools, rendering the request reports that, so this counts as supported.
 fn takes_tools(render: &Render<'_>, without: &Render<'_>, messages: &Value) -> bool {
     match (render(messages), without(messages)) {
         (Some(with), Some(without)) => with != without,

@@ -1,7 +1,7 @@
-//! The JSON of a generation request, as clients send it: OpenAI's fields for chat and completions, and vLLM's extensions.
+//! The JSON body of a generation request: OpenAI's fields for chat and completions, and vLLM's extensions.
 //!
-//! One struct serves both endpoints, for all but the prompt means the same in both. Unknown fields are ignored, as vLLM
-//! does. Known fields that would change the output and are not supported are refused by name (`unsupported`).
+//! One struct serves both endpoints, since all fields but the prompt mean the same in both. Unknown fields are ignored, as in
+//! vLLM. Known fields that would change the output and are not supported are refused by name (see `unsupported`).
 
 use std::collections::HashMap;
 use std::fmt;
@@ -14,13 +14,13 @@ use super::numbers::{self, whole};
 use super::unsupported;
 use crate::types::{Failure, TokenId};
 
-/// Every field is optional here; what is required is checked where it is used, with a better message.
+/// All fields are optional here. Required fields are checked where they are used, with a better error message.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub struct RequestBody {
     pub model: Option<String>,
 
-    // What to continue.
+    // Input.
     pub messages: Option<Vec<Value>>,
     pub tools: Option<Vec<Value>>,
     pub tool_choice: Option<Value>,
@@ -32,7 +32,7 @@ pub struct RequestBody {
     pub cache_salt: Option<String>,
     pub add_special_tokens: Option<bool>,
 
-    // How much.
+    // Length and stops.
     #[serde(deserialize_with = "whole")]
     pub n: Option<i64>,
     #[serde(deserialize_with = "whole")]
@@ -46,7 +46,7 @@ pub struct RequestBody {
     pub include_stop_str_in_output: Option<bool>,
     pub ignore_eos: Option<bool>,
 
-    // How tokens are chosen.
+    // Sampling.
     pub temperature: Option<f32>,
     pub top_p: Option<f32>,
     #[serde(deserialize_with = "whole")]
@@ -60,7 +60,7 @@ pub struct RequestBody {
     #[serde(deserialize_with = "whole")]
     pub priority: Option<i32>,
 
-    // What to tell.
+    // Output.
     pub stream: Option<bool>,
     pub stream_options: Option<StreamOptions>,
     pub logprobs: Option<LogprobsInput>,
@@ -69,23 +69,23 @@ pub struct RequestBody {
     #[serde(deserialize_with = "whole")]
     pub prompt_logprobs: Option<i64>,
     pub return_token_ids: Option<bool>,
-    /// Of `/tokenize`, which takes the same body.
+    /// Only for `/tokenize`, which takes the same body.
     pub return_token_strs: Option<bool>,
     pub skip_special_tokens: Option<bool>,
 
-    // Understood so far as their one value that can be served.
+    // Accepted with a value that changes nothing; others are refused.
     #[serde(deserialize_with = "whole")]
     pub best_of: Option<i64>,
     pub modalities: Option<Vec<String>>,
     pub parallel_tool_calls: Option<bool>,
     pub response_format: Option<ResponseFormat>,
 
-    /// All others.
+    /// All other fields.
     #[serde(flatten)]
     pub other: Map<String, Value>,
 }
 
-/// `prompt` of a completion.
+/// The `prompt` of a completion.
 #[derive(Debug, Deserialize)]
 #[serde(
     untagged,
@@ -105,7 +105,7 @@ pub enum StopInput {
     Many(Vec<String>),
 }
 
-/// Chat asks with a boolean, completions with a number.
+/// A boolean in chat, a number in completions.
 #[derive(Clone, Copy, Debug)]
 pub enum LogprobsInput {
     Wanted(bool),
@@ -146,7 +146,7 @@ impl Visitor<'_> for LogprobsVisitor {
 #[serde(default)]
 pub struct StreamOptions {
     pub include_usage: Option<bool>,
-    /// vLLM's: the usage so far in every chunk.
+    /// vLLM's extension: the usage so far in every chunk.
     pub continuous_usage_stats: Option<bool>,
 }
 
@@ -156,7 +156,7 @@ pub struct ResponseFormat {
 }
 
 impl RequestBody {
-    /// Refuses what would silently change the output if it were ignored.
+    /// Refuses fields that would silently change the output if they were ignored.
     pub fn refuse_unsupported(&self) -> Result<(), Failure> {
         let unsupported =
             |param, message: String| Err(Failure::invalid(param, message).with_code("unsupported_parameter"));
@@ -169,10 +169,13 @@ impl RequestBody {
             return unsupported("modalities", format!("`modalities` may hold only \"text\", not {other:?}."));
         }
         if self.best_of.is_some_and(|best_of| best_of != self.n.unwrap_or(1)) {
-            return unsupported("best_of", "`best_of` is not supported beyond `n`.".into());
+            return unsupported(
+                "best_of",
+                "`best_of` is not supported; leave it out, or set it to the value of `n`.".into(),
+            );
         }
         if self.parallel_tool_calls == Some(false) && self.tools.as_ref().is_some_and(|tools| !tools.is_empty()) {
-            let message = "`parallel_tool_calls` may not be false: nothing bounds the number of tool calls.";
+            let message = "`parallel_tool_calls` must not be false: the number of tool calls cannot be limited.";
             return unsupported("parallel_tool_calls", message.into());
         }
         self.check_stream_options()
@@ -184,7 +187,8 @@ impl RequestBody {
             return Err(Failure::invalid("stream_options", "`stream_options` needs `stream` to be true."));
         }
         if self.is_stream() && self.prompt_logprobs.is_some() {
-            let message = "`prompt_logprobs` is not available in a stream; `echo` with `logprobs` is.";
+            let message =
+                "`prompt_logprobs` is not supported in streams. Use `echo` with `logprobs` on /v1/completions instead.";
             return Err(Failure::invalid("prompt_logprobs", message).with_code("unsupported_parameter"));
         }
         Ok(())

@@ -122,7 +122,7 @@ async fn stream(prepared: Prepared, body: &RequestBody, keep_alive: Duration) ->
 
 struct ChatChunks {
     head: Head,
-    /// Given out with the first chunk.
+    /// Sent with the first chunk.
     prompt: Option<Prompt>,
     n: u32,
     wants_ids: bool,

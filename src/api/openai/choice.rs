@@ -1,25 +1,25 @@
-//! The text of one choice: token ids in, text that is certain out.
+//! The text of one choice: takes token ids, returns the text that can no longer change.
 
 use crate::tokenizer::{Detokenizer, StopMatcher, Tokenizer};
 use crate::types::{SamplingParams, StopCause, TokenId};
 
-/// Rebuilt by feeding the same tokens into a fresh one: the text after k tokens depends on those k alone.
+/// To restore it, feed the same tokens into a new one: the text after k tokens depends on those k tokens alone.
 pub struct ChoiceText {
     detokenizer: Detokenizer,
-    /// None when the request has no stop strings: nothing is ever held back for them.
+    /// None if the request has no stop strings; then no text is held back for them.
     matcher: Option<StopMatcher>,
     shows_stop_token: bool,
-    /// Characters of the text so far, those included that are held back.
+    /// Characters of the text so far, including those held back.
     characters: usize,
 }
 
-/// What one token adds.
+/// The effect of one token.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Addition {
-    /// The text that the token makes certain.
+    /// Text that can be sent now.
     pub text: String,
-    /// Where the token's own text begins, in characters from the start of the choice. A token that goes on with an
-    /// unfinished character begins where that character does.
+    /// Where the token's own text begins, in characters from the start of the choice. A token that continues an incomplete
+    /// character begins where that character begins.
     pub offset: usize,
     /// The token completed a stop string.
     pub completes_stop: bool,
@@ -36,8 +36,8 @@ impl ChoiceText {
         }
     }
 
-    /// Takes the next token. `may_end` says whether a stop string that it completes counts; `is_stop_token` that the token
-    /// itself ends the choice: it has no text then, unless the client asked for stops to be shown.
+    /// Adds the next token. `may_end` says whether a stop string that it completes counts. `is_stop_token` says that the token
+    /// itself ends the choice; it then has no text, unless the client asked for stops to be included.
     pub fn push(&mut self, token: TokenId, may_end: bool, is_stop_token: bool) -> Addition {
         let offset = self.characters;
         if is_stop_token && !self.shows_stop_token {
@@ -54,7 +54,7 @@ impl ChoiceText {
         }
     }
 
-    /// The choice ended: what was held back for a stop string that did not come, and an unfinished character.
+    /// Ends the choice. Returns the text that was held back for a possible stop string, and an incomplete character.
     pub fn finish(&mut self, cause: Option<&StopCause>) -> String {
         if matches!(cause, Some(StopCause::String(_))) {
             return String::new();

@@ -1,4 +1,4 @@
-//! A generation gathered to its end, for responses that are not streamed.
+//! Collects a whole generation, for responses that are not streamed.
 
 use std::sync::Arc;
 
@@ -11,12 +11,12 @@ use crate::types::{Failure, FinishReason, TokenId, TokenLogprobs};
 pub struct Collected {
     pub text: String,
     pub tokens: Vec<TokenId>,
-    /// One for each token, where the client asked for them.
+    /// One for each token, if the client asked for them.
     pub logprobs: Vec<TokenLogprobs>,
-    /// Where the text of each of these begins, in characters.
+    /// Where the text of each token begins, in characters.
     pub offsets: Vec<usize>,
     pub reason: Option<FinishReason>,
-    /// Of the prompt's tokens from the second one on, where the client asked for them.
+    /// For the prompt's tokens from the second one on, if the client asked for them.
     pub prompt_logprobs: Option<Arc<Vec<TokenLogprobs>>>,
 }
 

@@ -47,7 +47,7 @@ pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Bod
     }
 }
 
-/// What the client wants to see beside the text.
+/// Which parts the response contains besides the text.
 #[derive(Clone, Copy)]
 struct Shape {
     echoes: bool,
@@ -56,7 +56,7 @@ struct Shape {
     num_prompt_logprobs: Option<usize>,
 }
 
-/// A response, or a chunk of one: both have the same shape.
+/// A response or a chunk: both have the same shape.
 #[derive(Serialize)]
 struct Completion<'a> {
     #[serde(flatten)]
@@ -86,7 +86,7 @@ fn completion<'a>(head: &'a Head, choices: &'a [Choice<'a>], usage: Option<Usage
 }
 
 impl Shape {
-    /// The prompt as text, and how its tokens scored, where `echo` asks for them. `scores` are those of the tokens from the
+    /// With `echo`, the prompt as text and the log-probabilities of its tokens. `scores` are those of the tokens from the
     /// second one on.
     fn echo(&self, model: &ServedModel, prompt: &Prompt, scores: &[TokenLogprobs]) -> (String, CompletionLogprobs) {
         let (text, mut logprobs) = (self.echoed_text(model, prompt), CompletionLogprobs::default());
@@ -162,9 +162,9 @@ struct CompletionChunks {
     n: u32,
     shape: Shape,
     options: StreamOptions,
-    /// By choice: whether its first chunk, which carries the prompt where that was asked for, has been written.
+    /// For each choice, whether its first chunk has been sent. The first chunk carries the prompt, if requested.
     begun: Vec<bool>,
-    /// By prompt: the characters of its echo.
+    /// For each prompt, the characters of its echo.
     echoed: Vec<usize>,
 }
 

@@ -1,4 +1,4 @@
-//! A conversation as a prompt: `/v1/chat/completions` and `/tokenize` prepare it in this one way.
+//! Turns a conversation into a prompt, for both `/v1/chat/completions` and `/tokenize`.
 
 use serde_json::{Map, Value};
 
@@ -8,23 +8,23 @@ use super::prepare::encode;
 use crate::api::model::ServedModel;
 use crate::types::{Failure, TokenId};
 
-/// Stands at the end of a message that is to be continued, and is found again in what the template makes of it. The space
-/// shows whether the template trims.
+/// Appended to the message that is to be continued, and searched for in the template's output. The space shows whether the
+/// template trims the message.
 const MARK: &str = "OUTRIGGER_CONTINUES_HERE ";
 
-/// The fields of a request that decide the prompt of a chat.
+/// The request fields that determine the prompt of a chat.
 pub struct Conversation {
     messages: Vec<Value>,
     tools: Option<Value>,
     add_generation_prompt: bool,
-    /// The prompt ends inside the last message.
+    /// The prompt ends inside the last message instead of after it.
     continue_final_message: bool,
     kwargs: Map<String, Value>,
     add_special_tokens: bool,
 }
 
 impl Conversation {
-    /// Takes them out of the body, and checks what needs no model.
+    /// Takes the fields out of the body, and checks what can be checked without the model.
     pub fn take(body: &mut RequestBody) -> Result<Self, Failure> {
         let messages = body.messages.take().ok_or_else(|| Failure::invalid("messages", "`messages` is required."))?;
         let continue_final_message = body.continue_final_message.unwrap_or(false);
@@ -43,12 +43,12 @@ impl Conversation {
         })
     }
 
-    /// Bytes of text in the messages, about.
+    /// Approximate size of the messages' text, in bytes.
     pub fn text_bytes(&self) -> usize {
         self.messages.iter().filter_map(|message| message.get("content")).map(text_bytes).sum()
     }
 
-    /// The prompt's ids.
+    /// Renders and tokenizes the prompt.
     pub fn encode(self, model: &ServedModel) -> Result<Vec<TokenId>, Failure> {
         let add_special_tokens = self.add_special_tokens;
         encode(model, &self.render(model)?, add_special_tokens, "messages")
@@ -57,7 +57,8 @@ impl Conversation {
     fn render(self, model: &ServedModel) -> Result<String, Failure> {
         let template = &model.chat_template;
         if self.tools.is_some() && !template.traits(true).takes_tools {
-            let message = format!("The model `{}` takes no tools: its chat template ignores them.", model.name());
+            let message =
+                format!("The model `{}` does not support tools: its chat template ignores them.", model.name());
             return Err(Failure::invalid("tools", message).with_code("unsupported_parameter"));
         }
         let mut messages = messages::normalise(self.messages, template, self.tools.is_some())?;
@@ -74,13 +75,13 @@ impl Conversation {
     }
 }
 
-/// Marks the end of the last message; returns its text as it was.
+/// Appends the mark to the last message, and returns its original text.
 fn mark(messages: &mut [Value]) -> Result<String, Failure> {
     let path = format!("messages[{}]", messages.len() - 1);
     let nothing = |reason| Failure::invalid("continue_final_message", format!("`{path}` {reason}."));
     let last = messages.last_mut().expect("a conversation has a message");
     if last.get("tool_calls").is_some() {
-        return Err(nothing("has tool calls, which end it: `continue_final_message` cannot go on there"));
+        return Err(nothing("has tool calls, so `continue_final_message` cannot continue it"));
     }
     let text = match last.get_mut("content") {
         Some(Value::String(text)) => text,
@@ -95,7 +96,7 @@ fn mark(messages: &mut [Value]) -> Result<String, Failure> {
     Ok(before)
 }
 
-/// The text up to the mark. Where the template has trimmed the message, it is trimmed here as well.
+/// The text up to the mark. If the template trimmed the message, the text is trimmed here as well.
 fn cut(mut text: String, continued: &str) -> Result<String, Failure> {
     let end = text.rfind(MARK.trim_end()).filter(|_| text.contains(continued.trim()));
     let Some(end) = end else {
@@ -111,7 +112,7 @@ fn cut(mut text: String, continued: &str) -> Result<String, Failure> {
     Ok(text)
 }
 
-/// The tools to show to the model. Nothing constrains its output to a call of them, so a forced call is refused.
+/// The tools to show to the model. The output cannot be constrained to a call, so a forced call is refused.
 fn offered_tools(body: &mut RequestBody) -> Result<Option<Value>, Failure> {
     let tools = body.tools.take().filter(|tools| !tools.is_empty());
     let is_offered = match body.tool_choice.as_ref() {

@@ -1,6 +1,6 @@
-//! A running API request: the backend's events of its prompts, merged and turned into text.
+//! A running API request: merges the backend's events for all prompts and turns them into text.
 //!
-//! Dropping a `Generation` cancels everything that it has in flight.
+//! Dropping a `Generation` cancels all its backend requests.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -18,30 +18,31 @@ use crate::types::{
     TokenLogprobs,
 };
 
-/// The backend ends a request at its deadline; only a backend that hangs lets this pass as well.
+/// The backend ends a request at its deadline. If it hangs and does not, this module ends the request after this additional
+/// time.
 const DEADLINE_GRACE: Duration = Duration::from_millis(500);
 
-/// What a step of a generation brings.
+/// One step of a generation.
 #[derive(Debug)]
 pub enum Step {
     Update(Update),
-    /// The request failed as a whole. Nothing follows.
+    /// The request failed as a whole; nothing follows.
     Failed(Failure),
-    /// Every choice has finished. Nothing follows.
+    /// Every choice has finished; nothing follows.
     Done,
 }
 
-/// News of one choice: a token, its end, or both. The last token and the end come together, so that clients that count
-/// chunks count tokens.
+/// Progress of one choice: a token, its end, or both. The end comes with the last token, so that clients that count chunks
+/// count tokens.
 #[derive(Debug, Default)]
 pub struct Update {
     pub choice: u32,
-    /// The text that has become certain.
+    /// Text that can be sent now.
     pub text: String,
     pub token: Option<Emitted>,
-    /// Nothing of the choice comes after it.
+    /// Set with the last update of the choice.
     pub finished: Option<FinishReason>,
-    /// With the first update of a choice, where they were asked for: of the prompt's tokens from the second one on.
+    /// With the first update of a choice, if requested: log-probabilities of the prompt's tokens from the second one on.
     pub prompt_logprobs: Option<Arc<Vec<TokenLogprobs>>>,
 }
 
@@ -55,27 +56,27 @@ pub struct Emitted {
 
 pub struct Generation {
     parts: Vec<Part>,
-    /// Where the search for the next event begins, so that no prompt starves another.
+    /// The prompt to poll first next time, so that no prompt starves the others.
     turn: usize,
     deadline: Option<Instant>,
     ended: bool,
     metrics: Arc<Metrics>,
 }
 
-/// One prompt of the request, with its `n` choices.
+/// One prompt of the request and its `n` choices.
 pub struct Part {
     stream: GenerationStream,
     model: Arc<ServedModel>,
     sampling: Arc<SamplingParams>,
-    /// Index of the first choice in the response.
+    /// Index of its first choice in the response.
     first_choice: u32,
     choices: Vec<Choice>,
     unfinished: u32,
-    /// What has not been told yet.
+    /// Updates that have not been returned yet.
     updates: VecDeque<Update>,
-    /// Where they were asked for; complete when the first token comes.
+    /// If requested; complete when the first token arrives.
     prompt_logprobs: Option<Arc<Vec<TokenLogprobs>>>,
-    /// The deadline has passed, and the backend says nothing more: what is unfinished ends with it.
+    /// The deadline has passed and the backend does not answer: unfinished choices end here.
     is_expired: bool,
     prompt_tokens: u64,
     cached_tokens: u64,
@@ -85,13 +86,13 @@ pub struct Part {
 
 struct Choice {
     text: ChoiceText,
-    /// That have come.
+    /// Tokens received.
     tokens: u32,
-    /// What the client had when it came back, and is not told again.
+    /// What a resuming client already has. It is not sent again.
     has: ChoiceMark,
-    /// What the client has been told, here and before.
+    /// What the client has been sent, now and before.
     told: ChoiceMark,
-    /// The token that ends the choice by all rules, kept until the end itself comes.
+    /// The last token of the choice, held back until the finish event arrives.
     last: Option<Update>,
     last_token: Option<Instant>,
     finished: bool,
@@ -137,7 +138,7 @@ impl Part {
         self.unfinished == 0 && self.updates.is_empty()
     }
 
-    /// The next update, which from now on counts as told.
+    /// Takes the next update, which then counts as sent.
     fn tell(&mut self) -> Option<Update> {
         let mut update = self.updates.pop_front()?;
         let told = &mut self.choices[(update.choice - self.first_choice) as usize].told;
@@ -157,9 +158,9 @@ impl Part {
         }
     }
 
-    /// Takes one event; what is news for the client waits in `updates` then. An error is the end of the request.
+    /// Processes one event and queues the resulting updates. An error ends the request.
     fn apply(&mut self, event: GenerationEvent, metrics: &Metrics) -> Result<(), Failure> {
-        // The front may have ended a choice itself, at its deadline, before an engine that was late came to it.
+        // This module may already have ended the choice at its deadline, before a late engine did.
         if let GenerationEvent::Token { choice, .. } | GenerationEvent::Finished { choice, .. } = &event
             && self.choices[*choice as usize].finished
         {
@@ -186,12 +187,12 @@ impl Part {
         let sampling = &self.sampling;
         let state = &mut self.choices[choice as usize];
         state.tokens += 1;
-        // Below `min_tokens` the backend never samples a token that would end the choice.
+        // Below `min_tokens` the backend never samples a token that ends the choice.
         let may_end = sampling.may_stop_at(state.tokens);
         let is_eos = !sampling.ignore_eos && self.model.eos_token_ids.contains(&token);
         let is_stop_token = may_end && (is_eos || sampling.stop_token_ids.contains(&token));
         let Addition { text, offset, completes_stop } = state.text.push(token, may_end, is_stop_token);
-        // The backend goes by the same rules. If it did not after all, no token would be lost.
+        // The backend applies the same rules, so `last` is empty here. Should it ever not be, its token must not be lost.
         self.updates.extend(state.last.take());
         if state.tokens <= state.has.tokens {
             return;
@@ -240,7 +241,7 @@ impl Part {
         }
     }
 
-    /// A choice that has not finished, if any.
+    /// The first choice that has not finished, if any.
     fn first_unfinished(&self) -> Option<u32> {
         self.choices.iter().position(|choice| !choice.finished).map(|index| index as u32)
     }
@@ -270,7 +271,7 @@ impl Generation {
         }
     }
 
-    /// A step that needs no waiting, if there is one.
+    /// The next step, if one is available without waiting.
     pub fn try_next(&mut self) -> Option<Step> {
         if self.ended {
             return Some(Step::Done);
@@ -289,13 +290,13 @@ impl Generation {
                 }
             }
         }
-        // Not before: the last of what came may have been known to the client.
+        // Checked after the updates: a resuming client may already have the last one.
         self.parts.iter().all(Part::is_finished).then_some(Step::Done)
     }
 
     fn apply(&mut self, part: usize, event: Option<GenerationEvent>) -> Result<(), Failure> {
         let event = event.unwrap_or_else(|| {
-            let message = "The engine stopped while generating.";
+            let message = "The engine stopped during the request.";
             GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, message))
         });
         match self.parts[part].apply(event, &self.metrics) {
@@ -312,7 +313,8 @@ impl Generation {
         Step::Failed(failure)
     }
 
-    /// The deadline has passed and the backend has not said so. An answer with tokens ends honestly; one without fails.
+    /// The deadline has passed and the backend has not reported it. A response with tokens ends with the finish reason
+    /// `deadline`; one without tokens fails.
     fn expire(&mut self) -> Step {
         if !self.has_tokens() {
             return self.end(Failure::deadline_passed());
@@ -325,14 +327,14 @@ impl Generation {
         self.parts.iter().any(|part| part.has_tokens)
     }
 
-    /// The client has this much of each choice already: it is not told again.
+    /// Skips what a resuming client already has of each choice.
     pub fn skip(&mut self, marks: &[ChoiceMark]) {
         let choices = self.parts.iter_mut().flat_map(|part| &mut part.choices);
         choices.zip(marks).for_each(|(choice, mark)| (choice.has, choice.told) = (*mark, *mark));
     }
 
-    /// How far the client is with each choice. What is generated again may still be behind that in one choice while another
-    /// brings news.
+    /// How much of each choice the client has. After resuming, one choice may still be regenerating known tokens while another
+    /// has new ones.
     pub fn marks(&self) -> impl Iterator<Item = ChoiceMark> {
         self.parts.iter().flat_map(|part| &part.choices).map(|choice| choice.told)
     }
@@ -341,7 +343,7 @@ impl Generation {
         self.metrics.clone()
     }
 
-    /// Of what has been told.
+    /// Token counts of what has been sent.
     pub fn counts(&self) -> TokenCounts {
         let sum = |count: fn(&Part) -> u64| self.parts.iter().map(count).sum();
         TokenCounts {
@@ -352,7 +354,7 @@ impl Generation {
     }
 }
 
-/// The next event of whichever prompt has one, and that prompt's index.
+/// The next event of any prompt, and the prompt's index.
 fn poll_event(parts: &mut [Part], context: &mut Context<'_>) -> Poll<(usize, Option<GenerationEvent>)> {
     for (index, part) in parts.iter_mut().enumerate().filter(|(_, part)| !part.is_finished()) {
         if let Poll::Ready(event) = part.stream.poll_next(context) {
@@ -380,7 +382,7 @@ impl Drop for Generation {
     }
 }
 
-/// vLLM's `stop_reason`: the stop string or token id that ended the choice, nothing at a natural end.
+/// vLLM's `stop_reason`: the stop string or token id that ended the choice; null if the model ended it.
 #[derive(Clone, Debug, serde::Serialize)]
 #[serde(untagged)]
 pub enum StopReason {

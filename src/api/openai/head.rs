@@ -1,4 +1,4 @@
-//! What is the same in every chunk of a response, or in its one body.
+//! The fields that all chunks of a response share.
 
 use std::sync::Arc;
 
@@ -8,17 +8,17 @@ use crate::api::model::ServedModel;
 use crate::router::StreamFingerprint;
 use crate::types::{Fingerprint, RequestId};
 
-/// Of one response.
+/// These fields for one response.
 pub struct Head {
     pub id: RequestId,
     /// Seconds since the epoch.
     pub created: u64,
     pub model: Arc<ServedModel>,
-    /// Whose numbers the first prompt's choices have.
+    /// The fingerprint of the replica that computes the first prompt.
     pub fingerprint: StreamFingerprint,
 }
 
-/// As the client reads it; each format flattens it into its objects.
+/// The serialized form, flattened into each response object.
 #[derive(Serialize)]
 pub struct HeadFields<'a> {
     id: &'a str,

@@ -1,7 +1,7 @@
-//! Log-probabilities in the two shapes of the two endpoints.
+//! Log-probabilities in the shapes of the two endpoints.
 //!
-//! They are float32, and printed with the digits that tell a float32 apart, wherever they stand: a client finds the same
-//! number beside the token and among the alternatives.
+//! They are float32 and always printed with the shortest digits that identify a float32, so a client finds the same number
+//! beside the token and among the alternatives.
 
 use std::collections::BTreeMap;
 
@@ -11,10 +11,10 @@ use serde::{Serialize, Serializer};
 use crate::tokenizer::Tokenizer;
 use crate::types::{TokenId, TokenLogprobs};
 
-/// JSON has no minus infinity; vLLM writes this for it.
+/// JSON has no minus infinity; vLLM writes this value instead.
 const LEAST_LOGPROB: f32 = -9999.0;
 
-/// `logprobs` of a chat choice or chunk.
+/// The `logprobs` of a chat choice or chunk.
 #[derive(Debug, Default, Serialize)]
 pub struct ChatLogprobs {
     content: Vec<ChatTokenLogprobs>,
@@ -31,7 +31,7 @@ struct ChatTokenLogprobs {
 struct TokenLogprob {
     token: String,
     logprob: f32,
-    /// The token may be a part of a character: its bytes say exactly what it is.
+    /// The token's bytes, since it may be part of a character.
     bytes: Vec<u8>,
 }
 
@@ -48,7 +48,7 @@ impl ChatLogprobs {
     }
 }
 
-/// `logprobs` of a completion choice or chunk: parallel lists.
+/// The `logprobs` of a completion choice or chunk, as parallel lists.
 #[derive(Debug, Default, Serialize)]
 pub struct CompletionLogprobs {
     text_offset: Vec<usize>,
@@ -58,8 +58,8 @@ pub struct CompletionLogprobs {
 }
 
 impl CompletionLogprobs {
-    /// The prompt's own tokens, for `echo`: the first one has no log-probability, since nothing stands before it.
-    /// `logprobs` are those of the others; a prompt that was not scored to its end has fewer.
+    /// Adds the prompt's tokens, for `echo`. The first token has no log-probability, since nothing precedes it. `logprobs` are
+    /// those of the others; it is shorter if scoring was cut short.
     pub fn push_prompt(
         &mut self,
         tokenizer: &Tokenizer,
@@ -92,15 +92,15 @@ impl CompletionLogprobs {
     }
 }
 
-/// An object whose members are the alternatives' texts. Of several tokens with one text, the likeliest counts.
+/// A JSON object with the alternatives' texts as keys. If several tokens have the same text, the most likely one counts.
 #[derive(Debug)]
 struct TopLogprobs(Vec<(String, f32)>);
 
 impl TopLogprobs {
-    /// As vLLM has it, the token itself is always among its alternatives.
+    /// As in vLLM, the token itself is always among its alternatives.
     fn new(tokenizer: &Tokenizer, token: TokenId, logprobs: &TokenLogprobs, num_top: usize) -> Self {
         let mut members: Vec<(String, f32)> = Vec::with_capacity(num_top + 1);
-        // The best come first, so whatever has the same text is less likely, or it is the same token.
+        // The list is sorted by probability, so a later entry with the same text is less likely or the same token.
         for (token, logprob) in logprobs.top.iter().take(num_top).copied().chain([(token, logprobs.logprob)]) {
             let text = text_of(&tokenizer.token_bytes(token));
             if !members.iter().any(|(known, _)| *known == text) {
@@ -121,7 +121,7 @@ impl Serialize for TopLogprobs {
     }
 }
 
-/// vLLM's `prompt_logprobs`: null for the first token, then for each the tokens that were likely at its place, by id.
+/// vLLM's `prompt_logprobs`: null for the first token; for each other token, the likely tokens at its position, by id.
 #[derive(Debug)]
 pub struct PromptLogprobs(Vec<Option<BTreeMap<TokenId, PromptTokenLogprob>>>);
 
@@ -133,7 +133,7 @@ struct PromptTokenLogprob {
 }
 
 impl PromptLogprobs {
-    /// As `CompletionLogprobs::push_prompt`.
+    /// Arguments as for `CompletionLogprobs::push_prompt`.
     pub fn new(tokenizer: &Tokenizer, tokens: &[TokenId], logprobs: &[TokenLogprobs], num_top: usize) -> Self {
         let describe = |token: TokenId, logprob: f32, rank: u32| {
             let decoded_token = text_of(&tokenizer.token_bytes(token));
@@ -156,7 +156,7 @@ impl Serialize for PromptLogprobs {
     }
 }
 
-/// A token by itself; it may be a part of a character.
+/// The text of a single token, which may be part of a character.
 fn text_of(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }

@@ -1,22 +1,22 @@
-//! Chat messages, checked and brought into one normal form, which is the one that the model's template expects.
+//! Validates chat messages and normalizes them into the form that the model's template expects.
 //!
-//! Clients send messages as they got them, with fields that are null or empty, and templates ask whether a field is there.
-//! So what says nothing is left out, `content` is there, and calls have the shape that templates were written for. Fields
-//! that only some templates know pass through.
+//! Clients send messages back as they received them, with fields that are null or empty, while templates test whether a field
+//! exists. So empty fields are removed, `content` is always present, and tool calls get the shape that templates expect. Fields
+//! that only some templates know are passed through.
 
 use serde_json::{Map, Value, json};
 
 use crate::tokenizer::{Arguments, ChatTemplate, Content, TemplateTraits};
 use crate::types::Failure;
 
-/// OpenAI's. Others are taken where the model's template names them.
+/// OpenAI's roles. Others are accepted if the model's template names them.
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
-/// Between instructions that become one message.
+/// Separates instructions that are merged into one message.
 const PARAGRAPH: &str = "\n\n";
 
 type Message = Map<String, Value>;
 
-/// Checks the conversation and gives it the form that the template expects.
+/// Validates the conversation and brings it into the form that the template expects.
 pub fn normalise(messages: Vec<Value>, template: &ChatTemplate, has_tools: bool) -> Result<Vec<Value>, Failure> {
     if messages.is_empty() {
         return Err(Failure::invalid("messages", "`messages` must hold at least one message."));
@@ -27,7 +27,7 @@ pub fn normalise(messages: Vec<Value>, template: &ChatTemplate, has_tools: bool)
     Ok(messages.into_iter().map(|message| form.with_content(message)).collect())
 }
 
-/// What the template expects.
+/// The form that the template expects.
 struct Form<'a> {
     template: &'a ChatTemplate,
     has_tools: bool,
@@ -35,7 +35,7 @@ struct Form<'a> {
 }
 
 impl Form<'_> {
-    /// With a content of text, or of parts where a user gave several.
+    /// One message, with its content as text, or as parts if a user message has several.
     fn message(&self, index: usize, message: Value) -> Result<Message, Failure> {
         let path = format!("messages[{index}]");
         let Value::Object(mut message) = message else {
@@ -59,7 +59,7 @@ impl Form<'_> {
         }
         let content = match message.shift_remove("content") {
             Some(content) => content,
-            // What an assistant has not said is no text; of others it is missing.
+            // An assistant message without content is an empty text. For other roles the content is required.
             None if role == "assistant" => json!(""),
             None => Value::Null,
         };
@@ -78,11 +78,11 @@ impl Form<'_> {
             return Ok(role.to_owned());
         }
         let shown: String = role.chars().take(40).collect();
-        Err(invalid(&path, &format!("is {shown:?}; this model knows {}", ROLES.join(", "))))
+        Err(invalid(&path, &format!("is {shown:?}, which this model does not know. Use one of {}", ROLES.join(", "))))
     }
 
     fn assistant(&self, path: &str, message: &mut Message) -> Result<(), Failure> {
-        // The field that `tool_calls` replaced.
+        // The old field that `tool_calls` replaced.
         if let Some(call) = message.shift_remove("function_call") {
             let calls = json!([{"type": "function", "function": call}]);
             message.entry("tool_calls").or_insert(calls);
@@ -98,14 +98,14 @@ impl Form<'_> {
             Some(_) => return Err(invalid(&format!("{path}.tool_calls"), "must be an array")),
         }
         if message.contains_key("audio") {
-            return Err(unsupported(&format!("{path}.audio"), "is not supported; this model takes text only"));
+            return Err(unsupported(&format!("{path}.audio"), "is not supported; this model supports text only"));
         }
-        // What was refused is what was said.
+        // A refusal is the text of the message.
         if let Some(refusal) = message.shift_remove("refusal").filter(|refusal| *refusal != "") {
             let text = refusal.as_str().ok_or_else(|| invalid(&format!("{path}.refusal"), "must be a string"))?;
             message.entry("content").or_insert_with(|| text.into());
         }
-        // Templates know it by either name.
+        // Templates use either name, so the message gets both.
         for (name, other) in [("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")] {
             match message.get(name) {
                 None => {}
@@ -141,7 +141,7 @@ impl Form<'_> {
         Ok(call.into())
     }
 
-    /// Clients send them as JSON in a string, empty where the function takes none.
+    /// Parses the arguments of a call. Clients send them as JSON in a string, which is empty if the function takes none.
     fn arguments(&self, path: &str, arguments: Value) -> Result<Value, Failure> {
         let object = match &arguments {
             Value::Null => Map::new(),
@@ -155,13 +155,13 @@ impl Form<'_> {
         };
         Ok(match (self.traits.arguments, arguments) {
             (Arguments::Object, _) => object.into(),
-            // As the client wrote it.
+            // This template expects the string as the client wrote it.
             (Arguments::Text, Value::String(text)) if !object.is_empty() => text.into(),
             (Arguments::Text, _) => serde_json::to_string(&object).expect("JSON serializes").into(),
         })
     }
 
-    /// The content as the template wants it.
+    /// Gives the content the type that the template expects.
     fn with_content(&self, mut message: Message) -> Value {
         if self.traits.calls_need_null && message.contains_key("tool_calls") && message["content"] == "" {
             message.insert("content".into(), Value::Null);
@@ -176,19 +176,24 @@ impl Form<'_> {
     }
 }
 
-/// Only assistants call.
+/// Only assistant messages may have tool calls.
 fn refuse_calls(path: &str, message: &mut Message) -> Result<(), Failure> {
     for field in ["tool_calls", "function_call"] {
         match message.get(field) {
             None => {}
             Some(Value::Array(calls)) if calls.is_empty() => drop(message.shift_remove(field)),
-            Some(_) => return Err(invalid(&format!("{path}.{field}"), "belongs to messages of the role assistant")),
+            Some(_) => {
+                return Err(invalid(
+                    &format!("{path}.{field}"),
+                    "is only allowed in messages with the role \"assistant\"",
+                ));
+            }
         }
     }
     Ok(())
 }
 
-/// A string, or text parts joined by line breaks as vLLM joins them; with `keeps_parts`, several stay parts.
+/// The content as a string. Text parts are joined by line breaks, as in vLLM; with `keeps_parts`, several parts stay separate.
 fn content_of(path: &str, content: Value, keeps_parts: bool) -> Result<Value, Failure> {
     let path = format!("{path}.content");
     let parts = match content {
@@ -207,7 +212,7 @@ fn content_of(path: &str, content: Value, keeps_parts: bool) -> Result<Value, Fa
     Ok(Value::String(texts.join("\n")))
 }
 
-/// `None` for a part without text.
+/// The text of a part, or `None` if it has none.
 fn part_text(part: &Value) -> Result<Option<&str>, String> {
     if let Value::String(text) = part {
         return Ok(Some(text));
@@ -220,17 +225,17 @@ fn part_text(part: &Value) -> Result<Option<&str>, String> {
     match part.get("type").and_then(Value::as_str) {
         Some("text" | "input_text" | "output_text") => of("text"),
         Some("refusal") => of("refusal"),
-        Some(other) => Err(format!("is of type {other:?}; this model takes text only")),
+        Some(other) => Err(format!("is of type {other:?}; this model supports text only")),
         None => Err("must be an object with a `type`".to_string()),
     }
 }
 
-/// Gives the messages of the role `developer` the role and the place in which the template writes them. Most templates leave
-/// out a role that they do not know, without a word.
+/// Gives `developer` messages the role and position that the template supports. Most templates silently drop roles that they do
+/// not know.
 fn place_instructions(messages: Vec<Message>, traits: &TemplateTraits) -> Result<Vec<Message>, Failure> {
     let Some(developer) = messages.iter().position(is_from_developer) else { return Ok(messages) };
     if traits.loses_instructions {
-        let reason = "is \"developer\", but this model's chat template leaves out such instructions; put them into a user message";
+        let reason = "is \"developer\", but this model's chat template drops such messages; put the instructions into a user message";
         return Err(invalid(&format!("messages[{developer}].role"), reason));
     }
     let leading = messages.iter().take_while(|message| is_instruction(message)).count();
@@ -238,7 +243,7 @@ fn place_instructions(messages: Vec<Message>, traits: &TemplateTraits) -> Result
     for (index, mut message) in messages.into_iter().enumerate() {
         match traits.later_instructions {
             _ if index < leading => instructions.push(message),
-            // The beginning is the only place that the template has.
+            // The template has a place for instructions only at the beginning.
             None if is_from_developer(&message) => instructions.push(message),
             Some(role) if is_from_developer(&message) => {
                 message.insert("role".into(), role.into());
@@ -267,7 +272,7 @@ fn is_instruction(message: &Message) -> bool {
     message["role"] == "system" || is_from_developer(message)
 }
 
-/// The first message, with the contents of all. Instructions are strings.
+/// Merges these messages into one, joining their text. Expects string contents.
 fn merged(messages: Vec<Message>) -> Message {
     let texts: Vec<&str> = messages.iter().filter_map(|message| message["content"].as_str()).collect();
     let content = texts.join(PARAGRAPH);

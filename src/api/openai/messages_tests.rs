@@ -241,7 +241,7 @@ fn instructions_of_a_developer_are_never_lost() {
                 }
                 // The template has no place for instructions at all.
                 Err(failure) => {
-                    let is_told = ["refuses these messages", "leaves out such instructions"];
+                    let is_told = ["refuses these messages", "drops such messages"];
                     assert!(is_told.iter().any(|words| failure.message.contains(words)), "{name}: {}", failure.message);
                 }
             }

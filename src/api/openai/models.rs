@@ -39,7 +39,7 @@ fn card(model: &ModelReport, id: &str) -> ModelCard {
     }
 }
 
-/// This node's model and those of its peers, each name once.
+/// The models of this node and its peers, each name once.
 fn cards(state: &ApiState) -> Vec<ModelCard> {
     let own = state.router.local().map(|local| local.model.clone());
     let of_peers = state.router.peer_models().into_iter().map(|(_, model)| model);
@@ -54,17 +54,18 @@ fn cards(state: &ApiState) -> Vec<ModelCard> {
     cards
 }
 
-/// What some node serves; nothing while the only one loads.
+/// Lists the models that can be served. The list is empty while the only node that serves a model is still loading.
 pub async fn list(State(state): State<ApiState>) -> Json<ModelList> {
     Json(ModelList { object: "list", data: cards(&state) })
 }
 
-/// The id may hold slashes, as hub ids do.
+/// The id may contain slashes, as Hugging Face ids do.
 pub async fn get(
     State(state): State<ApiState>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<ModelCard>, ApiError> {
-    let Path(id) = id.map_err(|_| ApiError::not_found("The id of a model is text in UTF-8. See /v1/models."))?;
+    let Path(id) =
+        id.map_err(|_| ApiError::not_found("The model id in the path is not valid UTF-8. See /v1/models."))?;
     let own =
         state.router.local().filter(|_| id == DEFAULT_ALIAS).map(|local| card(&local.model, &local.model.names[0]));
     let known = own.or_else(|| cards(&state).into_iter().find(|card| card.id == id));

@@ -1,5 +1,5 @@
-//! Numbers as clients write them. JSON has one kind of number: a client that computes writes `8.0` where `8` is meant, and
-//! pydantic, and so vLLM, takes it. A number in a string is refused, as OpenAI does.
+//! Whole numbers in JSON. Clients that compute a value may write `8.0` for `8`; pydantic, and so vLLM, accepts that, and so
+//! does this module. Numbers in strings are refused, as by OpenAI.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use serde::de::{Error, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// A type of whole numbers, and its range in words.
+/// An integer type and its range in words.
 pub trait Whole: TryFrom<i128> {
     const RANGE: &'static str;
 }
@@ -24,14 +24,14 @@ impl Whole for i64 {
     const RANGE: &'static str = "a whole number";
 }
 
-/// A field that may hold a whole number, with or without a fraction of zero.
+/// Deserializes a field that holds a whole number, with or without a fraction of zero.
 pub fn whole<'de, T: Whole, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
     Ok(Option::<AnyWhole<T>>::deserialize(deserializer)?.map(|AnyWhole(number)| number))
 }
 
-/// The whole number that a float stands for, if it does.
+/// The whole number that a float represents, if any.
 pub fn of_float(number: f64) -> Option<i128> {
-    // All floats of 64 bits in this range are exact.
+    // Floats in this range convert without loss.
     (number.fract() == 0.0 && number.abs() < 1e30).then_some(number as i128)
 }
 

@@ -1,4 +1,4 @@
-//! From a request's body to a running generation: prompts to ids, limits, admission, dispatch.
+//! From a request body to a running generation: tokenization, limits, admission, dispatch.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -18,28 +18,28 @@ use crate::api::state::ApiState;
 use crate::router::{Dispatch, Dispatched, Strategy, StreamName};
 use crate::types::{Extensions, Failure, RequestId, SamplingParams, TokenId};
 
-/// Relative, in milliseconds; what cannot finish in it is refused or cut short.
+/// The request's deadline, in milliseconds from its arrival.
 pub const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
-/// How a replica is chosen for this request.
+/// The placement strategy for this request.
 pub const PLACEMENT_HEADER: &str = "x-outrigger-placement";
-/// `true`: rather a replica of other numbers than none, when a stream loses its own.
+/// If `true` and no replica with the stream's fingerprint is left, continue on a replica with another one.
 pub const OTHER_FINGERPRINT_HEADER: &str = "x-outrigger-allow-other-fingerprint";
-/// A day. Longer is no deadline at all.
+/// One day.
 const MAX_TIMEOUT_MS: u64 = 86_400_000;
-/// Prompts of one completion request. Fewer may fit into the queue.
+/// Prompts per completion request. The queue limit may allow fewer.
 pub const MAX_PROMPTS: usize = 2048;
-/// Text beyond which tokenising leaves the async threads. Below, it takes less time than moving it.
+/// Longer texts are tokenized on a blocking thread. For shorter ones, switching threads takes longer than tokenizing.
 const INLINE_TEXT_BYTES: usize = 16 << 10;
-/// `max_tokens` of a completion that gives none, as OpenAI documents it.
+/// Default `max_tokens` of a completion, as OpenAI documents it.
 const DEFAULT_COMPLETION_TOKENS: u32 = 16;
 
-/// A prompt in ids, and its text where the client gave text.
+/// A prompt's token ids, and its text if the client sent text.
 pub struct Prompt {
     pub tokens: Arc<[TokenId]>,
     pub text: Option<String>,
 }
 
-/// What a handler needs to answer.
+/// All that a handler needs to build the response.
 pub struct Prepared {
     pub head: Head,
     pub prompts: Vec<Prompt>,
@@ -131,14 +131,14 @@ struct Start<'a> {
     extensions: Extensions,
     allows_other_fingerprint: bool,
     resumption: &'a Resumption,
-    /// The stream can be found again.
+    /// The client can resume this stream.
     is_named: bool,
-    /// And has to be: nobody could make it anew.
+    /// The stream must still exist somewhere, because its seed is not known and it cannot be computed again.
     must_exist: bool,
 }
 
 impl Start<'_> {
-    /// Sends one prompt on its way. The parts already started are cancelled if a later one is refused.
+    /// Dispatches one prompt. If a later prompt is refused, those already started are cancelled.
     async fn part(
         &self,
         index: usize,
@@ -149,7 +149,7 @@ impl Start<'_> {
         let first_choice = index as u32 * sampling.n;
         let mut extensions = self.extensions;
         if !self.resumption.lacks_beginning(first_choice as usize, sampling.n as usize) {
-            // The prompt was told with the beginning.
+            // The client already has the prompt's log-probabilities: they came with the beginning of the stream.
             extensions.prompt_logprobs = None;
         }
         let dispatched = self.state.router.dispatch(Dispatch {
@@ -181,7 +181,7 @@ impl Start<'_> {
         let dispatched = dispatched.await?;
         let prompt_tokens = prompt.tokens.len();
         let model = self.model.clone();
-        // A stream that is taken up again keeps its name and its time.
+        // A resumed stream keeps its id and creation time.
         let Dispatched { stream, id, created, fingerprint } = dispatched;
         let scores_prompt = extensions.prompt_logprobs.is_some();
         let part = Part::new(stream, model.clone(), sampling, first_choice, prompt_tokens, scores_prompt, self.arrived);
@@ -189,7 +189,7 @@ impl Start<'_> {
     }
 }
 
-/// Refuses what could never be let in: all prompts of a request are, or none.
+/// Refuses a request whose choices could never be queued together.
 fn check_choices(state: &ApiState, num_prompts: usize, n: u32) -> Result<(), Failure> {
     let (choices, limit) = (num_prompts as u64 * u64::from(n), state.admission.max_choices().max(MAX_CHOICES.into()));
     if choices <= limit {
@@ -303,8 +303,8 @@ pub fn encode(
     })
 }
 
-/// The bound on generated tokens: what the client asked for if it fits, else what the model's authors recommend and what is
-/// left of the context.
+/// The limit on generated tokens: what the client asked for if it fits, else the model's recommended limit or the rest of the
+/// context.
 fn max_tokens(
     config: &Config,
     model: &ServedModel,

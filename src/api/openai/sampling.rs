@@ -1,4 +1,4 @@
-//! Request fields to `SamplingParams`, each checked against its range.
+//! Converts request fields to `SamplingParams`, and checks the range of each.
 
 use std::fmt::Display;
 use std::ops::RangeInclusive;
@@ -9,27 +9,27 @@ use super::body::{LogprobsInput, RequestBody};
 use super::numbers;
 use crate::types::{CacheSalt, Extensions, Failure, SamplingDefaults, SamplingParams, TokenId};
 
-/// OpenAI's bound on `n`.
+/// OpenAI's limit on `n`.
 pub const MAX_CHOICES: u32 = 128;
-/// Stop strings per request, and bytes of each.
+/// Limits on the number of stop strings and on the bytes of each.
 pub const MAX_STOP_STRINGS: usize = 16;
 pub const MAX_STOP_STRING_BYTES: usize = 1024;
 pub const MAX_STOP_TOKEN_IDS: usize = 128;
 pub const MAX_LOGIT_BIASES: usize = 1024;
-/// Alternatives reported at each position.
+/// Alternatives per position.
 pub const MAX_LOGPROBS: u32 = 20;
-/// Bytes of `cache_salt`, vLLM's bound.
+/// vLLM's limit on the bytes of `cache_salt`.
 pub const MAX_CACHE_SALT_BYTES: usize = 1024;
 
-/// Which endpoint asks: the two spell some fields differently.
+/// The endpoint of a request. Some fields mean different things in the two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     Chat,
     Completions,
 }
 
-/// Builds the parameters but for `max_tokens`, which depends on the prompt's length. What the client left out is as the
-/// model's authors recommend, else as the API defines it. `random_seed` is taken when the client gave none.
+/// Builds all parameters except `max_tokens`, which depends on the prompt's length. Parameters that the client left out get the
+/// values that the model's authors recommend, else the API's defaults. `random_seed` is used if the client gave no seed.
 pub fn params(
     body: &RequestBody,
     endpoint: Endpoint,
@@ -52,7 +52,7 @@ pub fn params(
         min_tokens: body.min_tokens.unwrap_or(0),
         temperature: within("temperature", temperature, 0.0..=2.0)?,
         top_k: u32::try_from(top_k).unwrap_or(0),
-        // Of a share of nothing, the likeliest token is left.
+        // With 0, only the most likely token is left.
         top_p: within("top_p", top_p, 0.0..=1.0)?,
         min_p: within("min_p", min_p, 0.0..=1.0)?,
         repetition_penalty: positive(
@@ -71,10 +71,10 @@ pub fn params(
     })
 }
 
-/// What is asked beside the sampling.
+/// Options other than sampling parameters.
 pub fn extensions(body: &RequestBody, endpoint: Endpoint) -> Result<Extensions, Failure> {
     let asked = body.prompt_logprobs.map(|count| whole("prompt_logprobs", count, 0..=MAX_LOGPROBS)).transpose()?;
-    // The echo of a prompt with log-probabilities has those of the prompt too.
+    // `echo` with `logprobs` includes the prompt's log-probabilities.
     let echoed = logprobs(body, endpoint)?.filter(|_| body.echo == Some(true));
     Ok(Extensions { cache_salt: cache_salt(body)?, prompt_logprobs: asked.max(echoed) })
 }
@@ -85,13 +85,13 @@ fn cache_salt(body: &RequestBody) -> Result<Option<CacheSalt>, Failure> {
         let message = format!("`cache_salt` must have from 1 to {MAX_CACHE_SALT_BYTES} bytes, not {}.", salt.len());
         return Err(Failure::invalid("cache_salt", message).with_code("out_of_range"));
     }
-    // What crosses to other nodes tells nothing of the salt.
+    // Peers get only a digest, which does not reveal the salt.
     let digest = Sha256::new().chain_update("outrigger cache salt").chain_update(salt).finalize();
     Ok(Some(CacheSalt::new(std::array::from_fn(|index| digest[index]))))
 }
 
-/// The client's bound on generated tokens, and the name under which it gave it. A completion may ask for none, to have its
-/// prompt scored.
+/// The client's limit on generated tokens, and the field in which it was given. A completion may ask for 0 tokens, to score its
+/// prompt.
 pub fn requested_max_tokens(body: &RequestBody, endpoint: Endpoint) -> Result<Option<(&'static str, u32)>, Failure> {
     let (name, value) = match (body.max_completion_tokens, body.max_tokens) {
         (Some(value), _) => ("max_completion_tokens", value),
@@ -104,7 +104,7 @@ pub fn requested_max_tokens(body: &RequestBody, endpoint: Endpoint) -> Result<Op
 
 fn seed(body: &RequestBody, random_seed: u64) -> Result<u64, Failure> {
     let Some(seed) = &body.seed else { return Ok(random_seed) };
-    // A negative seed is as good as any: its two's complement.
+    // A negative seed is used as its two's complement.
     seed.as_u64()
         .or_else(|| seed.as_i64().map(i64::cast_unsigned))
         .or_else(|| i64::try_from(numbers::of_float(seed.as_f64()?)?).ok().map(i64::cast_unsigned))
@@ -143,7 +143,7 @@ fn logit_bias(body: &RequestBody, vocab: usize) -> Result<Vec<(TokenId, f32)>, F
     for (key, &bias) in biases {
         let id = key.parse().map_err(|_| {
             let shown: String = key.chars().take(40).collect();
-            Failure::invalid("logit_bias", format!("The keys of `logit_bias` are token ids, not {shown:?}."))
+            Failure::invalid("logit_bias", format!("The keys of `logit_bias` must be token ids, not {shown:?}."))
         })?;
         check_token("logit_bias", id, vocab)?;
         list.push((id, within("logit_bias", bias, -100.0..=100.0)?));
@@ -179,7 +179,7 @@ fn logprobs(body: &RequestBody, endpoint: Endpoint) -> Result<Option<u32>, Failu
     }
 }
 
-/// An id of the vocabulary.
+/// Checks that the id is in the vocabulary.
 pub fn check_token(field: &'static str, id: TokenId, vocab: usize) -> Result<(), Failure> {
     if (id as usize) < vocab {
         return Ok(());
@@ -188,7 +188,7 @@ pub fn check_token(field: &'static str, id: TokenId, vocab: usize) -> Result<(),
     Err(Failure::invalid(field, message).with_code("invalid_token_id"))
 }
 
-/// A number of which the body may hold any, so that the range in the message is the true one.
+/// The field accepts any integer when parsed, so that the error can state the real range.
 fn whole(field: &'static str, value: i64, range: RangeInclusive<u32>) -> Result<u32, Failure> {
     let value = within(field, value, i64::from(*range.start())..=i64::from(*range.end()))?;
     Ok(u32::try_from(value).expect("it is in a range of such numbers"))

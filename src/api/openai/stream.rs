@@ -1,7 +1,7 @@
-//! Server-sent events: a generation written out as it goes.
+//! Server-sent events: writes a generation as it progresses.
 //!
-//! Events that are ready together share one write; when nothing is ready, what is written goes out at once. While nothing
-//! comes, a comment line tells proxies and clients that the stream lives.
+//! Events that are ready together share one write; when no more are ready, the buffer is sent at once. During silence, a
+//! comment line shows proxies and clients that the stream is alive.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -19,24 +19,24 @@ use super::resumption::{Resumption, write_event_id};
 use super::usage::TokenCounts;
 use crate::api::error::ApiError;
 
-/// A write is sent when it has grown to this, even if more events are ready.
+/// A buffer of this size is sent even if more events are ready.
 const WRITE_BYTES: usize = 16 << 10;
 const COMMENT: Bytes = Bytes::from_static(b": keep-alive\n\n");
 
-/// How an endpoint writes its chunks.
+/// Writes the chunks of one endpoint.
 pub trait ChunkFormat: Send + 'static {
-    /// Before the first update.
+    /// Called before the first update.
     fn opening(&mut self, counts: TokenCounts, out: &mut EventBuffer);
     fn update(&mut self, update: Update, counts: TokenCounts, out: &mut EventBuffer);
-    /// After the last update.
+    /// Called after the last update.
     fn closing(&mut self, counts: TokenCounts, out: &mut EventBuffer);
 }
 
-/// Events, rendered.
+/// Rendered events.
 #[derive(Default)]
 pub struct EventBuffer {
     bytes: BytesMut,
-    /// Of the next event.
+    /// The id of the next event.
     id: String,
 }
 
@@ -65,8 +65,8 @@ impl EventBuffer {
     }
 }
 
-/// Answers with the stream. Until the first step (but no longer than the keep-alive interval) the head is held back, so
-/// that what fails early gets its own status.
+/// Sends the stream as the response. The response head waits for the first step (at most for the keep-alive interval), so that
+/// early failures get their own HTTP status.
 pub async fn respond(
     mut generation: Generation,
     format: impl ChunkFormat,
@@ -81,7 +81,7 @@ pub async fn respond(
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
     headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    // nginx buffers responses unless told not to.
+    // Tells nginx not to buffer the response.
     headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
     Ok(resumption.mark(response))
 }
@@ -89,9 +89,9 @@ pub async fn respond(
 /// Which events carry an id.
 #[derive(Clone, Copy)]
 struct Ids {
-    /// The client may come back for the rest.
+    /// The client can resume this stream.
     are_written: bool,
-    /// It did, and has seen the opening.
+    /// The client has resumed it, and has the opening chunks.
     is_opened: bool,
 }
 

@@ -20,7 +20,7 @@ pub struct Tokenized {
     count: usize,
     max_model_len: usize,
     tokens: Vec<TokenId>,
-    /// As the vocabulary spells them.
+    /// The tokens as written in the vocabulary.
     token_strs: Option<Vec<String>>,
 }
 
@@ -46,13 +46,13 @@ pub async fn tokenize(
     let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
     body.refuse_unsupported()?;
     let wants_strings = body.return_token_strs.unwrap_or(false);
-    // Unlike a generation, nothing bounds this text but the body's size: always leave the async threads.
+    // Unlike in a generation, only the body's size limits this text, so it is always tokenized on a blocking thread.
     let worker = model.clone();
     let tokens = state.off_thread_if(true, move || match (body.prompt.take(), body.messages.is_some()) {
         (Some(PromptInput::Text(prompt)), false) => {
             encode(&worker, &prompt, body.add_special_tokens.unwrap_or(true), "prompt")
         }
-        (Some(_), false) => Err(Failure::invalid("prompt", "`prompt` must be a string here.")),
+        (Some(_), false) => Err(Failure::invalid("prompt", "`prompt` must be a string in /tokenize.")),
         (None, true) => Conversation::take(&mut body)?.encode(&worker),
         _ => Err(Failure::invalid("prompt", "Exactly one of `prompt` and `messages` is required.")),
     });

@@ -1,19 +1,19 @@
 //! Fields of OpenAI, vLLM, SGLang, llama.cpp, Ollama and TGI that change the output and are not supported. Each is refused by
-//! name, unless its value changes nothing.
+//! name, unless its value has no effect.
 //!
-//! A field belongs here if ignoring it would give another output than the client asked for. Fields that only concern speed,
-//! accounting or logs are ignored, and so are unknown fields, as in vLLM.
+//! A field belongs here if ignoring it would change the output. Fields that only concern speed, accounting or logs are ignored,
+//! and so are unknown fields, as in vLLM.
 
 use serde_json::{Map, Value};
 
 use crate::types::Failure;
 
-/// The values of a field, besides null, that change nothing and are accepted.
+/// Values that have no effect and are accepted. Null always is.
 #[derive(Clone, Copy, Debug)]
 enum Neutral {
     /// Only null.
     Null,
-    /// False and empty values, as written by clients that write out their defaults.
+    /// False and empty values, which some clients send as defaults.
     Empty,
     /// This number, and empty values.
     Number(f64),
@@ -27,10 +27,10 @@ enum Neutral {
 
 use Neutral::{AtMost, Empty, Null, Number, True, Words};
 
-/// Name, neutral values, and what to use instead.
+/// Name, accepted values, and what to use instead.
 type Field = (&'static str, Neutral, Option<&'static str>);
 
-/// Constraints on the text.
+/// Fields that constrain the text.
 const CONSTRAINTS: &[Field] = &[
     ("allowed_token_ids", Null, Some("logit_bias")),
     ("bad_words", Empty, Some("logit_bias")),
@@ -61,7 +61,7 @@ const CONSTRAINTS: &[Field] = &[
     ("watermarking", Empty, None),
 ];
 
-/// Ways to choose the next token, and lengths under other names.
+/// Sampling methods, and length limits under other names.
 const SAMPLING: &[Field] = &[
     ("cfg_scale", Number(1.0), None),
     ("do_sample", True, Some("temperature")),
@@ -107,7 +107,7 @@ const SAMPLING: &[Field] = &[
     ("xtc_probability", Number(0.0), None),
 ];
 
-/// What the model is shown, and the model itself.
+/// Fields that change the prompt or the model.
 const PROMPT: &[Field] = &[
     ("adapter_id", Empty, None),
     ("chat_template", Empty, None),
@@ -149,7 +149,7 @@ const PROMPT: &[Field] = &[
     ("web_search_options", Null, None),
 ];
 
-/// What the answer holds.
+/// Fields that change the content of the response.
 const ANSWER: &[Field] = &[
     ("audio", Empty, None),
     ("decoder_input_details", Empty, Some("prompt_logprobs")),
@@ -174,7 +174,7 @@ const ANSWER: &[Field] = &[
     ("vllm_xargs", Empty, None),
 ];
 
-/// Each table, and what its fields concern.
+/// All tables, each with its title.
 const TABLES: [(&str, &[Field]); 4] = [
     ("Constraints", CONSTRAINTS),
     ("Sampling and length", SAMPLING),
@@ -203,13 +203,12 @@ pub fn markdown_tables() -> String {
     text + "\n"
 }
 
-/// A field's name is quoted, words are not.
+/// Field names are put in backticks, phrases are not.
 fn quoted(instead: &str) -> String {
     if instead.contains(' ') { instead.to_owned() } else { format!("`{instead}`") }
 }
 
-/// Refuses the first field that would change the answer if it were ignored. `fields` are those of the body that this server
-/// has no use for.
+/// Refuses the first field that would change the output. `fields` are the fields of the body that `RequestBody` does not have.
 pub fn refuse(fields: &Map<String, Value>) -> Result<(), Failure> {
     for (name, neutral, instead) in TABLES.iter().flat_map(|(_, table)| *table) {
         if let Some(value) = fields.get(*name)

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// What a request has used so far.
+/// Tokens of a request so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TokenCounts {
     pub prompt: u64,
@@ -11,13 +11,13 @@ pub struct TokenCounts {
 }
 
 impl TokenCounts {
-    /// As they are before the first token is told.
+    /// The counts before the first token was sent.
     pub fn without_output(self) -> Self {
         Self { completion: 0, ..self }
     }
 }
 
-/// `usage` of a response or chunk.
+/// The `usage` object of a response or chunk.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Usage {
     prompt_tokens: u64,

@@ -1,28 +1,28 @@
-//! Flap damping after BGP's model (RFC 2439): each flap adds a penalty, penalties decay by half-life, and what has too many
-//! gets less. Pure; time is passed in.
+//! Flap damping, after BGP's model (RFC 2439): each flap adds a penalty, penalties decay with a half-life, and a node with a
+//! high penalty gets less traffic. Pure; time is passed in.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Of a node that is lost without a goodbye.
+/// Penalty for a node that disappears without announcing it.
 pub(super) const LOSS: f64 = 1.0;
-/// Of a node that stays and wants no traffic any more.
+/// Penalty for a node that becomes unready.
 pub(super) const UNREADINESS: f64 = 0.5;
-/// A single loss is no flapping.
+/// A single loss does not count as flapping.
 const ALLOWANCE: f64 = 1.0;
 const HALF_LIFE: Duration = Duration::from_secs(60);
-/// More does not add up, so a node is as good as new after at most `HALF_LIFE * log2(MAX_PENALTY / ALLOWANCE)`, two and a
-/// half minutes, of quiet.
+/// Penalties are capped, so that a node has recovered after at most `HALF_LIFE * log2(MAX_PENALTY / ALLOWANCE)`, two and a half
+/// minutes, without flapping.
 const MAX_PENALTY: f64 = 5.5;
-/// Least stability: a flapping node still gets a little, if only to show that it is well again.
+/// Minimum stability: a flapping node still gets a little traffic, so that its recovery shows.
 const FLOOR: f64 = 0.1;
-/// Views are compared, so stability moves in steps.
+/// Stability is rounded to steps, since views are compared for changes.
 const STEPS: f64 = 16.0;
-/// A penalty below this is forgotten.
+/// Lower penalties are removed.
 const FORGOTTEN: f64 = 0.1;
-/// Names with a penalty; beyond it the smallest is forgotten.
+/// Names with a penalty. Beyond this, the smallest penalty is removed.
 const MAX_NAMES: usize = 1024;
 
 /// Penalties by name.
@@ -61,7 +61,7 @@ impl<K: Ord + Clone> Damper<K> {
         }
     }
 
-    /// 1 for what is quiet, `FLOOR` for what flaps, one of `STEPS` values between.
+    /// 1 for a stable node, `FLOOR` for a flapping one, and `STEPS` values in between.
     pub(super) fn stability(&self, name: &K, now: Instant) -> f64 {
         let excess = (self.penalty(name, now) - ALLOWANCE).max(0.0);
         (((-excess).exp2() * STEPS).round() / STEPS).max(FLOOR)
@@ -133,7 +133,7 @@ mod tests {
         assert!(damper.penalties.len() <= MAX_NAMES);
     }
 
-    /// A node that is up for ten seconds and down for ten gets little, and a simulated hour of quiet clears it.
+    /// A node that is up and down for ten seconds each gets little traffic, and recovers after a simulated hour.
     #[tokio::test]
     async fn a_node_that_comes_and_goes_gets_little() {
         let start = Instant::now();

@@ -1,5 +1,5 @@
-//! Looks, every second, for what keeps this node from the peers that were configured for it: names that do not resolve, peers
-//! that have never answered, nobody at all. Introduces this node to those that are silent.
+//! Looks every second for what separates this node from its configured peers: names that do not resolve, peers that have never
+//! answered, or no peers at all. Introduces this node to silent addresses.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -14,38 +14,38 @@ use crate::cluster::seal::transport::SealedTransport;
 use crate::cluster::{Config, PROTOCOL_VERSION};
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// A peer may take so long to start and to answer.
+/// How long a peer may take to start and to answer.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// From one introduction to a silent address to the next, and how many of them at one time.
+/// Interval of introductions to a silent address, and how many run at the same time.
 const INTRODUCTION_INTERVAL: Duration = Duration::from_secs(5);
 const MAX_INTRODUCTIONS: usize = 8;
-/// Silent addresses that are named when nobody is heard.
+/// Silent addresses listed when no peer is heard.
 const MAX_NAMED: usize = 4;
 
 pub(super) struct Diagnosis {
     problems: Problems,
     transport: SealedTransport,
     bound: SocketAddr,
-    /// Where others gossip with this node.
+    /// This node's gossip address, as others use it.
     advertised: SocketAddr,
     next: Instant,
     next_introductions: Instant,
-    /// Since when each configured peer has had an address to gossip with.
+    /// Since when each configured peer has had an address for gossip.
     since: BTreeMap<String, Instant>,
     last_company: Instant,
 }
 
-/// What there is to say of the configured peers.
+/// The findings about configured peers.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Findings {
     unresolved: Vec<(String, String)>,
     /// Configured peers that have never answered, and their addresses.
     unheard: Vec<(String, Vec<SocketAddr>)>,
-    /// Peers all of whose addresses are of the other family.
+    /// Peers that only have addresses of the other IP version.
     unsuited: Vec<String>,
     /// Addresses to gossip with.
     expected: BTreeSet<SocketAddr>,
-    /// Configured peers that are not this node itself, as far as that is known.
+    /// Number of configured peers that are not this node, as far as known.
     others: usize,
 }
 
@@ -69,7 +69,7 @@ impl Diagnosis {
         }
     }
 
-    /// Whether the address can be gossiped with, and is not this node's own.
+    /// Whether this node can gossip with the address, and it is not this node's own.
     pub(super) fn is_for_gossip(&self, addr: SocketAddr) -> bool {
         addr.is_ipv4() == self.bound.is_ipv4() && addr != self.bound && addr != self.advertised
     }
@@ -78,7 +78,7 @@ impl Diagnosis {
         self.next <= now
     }
 
-    /// `live`: where the nodes gossip that are alive.
+    /// `live`: gossip addresses of the live nodes.
     pub(super) async fn run(&mut self, seeds: &[Seed], live: &[SocketAddr], strangers: Strangers, now: Instant) {
         self.next = now + INTERVAL;
         let findings = self.examine(seeds, live, now);
@@ -134,10 +134,9 @@ impl Diagnosis {
             told.map(|(addr, detail)| format!("{addr}: {detail}")).collect::<Vec<_>>().join("; ")
         };
         let own_family = if self.bound.is_ipv4() { "IPv4" } else { "IPv6" };
-        let unsuited = findings
-            .unsuited
-            .iter()
-            .map(|peer| (peer.clone(), format!("it has no {own_family} address, and gossip_addr is of that family")));
+        let unsuited = findings.unsuited.iter().map(|peer| {
+            (peer.clone(), format!("it has no {own_family} address, but gossip_addr is an {own_family} address"))
+        });
         let unheard =
             findings.unheard.iter().map(|(peer, addresses)| (peer.clone(), explained(&mut addresses.iter().copied())));
         let alone = is_alone.then(|| {
@@ -146,7 +145,7 @@ impl Diagnosis {
             (String::new(), if why.is_empty() { format!("{count} configured") } else { why })
         });
         let of_other_protocols = strangers.of_other_protocols.into_iter().map(|(node, protocol)| {
-            (node.to_string(), format!("it speaks protocol {protocol}, this node {PROTOCOL_VERSION}"))
+            (node.to_string(), format!("it uses protocol version {protocol}, this node {PROTOCOL_VERSION}"))
         });
         let name_taken = strangers.is_superseded.then(Default::default);
         self.problems.state(Reason::Alone, alone.into_iter().collect());

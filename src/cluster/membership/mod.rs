@@ -1,8 +1,8 @@
-//! Who else is there: this node's part in the gossip, and the view that comes of it.
+//! Membership: this node's part in the gossip, and the resulting view of the cluster.
 //!
-//! Chitchat keeps each node's key-values and heartbeats in step and judges by phi accrual who lives. Around it: sealed
-//! datagrams (`seal`), values (`gossip`), the choice of peers to begin with (`seeds`), and what the view is made of
-//! (`roster`). One task owns all of it; `Membership` is its handle.
+//! Chitchat replicates each node's key-values and heartbeats, and decides by phi accrual which nodes are alive. Around it are
+//! encrypted datagrams (`seal`), encoded values (`gossip`), the peers to contact first (`seeds`), and the view (`roster`). One
+//! task owns all of it; `Membership` is its handle.
 
 mod damping;
 mod diagnosis;
@@ -31,7 +31,7 @@ use super::{ClusterView, Config, KeyRing, LoadReport, NodeDescription, Problems}
 use crate::observability::Metrics;
 use crate::types::{NodeId, watch};
 
-/// How long a goodbye may take.
+/// Time limit for announcing that this node leaves.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,7 @@ pub enum MembershipError {
     NoRandomness(#[from] NoRandomness),
 }
 
-/// This node's part in the cluster. When the last handle is dropped, the node falls silent, as if it had died.
+/// This node's part in the cluster. When the last handle is dropped, the node falls silent as if it had died.
 #[derive(Clone)]
 pub struct Membership {
     id: NodeId,
@@ -59,14 +59,14 @@ pub struct Membership {
     view: watch::Receiver<Arc<ClusterView>>,
     own: watch::Sender<Own>,
     problems: Problems,
-    /// `None` in a cluster of one, as is `leave`.
+    /// `None` for a single node, like `leave`.
     transport: Option<SealedTransport>,
     leave: Option<tokio::sync::mpsc::Sender<oneshot::Sender<()>>>,
     has_left: Arc<AtomicBool>,
 }
 
 impl Membership {
-    /// A cluster of one: the view stays empty.
+    /// A single node without a cluster: the view stays empty.
     pub fn alone(config: &Config) -> Self {
         let (_, view) = watch::channel(Arc::default());
         Self {
@@ -82,14 +82,14 @@ impl Membership {
         }
     }
 
-    /// Binds the gossip address and begins to gossip. Nobody hears of this node as a peer before `describe`.
+    /// Binds the gossip address and starts to gossip. Other nodes do not use this node as a peer before `describe`.
     pub async fn start(config: &Config, keys: &KeyRing, metrics: Arc<Metrics>) -> Result<Self, MembershipError> {
         let addr = config.gossip_addr.ok_or(MembershipError::Alone)?;
         let socket = UdpSocket::bind(addr).await.map_err(|source| MembershipError::Bind { addr, source })?;
         Self::start_on(Arc::new(socket), config, keys, metrics).await
     }
 
-    /// As `start`, on another network than the machine's.
+    /// Like `start`, on another network than the machine's.
     pub async fn start_on(
         datagrams: Arc<dyn Datagrams>,
         config: &Config,
@@ -133,12 +133,12 @@ impl Membership {
         &self.id
     }
 
-    /// With which the process began.
+    /// The incarnation with which the process started.
     pub fn incarnation(&self) -> u64 {
         self.incarnation
     }
 
-    /// Where it gossips; `None` in a cluster of one.
+    /// The bound gossip address; `None` for a single node.
     pub fn gossip_addr(&self) -> Option<SocketAddr> {
         self.gossip_addr
     }
@@ -147,20 +147,20 @@ impl Membership {
         self.view.clone()
     }
 
-    /// What keeps this node and others apart.
+    /// The problems between this node and others.
     pub fn problems(&self) -> &Problems {
         &self.problems
     }
 
-    /// Seals with the first of these keys from now on, and opens with any.
+    /// From now on encrypts with the first of these keys, and decrypts with any of them.
     pub fn set_keys(&self, keys: &KeyRing) {
         if let Some(transport) = &self.transport {
             transport.set_keys(keys);
         }
     }
 
-    /// Tells the others how this node does. Call it several times a second: noise is not told, what decides on traffic is
-    /// told at once, and a report that is not renewed is not repeated, so that the others see it age.
+    /// Publishes this node's load. Call it several times a second. Small changes are not sent, changes that affect traffic are
+    /// sent at once, and a report that is not renewed is not repeated, so that other nodes see it age.
     pub fn publish(&self, report: LoadReport) {
         self.own.send_if_modified(|own| {
             let is_news = own.report != report;
@@ -169,7 +169,7 @@ impl Membership {
         });
     }
 
-    /// Tells the others what this node is.
+    /// Publishes this node's description.
     pub fn describe(&self, description: NodeDescription) {
         self.own.send_if_modified(|own| {
             let is_news = own.description.as_ref() != Some(&description);
@@ -178,7 +178,7 @@ impl Membership {
         });
     }
 
-    /// Returns when the gossip has ended though nobody asked it to; otherwise never.
+    /// Returns if gossip ends unexpectedly.
     pub async fn broke(&self) {
         if let Some(leave) = &self.leave {
             leave.closed().await;
@@ -188,7 +188,7 @@ impl Membership {
         }
     }
 
-    /// Says goodbye, so that the others need not find out, and ends the gossip.
+    /// Announces that this node leaves, so that others need not detect it, and stops gossip.
     pub async fn leave(&self) {
         let Some(leave) = &self.leave else { return };
         self.has_left.store(true, Ordering::Relaxed);
@@ -199,13 +199,13 @@ impl Membership {
     }
 }
 
-/// As configured, or random.
+/// The configured name, or a random one.
 fn node_id(config: &Config) -> NodeId {
     let random = || Uuid::new_v4().simple().to_string()[..12].to_owned();
     NodeId::new(config.node_id.clone().unwrap_or_else(random))
 }
 
-/// Grows from one process of a name to the next: the time of its start in microseconds since the epoch.
+/// Increases from one process of a name to the next: the start time in microseconds since the epoch.
 fn incarnation_now() -> u64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)

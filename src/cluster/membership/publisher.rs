@@ -1,5 +1,5 @@
-//! Decides when this node's report is told again: when more than noise has changed, and now and then for as long as it is
-//! kept up, so that its age says that the node still looks after itself. Pure; time is passed in.
+//! Decides when this node's report is sent: when it has changed significantly, and periodically while it is renewed, so that
+//! its age shows that the node still monitors itself. Pure; time is passed in.
 
 use std::time::Duration;
 
@@ -8,21 +8,21 @@ use tokio::time::Instant;
 use crate::cluster::gossip::{Urgency, encode_prefixes, encode_report, urgency};
 use crate::cluster::load_report::LoadReport;
 
-/// An unchanged report is told again after this.
+/// An unchanged report is sent again after this time.
 const MAX_AGE: Duration = Duration::from_secs(1);
-/// Prefixes change with every request, and are only a hint.
+/// Minimum time between prefix lists: they change with every request and are only a hint.
 const PREFIX_SPACING: Duration = Duration::from_secs(1);
 
-/// Values to publish.
+/// The values to publish.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Publication {
     pub(super) report: Option<String>,
     pub(super) prefixes: Option<String>,
-    /// The others should not wait for the next round.
+    /// The values are sent at once instead of in the next round.
     pub(super) is_urgent: bool,
 }
 
-/// What was told last.
+/// What was published last.
 #[derive(Default)]
 pub(super) struct Publisher {
     report: Option<(LoadReport, Instant)>,
@@ -31,8 +31,8 @@ pub(super) struct Publisher {
 }
 
 impl Publisher {
-    /// What of `report` to tell now. Between rounds only what is urgent. `is_kept_up`: the report was renewed lately, so it
-    /// may be repeated.
+    /// The part of `report` to publish now. Between rounds, only urgent changes. `is_kept_up`: the report was renewed recently,
+    /// so it may be repeated.
     pub(super) fn publish(
         &mut self,
         report: &LoadReport,

@@ -1,5 +1,5 @@
-//! Makes the view of what gossip knows: who lives, which of two processes of one name counts, what was said last and when
-//! it arrived here. Pure; time is passed in.
+//! Turns what gossip knows into the view: which nodes are alive, which of two processes with the same name counts, and when
+//! each latest value arrived. Pure; time is passed in.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use crate::cluster::load_report::{LoadReport, NodeDescription};
 use crate::cluster::view::{ClusterView, Peer};
 use crate::types::{NodeId, NodeState};
 
-/// A node that was never seen alive counts as dead only after this: before, its first heartbeats are on their way.
+/// A node that was never seen alive counts as dead only after this time, since its first heartbeats may still be on their way.
 const BIRTH: Duration = Duration::from_secs(3);
 
 /// A value and its version.
@@ -24,26 +24,26 @@ pub(super) struct Value<'a> {
     pub(super) text: &'a str,
 }
 
-/// What gossip knows of one process.
+/// What gossip knows about one process.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Observed<'a> {
     pub(super) id: &'a str,
     pub(super) incarnation: u64,
     pub(super) is_alive: bool,
-    /// It has said goodbye.
+    /// It has announced that it leaves.
     pub(super) has_left: bool,
     pub(super) description: Option<Value<'a>>,
     pub(super) report: Option<Value<'a>>,
     pub(super) prefixes: Option<Value<'a>>,
 }
 
-/// What happened to a peer.
+/// A change in a peer's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
     Joined,
     Left,
     Died,
-    /// By another process of the same name.
+    /// Replaced by another process with the same name.
     Replaced,
 }
 
@@ -58,22 +58,22 @@ impl Change {
     }
 }
 
-/// What an update brought.
+/// The result of an update.
 #[derive(Debug, Default)]
 pub(super) struct Update {
-    /// When it differs from the last one.
+    /// The new view, if it differs from the previous one.
     pub(super) view: Option<Arc<ClusterView>>,
     pub(super) changes: Vec<(NodeId, Change)>,
-    /// Values that could not be taken, with the reason; each is told once.
+    /// Values that were rejected, with the reason. Each is reported once.
     pub(super) refused: Vec<(NodeId, String)>,
 }
 
-/// Who gossips in this cluster and still cannot work with this node.
+/// Nodes that gossip in this cluster but cannot work with this node.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Strangers {
-    /// Live nodes, and the protocol that they speak.
+    /// Live nodes with another protocol version, and that version.
     pub(super) of_other_protocols: Vec<(NodeId, u16)>,
-    /// A later process uses this node's own name.
+    /// Whether a later process uses this node's own name.
     pub(super) is_superseded: bool,
 }
 
@@ -84,11 +84,11 @@ struct Known {
     is_alive: bool,
     has_left: bool,
     description: Option<NodeDescription>,
-    /// It speaks this one instead of ours, so nothing else of it can be read.
+    /// Its protocol version, if it is not ours; then nothing else of it can be read.
     other_protocol: Option<u16>,
     report: LoadReport,
     reported_at: Instant,
-    /// Versions that were looked at, taken or refused.
+    /// The versions of values that were examined, whether accepted or rejected.
     seen: SeenVersions,
 }
 
@@ -104,7 +104,8 @@ pub(super) struct Roster {
     own_incarnation: u64,
     known: BTreeMap<(NodeId, u64), Known>,
     view: Arc<ClusterView>,
-    /// A process that has no configured name gets a new one with every start, but often the same address.
+    /// A process without a configured name gets a new one at every start, but often has the same address. So flapping is
+    /// recorded for both.
     by_name: Damper<NodeId>,
     by_addr: Damper<SocketAddr>,
     is_superseded: bool,
@@ -123,12 +124,12 @@ impl Roster {
         }
     }
 
-    /// This node's own process goes on as a later one.
+    /// This node's own process continues with a later incarnation.
     pub(super) fn restarted(&mut self, incarnation: u64) {
         (self.own_incarnation, self.is_superseded) = (incarnation, false);
     }
 
-    /// Takes in all that gossip knows now.
+    /// Processes everything that gossip knows now.
     pub(super) fn update<'a>(&mut self, observed: impl Iterator<Item = Observed<'a>>, now: Instant) -> Update {
         let mut update = Update::default();
         let mut present = BTreeSet::new();
@@ -209,14 +210,14 @@ impl Roster {
         }
     }
 
-    /// Of each name the latest process that lives and can be understood.
+    /// For each name, the latest process that is alive and can be understood.
     fn choose(&self) -> BTreeMap<NodeId, u64> {
         let usable = self.known.iter().filter(|(_, known)| known.is_usable());
-        // Later processes come later, and replace earlier ones.
+        // Processes of a name are in ascending order, so the latest one remains.
         usable.map(|((id, incarnation), _)| (id.clone(), *incarnation)).collect()
     }
 
-    /// Compares with the view that stands.
+    /// Compares with the current view.
     fn note_losses(&mut self, chosen: &BTreeMap<NodeId, u64>, now: Instant, update: &mut Update) {
         let view = Arc::clone(&self.view);
         for (id, peer) in &view.peers {
@@ -293,7 +294,7 @@ impl Known {
         self.is_alive && !self.has_left && self.description.is_some()
     }
 
-    /// Unready without having announced that it goes.
+    /// Whether the node is unready without having announced that it leaves.
     fn is_unwell(&self) -> bool {
         !self.report.ready && !matches!(self.report.state, NodeState::Draining | NodeState::Stopped)
     }

@@ -1,4 +1,4 @@
-//! The roster over a scripted gossip and clock.
+//! Tests of the roster with scripted gossip and a scripted clock.
 
 use proptest::prelude::*;
 
@@ -6,7 +6,7 @@ use super::*;
 use crate::cluster::gossip::{encode_description, encode_prefixes, encode_report};
 use crate::cluster::load_report::PROTOCOL_VERSION;
 
-/// A process as gossip shows it.
+/// A process as seen through gossip.
 #[derive(Clone)]
 struct Process {
     id: &'static str,
@@ -171,7 +171,7 @@ async fn who_cannot_be_understood_is_left_out_and_told_of() {
     assert_eq!(roster.strangers().of_other_protocols, [(NodeId::new("a"), PROTOCOL_VERSION + 1)]);
     assert!(first.view.is_none() && first.changes.is_empty());
     assert!(update(&mut roster, &[foreign.clone(), broken.clone(), silent], start).refused.is_empty());
-    // It learns.
+    // The process now publishes something valid.
     let understood = Process { description: Some((2, encode_description(&description(1)))), ..foreign };
     assert_eq!(changes(&update(&mut roster, &[understood, broken], start)), [("a", Change::Joined)]);
     assert_eq!((roster.strangers(), peer(&roster, "a").report.running), (Strangers::default(), 1));
@@ -200,7 +200,7 @@ async fn what_is_only_heard_of_is_dead_after_a_while() {
     assert_eq!(later.view.expect("a view").dead, [NodeId::new("a")]);
 }
 
-/// Both a name that stays and an address that stays are remembered.
+/// Both a stable name and a stable address are remembered.
 #[tokio::test]
 async fn a_node_that_comes_and_goes_is_damped_and_recovers() {
     let names = ["a0", "a1", "a2", "a3", "a4", "a5"];
@@ -247,7 +247,7 @@ async fn readiness_that_comes_and_goes_is_damped_and_a_drain_is_not() {
 }
 
 proptest! {
-    /// Whatever gossip shows: peers live, have not left, are the latest of their name, and are not also dead.
+    /// For any gossip: peers are alive, have not left, are the latest of their name, and are not listed as dead.
     #[test]
     fn views_are_sound(
         steps in prop::collection::vec(prop::collection::vec((0usize..4, 0u64..4, any::<(bool, bool, bool)>(), "[a-z]{0,9}"), 0..8), 1..20)

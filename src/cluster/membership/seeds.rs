@@ -1,5 +1,5 @@
-//! The addresses of the configured peers, resolved again and again: the names of a headless service stand for other
-//! addresses after every roll-out. And which of them have never answered.
+//! The addresses of the configured peers. Names are resolved periodically, because the addresses behind a headless service
+//! change with every roll-out.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -9,42 +9,42 @@ use tokio::net::lookup_host;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// From one lookup of a name to the next, and after one that failed.
+/// Interval of lookups of a name, after success and after failure.
 const REFRESH: Duration = Duration::from_secs(10);
 const RETRY: Duration = Duration::from_secs(2);
-/// Addresses that one name may stand for.
+/// Maximum number of addresses per name.
 const MAX_ADDRESSES: usize = 256;
 
-/// What a configured peer stands for; the error of its last lookup if that failed.
+/// The addresses of a configured peer, and the error of the last lookup if it failed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Resolved {
     addresses: Vec<SocketAddr>,
     error: Option<String>,
 }
 
-/// By the peer that they were configured as.
+/// By the configured name.
 type Addresses = BTreeMap<String, Resolved>;
 
-/// A configured peer, for those who look for what is wrong.
+/// A configured peer, for diagnosis.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Seed {
-    /// As configured.
+    /// The peer as configured.
     pub(super) peer: String,
     pub(super) addresses: Vec<SocketAddr>,
     /// Why its name does not resolve.
     pub(super) error: Option<String>,
 }
 
-/// Keeps the addresses fresh until it is dropped.
+/// Keeps the addresses up to date until it is dropped.
 pub(super) struct Seeds {
     addresses: watch::Receiver<Addresses>,
     _lookups: JoinSet<()>,
-    /// Counts the addresses that were asked for.
+    /// Position in the round-robin order.
     turn: usize,
 }
 
 impl Seeds {
-    /// Each name has a task of its own: a lookup that hangs keeps no other waiting.
+    /// Each name has its own task, so that a lookup that hangs delays no other.
     pub(super) fn start(peers: &[String]) -> Self {
         let literal = |peer: &String| {
             let addresses = vec![peer.parse().ok()?];
@@ -64,7 +64,7 @@ impl Seeds {
         self.addresses.borrow().values().flat_map(|resolved| resolved.addresses.iter().copied()).collect()
     }
 
-    /// Those that have been looked up.
+    /// Peers that have been looked up.
     pub(super) fn list(&self) -> Vec<Seed> {
         let seed = |(peer, resolved): (&String, &Resolved)| {
             let Resolved { addresses, error } = resolved.clone();
@@ -73,7 +73,7 @@ impl Seeds {
         self.addresses.borrow().iter().map(seed).collect()
     }
 
-    /// The next `count` addresses that `is_wanted`, in turn.
+    /// The next `count` addresses for which `is_wanted` is true, in round-robin order.
     pub(super) fn next(&mut self, count: usize, is_wanted: impl Fn(SocketAddr) -> bool) -> Vec<SocketAddr> {
         let addresses: BTreeSet<SocketAddr> = self.all().into_iter().filter(|addr| is_wanted(*addr)).collect();
         let count = count.min(addresses.len());
@@ -95,7 +95,7 @@ async fn resolve_again_and_again(name: String, addresses: watch::Sender<Addresse
                     let found: BTreeSet<SocketAddr> = found.take(MAX_ADDRESSES).collect();
                     *resolved = Resolved { addresses: found.into_iter().collect(), error: None };
                 }
-                // A name that does not resolve now keeps the addresses that it had.
+                // A name that does not resolve now keeps its previous addresses.
                 Err(error) => resolved.error = Some(error.to_string()),
             }
             *resolved != before

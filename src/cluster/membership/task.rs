@@ -1,4 +1,4 @@
-//! The task that gossips: it feeds chitchat what this node has to say, and makes views of what chitchat knows.
+//! The gossip task: passes this node's values to chitchat, and builds views from what chitchat knows.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -19,57 +19,57 @@ use crate::cluster::{ClusterView, Config, LoadReport, NodeDescription, Problems}
 use crate::observability::Metrics;
 use crate::types::{NodeId, watch};
 
-/// Chitchat's keys are part of the protocol, so they are short.
+/// Chitchat's keys are sent over the network, so they are short.
 const DESCRIPTION_KEY: &str = "d";
 const REPORT_KEY: &str = "r";
 const PREFIXES_KEY: &str = "h";
 const GOODBYE_KEY: &str = "x";
 
-/// A node dies at this multiple of the usual time between its heartbeats.
+/// A node counts as dead when its silence exceeds this multiple of the usual time between its heartbeats.
 const PHI_THRESHOLD: f64 = 7.0;
-/// Phi's mean is taken over so few heartbeats that chitchat's prior, of weight 5, is half of it. Heartbeats come through
-/// every peer and so ever faster in a larger cluster; the prior keeps the limit from shrinking with them. With a prior of
-/// two rounds a node dies after a silence of 7 to 10 rounds, about 2 s by default, and later where heartbeats are slow to
-/// come. In large clusters its last heartbeats go on spreading for some rounds.
+/// The mean is taken over so few heartbeats that chitchat's prior, of weight 5, is half of it. In a larger cluster heartbeats
+/// arrive through every peer and therefore more often; the prior keeps the limit from shrinking with them. With a prior of two
+/// rounds, a node counts as dead after a silence of 7 to 10 rounds, about 2 s by default, and later if its heartbeats were
+/// slow. In large clusters its last heartbeats keep spreading for some rounds.
 const PHI_WINDOW: usize = 5;
 const PRIOR_ROUNDS: u32 = 2;
-/// Longer pauses say nothing about a node's rhythm.
+/// Longer pauses are not counted in the mean.
 const LONGEST_ROUNDS: u32 = 40;
-/// Dead nodes are told of for half of this time, and then forgotten by all within the other half.
+/// Dead nodes are gossiped for half of this time; then all nodes forget them within the other half.
 const DEAD_GRACE: Duration = Duration::from_secs(60);
-/// Nothing is deleted before its node is, so this never matters; it has to be set.
+/// Has no effect, since keys are deleted only together with their node. It must be set.
 const TOMBSTONE_GRACE: Duration = Duration::from_secs(3600);
 
-/// Seeds to gossip with in a round without any peer, and rounds from one seed to the next otherwise: two halves of a
-/// cluster that have forgotten one another meet again through their seeds.
+/// Seeds contacted per round when no peer is known, and rounds between seeds otherwise. Two halves of a cluster that have
+/// forgotten each other meet again through their seeds.
 const SEEDS_WHEN_ALONE: usize = 3;
 const SEED_ROUNDS: u64 = 8;
-/// Peers that hear of something urgent at once; they tell the others.
+/// Peers that are told at once of an urgent change; they tell the others.
 const URGENT_PEERS: usize = 32;
-/// A goodbye is said so many times, with pauses that let each exchange end.
+/// How often leaving is announced, with pauses in which each exchange can finish.
 const GOODBYES: u32 = 3;
 const GOODBYE_PAUSE: Duration = Duration::from_millis(80);
-/// A report that nobody has renewed for this long is not repeated.
+/// A report that has not been renewed for this long is not repeated.
 const REPORT_SILENCE: Duration = Duration::from_secs(3);
-/// Before gossip that has ended by itself begins anew.
+/// Pause before gossip that has ended unexpectedly is restarted.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
-/// Then it knows nobody, and so the view stays as it was for a while.
+/// After a restart gossip knows no nodes, so the view stays unchanged for this long.
 const RELEARNING: Duration = Duration::from_secs(5);
-/// A round that is later than this many intervals finds heartbeats old because this process was stopped or starved. The
-/// view then stays as it was until the others have been heard again.
+/// If a round is this many intervals late, this process was paused or starved, and heartbeats are old for that reason. The view
+/// then stays unchanged until the others have been heard again.
 const LATE_ROUNDS: u32 = 4;
 const CATCHING_UP_ROUNDS: u32 = 8;
 
-/// What this node has to say.
+/// What this node publishes.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Own {
     pub(super) description: Option<NodeDescription>,
     pub(super) report: LoadReport,
-    /// When the report was last found to hold.
+    /// When the report was last renewed.
     pub(super) reported_at: Option<Instant>,
 }
 
-/// What the task is made of.
+/// The components of the task.
 pub(super) struct Parts {
     pub(super) id: NodeId,
     pub(super) incarnation: u64,
@@ -91,11 +91,11 @@ pub(super) struct Task {
     diagnosis: Diagnosis,
     rounds: u64,
     last_round: Instant,
-    /// Until then the silence of others says nothing.
+    /// Before this time, the silence of other nodes is ignored.
     trusts_silence_from: Instant,
 }
 
-/// Chitchat, and word of what it learns.
+/// Chitchat, and notifications of what it learns.
 struct Gossip {
     handle: ChitchatHandle,
     news: Arc<Notify>,
@@ -119,7 +119,7 @@ impl Task {
         })
     }
 
-    /// Until all handles are gone, or one asks to leave.
+    /// Runs until all handles are dropped, or one asks to leave.
     pub(super) async fn run(mut self, mut leave: mpsc::Receiver<oneshot::Sender<()>>) {
         let mut rounds = tokio::time::interval(self.parts.config.gossip_interval);
         rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -166,7 +166,7 @@ impl Task {
         self.last_round = now;
     }
 
-    /// Hands chitchat what is worth telling.
+    /// Passes values to chitchat that should be sent.
     async fn tell(&mut self, is_round: bool) {
         let (description, publication) = {
             let own = self.parts.own.borrow_and_update();
@@ -182,7 +182,7 @@ impl Task {
             .with_chitchat(|chitchat| {
                 let state = chitchat.self_node_state();
                 for (key, value) in values.iter().filter_map(|(key, value)| Some((key, value.as_ref()?))) {
-                    // Chitchat takes an equal value for no change.
+                    // Setting an equal value has no effect in chitchat.
                     state.set(key, value);
                 }
             })
@@ -192,7 +192,7 @@ impl Task {
         }
     }
 
-    /// Makes a view of what chitchat knows.
+    /// Builds a view from what chitchat knows.
     async fn look(&mut self) {
         let now = Instant::now();
         if now < self.trusts_silence_from {
@@ -235,7 +235,7 @@ impl Task {
         }
     }
 
-    /// Looks for what is wrong, every second or so.
+    /// Looks for problems, about every second.
     async fn diagnose(&mut self) {
         let now = Instant::now();
         if self.diagnosis.is_due(now) {
@@ -271,7 +271,7 @@ impl Task {
         }
     }
 
-    /// Chitchat ends by itself only when it panics: this node becomes a later process of its own.
+    /// Chitchat ends by itself only if it panics. This node then continues with a later incarnation.
     async fn restart(&mut self) {
         tracing::error!("gossip stopped unexpectedly; restarting it");
         tokio::time::sleep(RESTART_PAUSE).await;
@@ -302,7 +302,8 @@ impl Gossip {
             cluster_id: config.cluster_id.clone(),
             gossip_interval: interval,
             listen_addr: bound,
-            // Chitchat waits for names before it starts, and looks at them once a minute: `Seeds` does better.
+            // Chitchat would wait for names to resolve before it starts, and looks them up only once a minute. `Seeds` does
+            // this instead.
             seed_nodes: Vec::new(),
             failure_detector_config: FailureDetectorConfig::new(
                 PHI_THRESHOLD,
@@ -318,7 +319,7 @@ impl Gossip {
         let handle = spawn_chitchat(chitchat_config, Vec::new(), transport).await?;
         let news = Arc::new(Notify::new());
         let word = Arc::clone(&news);
-        // Called under chitchat's lock, so it only leaves word.
+        // Called under chitchat's lock, so it only sends a notification.
         handle
             .with_chitchat(|chitchat| {
                 let word = Arc::clone(&word);
@@ -329,7 +330,7 @@ impl Gossip {
     }
 }
 
-/// What chitchat knows of every process, this one too.
+/// What chitchat knows about every process, including this one.
 fn observe(chitchat: &Chitchat) -> impl Iterator<Item = Observed<'_>> {
     let live: std::collections::HashSet<&ChitchatId> = chitchat.live_nodes().collect();
     chitchat.node_states().iter().map(move |(id, state)| {

@@ -1,4 +1,4 @@
-//! Nodes over real datagrams on loopback. Everything is waited for, with a deadline.
+//! Nodes that gossip with real datagrams over loopback. Everything is waited for, with a deadline.
 
 use std::net::Ipv4Addr;
 
@@ -9,7 +9,7 @@ use crate::cluster::seal::DropReason;
 use crate::cluster::{ClusterKey, PROTOCOL_VERSION};
 use crate::types::NodeState;
 
-/// Generous: other tests keep the cores busy.
+/// Generous, since other tests keep the cores busy.
 const DEADLINE: Duration = Duration::from_secs(30);
 const INTERVAL: Duration = Duration::from_millis(100);
 
@@ -96,7 +96,7 @@ async fn three_nodes_find_one_another_from_one_seed_and_reports_reach_all() {
     }
 }
 
-/// Finds the same of the node again and again, as the server does, until dropped.
+/// Renews the node's report periodically, as the server does, until dropped.
 fn keep_up(node: &Node) -> DropGuard {
     let (membership, stop) = (node.membership.clone(), CancellationToken::new());
     tokio::spawn(stop.clone().run_until_cancelled_owned(async move {
@@ -164,7 +164,7 @@ async fn a_silent_node_dies_and_is_forgotten_as_a_peer() {
 
 #[tokio::test]
 async fn a_goodbye_arrives_long_before_silence_would_tell() {
-    // With such an interval silence needs eight seconds and more.
+    // With this interval, a silence takes at least eight seconds to be noticed.
     let slow = |config: Config| Config { gossip_interval: Duration::from_secs(1), ..config };
     let a = start_with(&slow(config("a", &[])), 1).await;
     let b = start_with(&slow(config("b", &[&a])), 1).await;
@@ -186,7 +186,7 @@ async fn what_decides_on_traffic_does_not_wait_for_a_round() {
     b.sees_peers(&["a"]).await;
     a.sees_peers(&["b"]).await;
     let asked = tokio::time::Instant::now();
-    // By the rounds of the two this would take half a second each time.
+    // In regular rounds this would take half a second each time.
     for is_ready in [true, false].repeat(6) {
         b.membership.publish(LoadReport { ready: is_ready, ..report(1) });
         a.sees("readiness", |view| view.peers[&NodeId::new("b")].report.ready == is_ready).await;
@@ -228,7 +228,7 @@ async fn a_later_process_of_a_name_replaces_the_earlier_one() {
     assert_eq!(view.peers[&NodeId::new("b")].description.peer_addr, second.addr());
     second.sees_peers(&["a"]).await;
 
-    // And while the earlier one lives.
+    // The same while the earlier process is still alive.
     let third = start("b", &[&a]).await;
     let view = a
         .sees("the third process", |view| {
@@ -238,7 +238,7 @@ async fn a_later_process_of_a_name_replaces_the_earlier_one() {
     assert!(incarnation(&view) > before && view.dead.is_empty());
 }
 
-/// All nodes here share a thread, so all stand still together.
+/// All nodes here share a thread, so all of them pause together.
 #[tokio::test]
 async fn who_stood_still_does_not_hold_the_others_for_dead() {
     let a = start("a", &[]).await;
@@ -248,7 +248,7 @@ async fn who_stood_still_does_not_hold_the_others_for_dead() {
     b.sees_peers(&["a"]).await;
     for _ in 0..3 {
         std::thread::sleep(INTERVAL * 20);
-        // A report that comes after the pause says that the view is kept again.
+        // A report that arrives after the pause shows that the view is being updated again.
         let now = tokio::time::Instant::now().into_std();
         for (node, peer) in [(&a, "b"), (&b, "a")] {
             node.sees("a fresh report", |view| {

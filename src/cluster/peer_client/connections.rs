@@ -1,5 +1,5 @@
-//! One HTTP/2 connection per peer: opened when first wanted, shared by concurrent calls, thrown away when it breaks or when
-//! the peer has left. Knows nothing of what the calls carry.
+//! Keeps one HTTP/2 connection per peer: opened when first needed, shared by concurrent calls, and dropped when it breaks or
+//! the peer has left. Knows nothing of the contents of calls.
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -27,22 +27,23 @@ use crate::cluster::tls::{CallingStream, PeerTls};
 use crate::cluster::view::{ClusterView, Peer};
 use crate::types::{NodeId, watch};
 
-/// Peers that connections stand to at one time.
+/// Concurrent connections to peers.
 const MAX_CONNECTIONS: usize = 1024;
-/// A host that vanished without a word is noticed after the sum of both, on idle connections too. Long enough for a machine
-/// that is busy: a ping is answered between other work.
+/// A host that has vanished without closing its connections is detected after both together, also on idle connections. Long
+/// enough for a busy machine, where pings wait behind other work.
 const PING_INTERVAL: Duration = Duration::from_secs(5);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of one answer that may wait here unread.
+/// Unread bytes of one response.
 const STREAM_WINDOW: u32 = 2 << 20;
-/// The windows of the streams bound memory, so this one need not. Its size also sets how many small frames the library
-/// ignores on cancelled calls, over the whole life of a connection, before it takes them for an attack and hangs up.
+/// The streams' windows already limit memory, so this one can be large. Its size also determines how many small frames of
+/// cancelled calls the library accepts over the lifetime of a connection before it treats them as an attack and closes the
+/// connection.
 const CONNECTION_WINDOW: u32 = 1 << 30;
-/// Calls on one connection, until the peer says how many it takes.
+/// Concurrent calls on one connection, until the peer announces its limit.
 const INITIAL_CALLS: usize = 1024;
-/// Cancelled calls that the library remembers, to ignore what still comes for them.
+/// Cancelled calls that the library remembers, to ignore frames that still arrive for them.
 const CANCELLED_CALLS: usize = 4096;
-/// What calls are addressed to. TLS has made sure of the peer, so nobody reads it.
+/// The authority of all calls. It is not used, since TLS has identified the peer.
 const AUTHORITY: &str = "peer.outrigger.internal";
 
 /// One process at one address.
@@ -63,20 +64,20 @@ impl PeerAddress {
     }
 }
 
-/// Cloneable: everybody who waited for the connection gets it.
+/// Cloneable, since all callers that wait for the connection get the error.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ConnectError {
-    #[error("connections to {MAX_CONNECTIONS} peers stand already")]
+    #[error("there are already connections to {MAX_CONNECTIONS} peers")]
     TooMany,
-    #[error("the peer does not take the connection")]
+    #[error("cannot connect to the peer")]
     Tcp(#[source] Arc<io::Error>),
-    #[error("no trust between this node and the peer")]
+    #[error("the TLS handshake with the peer failed")]
     Tls(#[source] Arc<io::Error>),
     #[error("the peer does not speak HTTP/2")]
     Http(#[source] Arc<hyper::Error>),
     #[error("no connection within {0:?}")]
     Timeout(Duration),
-    #[error("the runtime ends")]
+    #[error("this node is shutting down")]
     Ended,
 }
 
@@ -85,7 +86,7 @@ pub enum ConnectError {
 pub struct SendError {
     #[source]
     source: hyper::Error,
-    /// The request came back: the connection had ended before.
+    /// Whether the request was returned unsent because the connection had ended before.
     unsent: bool,
 }
 
@@ -98,14 +99,14 @@ impl SendError {
 type Sender = SendRequest<Full<Bytes>>;
 type Opening = Shared<BoxFuture<'static, Result<Sender, ConnectError>>>;
 
-/// An open connection. While a clone is held, it stays open.
+/// An open connection. It stays open while a clone exists.
 pub struct Connection {
     number: u64,
     sender: Sender,
 }
 
 impl Connection {
-    /// Resolves with the head of the answer. Dropping the future, or later the answer's body, cancels the call at the peer.
+    /// Resolves with the head of the response. Dropping the future, or later the response's body, cancels the call at the peer.
     pub async fn send(&self, path: &'static str, message: Bytes) -> Result<Response<Incoming>, SendError> {
         let uri = Uri::builder().scheme("https").authority(AUTHORITY).path_and_query(path).build();
         let mut request = Request::new(Full::new(message));
@@ -130,15 +131,15 @@ struct Slots {
 }
 
 struct Slot {
-    /// Tells this connection from later ones to the same peer.
+    /// Distinguishes this connection from later ones to the same peer.
     number: u64,
-    /// The revocations that had happened before.
+    /// The revocation count when the connection was opened.
     revision: u64,
     opening: Opening,
 }
 
 impl Slot {
-    /// Whether there is no use in waiting for it.
+    /// Whether the connection has closed, or could not be opened.
     fn is_over(&self) -> bool {
         match self.opening.peek() {
             Some(Ok(sender)) => sender.is_closed(),
@@ -153,7 +154,7 @@ impl Connections {
         Self { tls, connect_timeout, views, slots: Mutex::default() }
     }
 
-    /// The connection to `peer`, opened if there is none. Whoever asks while it is being opened shares its fate.
+    /// The connection to `peer`; opened if there is none. Callers that arrive while it is being opened get the same result.
     pub async fn get(self: &Arc<Self>, peer: &PeerAddress) -> Result<Connection, ConnectError> {
         let (number, opening) = self.slot(peer)?;
         Ok(Connection { number, sender: opening.await? })
@@ -182,12 +183,12 @@ impl Connections {
             peer: peer.clone(),
             number,
         };
-        // A task of its own, so that it goes on when the call that asked for it is dropped.
+        // A separate task, so that it continues if the caller that started it is dropped.
         tokio::spawn(task.run(opened));
         Ok((number, opening))
     }
 
-    /// The next call opens a connection anew, unless another has done so already.
+    /// Makes the next call open a new connection, unless that has already happened.
     pub fn forget(&self, peer: &PeerAddress, connection: &Connection) {
         self.remove(peer, connection.number);
     }
@@ -200,7 +201,7 @@ impl Connections {
     }
 }
 
-/// Opens one connection and drives it to its end.
+/// Opens one connection and drives it until it ends.
 struct OpenTask {
     tls: PeerTls,
     connect_timeout: Duration,
@@ -221,14 +222,14 @@ impl OpenTask {
                 self.drive(driver).await;
             }
             Err(error) => {
-                // Before anybody learns of the failure, so that who tries again does not meet it a second time.
+                // Removed before callers learn of the failure, so that a retry opens a new connection.
                 self.forget();
                 let _ = opened.send(Err(error));
             }
         }
     }
 
-    /// The connection ends when it breaks, or when nobody holds it and no call runs on it.
+    /// Ends when the connection breaks, or when nobody holds it and no call uses it.
     async fn drive(&self, driver: Driver) {
         let mut driver = pin!(driver);
         let left = pin!(until_left(self.views.clone(), &self.peer));
@@ -257,7 +258,7 @@ impl OpenTask {
 async fn open(tls: &PeerTls, addr: SocketAddr) -> Result<(Sender, Driver), ConnectError> {
     let tcp = |error| ConnectError::Tcp(Arc::new(error));
     let stream = TcpStream::connect(addr).await.map_err(tcp)?;
-    // Tokens are small writes that must not wait for one another.
+    // Tokens are small writes that must not be delayed (Nagle's algorithm).
     stream.set_nodelay(true).map_err(tcp)?;
     let stream = tls.connect(stream).await.map_err(|error| ConnectError::Tls(Arc::new(error)))?;
     let handshake = http2::Builder::new(TokioExecutor::new())
@@ -269,7 +270,7 @@ async fn open(tls: &PeerTls, addr: SocketAddr) -> Result<(Sender, Driver), Conne
         .initial_connection_window_size(CONNECTION_WINDOW)
         .initial_max_send_streams(INITIAL_CALLS)
         .max_concurrent_reset_streams(CANCELLED_CALLS)
-        // Counted over the whole life of a connection; frames that cross a cancellation are no attack.
+        // The library counts these over the lifetime of a connection, but frames that cross a cancellation are normal.
         .max_local_error_reset_streams(None)
         .handshake(TokioIo::new(stream));
     handshake.await.map_err(|error| ConnectError::Http(Arc::new(error)))
@@ -277,7 +278,7 @@ async fn open(tls: &PeerTls, addr: SocketAddr) -> Result<(Sender, Driver), Conne
 
 async fn until_left(mut views: watch::Receiver<Arc<ClusterView>>, peer: &PeerAddress) {
     if views.wait_for(|view| !peer.is_in(view)).await.is_err() {
-        // Nobody says any more who is a peer: the node ends.
+        // The sender of views is gone, since the node is shutting down.
         pending::<()>().await;
     }
 }

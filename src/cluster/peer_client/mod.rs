@@ -1,8 +1,7 @@
-//! Calls peers over HTTP/2 with mutual TLS: one connection per peer, shared by all calls to it.
+//! Calls peers over HTTP/2 with mutual TLS, with one connection per peer that all calls share.
 //!
-//! What goes wrong before the peer has answered is `PeerUnreachable`, what breaks afterwards `PeerDisconnected`; a refusal
-//! is the peer's own word and passes through. Retries nothing but a call that never left, once: whether a request is tried
-//! elsewhere, the router decides.
+//! Errors before the peer has answered are `PeerUnreachable`, later ones `PeerDisconnected`; a refusal by the peer is passed on
+//! unchanged. The only retry is for a call that was never sent, once. The router decides whether a request is tried elsewhere.
 
 mod connections;
 mod relay;
@@ -29,12 +28,12 @@ use super::view::{ClusterView, Peer};
 use super::wire::{self, WireError};
 use crate::types::{Failure, FailureKind, watch};
 
-/// Within this a peer begins to answer, and goes on with an answer that is no stream. It answers at once when it is well,
+/// Time limit for a peer to begin its answer, and for pauses in an answer that is not a stream. A healthy peer answers at once,
 /// even on a busy machine.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
-/// A large call has a second more for so many bytes.
+/// A large call gets an additional second per this many bytes.
 const SLOWEST_BYTES_PER_SECOND: usize = 8 << 20;
-/// Frames of one stream that its reader has not taken; what is beyond waits at the peer.
+/// Unread frames of one stream. Further ones wait at the peer.
 const UNREAD_FRAMES: usize = 1024;
 
 /// Makes calls to peers.
@@ -42,28 +41,28 @@ pub struct HttpPeerTransport {
     connections: Arc<Connections>,
 }
 
-/// Why a call brought no answer.
+/// Why a call got no answer.
 #[derive(Debug, thiserror::Error)]
 enum CallError {
     #[error("no connection")]
     Connect(#[from] ConnectError),
-    #[error("the call broke before it was answered")]
+    #[error("the connection broke before the answer")]
     Send(#[from] SendError),
     #[error("no answer within {0:?}")]
     Silent(Duration),
-    #[error("the answer broke")]
+    #[error("the connection broke during the answer")]
     Read(#[source] hyper::Error),
     #[error("the answer cannot be read")]
     Wire(#[from] WireError),
 }
 
 impl HttpPeerTransport {
-    /// `views` says who is a peer: connections to others are kept only for the calls that run on them.
+    /// `views` lists the current peers. Connections to other nodes are kept only while calls use them.
     pub fn new(tls: PeerTls, connect_timeout: Duration, views: watch::Receiver<Arc<ClusterView>>) -> Self {
         Self { connections: Arc::new(Connections::new(tls, connect_timeout, views)) }
     }
 
-    /// A call whose answer is a stream.
+    /// A call with a streamed response.
     fn stream(
         &self,
         peer: &Peer,
@@ -80,7 +79,7 @@ impl HttpPeerTransport {
         .boxed()
     }
 
-    /// A call whose answer comes as a whole.
+    /// A call with a response that is read as a whole.
     fn ask<T: Serialize>(
         &self,
         peer: &Peer,
@@ -95,7 +94,7 @@ impl HttpPeerTransport {
         .boxed()
     }
 
-    /// Resolves with the head of an answer that accepts the call.
+    /// Resolves with the head of a response that accepts the call.
     fn call(
         &self,
         peer: &Peer,
@@ -139,7 +138,7 @@ impl PeerTransport for HttpPeerTransport {
     }
 }
 
-/// A connection that broke while nobody looked shows it only now: what could not be sent goes over a fresh one.
+/// Sends the call. If an old connection turns out to be broken and the call was not sent, uses a new connection.
 async fn send(
     connections: &Arc<Connections>,
     peer: &PeerAddress,

@@ -1,4 +1,4 @@
-//! From the body of an answer into a stream of frames.
+//! Turns the body of a response into a stream of frames.
 
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -9,10 +9,11 @@ use crate::cluster::transport::PeerFrame;
 use crate::cluster::wire::FrameDecoder;
 use crate::types::GenerationEvent;
 
-/// Ends with the body, or as soon as nobody reads the frames; then the body is dropped, which cancels the call at the peer.
+/// Ends with the body, or as soon as the frames' receiver is dropped; then the body is dropped, which cancels the call at the
+/// peer.
 pub async fn relay(body: Incoming, frames: mpsc::Sender<PeerFrame>) {
     if let Err(error) = forward(body, &frames).await {
-        // Fails when nobody reads any more, and then nobody is to be told.
+        // Fails if the receiver is gone, which needs no handling.
         let _ = frames.send(PeerFrame::Event(GenerationEvent::Failed(disconnected(error)))).await;
     }
 }
