@@ -127,7 +127,15 @@ fn peer(peer_addr: SocketAddr) -> Peer {
         models: Vec::new(),
     };
     let report = LoadReport::default();
-    Peer { id: NodeId::new("peer"), incarnation: 1, description, report, reported_at: Instant::now(), stability: 1.0 }
+    Peer {
+        id: NodeId::new("peer"),
+        incarnation: 1,
+        description,
+        report,
+        reported_at: Instant::now(),
+        measured_at: Instant::now(),
+        stability: 1.0,
+    }
 }
 
 /// Answers every generate call with one token.

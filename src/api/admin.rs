@@ -82,6 +82,7 @@ mod tests {
                 report: LoadReport::default(),
             },
             peers: Vec::new(),
+            pace: None,
             dead: Vec::new(),
             streams: StreamCounts::default(),
             keys: Vec::new(),

@@ -8,7 +8,9 @@ use anyhow::{Context, bail};
 use crate::cluster::Problem;
 use crate::observability::metrics::state_label;
 use crate::observability::text_table::TextTable;
-use crate::router::overview::{BreakerPosition, ClusterOverview, NodeOverview, PeerOverview, StreamCounts};
+use crate::router::overview::{
+    BreakerPosition, ClusterOverview, NodeOverview, PaceOverview, PeerOverview, StreamCounts,
+};
 use crate::types::NodeState;
 
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -43,7 +45,7 @@ async fn ask(address: SocketAddr, key: Option<&str>) -> anyhow::Result<String> {
 
 /// At most 120 columns, unless names are long.
 fn render(overview: &ClusterOverview) -> String {
-    let ClusterOverview { cluster_id, node, peers, dead, streams, keys, problems } = overview;
+    let ClusterOverview { cluster_id, node, peers, dead, streams, keys, problems, pace } = overview;
     let mut text = format!("cluster {cluster_id}, seen from {} ({})", node.id, node.version);
     if let [first, others @ ..] = keys.as_slice() {
         let others = if others.is_empty() { String::new() } else { format!(", {} opens as well", others.join(", ")) };
@@ -59,8 +61,10 @@ fn render(overview: &ClusterOverview) -> String {
         let lines: Vec<String> = problems.iter().map(problem_line).collect();
         text += &format!("\nproblems between nodes:\n{}\n", lines.join("\n"));
     }
+    let paces = peers.iter().map(|peer| (&peer.node, &peer.pace)).chain([(node, pace)]);
+    let slow = paces.filter_map(|(node, pace)| slow(node, pace.as_ref()?));
     let troubles: Vec<String> =
-        overview.nodes().flat_map(reasons).chain(peers.iter().filter_map(last_failure)).collect();
+        overview.nodes().flat_map(reasons).chain(slow).chain(peers.iter().filter_map(last_failure)).collect();
     if !troubles.is_empty() {
         text += &format!("\n{}\n", troubles.join("\n"));
     }
@@ -140,6 +144,10 @@ fn reasons(node: &NodeOverview) -> impl Iterator<Item = String> {
     node.report.reasons.iter().map(|reason| format!("{}: {reason}", node.id))
 }
 
+fn slow(node: &NodeOverview, pace: &PaceOverview) -> Option<String> {
+    pace.is_slow.then(|| format!("{}: {}", node.id, pace.why))
+}
+
 fn last_failure(peer: &PeerOverview) -> Option<String> {
     let failure = peer.last_failure.as_ref()?;
     Some(format!("{}: the last call failed {} ago ({})", peer.node.id, time(failure.age_seconds), failure.kind))
@@ -178,12 +186,13 @@ fn stream_lines(streams: &StreamCounts) -> String {
     let kinds = if kinds.is_empty() { String::new() } else { format!(" ({})", kinds.join(", ")) };
     format!(
         "streams here: {} open, {} computed here, {} computed here for others\n\
-         since its start: {} failovers{kinds}, {} hand-overs, {} resumed, {} unreplicated\n\
+         since its start: {} failovers{kinds}, {} rescued from slow nodes, {} hand-overs, {} resumed, {} unreplicated\n\
          journals: {} ({:.1} MiB)\n",
         streams.open,
         streams.local,
         streams.for_peers,
         streams.failovers_total(),
+        streams.rescued,
         streams.hand_overs,
         streams.resumed,
         streams.unreplicated,
@@ -248,11 +257,20 @@ mod tests {
             round_trip_seconds: None,
             last_failure: (breaker == BreakerPosition::Open)
                 .then(|| PeerFailure { kind: "peer_stalled".into(), age_seconds: 61.0 }),
+            pace: (breaker == BreakerPosition::HalfOpen).then(|| PaceOverview {
+                is_slow: true,
+                slow_for_seconds: Some(3.0),
+                ratio: Some(20.0),
+                unit_seconds: 0.08,
+                token_seconds: 0.1,
+                why: "equal work takes 20.0 times as long".into(),
+            }),
         };
         ClusterOverview {
             cluster_id: "outrigger".into(),
             node: node("outrigger-0", NodeState::Ready, true),
             peers: vec![peer("outrigger-1", BreakerPosition::HalfOpen), peer("outrigger-2", BreakerPosition::Open)],
+            pace: None,
             dead: vec![NodeId::new("outrigger-3")],
             streams: StreamCounts {
                 open: 7,
@@ -288,6 +306,7 @@ mod tests {
             "key 0a1b2c3d seals, ffffffff opens as well",
             "  foreign_key: 10.0.0.9:7946 (40 times in 61.0s, the last 500ms ago)",
             "outrigger-2: the memory is full",
+            "outrigger-1: equal work takes 20.0 times as long",
             "outrigger-2: the last call failed 61.0s ago (peer_stalled)",
             "smol   0123456789ab     8192  outrigger-0, outrigger-1, outrigger-2",
             "7 open",

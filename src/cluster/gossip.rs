@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::load_report::{
     LoadReport, MAX_HOT_PREFIXES, MAX_REASON_BYTES, MAX_REASONS, ModelReport, NodeDescription, PROTOCOL_VERSION,
+    PaceReport,
 };
 use crate::types::NodeState;
 
@@ -34,7 +35,7 @@ pub enum GossipError {
     Malformed,
 }
 
-/// A report without its prefixes, which are sent at another rate.
+/// A report without its pace and its prefixes, which have keys of their own.
 #[derive(Serialize, Deserialize)]
 struct WireReport {
     /// Differs from the previous report's, so that an unchanged report counts as a new value.
@@ -55,7 +56,7 @@ struct WireReport {
     free_token_budget: u64,
 }
 
-/// Encodes the report without its prefixes. Reasons are cut and numbers are clamped to their limits.
+/// Encodes the report without its pace and its prefixes. Reasons are cut and numbers are clamped to their limits.
 pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
     let ratio = |value: f32| (value.clamp(0.0, 1.0) * RATIO_STEPS).round() as u16;
     let steps = |value: f32, step: f32| (value / step).round() as u32;
@@ -79,7 +80,7 @@ pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
     to_text(&wire)
 }
 
-/// Decodes a report, without prefixes.
+/// Decodes a report, without pace and prefixes.
 pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
     let wire: WireReport = from_text(text, MAX_REPORT_BYTES)?;
     let ratios = [wire.queue_saturation, wire.kv_usage, wire.memory_pressure];
@@ -104,8 +105,33 @@ pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
         inter_token_latency: wire.inter_token_latency as f32 * TOKEN_STEP_SECONDS,
         drain_tokens_per_second: wire.drain_tokens_per_second as f32 * RATE_STEP,
         free_token_budget: wire.free_token_budget,
+        pace: None,
         hot_prefixes: Vec::new(),
     })
+}
+
+/// Later versions may append fields.
+#[derive(Serialize, Deserialize)]
+struct WirePace {
+    /// Differs from the previous one's, so that an unchanged pace counts as a new value.
+    sequence: u8,
+    unit_nanos: u64,
+    age_millis: u32,
+}
+
+pub fn encode_pace(pace: &PaceReport, sequence: u8) -> String {
+    let unit_nanos = (f64::from(pace.unit_seconds) * 1e9) as u64;
+    to_text(&WirePace { sequence, unit_nanos, age_millis: (pace.age_seconds * 1e3) as u32 })
+}
+
+pub fn decode_pace(text: &str) -> Result<PaceReport, GossipError> {
+    let bytes = unpack(text, MAX_REPORT_BYTES)?;
+    let (wire, _) = postcard::take_from_bytes::<WirePace>(&bytes).map_err(|_| GossipError::Malformed)?;
+    let unit_seconds = (wire.unit_nanos as f64 / 1e9) as f32;
+    match unit_seconds > 0.0 {
+        true => Ok(PaceReport { unit_seconds, age_seconds: wire.age_millis as f32 / 1e3 }),
+        false => Err(GossipError::Malformed),
+    }
 }
 
 /// The hottest prefixes, in order.
@@ -290,7 +316,7 @@ mod tests {
                 running: counts.0, waiting: counts.1, waiting_tokens: counts.2, seats: counts.3,
                 queue_saturation: ratios.0, kv_usage: ratios.1, memory_pressure: ratios.2,
                 time_to_first_token: measures.0, inter_token_latency: measures.1, drain_tokens_per_second: measures.2,
-                free_token_budget: counts.4, hot_prefixes,
+                free_token_budget: counts.4, pace: None, hot_prefixes,
             }
         }
     }
@@ -338,6 +364,7 @@ mod tests {
             inter_token_latency: 0.03125,
             drain_tokens_per_second: 512.5,
             free_token_budget: 100_000,
+            pace: None,
             hot_prefixes: vec![1, u32::MAX, 3],
         };
         let back = through(&report);
@@ -387,6 +414,19 @@ mod tests {
         let back = decode_description(&text).expect("our own");
         assert!(!back.models.is_empty() && back.models.len() <= MAX_MODELS);
         assert_eq!(back.models[0].names, crowded.models[0].names[1..=MAX_NAMES]);
+    }
+
+    #[test]
+    fn a_pace_comes_back_nearly_exact_and_may_grow_in_later_versions() {
+        let pace = PaceReport { unit_seconds: 0.003_217, age_seconds: 1.25 };
+        let text = encode_pace(&pace, 3);
+        assert!(text.len() <= 9 && text != encode_pace(&pace, 4), "{} bytes", text.len());
+        let back = decode_pace(&text).expect("our own");
+        assert!((back.unit_seconds - pace.unit_seconds).abs() < 1e-7 && back.age_seconds == pace.age_seconds);
+        let later = postcard::to_stdvec(&(3u8, 3_217_000u64, 1250u32, "more")).expect("plain");
+        assert!((decode_pace(&pack(&later)).expect("the beginning counts").unit_seconds - 0.003_217).abs() < 1e-7);
+        let never = postcard::to_stdvec(&(3u8, 0u64, 0u32)).expect("plain");
+        assert_eq!(decode_pace(&pack(&never)), Err(GossipError::Malformed));
     }
 
     #[test]
@@ -473,7 +513,7 @@ mod tests {
         #[test]
         fn any_text_is_taken_or_refused(text in "\\PC{0,200}", bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             for text in [text, pack(&bytes), pack(&[&[PROTOCOL_VERSION as u8][..], &bytes[..]].concat())] {
-                let _ = (decode_report(&text), decode_prefixes(&text), decode_description(&text));
+                let _ = (decode_report(&text), decode_pace(&text), decode_prefixes(&text), decode_description(&text));
             }
         }
 

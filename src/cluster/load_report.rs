@@ -72,6 +72,9 @@ pub struct LoadReport {
     pub drain_tokens_per_second: f32,
     /// Prompt tokens for which the queue still has room.
     pub free_token_budget: u64,
+    /// How fast the node works; none until measured, and from nodes of an earlier version.
+    #[serde(default)]
+    pub pace: Option<PaceReport>,
     /// Hashes of prompt beginnings that are probably in the prefix cache, hottest first; at most `MAX_HOT_PREFIXES`.
     pub hot_prefixes: Vec<u32>,
 }
@@ -94,7 +97,18 @@ impl Default for LoadReport {
             inter_token_latency: 0.0,
             drain_tokens_per_second: 0.0,
             free_token_budget: 0,
+            pace: None,
             hot_prefixes: Vec::new(),
         }
     }
+}
+
+/// How fast a node works, whatever it works on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PaceReport {
+    /// Seconds for a unit of work, which is the same for all nodes of a fingerprint: one token of a short sequence, alone
+    /// in its step.
+    pub unit_seconds: f32,
+    /// Of the measurement, when this was said.
+    pub age_seconds: f32,
 }

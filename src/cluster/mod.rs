@@ -25,7 +25,7 @@ pub use config::Config;
 pub use journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};
 pub use journal_store::JournalStore;
 pub use key::{ClusterKey, KeyRing};
-pub use load_report::{LoadReport, ModelReport, NodeDescription, PROTOCOL_VERSION};
+pub use load_report::{LoadReport, ModelReport, NodeDescription, PROTOCOL_VERSION, PaceReport};
 pub use problems::{Problem, Problems};
 pub use transport::{FollowCall, GenerateCall, JournalBatch, PeerFrame, PeerService, PeerStream, PeerTransport};
 pub use view::{ClusterView, Peer};

@@ -26,6 +26,8 @@ pub struct Peer {
     pub report: LoadReport,
     /// When the report arrived, by this node's clock.
     pub reported_at: Instant,
+    /// When the pace in the report was measured, by this node's clock; meaningless without one.
+    pub measured_at: Instant,
     /// 0 to 1; below 1 for a peer that has often come and gone recently. Multiplies the peer's weight.
     pub stability: f64,
 }

@@ -326,6 +326,8 @@ keys! {
             "How to choose the replica for a request. A request can override it with the header `x-outrigger-placement`.";
         peer_stall_timeout: Time => router.peer_stall_timeout,
             "Continue a stream on another replica when its replica sends nothing for this long.";
+        slow_node_factor: Number => router.slow_node_factor,
+            "Treat a replica as slow when equal work takes it this many times as long as its siblings; 0 turns this off.";
         max_failovers: Count => router.max_failovers,
             "Most times that one stream may move to another replica after a failure.";
         failover_timeout: Time => router.failover_timeout,

@@ -189,7 +189,11 @@ impl Engine {
         self.expire(now);
         self.drop_disconnected();
         if !self.is_idle() {
+            self.board.pace_meter.lock().begin(now);
             self.compute()?;
+        }
+        if self.is_idle() {
+            self.board.pace_meter.lock().rest();
         }
         self.finish_drain();
         self.publish_status();

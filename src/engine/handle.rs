@@ -22,7 +22,7 @@ use super::engine::{Serial, Submission, draining, engine_failed};
 use super::generation::StopTexts;
 use super::stepped::{EngineCommand, Inbox, SteppedEngine};
 use crate::types::{
-    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId,
+    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, Pace, TokenId,
     panic_message, with_causes,
 };
 
@@ -265,6 +265,10 @@ impl Backend for EngineHandle {
 
     fn fingerprint(&self) -> Fingerprint {
         self.fingerprint.clone()
+    }
+
+    fn pace(&self) -> Option<Pace> {
+        self.inbox.board.pace()
     }
 }
 

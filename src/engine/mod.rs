@@ -24,6 +24,7 @@ pub mod host_sampling;
 pub mod model;
 pub mod model_runner;
 pub mod null;
+mod pace_meter;
 mod pipeline;
 pub mod prefix_cache;
 pub mod sampler;

@@ -234,6 +234,8 @@ impl Engine {
         add(&counters.batch_sequences, plan.entries.len());
         add(&counters.batch_tokens, plan.num_tokens);
         self.drain_meter.record(plan.num_tokens, took);
+        let attended = plan.entries.iter().map(|entry| entry.len * (2 * entry.start + entry.len + 1) / 2).sum();
+        self.board.pace_meter.lock().step(plan.num_tokens, attended, self.board.now());
         if let Some(on_step) = &mut self.on_step {
             on_step(took, plan.num_tokens);
         }

@@ -9,7 +9,8 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::counters::EngineCounters;
-use crate::types::EngineStatus;
+use super::pace_meter::PaceMeter;
+use crate::types::{EngineStatus, Pace};
 
 /// Tells the time: that of the system, or a simulated one.
 pub type Clock = fn() -> Instant;
@@ -29,6 +30,8 @@ pub(super) struct StatusBoard {
     /// Commands other than requests that were handed over and not obeyed yet.
     num_commands: AtomicUsize,
     pub(super) counters: EngineCounters,
+    /// Written once or twice a step.
+    pub(super) pace_meter: Mutex<PaceMeter>,
 }
 
 impl StatusBoard {
@@ -44,6 +47,7 @@ impl StatusBoard {
             num_requests: AtomicUsize::new(0),
             num_commands: AtomicUsize::new(0),
             counters: EngineCounters::default(),
+            pace_meter: Mutex::new(PaceMeter::new(now)),
         }
     }
 
@@ -76,6 +80,10 @@ impl StatusBoard {
             numerics_invalid: self.counters.numerics_invalid.load(Ordering::Relaxed),
             ..self.status.lock().clone()
         }
+    }
+
+    pub(super) fn pace(&self) -> Option<Pace> {
+        self.pace_meter.lock().pace(self.now())
     }
 
     pub(super) fn is_alive(&self) -> bool {

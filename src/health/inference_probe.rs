@@ -21,8 +21,8 @@ use super::{Config, Health};
 
 /// Pause between a probe with wrong numbers and the one that confirms it.
 const DOUBT_INTERVAL: Duration = Duration::from_millis(50);
-/// Minimum pause between other probes. It is also the pause while the verdict is bad, after a request met NaN, and while the
-/// engine makes no progress, so that failures and recoveries are detected quickly.
+/// Minimum pause between other probes. It is also the pause while the verdict is bad, while a replica may be slow, after a
+/// request met NaN, and while the engine makes no progress, so that failures and recoveries are detected quickly.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// A healthy engine shows progress more often than this, even when idle. If it does not, it is probed at once.
 const MAX_SILENCE: Duration = Duration::from_secs(2);
@@ -221,7 +221,10 @@ impl InferenceProbe {
         let is_suspect = || {
             let status = self.backend.status();
             let silence = now().saturating_duration_since(status.heartbeat);
-            self.health.probe_view().fault.is_some() || status.numerics_invalid != invalid || silence > MAX_SILENCE
+            self.health.probe_view().fault.is_some()
+                || self.health.wants_probe()
+                || status.numerics_invalid != invalid
+                || silence > MAX_SILENCE
         };
         while begin.elapsed() < interval && !is_suspect() {
             sleep(SUSPICION_INTERVAL.min(interval.saturating_sub(begin.elapsed()))).await;

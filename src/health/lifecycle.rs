@@ -19,6 +19,8 @@ use crate::types::{NodeState, watch};
 /// Why a node is degraded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum DegradedBy {
+    /// Equal work takes the node several times as long as other replicas.
+    Slow,
     /// The synthetic inference is slower than the soft limit.
     SlowProbe,
     /// Memory is above `memory_shrink_mark`.
@@ -27,6 +29,22 @@ pub enum DegradedBy {
     DeviceMemory,
     /// The device is throttled, or close to its temperature limit.
     Device,
+}
+
+impl DegradedBy {
+    pub const ALL: [DegradedBy; 5] =
+        [DegradedBy::Slow, DegradedBy::SlowProbe, DegradedBy::Memory, DegradedBy::DeviceMemory, DegradedBy::Device];
+
+    /// The code in `/readyz` and in gossip.
+    pub fn code(self) -> &'static str {
+        match self {
+            DegradedBy::Slow => "slow",
+            DegradedBy::SlowProbe => "slow_probe",
+            DegradedBy::Memory => "memory_high",
+            DegradedBy::DeviceMemory => "device_memory_high",
+            DegradedBy::Device => "device_throttled",
+        }
+    }
 }
 
 /// A state, and the reason why the node entered it.
@@ -132,6 +150,12 @@ impl Lifecycle {
 
     pub fn phase(&self) -> NodePhase {
         self.cell.phases.borrow().clone()
+    }
+
+    /// All causes that degrade the node at present.
+    pub fn degraded_by(&self) -> Vec<(DegradedBy, String)> {
+        let machine = self.cell.machine.lock();
+        machine.causes.iter().map(|(cause, reason)| (*cause, reason.to_string())).collect()
     }
 
     /// Whether the node has ever been ready.

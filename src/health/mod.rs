@@ -16,6 +16,7 @@ pub mod verdict;
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -56,6 +57,8 @@ struct HealthState {
     lifecycle: Lifecycle,
     metrics: Arc<Metrics>,
     backend: OnceLock<Arc<dyn Backend>>,
+    /// Somebody wants to know how fast the node is now.
+    wants_probe: AtomicBool,
     observed: Mutex<Observed>,
 }
 
@@ -81,8 +84,8 @@ impl Health {
             device_lost: None,
         };
         let lifecycle = Lifecycle::new(metrics.clone());
-        let state =
-            HealthState { config, lifecycle, metrics, backend: OnceLock::new(), observed: Mutex::new(observed) };
+        let (backend, wants_probe, observed) = (OnceLock::new(), AtomicBool::new(false), Mutex::new(observed));
+        let state = HealthState { config, lifecycle, metrics, backend, wants_probe, observed };
         Self { state: Arc::new(state) }
     }
 
@@ -133,6 +136,7 @@ impl Health {
         HealthSnapshot {
             state: phase.state,
             state_reason: phase.reason.into_owned(),
+            degraded: lifecycle.degraded_by().into_iter().map(|(by, why)| Reason::new(by.code(), why)).collect(),
             has_started: lifecycle.has_started(),
             loading: observed.loading,
             engine,
@@ -159,6 +163,15 @@ impl Health {
             false => Failure::new(FailureKind::EngineFailed, "The engine has failed."),
         };
         failure.with_source(NodeFailed(self.lifecycle().phase().reason))
+    }
+
+    /// While somebody wants to know how fast the node is, the synthetic inference comes every second.
+    pub fn want_probe(&self, is_wanted: bool) {
+        self.state.wants_probe.store(is_wanted, Ordering::Relaxed);
+    }
+
+    fn wants_probe(&self) -> bool {
+        self.state.wants_probe.load(Ordering::Relaxed)
     }
 
     fn is_in_doubt(&self) -> bool {
@@ -209,7 +222,7 @@ impl Health {
         reading: Result<MemoryReading, &MemoryProbeError>,
         block_bytes: u64,
     ) {
-        let HealthState { config, lifecycle, metrics, backend, observed } = &*self.state;
+        let HealthState { config, lifecycle, metrics, backend, observed, .. } = &*self.state;
         let free_blocks = backend.get().map_or(0, |backend| {
             let status = backend.status();
             status.kv_blocks_total.saturating_sub(status.kv_blocks_used)

@@ -15,6 +15,8 @@ use crate::types::NodeState;
 pub struct HealthSnapshot {
     pub state: NodeState,
     pub state_reason: String,
+    /// The causes that degrade the node.
+    pub degraded: Vec<Reason>,
     /// The node has been ready at least once.
     pub has_started: bool,
     pub loading: LoadProgress,
@@ -98,7 +100,7 @@ pub struct Reason {
 }
 
 impl Reason {
-    fn new(code: &'static str, message: impl Into<String>) -> Self {
+    pub(super) fn new(code: &'static str, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
 }
@@ -119,6 +121,8 @@ pub struct Readiness {
     pub state_reason: String,
     /// All reasons why the node is not ready; empty if it is.
     pub reasons: Vec<Reason>,
+    /// The causes that degrade the node and lower its share of the requests.
+    pub degraded: Vec<Reason>,
     pub memory_pressure: Option<f64>,
     pub queue_saturation: f64,
 }
@@ -173,6 +177,7 @@ pub fn readiness(snapshot: &HealthSnapshot) -> Readiness {
         state: snapshot.state,
         state_reason: snapshot.state_reason.clone(),
         reasons,
+        degraded: snapshot.degraded.clone(),
         memory_pressure: snapshot.memory.pressure,
         queue_saturation: snapshot.queue.saturation,
     }
@@ -244,6 +249,7 @@ mod tests {
         HealthSnapshot {
             state: NodeState::Ready,
             state_reason: "the probe passed".into(),
+            degraded: Vec::new(),
             has_started: true,
             loading: LoadProgress { phase: LoadPhase::Warming, fraction: 1.0 },
             engine: Some(EngineView { alive: true, stalled_for: None }),
@@ -331,6 +337,15 @@ mod tests {
         }
         let snapshot = HealthSnapshot { engine: None, ..healthy() };
         assert_eq!(codes(&readiness(&snapshot).reasons), ["engine_missing"]);
+    }
+
+    #[test]
+    fn a_degraded_node_is_ready_and_says_why_it_is_degraded() {
+        let degraded = vec![Reason::new("slow", "equal work takes 20 times as long")];
+        let snapshot = HealthSnapshot { degraded: degraded.clone(), ..in_state(NodeState::Degraded) };
+        let readiness = readiness(&snapshot);
+        assert!(readiness.ready && readiness.reasons.is_empty());
+        assert_eq!(readiness.degraded, degraded);
     }
 
     #[test]

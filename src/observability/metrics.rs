@@ -280,6 +280,14 @@ metrics! {
         "Streams that went on at another replica, by the failure of the one before";
     hand_overs: Counter = Counter "outrigger_hand_overs_total" [] []
         "Streams that went on at another replica because theirs was leaving";
+    pace_unit: GaugeF64 = Gauge "outrigger_pace_unit_seconds" [] []
+        "Seconds that a unit of work (one token of a short sequence, alone in its step) takes this node's engine; 0 until measured";
+    pace_ratio: GaugeF64 = Gauge "outrigger_pace_ratio" [] []
+        "Times as long as its sibling replicas this node takes for equal work; 0 while that is not known";
+    slow_changes: CounterVec<2> = Counter "outrigger_slow_replica_changes_total" ["replica", "change"] []
+        "Replicas (here or peer) that this node found slow, and that recovered";
+    rescues: CounterVec<1> = Counter "outrigger_rescues_total" ["outcome"] []
+        "Streams of slow replicas that were raced at another, by outcome (won: they moved; lost; no_budget: not begun)";
     stream_contradictions: Counter = Counter "outrigger_stream_contradictions_total" [] []
         "Times that a replica gave another token than the one that was emitted already";
     streams_resumed: CounterVec<1> = Counter "outrigger_streams_resumed_total" ["from"] []

@@ -59,6 +59,8 @@ fn the_classic_text_declares_every_row_under_its_own_name() {
     }
     metrics.device_throttled.with(["hw_thermal"]).set(1.0);
     metrics.failovers.with(["peer_stalled"]).inc();
+    metrics.slow_changes.with(["peer", "slow"]).inc();
+    metrics.rescues.with(["won"]).inc();
     metrics.streams_resumed.with(["journal"]).inc();
     metrics.peer_connections_refused.with(["full"]).inc();
     metrics.gossip_bytes.with(["sent"]).inc();

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::dispatch::{Choice, Want};
 use super::failover::now;
+use super::pace::ReplicaPace;
 use super::placement::{Candidate, Placement, PlacementRequest, place};
 use super::shared::Shared;
 use super::source::Replica;
@@ -42,6 +43,8 @@ impl Shared {
             };
         }
         let own_report = here.map(|_| self.own_report_now());
+        let paces = self.pacing.found();
+        let slowness = |replica: &Replica| paces.get(replica).and_then(ReplicaPace::slowness);
         let mut candidates = Vec::with_capacity(peers.len() + 1);
         candidates.extend(own_report.as_ref().map(|report| Candidate {
             report,
@@ -51,11 +54,14 @@ impl Shared {
             sent_choices: 0,
             sent_tokens: 0,
             weight: 1.0,
+            slowness: slowness(&Replica::Here),
+            is_silent: false,
             may_serve: self.may_serve_here() && is_free(&Replica::Here),
         }));
         let num_here = candidates.len();
         candidates.extend(peers.iter().map(|(peer, _)| {
             let standing = self.ledger.standing(peer, now);
+            let replica = Replica::At(peer.id.clone());
             Candidate {
                 report: &peer.report,
                 age: peer.report_age(now),
@@ -64,7 +70,9 @@ impl Shared {
                 sent_choices: standing.sent_choices,
                 sent_tokens: standing.sent_tokens,
                 weight: standing.weight * peer.stability,
-                may_serve: standing.allows && is_free(&Replica::At(peer.id.clone())),
+                slowness: slowness(&replica),
+                is_silent: standing.silence.is_some_and(|silence| silence >= self.silence_limit()),
+                may_serve: standing.allows && is_free(&replica),
             }
         }));
         let request = PlacementRequest {
@@ -96,6 +104,12 @@ impl Shared {
             }
             Placement::Nowhere => Choice::Nowhere(self.unavailable()),
         }
+    }
+
+    /// Silence after which a peer is not chosen while there is another: two signs of life are missing, and streams there will
+    /// soon look for another replica.
+    fn silence_limit(&self) -> Duration {
+        self.config.peer_stall_timeout * 5 / 8
     }
 
     fn suits(&self, want: &Want, model: &ModelReport) -> bool {

@@ -58,6 +58,8 @@ pub struct Config {
     pub placement: Strategy,
     /// Silence of a replica after which a stream continues on another. Default: 2 s.
     pub peer_stall_timeout: Duration,
+    /// A replica that takes so many times as long as its siblings for equal work is slow; 0 is never. Default: 4.
+    pub slow_node_factor: f64,
     /// Replicas that one stream may lose. Default: 8.
     pub max_failovers: u32,
     /// How long a stream waits for a replica that could continue it. Default: 30 s.
@@ -77,6 +79,7 @@ impl Default for Config {
         Self {
             placement: Strategy::Balanced,
             peer_stall_timeout: Duration::from_secs(2),
+            slow_node_factor: 4.0,
             max_failovers: 8,
             failover_timeout: Duration::from_secs(30),
             retry_budget: 0.2,
@@ -100,6 +103,9 @@ impl Config {
             if time < least || time > most {
                 problems.push(format!("{key} must be from {least:?} to {most:?}"));
             }
+        }
+        if self.slow_node_factor != 0.0 && !(2.0..=1000.0).contains(&self.slow_node_factor) {
+            problems.push("slow_node_factor must be from 2 to 1000, or 0".into());
         }
         if !(0.0..=10.0).contains(&self.retry_budget) {
             problems.push("retry_budget must be from 0 to 10".into());

@@ -7,6 +7,7 @@ use super::Shared;
 use super::failover::{Beginning, FailoverStream, now};
 use super::hot_prefixes::{self, PrefixHashes};
 use super::recall::Recalled;
+use super::shared::bounded;
 use super::source::{Replica, Source};
 use super::stream_log::{Cursor, StreamFingerprint, StreamLog};
 use super::{Router, Strategy};
@@ -283,9 +284,10 @@ impl Router {
         let peer = shared.view.borrow().peers.get(&record.entry).cloned()?;
         let have = known.iter().map(|choice| choice.tokens.len() as u32).collect();
         let call = FollowCall { key: record.head.key, have };
-        let stream = shared.bounded(shared.transport.follow(&peer, call)).await.ok()?;
+        let call = shared.transport.follow(&peer, call);
+        let stream = bounded(call, shared.answer_limit(false)).await.ok()?;
         let cursor = Cursor::behind(known.iter());
-        Some(Source::peer(peer.id.clone(), stream, None, (), cursor, now()))
+        Some(Source::peer(peer.id.clone(), stream, None, (), cursor, None, now()))
     }
 
     /// Listens to a stream that runs here; nothing if it has just ended.

@@ -1,11 +1,12 @@
 //! One stream from its first source to its last token. When a source dies, stalls, leaves or lies, the stream continues at
 //! another replica from what it has emitted; the client sees a pause, never an error, never a token lost or repeated.
 //!
-//! A source that is only silent, or that asks to be relieved, goes on until its successor speaks: whichever token comes first
-//! counts, and since a generation is a pure function it does not matter whose it is. A source that is found to have given
+//! A source that is only silent or slow, or that asks to be relieved, goes on until its successor speaks: whichever token
+//! comes first counts, and since a generation is a pure function it does not matter whose it is. A source that is found to have given
 //! wrong numbers has spoiled what it gave: then the stream ends with an error.
 
 mod opening;
+mod rescue;
 
 use std::collections::BTreeMap;
 use std::future::pending;
@@ -33,6 +34,8 @@ const EXCLUSION: Duration = Duration::from_secs(1);
 const SEARCH_INTERVAL: Duration = Duration::from_millis(250);
 /// How often a stream that should leave looks for a place to go.
 const HAND_OVER_INTERVAL: Duration = Duration::from_millis(500);
+/// How often a stream of a slow replica looks whether it should be raced elsewhere.
+const RACE_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) struct FailoverStream {
     shared: Arc<Shared>,
@@ -54,6 +57,8 @@ pub(super) struct FailoverStream {
     has_ended: bool,
     /// Of the sources that were lost.
     failovers: u32,
+    /// Of races that were won.
+    rescues: u32,
     attempts: u32,
     last_failure: Option<Failure>,
     /// Since when there is no source and none is being opened.
@@ -65,6 +70,9 @@ pub(super) struct FailoverStream {
     spoiled_by: Option<Failure>,
     is_leaving: watch::Receiver<bool>,
     is_cut: watch::Receiver<bool>,
+    paces: watch::Receiver<()>,
+    /// A race was wanted that the budget did not allow.
+    lacked_budget: bool,
     view: watch::Receiver<Arc<ClusterView>>,
     phases: watch::Receiver<NodePhase>,
     /// The node's failure has been heard of.
@@ -77,6 +85,8 @@ enum Relief {
     Stall,
     /// The primary leaves.
     HandOver,
+    /// The primary is slow: a race.
+    Slow,
 }
 
 /// What the stream waits for.
@@ -113,6 +123,8 @@ impl FailoverStream {
         Self {
             is_leaving: shared.is_leaving.subscribe(),
             is_cut: shared.is_cut.subscribe(),
+            paces: shared.pacing.changes.subscribe(),
+            lacked_budget: false,
             view: shared.view.clone(),
             phases: shared.health.lifecycle().subscribe(),
             has_failed: false,
@@ -129,6 +141,7 @@ impl FailoverStream {
             began_here: false,
             has_ended: false,
             failovers: 0,
+            rescues: 0,
             attempts: 0,
             last_failure: None,
             searching_since: None,
@@ -185,12 +198,12 @@ impl FailoverStream {
                     }
                 }
             }
-            self.note_latency();
             // Somebody may have joined in this moment; then the stream goes on for them.
             if self.log.close(!self.log.is_complete()) {
                 break;
             }
         }
+        self.give_up_race();
         self.has_ended = true;
         self.shared.stream_ended(&self.log);
     }
@@ -211,6 +224,7 @@ impl FailoverStream {
             () = self.alarm.as_mut() => Step::Alarm,
             () = failure(&mut self.phases), if !self.has_failed => Step::NodeFailed,
             Ok(()) = self.is_leaving.changed() => Step::Changed,
+            Ok(()) = self.paces.changed() => Step::Changed,
             Ok(()) = self.view.changed(), if wants_news => Step::Changed,
         }
     }
@@ -284,24 +298,32 @@ impl FailoverStream {
 
     /// The successor speaks: the primary is not needed any more.
     fn promote(&mut self) {
-        let stalled = self.relief.take() == Some(Relief::Stall);
+        let relief = self.relief.take();
         self.take_over();
-        self.note_latency();
         let before = std::mem::replace(&mut self.primary, self.successor.take());
         if let Some(before) = before {
-            info!(from = %before.replica, to = %self.place_name(), stalled, "a stream moved");
-            if stalled {
-                self.failovers += 1;
-                self.shared.metrics.failovers.with([FailureKind::PeerStalled.label()]).inc();
-            } else {
-                self.shared.metrics.hand_overs.inc();
+            let cause = match relief {
+                Some(Relief::Stall) => "its replica is silent",
+                Some(Relief::Slow) => "its replica is slow",
+                Some(Relief::HandOver) | None => "its replica is leaving",
+            };
+            info!(request = %self.log.head.id, from = %before.replica, to = %self.place_name(), cause, "a stream moved");
+            match relief {
+                Some(Relief::Stall) => {
+                    self.failovers += 1;
+                    self.shared.metrics.failovers.with([FailureKind::PeerStalled.label()]).inc();
+                }
+                Some(Relief::Slow) => {
+                    self.rescues += 1;
+                    self.shared.metrics.rescues.with(["won"]).inc();
+                }
+                Some(Relief::HandOver) | None => _ = self.shared.metrics.hand_overs.inc(),
             }
         }
         self.set_alarm();
     }
 
     fn lose_primary(&mut self, failure: Failure) {
-        self.note_latency();
         let lost = self.primary.take().expect("it was lost");
         self.relief = None;
         if failure.kind == FailureKind::NumericsSuspect && lost.has_spoken() {
@@ -378,7 +400,7 @@ impl FailoverStream {
                 self.excluded.insert(replica, now + EXCLUSION);
                 self.relieve();
             }
-            Some(_) => {}
+            Some(_) => self.race_if_slow(),
             None if self.opening.is_none() && self.successor.is_none() => self.search(now),
             None => {}
         }
@@ -419,7 +441,11 @@ impl FailoverStream {
                 None => silence(primary),
                 Some(Relief::Stall) => now + SEARCH_INTERVAL,
                 Some(Relief::HandOver) => silence(primary).min(now + HAND_OVER_INTERVAL),
+                Some(Relief::Slow) => silence(primary).min(now + RACE_INTERVAL),
             });
+            if self.relief.is_none() && self.shared.pacing.is_slow(&primary.replica) {
+                alarm = alarm.min(now + RACE_INTERVAL);
+            }
         }
         if let Some(successor) = &self.successor {
             alarm = alarm.min(silence(successor));
@@ -450,14 +476,6 @@ impl FailoverStream {
              the rest."
         );
         self.log.fail(Failure::new(FailureKind::EngineFailed, message).with_code("stream_interrupted"));
-    }
-
-    fn note_latency(&self) {
-        if let Some(primary) = self.primary.as_ref().filter(|primary| primary.replica == Replica::Here)
-            && let Some((first, between)) = primary.latencies()
-        {
-            self.shared.note_latency(first, between);
-        }
     }
 
     fn place_name(&self) -> String {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::breaker::{Attempt, Breaker, BreakerState};
+use super::pace::progress::Progress;
 use crate::cluster::Peer;
 use crate::types::{FailureKind, NodeId};
 
@@ -30,6 +31,8 @@ struct Account {
     last_call: Instant,
     /// From a call to its acceptance, the last time.
     round_trip: Option<Duration>,
+    /// What this node's streams see of it.
+    progress: Arc<Progress>,
 }
 
 struct Sent {
@@ -52,6 +55,8 @@ pub struct Standing {
     pub accepted: u32,
     pub last_failure: Option<(FailureKind, Instant)>,
     pub round_trip: Option<Duration>,
+    /// Nothing has been heard of it for so long, though streams are open there.
+    pub silence: Option<Duration>,
 }
 
 /// Counts a stream at a peer for as long as it lives.
@@ -59,6 +64,7 @@ pub struct InFlight {
     ledger: Ledger,
     node: NodeId,
     attempt: Option<Attempt>,
+    pub progress: Arc<Progress>,
     is_accepted: bool,
 }
 
@@ -96,11 +102,17 @@ impl Account {
             last_failure: None,
             last_call: now,
             round_trip: None,
+            progress: Arc::new(Progress::new(now)),
         }
     }
 }
 
 impl Ledger {
+    /// What this node's streams see of the peer, if any ever went there.
+    pub fn progress(&self, node: &NodeId) -> Option<Arc<Progress>> {
+        self.0.lock().get(node).map(|account| account.progress.clone())
+    }
+
     pub fn standing(&self, peer: &Peer, now: Instant) -> Standing {
         let mut accounts = self.0.lock();
         let Some(account) = accounts.get_mut(&peer.id) else {
@@ -115,6 +127,7 @@ impl Ledger {
                 accepted: 0,
                 last_failure: None,
                 round_trip: None,
+                silence: None,
             };
         };
         account.breaker.see(peer.incarnation, now);
@@ -131,6 +144,7 @@ impl Ledger {
             accepted: account.accepted,
             last_failure: account.last_failure,
             round_trip: account.round_trip,
+            silence: account.progress.silence(now),
         }
     }
 
@@ -147,12 +161,14 @@ impl Ledger {
         }
         account.sent.push_back(Sent { at: now, choices, tokens });
         let attempt = account.breaker.begin(now);
+        let progress = account.progress.clone();
         if accounts.len() > MAX_PEERS {
             let idle = accounts.iter().filter(|(_, account)| account.open == 0);
             let oldest = idle.min_by_key(|(_, account)| account.last_call).map(|(node, _)| node.clone());
             oldest.and_then(|node| accounts.remove(&node));
         }
-        (attempt, InFlight { ledger: self.clone(), node: peer.id.clone(), attempt, is_accepted: false })
+        let (ledger, node) = (self.clone(), peer.id.clone());
+        (attempt, InFlight { ledger, node, attempt, progress, is_accepted: false })
     }
 
     /// Streams on their way to any peer and under way there.
@@ -194,6 +210,7 @@ mod tests {
             },
             report: LoadReport::default(),
             reported_at: now,
+            measured_at: now,
             stability: 1.0,
         };
         let (_, mut taken) = ledger.send(&peer, 1, 8, now);

@@ -1,20 +1,46 @@
 //! What this node says of itself: its state, its load and how fast it is.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::failover::now;
+use super::pace::progress::FirstTokens;
 use super::shared::{Router, Shared};
-use crate::cluster::{LoadReport, Peer};
+use crate::cluster::{LoadReport, PaceReport, Peer};
 use crate::health::QueueView;
+use crate::types::Pace;
 
-/// Weight of the newest measurement in the moving averages.
-const NEWEST: f32 = 0.1;
+/// Weight of the newest measurement in the average of first tokens.
+const NEWEST: f64 = 0.1;
+/// Without a first token, the average halves in this time: an idle node does not wait as a busy one did.
+const HALF_LIFE: Duration = Duration::from_secs(5);
+/// The time between tokens is what steps take now; of a node that has been idle for longer, what a unit of work takes.
+const STEPS_COUNT: Duration = Duration::from_secs(3);
 
+/// The average time to the first token, in units of work: when the node's pace changes, so does the time.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Latencies {
-    first_token: f32,
-    inter_token: f32,
+pub(super) struct FirstTokenAverage {
+    units: f64,
+    aged_at: Option<Instant>,
+}
+
+impl FirstTokenAverage {
+    /// Takes in what has come; `unit`: seconds for a unit of work.
+    fn note(&mut self, first: FirstTokens, unit: f64, now: Instant) {
+        let idle = self.aged_at.replace(now).map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
+        if first.count > 0 {
+            let mean = first.time.as_secs_f64() / first.count as f64 / unit;
+            let weight = 1.0 - (1.0 - NEWEST).powi(i32::try_from(first.count).unwrap_or(i32::MAX));
+            self.units = if self.units == 0.0 { mean } else { self.units + weight * (mean - self.units) };
+        } else if self.units > 1.0 {
+            let aged = self.units * libm::exp2(-idle.as_secs_f64() / HALF_LIFE.as_secs_f64());
+            self.units = aged.max(1.0);
+        }
+    }
+
+    fn seconds(self, unit: f64) -> f64 {
+        self.units * unit
+    }
 }
 
 impl Router {
@@ -22,6 +48,7 @@ impl Router {
     pub fn refresh(&self) -> LoadReport {
         let report = self.shared.assess();
         *self.shared.own_report.lock() = report.clone();
+        self.shared.compare_paces(&report);
         let mut journals = self.shared.journals.lock();
         journals.expire(now());
         self.shared.metrics.journals_held.set(journals.len() as i64);
@@ -41,13 +68,6 @@ impl Router {
 }
 
 impl Shared {
-    pub(super) fn note_latency(&self, first: Duration, between: Option<Duration>) {
-        let mut latencies = self.latencies.lock();
-        let Latencies { first_token, inter_token } = &mut *latencies;
-        average(first_token, first);
-        between.into_iter().for_each(|between| average(inter_token, between));
-    }
-
     pub(super) fn queue(&self) -> QueueView {
         let mark = self.health.config().queue_saturation_mark as f32;
         let is_below = |peer: &Arc<Peer>| peer.report.ready && peer.report.queue_saturation < mark;
@@ -85,21 +105,58 @@ impl Shared {
 
     fn assess(&self) -> LoadReport {
         let readiness = self.health.readiness(self.queue());
-        let Latencies { first_token, inter_token } = *self.latencies.lock();
+        let pace = self.local().and_then(|local| local.engine.pace());
+        // An engine without a pace counts in seconds.
+        let unit = pace.map_or(1.0, |pace| pace.unit_seconds);
+        let first_token = {
+            let mut average = self.first_tokens.lock();
+            average.note(self.pacing.own.take_first_tokens(), unit, now());
+            average.seconds(unit)
+        };
+        let reasons = readiness.reasons.iter().chain(&readiness.degraded);
         self.with_load(LoadReport {
             state: self.health.lifecycle().state(),
             ready: readiness.ready && !self.leaves(),
-            reasons: readiness.reasons.iter().map(|reason| reason.code.to_string()).collect(),
+            reasons: reasons.map(|reason| reason.code.to_string()).collect(),
             memory_pressure: readiness.memory_pressure.unwrap_or(0.0) as f32,
-            time_to_first_token: first_token,
-            inter_token_latency: inter_token,
+            time_to_first_token: first_token as f32,
+            inter_token_latency: pace.map_or(0.0, token_seconds) as f32,
+            pace: pace
+                .map(|pace| PaceReport { unit_seconds: pace.unit_seconds as f32, age_seconds: pace.age.as_secs_f32() }),
             hot_prefixes: self.hot_prefixes.lock().digest(),
             ..LoadReport::default()
         })
     }
 }
 
-fn average(mean: &mut f32, time: Duration) {
-    let seconds = time.as_secs_f32();
-    *mean = if *mean == 0.0 { seconds } else { *mean + NEWEST * (seconds - *mean) };
+fn token_seconds(pace: Pace) -> f64 {
+    if pace.age < STEPS_COUNT { pace.step_seconds } else { pace.unit_seconds }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNIT: f64 = 0.01;
+
+    fn seconds(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
+    }
+
+    #[test]
+    fn the_time_to_the_first_token_follows_the_pace_and_is_forgotten_by_an_idle_node() {
+        let (mut average, start) = (FirstTokenAverage::default(), Instant::now());
+        let none = FirstTokens::default();
+        average.note(none, UNIT, start);
+        assert_eq!(average.seconds(UNIT), 0.0, "nothing was measured");
+        average.note(FirstTokens { count: 4, time: seconds(40) }, UNIT, start);
+        assert!((average.seconds(UNIT) - 10.0).abs() < 1e-9);
+        assert!((average.seconds(UNIT / 10.0) - 1.0).abs() < 1e-9, "ten times as fast, ten times as soon");
+        average.note(FirstTokens { count: 1, time: seconds(20) }, UNIT, start + seconds(1));
+        assert!((average.seconds(UNIT) - 11.0).abs() < 1e-9);
+        average.note(none, UNIT, start + seconds(6));
+        assert!((average.seconds(UNIT) - 5.5).abs() < 1e-9);
+        average.note(none, UNIT, start + seconds(600));
+        assert!((average.seconds(UNIT) - UNIT).abs() < 1e-9, "no less than a step");
+    }
 }

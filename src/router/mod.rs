@@ -16,6 +16,7 @@ mod load;
 mod meter;
 mod no_peers;
 pub mod overview;
+mod pace;
 pub mod placement;
 mod recall;
 mod replicator;

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,10 @@ use serde::{Deserialize, Serialize};
 use super::Router;
 use super::breaker::BreakerState;
 use super::failover::now;
+use super::pace::ReplicaPace;
+use super::placement::pace_weight;
 use super::shared::Shared;
+use super::source::Replica;
 use crate::cluster::{LoadReport, ModelReport, Peer, Problem};
 use crate::types::{FailureKind, NodeId};
 
@@ -22,6 +26,9 @@ pub struct ClusterOverview {
     pub node: NodeOverview,
     /// Live peers, by name.
     pub peers: Vec<PeerOverview>,
+    /// How this node's pace compares with its siblings'; none until measured.
+    #[serde(default)]
+    pub pace: Option<PaceOverview>,
     /// Peers that are held for dead and not forgotten yet.
     pub dead: Vec<NodeId>,
     pub streams: StreamCounts,
@@ -66,6 +73,25 @@ pub struct PeerOverview {
     /// Of the last call that it answered.
     pub round_trip_seconds: Option<f64>,
     pub last_failure: Option<PeerFailure>,
+    /// How its pace compares with its siblings', as this node sees it; none until measured.
+    #[serde(default)]
+    pub pace: Option<PaceOverview>,
+}
+
+/// How a replica's pace compares with that of its siblings of the same fingerprint.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PaceOverview {
+    /// It gets few requests, and its streams are raced at other replicas.
+    pub is_slow: bool,
+    pub slow_for_seconds: Option<f64>,
+    /// Times as long as most siblings it takes for equal work; none while nobody else was measured lately.
+    pub ratio: Option<f64>,
+    /// Seconds for a unit of work, by its word and by what this node's streams see.
+    pub unit_seconds: f64,
+    /// Seconds from token to token of a stream there.
+    pub token_seconds: f64,
+    /// Why, in words.
+    pub why: String,
 }
 
 /// Whether calls to a peer are made.
@@ -98,6 +124,9 @@ pub struct StreamCounts {
     pub for_peers: u64,
     /// Total of streams that lost their replica and went on elsewhere, by the label of the failure's kind.
     pub failovers: BTreeMap<String, u64>,
+    /// Total of streams that moved away from a slow replica.
+    #[serde(default)]
+    pub rescued: u64,
     /// Total of streams that a draining replica gave away.
     pub hand_overs: u64,
     /// Total of streams that were taken over from a journal, after their entry node was gone.
@@ -128,7 +157,9 @@ impl Router {
     pub fn overview(&self) -> ClusterOverview {
         let shared = &self.shared;
         let (view, now, identity) = (shared.view.borrow().clone(), now(), &shared.identity);
-        let peers: Vec<PeerOverview> = view.peers.values().map(|peer| shared.peer_overview(peer, now)).collect();
+        let paces = shared.pacing.found();
+        let overview = |peer: &Arc<Peer>| shared.peer_overview(peer, paces.get(&Replica::At(peer.id.clone())), now);
+        let peers: Vec<PeerOverview> = view.peers.values().map(overview).collect();
         let metrics = &shared.metrics;
         let failovers = FailureKind::ALL.into_iter().map(|kind| {
             let label = kind.label();
@@ -153,6 +184,7 @@ impl Router {
                 local: open.saturating_sub(shared.ledger.open()),
                 for_peers: u64::try_from(metrics.streams_served.get()).unwrap_or(0),
                 failovers: failovers.filter(|(_, count)| *count > 0).collect(),
+                rescued: metrics.rescues.with(["won"]).get(),
                 hand_overs: metrics.hand_overs.get(),
                 resumed: resumed.iter().sum(),
                 journals: journals.len() as u64,
@@ -160,6 +192,7 @@ impl Router {
                 unreplicated: metrics.journal_unreplicated.get(),
             },
             peers,
+            pace: paces.get(&Replica::Here).map(|pace| PaceOverview::of(pace, now)),
             dead: view.dead.clone(),
             keys: Vec::new(),
             problems: Vec::new(),
@@ -168,7 +201,7 @@ impl Router {
 }
 
 impl Shared {
-    fn peer_overview(&self, peer: &Peer, now: Instant) -> PeerOverview {
+    fn peer_overview(&self, peer: &Peer, pace: Option<&ReplicaPace>, now: Instant) -> PeerOverview {
         let standing = self.ledger.standing(peer, now);
         let description = &peer.description;
         PeerOverview {
@@ -187,7 +220,7 @@ impl Shared {
                 BreakerState::Open => BreakerPosition::Open,
                 BreakerState::HalfOpen => BreakerPosition::HalfOpen,
             },
-            weight: standing.weight * peer.stability,
+            weight: standing.weight * peer.stability * pace_weight(pace.and_then(ReplicaPace::slowness)),
             stability: peer.stability,
             streams: standing.accepted.into(),
             round_trip_seconds: standing.round_trip.map(|time| time.as_secs_f64()),
@@ -195,6 +228,20 @@ impl Shared {
                 kind: kind.label().to_owned(),
                 age_seconds: now.saturating_duration_since(at).as_secs_f64(),
             }),
+            pace: pace.map(|pace| PaceOverview::of(pace, now)),
+        }
+    }
+}
+
+impl PaceOverview {
+    fn of(pace: &ReplicaPace, now: Instant) -> Self {
+        Self {
+            is_slow: pace.slow_since.is_some(),
+            slow_for_seconds: pace.slow_since.map(|since| now.saturating_duration_since(since).as_secs_f64()),
+            ratio: pace.ratio(),
+            unit_seconds: pace.unit_seconds,
+            token_seconds: pace.token_seconds,
+            why: pace.explain(),
         }
     }
 }
@@ -222,6 +269,7 @@ mod tests {
             streams: 3,
             round_trip_seconds: Some(0.001),
             last_failure: Some(PeerFailure { kind: "peer_stalled".into(), age_seconds: 2.0 }),
+            pace: None,
         };
         let json = serde_json::to_value(&peer).expect("plain data");
         assert_eq!((&json["id"], &json["breaker"]), (&"b".into(), &"half_open".into()));

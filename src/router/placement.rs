@@ -1,8 +1,8 @@
 //! Chooses the replica for a request: a pure function of what the cluster's nodes say of themselves, how old that is, what
 //! this node has sent them since, and one random number. Equal inputs give equal answers.
 //!
-//! It first narrows the candidates to the best class that is not empty (ready before saturated, in time before late, a free
-//! seat before a queue, this zone before others), and lets the strategy choose among those. So nothing but its caps keeps a
+//! It first narrows the candidates to the best class that is not empty (ready before saturated, in time before late, at pace
+//! before slow, a free seat before a queue, this zone before others), and lets the strategy choose among those. So nothing but its caps keeps a
 //! usable replica from serving, however little it is preferred.
 
 use std::time::Duration;
@@ -11,6 +11,7 @@ use super::config::Strategy;
 use super::hot_prefixes::matched_tokens;
 use super::retry_budget::unit;
 use crate::cluster::LoadReport;
+use crate::health::DegradedBy;
 use crate::types::NodeState;
 
 /// Older reports say nothing any more: the node is not used for new requests.
@@ -67,6 +68,10 @@ pub struct Candidate<'a> {
     pub sent_tokens: u64,
     /// From breaker and stability, 0 to 1.
     pub weight: f64,
+    /// It is slow: equal work takes it so many times as long as its siblings.
+    pub slowness: Option<f64>,
+    /// Nothing has been heard of it for a while, though it should have been.
+    pub is_silent: bool,
     /// The breaker lets a call through, and the stream has not failed there before.
     pub may_serve: bool,
 }
@@ -101,10 +106,12 @@ pub fn place(
         return Placement::Shed { retry_after: retry_after(&usable) };
     }
     narrow(&mut pool, |standing| standing.is_known);
+    narrow(&mut pool, |standing| !standing.is_silent);
     narrow(&mut pool, |standing| standing.is_ready);
     let remaining = request.remaining.map_or(f64::INFINITY, |remaining| remaining.as_secs_f64());
     narrow(&mut pool, |standing| standing.wait < remaining);
     narrow(&mut pool, |standing| standing.has_budget);
+    leave_out_slow_ones(&mut pool);
     if strategy == Strategy::PrefixCache {
         narrow_to_longest_prefix(&mut pool);
     }
@@ -134,7 +141,9 @@ fn is_usable(candidate: &Candidate<'_>, is_continuation: bool) -> bool {
 
 /// Its queue is all that is wrong with it: it computes well, but others should be asked first.
 fn is_unready_by_queue(report: &LoadReport) -> bool {
-    !report.reasons.is_empty() && report.reasons.iter().all(|reason| reason == SATURATED)
+    let degrades = |reason: &str| DegradedBy::ALL.iter().any(|cause| cause.code() == reason);
+    report.reasons.iter().any(|reason| reason == SATURATED)
+        && report.reasons.iter().all(|reason| reason == SATURATED || degrades(reason))
 }
 
 /// A usable candidate, as this request finds it.
@@ -167,6 +176,8 @@ struct Standing {
     /// Tokens of the prompt that its cache is likely to hold, and which part of the prompt that is.
     matched_tokens: usize,
     matched_part: f64,
+    is_slow: bool,
+    is_silent: bool,
     /// Share that its troubles leave it of what it would get, above 0 and at most 1.
     health: f64,
 }
@@ -203,6 +214,8 @@ impl Standing {
             drain,
             matched_tokens,
             matched_part: (matched_tokens as f64 / request.prompt_tokens.max(1) as f64).min(1.0),
+            is_slow: candidate.slowness.is_some(),
+            is_silent: candidate.is_silent,
             health: health(candidate),
         }
     }
@@ -256,6 +269,11 @@ fn projected_saturation(candidate: &Candidate<'_>) -> f64 {
     reported.max(by_requests).max(by_tokens)
 }
 
+/// What slowness leaves of a weight.
+pub fn pace_weight(slowness: Option<f64>) -> f64 {
+    slowness.map_or(1.0, |slowness| (1.0 / slowness.max(1.0)).max(LEAST_FACTOR))
+}
+
 fn health(candidate: &Candidate<'_>) -> f64 {
     let report = candidate.report;
     let by_state = if report.state == NodeState::Degraded { DEGRADED } else { 1.0 };
@@ -263,7 +281,20 @@ fn health(candidate: &Candidate<'_>) -> f64 {
     let pressure = sane(report.memory_pressure);
     let by_memory = 1.0 - ((pressure - MEMORY_SHRINKS) / (MEMORY_FULL - MEMORY_SHRINKS)).clamp(0.0, 1.0);
     let given = if candidate.weight.is_finite() { candidate.weight.min(1.0) } else { 0.0 };
-    [by_state, by_age, by_memory, given].into_iter().map(|factor| factor.max(LEAST_FACTOR)).product()
+    [by_state, by_age, by_memory, pace_weight(candidate.slowness), given]
+        .into_iter()
+        .map(|factor| factor.max(LEAST_FACTOR))
+        .product()
+}
+
+/// Keeps the replicas that are at pace, and slow ones with a free seat that would be done before the shortest of the others'
+/// queues.
+fn leave_out_slow_ones(pool: &mut Vec<Standing>) {
+    let at_pace = pool.iter().filter(|standing| !standing.is_slow);
+    let soonest = at_pace.map(|standing| standing.wait + standing.reply_time()).fold(f64::INFINITY, f64::min);
+    if soonest.is_finite() {
+        pool.retain(|standing| !standing.is_slow || (standing.has_seats && standing.reply_time() < soonest));
+    }
 }
 
 /// This node itself, while it is well and has a free seat, unless a peer holds much more of the prompt.

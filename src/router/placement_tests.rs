@@ -41,6 +41,8 @@ fn peer(report: &LoadReport) -> Candidate<'_> {
         sent_choices: 0,
         sent_tokens: 0,
         weight: 1.0,
+        slowness: None,
+        is_silent: false,
         may_serve: true,
     }
 }
@@ -92,6 +94,53 @@ fn a_node_that_is_not_well_does_not_keep_its_requests() {
     let degraded = LoadReport { state: NodeState::Degraded, ..idle() };
     let shares = self::shares(Strategy::Balanced, &REQUEST, &[here(&degraded), peer(&free)]);
     assert!((100..400).contains(&shares[0]), "less, not nothing: {shares:?}");
+}
+
+#[test]
+fn a_slow_node_gets_nothing_while_another_could_take_it() {
+    let (free, crawling) = (idle(), LoadReport { inter_token_latency: 0.2, ..idle() });
+    let slow = |report| Candidate { slowness: Some(20.0), ..peer(report) };
+    let far = Candidate { is_same_zone: false, ..peer(&free) };
+    let hashes = hashes(&(0..2048).collect::<Vec<u32>>());
+    let cached = PlacementRequest { prompt_tokens: 2048, prefix_hashes: &hashes, ..REQUEST };
+    let holder = LoadReport { hot_prefixes: vec![hashes[7]], ..crawling.clone() };
+    for strategy in Strategy::ALL {
+        for request in [REQUEST, CONTINUATION] {
+            assert_eq!(only(strategy, &request, &[slow(&crawling), peer(&free)]), 1, "{strategy:?}");
+            assert_eq!(only(strategy, &request, &[slow(&crawling), far]), 1, "{strategy:?}: another zone is better");
+            let here_is_slow = Candidate { is_here: true, ..slow(&crawling) };
+            assert_eq!(only(strategy, &request, &[here_is_slow, peer(&free)]), 1, "{strategy:?}");
+            assert_eq!(only(strategy, &request, &[slow(&crawling)]), 0, "{strategy:?}: better than nobody");
+        }
+        assert_eq!(only(strategy, &cached, &[slow(&holder), peer(&free)]), 1, "{strategy:?}: a prefix does not help");
+    }
+}
+
+#[test]
+fn a_slow_node_with_a_free_seat_is_better_than_a_queue_that_takes_longer() {
+    let crawling = LoadReport { inter_token_latency: 0.1, ..idle() };
+    let queue = |waiting_tokens| LoadReport { waiting_tokens, inter_token_latency: 0.005, ..queueing(0.5) };
+    let slow = Candidate { slowness: Some(20.0), ..peer(&crawling) };
+    let (short, long) = (queue(5_000), queue(50_000));
+    for strategy in Strategy::ALL {
+        assert_eq!(only(strategy, &REQUEST, &[slow, peer(&short)]), 1, "{strategy:?}: 5 s beside 10 s");
+        assert_eq!(only(strategy, &REQUEST, &[slow, peer(&long)]), 0, "{strategy:?}: 50 s beside 10 s");
+        let full = LoadReport { running: 8, waiting: 1, ..crawling.clone() };
+        let slow_and_full = Candidate { slowness: Some(20.0), ..peer(&full) };
+        assert_eq!(only(strategy, &REQUEST, &[slow_and_full, peer(&long)]), 1, "{strategy:?}");
+    }
+}
+
+#[test]
+fn who_is_silent_is_asked_last() {
+    let (free, full) = (idle(), queueing(0.9));
+    let silent = Candidate { is_silent: true, ..peer(&free) };
+    for strategy in Strategy::ALL {
+        for request in [REQUEST, CONTINUATION] {
+            assert_eq!(only(strategy, &request, &[silent, peer(&full)]), 1, "{strategy:?}: a queue is better");
+            assert_eq!(only(strategy, &request, &[silent]), 0, "{strategy:?}: better than nobody");
+        }
+    }
 }
 
 #[test]
@@ -177,11 +226,14 @@ fn who_cannot_serve_is_left_out() {
 
 #[test]
 fn a_full_queue_alone_makes_nobody_useless() {
-    let saturated = LoadReport { ready: false, reasons: vec!["saturated".into()], ..queueing(0.95) };
     let free = idle();
-    for request in [REQUEST, CONTINUATION] {
-        assert_eq!(only(Strategy::Balanced, &request, &[peer(&saturated), peer(&free)]), 1);
-        assert_eq!(only(Strategy::Balanced, &request, &[peer(&saturated)]), 0);
+    for reasons in [vec!["saturated"], vec!["saturated", "slow"]] {
+        let reasons = reasons.into_iter().map(str::to_owned).collect();
+        let saturated = LoadReport { ready: false, reasons, ..queueing(0.95) };
+        for request in [REQUEST, CONTINUATION] {
+            assert_eq!(only(Strategy::Balanced, &request, &[peer(&saturated), peer(&free)]), 1);
+            assert_eq!(only(Strategy::Balanced, &request, &[peer(&saturated)]), 0);
+        }
     }
 }
 
@@ -311,19 +363,20 @@ fn any_report() -> impl Generator<Value = LoadReport> {
             inter_token_latency,
             drain_tokens_per_second,
             free_token_budget,
+            pace: None,
             hot_prefixes: vec![1, 2],
         }
     })
 }
 
-type Circumstances = (u64, bool, u32, f64, bool);
+type Circumstances = (u64, bool, u32, f64, bool, bool);
 
 fn any_circumstances() -> impl Generator<Value = Circumstances> {
-    (0u64..20_000, any::<bool>(), 0u32..10, 0.0f64..=1.0, prop::bool::weighted(0.85))
+    (0u64..20_000, any::<bool>(), 0u32..10, 0.0f64..=1.0, prop::bool::weighted(0.2), prop::bool::weighted(0.85))
 }
 
 fn candidate<'a>(index: usize, report: &'a LoadReport, circumstances: &Circumstances) -> Candidate<'a> {
-    let &(age, is_same_zone, sent_choices, weight, may_serve) = circumstances;
+    let &(age, is_same_zone, sent_choices, weight, slowness, may_serve) = circumstances;
     Candidate {
         report,
         age: if index == 0 { Duration::ZERO } else { Duration::from_millis(age) },
@@ -332,6 +385,8 @@ fn candidate<'a>(index: usize, report: &'a LoadReport, circumstances: &Circumsta
         sent_choices,
         sent_tokens: u64::from(sent_choices) * 100,
         weight,
+        slowness: slowness.then_some(20.0),
+        is_silent: slowness && weight < 0.5,
         may_serve,
     }
 }

@@ -167,8 +167,5 @@ async fn serve(
             break;
         }
     }
-    if let Some((first, between)) = source.latencies() {
-        shared.note_latency(first, between);
-    }
     shared.metrics.streams_served.dec();
 }

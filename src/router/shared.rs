@@ -18,9 +18,10 @@ use super::dispatch::Want;
 use super::failover::now;
 use super::hot_prefixes::HotPrefixes;
 use super::ledger::{InFlight, Ledger};
-use super::load::Latencies;
+use super::load::FirstTokenAverage;
 use super::meter::Meter;
 use super::no_peers::NoPeers;
+use super::pace::Pacing;
 use super::replicator::Replicator;
 use super::retry_budget::{self, RetryBudget};
 use super::source::{Replica, Source};
@@ -36,6 +37,8 @@ use crate::types::{
     Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent, NodeId, watch,
 };
 
+/// However short the stall timeout, a peer has this long to accept a stream that has lost its replica.
+const LEAST_ANSWER_LIMIT: Duration = Duration::from_millis(100);
 /// The model that this node serves, and the engine that does.
 pub struct LocalReplica {
     pub engine: Arc<dyn Backend>,
@@ -95,7 +98,8 @@ pub struct Shared {
     retry_budget: Mutex<RetryBudget>,
     pub(super) hot_prefixes: Mutex<HotPrefixes>,
     pub(super) own_report: Mutex<LoadReport>,
-    pub(super) latencies: Mutex<Latencies>,
+    pub(super) first_tokens: Mutex<FirstTokenAverage>,
+    pub(super) pacing: Pacing,
     draws: AtomicU64,
     open_streams: AtomicU32,
     /// Requests that wait while the node starts.
@@ -135,7 +139,8 @@ impl Router {
             retry_budget,
             hot_prefixes: Mutex::default(),
             own_report: Mutex::default(),
-            latencies: Mutex::default(),
+            first_tokens: Mutex::default(),
+            pacing: Pacing::new(now()),
             draws: seed.into(),
             open_streams: 0.into(),
             held: 0.into(),
@@ -301,26 +306,27 @@ impl Shared {
                 self.admission.try_admit(demand, rate).map_err(Failure::from)?
             }
         };
+        let progress = self.pacing.own.part(u32::try_from(request.choices.len()).unwrap_or(u32::MAX), now());
         let meter = Meter::new(self.metrics.clone(), &request, now());
         let stream = engine.generate(request)?;
         self.hot_prefixes.lock().record(prefixes);
-        Ok(Source::engine(stream, engine, permit, meter, cursor, now()))
+        Ok(Source::engine(stream, engine, permit, meter, cursor, progress, now()))
     }
 
-    pub(super) fn open_peer(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        self.bounded(self.transport.generate(peer, call))
-    }
-
-    /// A peer that does not even answer the call in this time has stalled.
-    pub(super) fn bounded<T: Send + 'static>(
+    pub(super) fn open_peer(
         &self,
-        call: BoxFuture<'static, Result<T, Failure>>,
-    ) -> BoxFuture<'static, Result<T, Failure>> {
-        let limit = self.config.peer_stall_timeout;
-        Box::pin(async move {
-            let stalled = || Err(Failure::new(FailureKind::PeerStalled, "The replica does not answer."));
-            timeout(limit, call).await.unwrap_or_else(|_| stalled())
-        })
+        peer: &Peer,
+        call: GenerateCall,
+        limit: Duration,
+    ) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        bounded(self.transport.generate(peer, call), limit)
+    }
+
+    /// How long a peer may take to accept a call. A stream that has lost its replica has waited already: whoever does not
+    /// answer it soon is out of reach as well.
+    pub(super) fn answer_limit(&self, is_continuation: bool) -> Duration {
+        let stall = self.config.peer_stall_timeout;
+        if is_continuation { (stall / 4).max(LEAST_ANSWER_LIMIT).min(stall) } else { stall }
     }
 
     /// Counts a request as on its way to the peer.
@@ -440,4 +446,15 @@ impl Shared {
         let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         mixed ^ (mixed >> 31)
     }
+}
+
+/// A peer that does not even answer the call in this time has stalled.
+pub(super) fn bounded<T: Send + 'static>(
+    call: BoxFuture<'static, Result<T, Failure>>,
+    limit: Duration,
+) -> BoxFuture<'static, Result<T, Failure>> {
+    Box::pin(async move {
+        let stalled = || Err(Failure::new(FailureKind::PeerStalled, "The replica does not answer."));
+        timeout(limit, call).await.unwrap_or_else(|_| stalled())
+    })
 }

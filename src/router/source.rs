@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::breaker::Attempt;
 use super::meter::Meter;
+use super::pace::progress::ProgressPart;
 use super::stream_log::Cursor;
 use crate::admission::Permit;
 use crate::cluster::{PeerFrame, PeerStream};
@@ -41,9 +42,9 @@ pub struct Source {
     last_sign: Instant,
     /// It has scored a part of the prompt.
     has_scored: bool,
-    first_token: Option<Instant>,
-    last_token: Option<Instant>,
-    tokens: u32,
+    has_token: bool,
+    /// What this node's streams see of the replica; none of a stream that another node runs.
+    progress: Option<ProgressPart>,
     origin: Origin,
 }
 
@@ -67,9 +68,11 @@ impl Source {
         permit: Permit,
         meter: Meter,
         cursor: Cursor,
+        progress: ProgressPart,
         now: Instant,
     ) -> Self {
-        Self::new(Replica::Here, None, Origin::Engine { stream, engine, permit, meter }, cursor, now)
+        let origin = Origin::Engine { stream, engine, permit, meter };
+        Self::new(Replica::Here, None, origin, cursor, Some(progress), now)
     }
 
     /// `in_flight` is dropped with the source.
@@ -79,12 +82,21 @@ impl Source {
         attempt: Option<Attempt>,
         in_flight: impl Send + Sync + 'static,
         cursor: Cursor,
+        progress: Option<ProgressPart>,
         now: Instant,
     ) -> Self {
-        Self::new(Replica::At(node), attempt, Origin::Peer { stream, _in_flight: Box::new(in_flight) }, cursor, now)
+        let origin = Origin::Peer { stream, _in_flight: Box::new(in_flight) };
+        Self::new(Replica::At(node), attempt, origin, cursor, progress, now)
     }
 
-    fn new(replica: Replica, attempt: Option<Attempt>, origin: Origin, cursor: Cursor, now: Instant) -> Self {
+    fn new(
+        replica: Replica,
+        attempt: Option<Attempt>,
+        origin: Origin,
+        cursor: Cursor,
+        progress: Option<ProgressPart>,
+        now: Instant,
+    ) -> Self {
         Self {
             replica,
             cursor,
@@ -94,9 +106,8 @@ impl Source {
             opened_at: now,
             last_sign: now,
             has_scored: false,
-            first_token: None,
-            last_token: None,
-            tokens: 0,
+            has_token: false,
+            progress,
             origin,
         }
     }
@@ -135,20 +146,21 @@ impl Source {
 
     /// The stream has numbers of it, or may have.
     pub fn has_spoken(&self) -> bool {
-        self.first_token.is_some() || self.has_scored
+        self.has_token || self.has_scored
     }
 
-    /// From opening to the first token, and from token to token on average.
-    pub fn latencies(&self) -> Option<(Duration, Option<Duration>)> {
-        let (first, last) = (self.first_token?, self.last_token?);
-        let steps = self.tokens.checked_sub(1).filter(|&steps| steps > 0);
-        Some((first.saturating_duration_since(self.opened_at), steps.map(|steps| (last - first) / steps)))
+    /// Since it was opened, while no token has come.
+    pub fn waited(&self, now: Instant) -> Option<Duration> {
+        (!self.has_token).then(|| now.saturating_duration_since(self.opened_at))
     }
 
     fn heard(&mut self, sign: &Sign) {
         self.last_sign = tokio::time::Instant::now().into_std();
         if let (Origin::Engine { meter, .. }, Sign::Event(event)) = (&mut self.origin, sign) {
             meter.hear(event, self.last_sign);
+        }
+        if let Some(progress) = &self.progress {
+            progress.heard(self.last_sign);
         }
         match sign {
             Sign::Event(GenerationEvent::Scheduled { .. }) => {
@@ -158,13 +170,16 @@ impl Source {
             }
             Sign::Event(GenerationEvent::PromptLogprobs { .. }) => self.has_scored = true,
             Sign::Event(GenerationEvent::Token { .. }) => {
-                self.tokens += 1;
-                self.first_token.get_or_insert(self.last_sign);
-                self.last_token = Some(self.last_sign);
+                let is_first = !std::mem::replace(&mut self.has_token, true);
+                if let Some(progress) = &mut self.progress {
+                    if is_first {
+                        progress.first_token(self.last_sign.saturating_duration_since(self.opened_at));
+                    }
+                    progress.token();
+                }
             }
-            Sign::Event(GenerationEvent::Finished { .. } | GenerationEvent::Failed(_))
-            | Sign::Heartbeat
-            | Sign::HandOver => {}
+            Sign::Event(GenerationEvent::Finished { .. }) => self.progress.iter_mut().for_each(ProgressPart::finished),
+            Sign::Event(GenerationEvent::Failed(_)) | Sign::Heartbeat | Sign::HandOver => {}
         }
     }
 }

@@ -316,6 +316,11 @@ impl StreamLog {
         !state.scores.is_empty() || state.choices.iter().any(|choice| !choice.progress.tokens.is_empty())
     }
 
+    /// Tokens of the longest choice.
+    pub fn longest(&self) -> usize {
+        self.state.lock().choices.iter().map(|choice| choice.progress.tokens.len()).max().unwrap_or(0)
+    }
+
     /// Returns once nobody listens any more.
     pub async fn abandoned(&self) {
         loop {

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::failure::Failure;
 use super::ids::{Fingerprint, TokenId};
 use super::request::GenerateRequest;
-use super::status::EngineStatus;
+use super::status::{EngineStatus, Pace};
 
 /// Something that turns a request into a stream of token events.
 pub trait Backend: Send + Sync + 'static {
@@ -19,6 +19,11 @@ pub trait Backend: Send + Sync + 'static {
     fn status(&self) -> EngineStatus;
 
     fn fingerprint(&self) -> Fingerprint;
+
+    /// How fast it works; `None` until measured, or where nothing is.
+    fn pace(&self) -> Option<Pace> {
+        None
+    }
 }
 
 /// Events of one request. Dropping it cancels the request: its sequences leave the engine within one step.

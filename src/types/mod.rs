@@ -15,4 +15,4 @@ pub use failure::{Failure, FailureKind};
 pub use ids::{Fingerprint, NodeId, RequestId, TokenId};
 pub use panic::panic_message;
 pub use request::{CacheSalt, ChoiceStart, Extensions, GenerateRequest, SamplingDefaults, SamplingParams};
-pub use status::{EngineStatus, NodeState};
+pub use status::{EngineStatus, NodeState, Pace};

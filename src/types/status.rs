@@ -17,6 +17,17 @@ pub enum NodeState {
     Failed,
 }
 
+/// How fast an engine works, whatever it works on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// Seconds for a unit of work: one token of a short sequence, alone in its step.
+    pub unit_seconds: f64,
+    /// Seconds from one step to the next.
+    pub step_seconds: f64,
+    /// Of the evidence: since the last step.
+    pub age: Duration,
+}
+
 /// A snapshot that the engine thread publishes after every step.
 #[derive(Clone, Debug)]
 pub struct EngineStatus {

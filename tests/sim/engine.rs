@@ -11,7 +11,7 @@ use outrigger::engine::{
     SteppedEngine, StopTexts,
 };
 use outrigger::types::{
-    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, TokenId, watch,
+    Backend, EngineStatus, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, Pace, TokenId, watch,
 };
 use tokio::sync::Notify;
 use tokio::time::sleep;
@@ -238,6 +238,10 @@ impl Backend for SimEngine {
 
     fn fingerprint(&self) -> Fingerprint {
         self.handle.fingerprint()
+    }
+
+    fn pace(&self) -> Option<Pace> {
+        self.handle.pace()
     }
 }
 

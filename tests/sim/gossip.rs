@@ -85,7 +85,9 @@ impl Gossip {
         let Said { incarnation, description, report } = said[which].clone();
         let (id, now) = (node_id(subject), Instant::now());
         let reported_at = now.into_std();
-        let peer = Arc::new(Peer { id, incarnation, description, report, reported_at, stability: 1.0 });
+        let age = report.pace.map_or(Duration::ZERO, |pace| Duration::from_secs_f32(pace.age_seconds));
+        let measured_at = reported_at.checked_sub(age).unwrap_or(reported_at);
+        let peer = Arc::new(Peer { id, incarnation, description, report, reported_at, measured_at, stability: 1.0 });
         let heard = Heard { observer: observer.process.incarnation, peer, at: now };
         self.heard.insert((observer.process.node, subject), heard);
     }

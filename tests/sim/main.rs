@@ -21,6 +21,7 @@ mod oracle;
 mod plan;
 mod random;
 mod run;
+mod slow;
 mod trace;
 mod world;
 
@@ -86,9 +87,9 @@ fn every_stream_equals_its_undisturbed_run() {
         let done = progress.done.load(Ordering::Relaxed);
         panic!("{violation}\n    found after {done} seeds\n    {}", replay_line(*seed));
     }
-    let Outcome { failovers, hand_overs, resumed, fenced, .. } = *progress.sum.lock();
+    let Outcome { failovers, hand_overs, rescued, resumed, fenced, .. } = *progress.sum.lock();
     println!(
-        "{} seeds: {failovers} failovers, {hand_overs} hand-overs, {resumed} resumed, {fenced} fenced",
+        "{} seeds: {failovers} failovers, {hand_overs} hand-overs, {rescued} rescued, {resumed} resumed, {fenced} fenced",
         end - first
     );
     if end - first >= SEEDS {

@@ -215,7 +215,7 @@ fn hang_ups(random: &mut Random) -> Vec<(usize, Duration)> {
 }
 
 /// Some prompts begin alike.
-fn prompt(random: &mut Random) -> Arc<[TokenId]> {
+pub fn prompt(random: &mut Random) -> Arc<[TokenId]> {
     let common = if random.percent(40) { *random.pick(&[4, 16, 21]) } else { 0 };
     let own = random.between(1, 24);
     let beginning = (0..common).map(|index| (index * 5 + 1) % VOCABULARY);

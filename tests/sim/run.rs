@@ -35,6 +35,8 @@ pub struct Outcome {
     /// Streams that went on at another replica, as all nodes together have counted them.
     pub failovers: u64,
     pub hand_overs: u64,
+    /// Streams that moved away from a slow replica.
+    pub rescued: u64,
     pub resumed: u64,
     pub fenced: u64,
 }
@@ -46,6 +48,7 @@ impl Outcome {
             digest: 0,
             failovers: streams.failovers_total(),
             hand_overs: streams.hand_overs,
+            rescued: streams.rescued,
             resumed: streams.resumed,
             fenced: node.metrics.journal_fenced.get(),
         }
@@ -54,6 +57,7 @@ impl Outcome {
     pub fn add(&mut self, other: Self) {
         self.failovers += other.failovers;
         self.hand_overs += other.hand_overs;
+        self.rescued += other.rescued;
         self.resumed += other.resumed;
         self.fenced += other.fenced;
     }
@@ -69,15 +73,18 @@ pub fn simulate<T>(story: impl Future<Output = Result<T, Violation>>) -> Result<
     catch_panics();
     PANIC.with_borrow_mut(|panic| *panic = None);
     IS_RUNNING.set(true);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
-    let runtime = runtime.expect("a runtime without input and output");
-    let result = runtime.block_on(story);
-    drop(runtime);
+    let result = within_a_runtime(story);
     IS_RUNNING.set(false);
     match PANIC.take() {
         Some(panic) => Err(Violation(panic)),
         None => result,
     }
+}
+
+/// Runs a story on a clock that moves when everybody waits.
+pub fn within_a_runtime<T>(story: impl Future<Output = T>) -> T {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
+    runtime.expect("a runtime without input and output").block_on(story)
 }
 
 async fn live(seed: u64, is_told: bool) -> Result<Outcome, Violation> {

@@ -277,6 +277,12 @@ impl World {
         }
     }
 
+    /// How many times as long as usual the steps of the node's engine take.
+    pub fn set_slowness(&self, node: usize, times: u64) {
+        self.trace.note(format_args!("n{node} takes {times} times as long"));
+        self.node(node).inspect(|process| process.engine.set_slowness(times));
+    }
+
     async fn harm(&self, node: usize, lasts: Duration, harm: impl Fn(&Node, bool)) {
         if let Some(process) = self.node(node) {
             self.begin_trouble(node);

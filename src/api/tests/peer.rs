@@ -182,7 +182,15 @@ fn peer(addr: SocketAddr, incarnation: u64) -> Peer {
     let description =
         NodeDescription { protocol: 1, version: "0".into(), peer_addr: addr, zone: "".into(), models: Vec::new() };
     let report = LoadReport::default();
-    Peer { id: NodeId::new("b"), incarnation, description, report, reported_at: Instant::now(), stability: 1.0 }
+    Peer {
+        id: NodeId::new("b"),
+        incarnation,
+        description,
+        report,
+        reported_at: Instant::now(),
+        measured_at: Instant::now(),
+        stability: 1.0,
+    }
 }
 
 /// A node that calls.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::damping::{Damper, LOSS, UNREADINESS};
-use crate::cluster::gossip::{GossipError, decode_description, decode_prefixes, decode_report};
+use crate::cluster::gossip::{GossipError, decode_description, decode_pace, decode_prefixes, decode_report};
 use crate::cluster::load_report::{LoadReport, NodeDescription};
 use crate::cluster::view::{ClusterView, Peer};
 use crate::types::{NodeId, NodeState};
@@ -34,6 +34,7 @@ pub(super) struct Observed<'a> {
     pub(super) has_left: bool,
     pub(super) description: Option<Value<'a>>,
     pub(super) report: Option<Value<'a>>,
+    pub(super) pace: Option<Value<'a>>,
     pub(super) prefixes: Option<Value<'a>>,
 }
 
@@ -88,6 +89,7 @@ struct Known {
     other_protocol: Option<u16>,
     report: LoadReport,
     reported_at: Instant,
+    measured_at: Instant,
     /// The versions of values that were examined, whether accepted or rejected.
     seen: SeenVersions,
 }
@@ -96,6 +98,7 @@ struct Known {
 struct SeenVersions {
     description: u64,
     report: u64,
+    pace: u64,
     prefixes: u64,
 }
 
@@ -190,6 +193,17 @@ impl Roster {
                 Err(error) => refuse(error.to_string()),
             }
         }
+        if let Some(value) = process.pace.filter(|value| value.version > known.seen.pace) {
+            known.seen.pace = value.version;
+            match decode_pace(value.text) {
+                Ok(pace) => {
+                    let age = Duration::try_from_secs_f32(pace.age_seconds).unwrap_or(Duration::MAX);
+                    known.measured_at = now.checked_sub(age).unwrap_or(known.measured_at);
+                    known.report.pace = Some(pace);
+                }
+                Err(error) => refuse(error.to_string()),
+            }
+        }
         if let Some(value) = process.prefixes.filter(|value| value.version > known.seen.prefixes) {
             known.seen.prefixes = value.version;
             match decode_prefixes(value.text) {
@@ -280,13 +294,14 @@ impl Known {
             other_protocol: None,
             report: LoadReport::default(),
             reported_at: now,
+            measured_at: now,
             seen: SeenVersions::default(),
         }
     }
 
     fn take_report(&mut self, report: LoadReport, now: Instant) {
-        let hot_prefixes = std::mem::take(&mut self.report.hot_prefixes);
-        self.report = LoadReport { hot_prefixes, ..report };
+        let (pace, hot_prefixes) = (self.report.pace, std::mem::take(&mut self.report.hot_prefixes));
+        self.report = LoadReport { pace, hot_prefixes, ..report };
         self.reported_at = now;
     }
 
@@ -306,6 +321,7 @@ impl Known {
             description: self.description.clone()?,
             report: self.report.clone(),
             reported_at: self.reported_at.into_std(),
+            measured_at: self.measured_at.into_std(),
             stability,
         })
     }

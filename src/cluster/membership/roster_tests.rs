@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::gossip::{encode_description, encode_prefixes, encode_report};
-use crate::cluster::load_report::PROTOCOL_VERSION;
+use crate::cluster::gossip::{encode_description, encode_pace, encode_prefixes, encode_report};
+use crate::cluster::load_report::{PROTOCOL_VERSION, PaceReport};
 
 /// A process as seen through gossip.
 #[derive(Clone)]
@@ -15,6 +15,7 @@ struct Process {
     has_left: bool,
     description: Option<(u64, String)>,
     report: Option<(u64, String)>,
+    pace: Option<(u64, String)>,
     prefixes: Option<(u64, String)>,
 }
 
@@ -41,6 +42,7 @@ impl Process {
             has_left: false,
             description: Some((1, encode_description(&description(port)))),
             report: Some((2, encode_report(&report(1), 0))),
+            pace: None,
             prefixes: None,
         }
     }
@@ -56,6 +58,7 @@ impl Process {
             has_left: self.has_left,
             description: value(&self.description),
             report: value(&self.report),
+            pace: value(&self.pace),
             prefixes: value(&self.prefixes),
         }
     }
@@ -244,6 +247,26 @@ async fn readiness_that_comes_and_goes_is_damped_and_a_drain_is_not() {
     let unready = LoadReport { ready: false, ..report(1) };
     assert!(stability_after(unready.clone()) < 0.6);
     assert_eq!(stability_after(LoadReport { state: NodeState::Draining, ..unready }), 1.0);
+}
+
+#[tokio::test]
+async fn a_pace_keeps_the_time_of_its_measurement_while_reports_come_and_go() {
+    let (mut roster, start) = (roster(), after(Instant::now(), 60));
+    let mut process = Process::new("a", 1, 1);
+    update(&mut roster, &[process.clone()], start);
+    assert_eq!(peer(&roster, "a").report.pace, None, "a node of an earlier version says nothing of it");
+    let pace = PaceReport { unit_seconds: 0.25, age_seconds: 2.0 };
+    process.pace = Some((3, encode_pace(&pace, 0)));
+    update(&mut roster, &[process.clone()], after(start, 10));
+    process.report = Some((4, encode_report(&report(2), 1)));
+    update(&mut roster, &[process.clone()], after(start, 20));
+    let seen = peer(&roster, "a");
+    assert_eq!((seen.report.pace, seen.report.running), (Some(pace), 2));
+    assert_eq!(seen.measured_at, after(start, 8).into_std());
+    assert_eq!(seen.reported_at, after(start, 20).into_std());
+    process.pace = Some((5, "nonsense".into()));
+    assert_eq!(update(&mut roster, &[process], after(start, 30)).refused.len(), 1);
+    assert_eq!(peer(&roster, "a").report.pace, Some(pace));
 }
 
 proptest! {

@@ -22,6 +22,7 @@ use crate::types::{NodeId, watch};
 /// Chitchat's keys are sent over the network, so they are short.
 const DESCRIPTION_KEY: &str = "d";
 const REPORT_KEY: &str = "r";
+const PACE_KEY: &str = "p";
 const PREFIXES_KEY: &str = "h";
 const GOODBYE_KEY: &str = "x";
 
@@ -175,8 +176,12 @@ impl Task {
             let is_kept_up = own.reported_at.is_some_and(|at| now.saturating_duration_since(at) <= REPORT_SILENCE);
             (description, self.publisher.publish(&own.report, is_kept_up, is_round, now))
         };
-        let values =
-            [(DESCRIPTION_KEY, description), (REPORT_KEY, publication.report), (PREFIXES_KEY, publication.prefixes)];
+        let values = [
+            (DESCRIPTION_KEY, description),
+            (REPORT_KEY, publication.report),
+            (PACE_KEY, publication.pace),
+            (PREFIXES_KEY, publication.prefixes),
+        ];
         self.gossip
             .handle
             .with_chitchat(|chitchat| {
@@ -342,6 +347,7 @@ fn observe(chitchat: &Chitchat) -> impl Iterator<Item = Observed<'_>> {
             has_left: state.contains_key(GOODBYE_KEY),
             description: value(DESCRIPTION_KEY),
             report: value(REPORT_KEY),
+            pace: value(PACE_KEY),
             prefixes: value(PREFIXES_KEY),
         }
     })

@@ -20,6 +20,7 @@ pub(super) struct Opening {
     pub(super) cursor: Cursor,
     pub(super) attempt: Option<Attempt>,
     pub(super) since: Instant,
+    pub(super) choices: u32,
     pub(super) stream: BoxFuture<'static, Result<PeerStream, Failure>>,
     pub(super) in_flight: InFlight,
 }
@@ -96,11 +97,13 @@ impl FailoverStream {
                 Err(failure) => self.refused(Replica::Here, None, failure),
             },
             Choice::Peer(peer, fingerprint) => {
+                let choices = u32::try_from(starts.len()).unwrap_or(u32::MAX);
                 let call = self.want.call(starts, &fingerprint, is_continuation, now());
                 let (attempt, in_flight) = self.shared.send_to(&peer, &self.want);
-                let stream = self.shared.open_peer(&peer, call);
-                self.opening =
-                    Some(Opening { node: peer.id.clone(), cursor, attempt, since: now(), stream, in_flight });
+                let limit = self.shared.answer_limit(is_continuation);
+                let stream = self.shared.open_peer(&peer, call, limit);
+                let (node, since) = (peer.id.clone(), now());
+                self.opening = Some(Opening { node, cursor, attempt, since, choices, stream, in_flight });
             }
             // That all are full is for the client to know, whatever else went wrong on the way.
             Choice::Shed(failure) if !is_continuation => self.log.fail(failure),
@@ -115,11 +118,13 @@ impl FailoverStream {
     }
 
     pub(super) fn opened(&mut self, result: Result<PeerStream, Failure>) {
-        let Opening { node, cursor, attempt, since, mut in_flight, .. } = self.opening.take().expect("it was opened");
+        let opening = self.opening.take().expect("it was opened");
+        let Opening { node, cursor, attempt, since, choices, mut in_flight, .. } = opening;
         match result {
             Ok(stream) => {
                 in_flight.accepted(now() - since);
-                self.entered(Source::peer(node, stream, attempt, in_flight, cursor, now()));
+                let progress = in_flight.progress.part(choices, now());
+                self.entered(Source::peer(node, stream, attempt, in_flight, cursor, Some(progress), now()));
             }
             Err(failure) => self.refused(Replica::At(node), attempt, failure),
         }

@@ -1,0 +1,157 @@
+//! Replicas that are slow and not dead: which they are, and what it means for this node, for placement and for streams.
+//!
+//! `board` compares what replicas say of their pace with what this node's streams see (`progress`) and with one another;
+//! `detector` decides with hysteresis; `rescue` decides whether a stream is worth a race. All of these are pure.
+
+mod board;
+mod detector;
+pub(super) mod progress;
+pub(super) mod rescue;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Mutex, RwLock};
+use tracing::{info, warn};
+
+pub(super) use board::ReplicaPace;
+use board::{Findings, PaceBoard, Reported, Sight};
+use detector::Change;
+use progress::Progress;
+use rescue::Speed;
+
+use super::failover::now;
+use super::shared::Shared;
+use super::source::Replica;
+use crate::cluster::{LoadReport, Peer};
+use crate::health::DegradedBy;
+use crate::types::{NodeState, watch};
+
+pub(super) type Paces = Arc<BTreeMap<Replica, ReplicaPace>>;
+
+/// What this node knows of the pace of all replicas.
+pub(super) struct Pacing {
+    /// Of the streams that this node's engine computes.
+    pub(super) own: Arc<Progress>,
+    board: Mutex<PaceBoard>,
+    found: RwLock<Paces>,
+    /// Changes when a replica becomes slow or recovers.
+    pub(super) changes: watch::Sender<()>,
+}
+
+impl Pacing {
+    pub(super) fn new(now: Instant) -> Self {
+        let (board, found) = (Mutex::default(), RwLock::default());
+        Self { own: Arc::new(Progress::new(now)), board, found, changes: watch::Sender::new(()) }
+    }
+
+    pub(super) fn found(&self) -> Paces {
+        self.found.read().clone()
+    }
+
+    pub(super) fn is_slow(&self, replica: &Replica) -> bool {
+        self.found.read().get(replica).is_some_and(|pace| pace.slow_since.is_some())
+    }
+}
+
+impl ReplicaPace {
+    /// How many times as long as its siblings it takes, if it is slow.
+    pub(super) fn slowness(&self) -> Option<f64> {
+        self.slow_since.map(|_| self.ratio().unwrap_or(f64::INFINITY))
+    }
+
+    pub(super) fn speed(&self, report: &LoadReport) -> Speed {
+        let tokens_per_second = f64::from(report.drain_tokens_per_second.max(0.0));
+        Speed { unit_seconds: self.unit_seconds, token_seconds: self.token_seconds, tokens_per_second }
+    }
+}
+
+impl Shared {
+    /// Compares the replicas anew, and acts on what has changed. `own` has just been assessed.
+    pub(super) fn compare_paces(&self, own: &LoadReport) {
+        let (view, now) = (self.view.borrow().clone(), now());
+        let is_up = |peer: &&Arc<Peer>| matches!(peer.report.state, NodeState::Ready | NodeState::Degraded);
+        let peers: Vec<(&Arc<Peer>, Option<Arc<Progress>>)> =
+            view.peers.values().filter(is_up).map(|peer| (peer, self.ledger.progress(&peer.id))).collect();
+        let here = self.local().map(|local| Sight {
+            replica: Replica::Here,
+            fingerprint: &local.model.fingerprint,
+            reported: own.pace.map(|pace| Reported {
+                unit_seconds: pace.unit_seconds.into(),
+                token_seconds: own.inter_token_latency.into(),
+                measured_at: before(now, pace.age_seconds),
+                reported_at: now,
+                confesses: false,
+            }),
+            progress: None,
+        });
+        let there = peers.iter().filter_map(|(peer, progress)| {
+            Some(Sight {
+                replica: Replica::At(peer.id.clone()),
+                fingerprint: &peer.description.models.first()?.fingerprint,
+                reported: peer.report.pace.map(|pace| Reported {
+                    unit_seconds: pace.unit_seconds.into(),
+                    token_seconds: sane(peer.report.inter_token_latency),
+                    measured_at: peer.measured_at,
+                    reported_at: peer.reported_at,
+                    confesses: peer.report.reasons.iter().any(|reason| reason == DegradedBy::Slow.code()),
+                }),
+                progress: progress.as_deref(),
+            })
+        });
+        let sights: Vec<Sight<'_>> = here.into_iter().chain(there).collect();
+        let findings = self.pacing.board.lock().look(&sights, self.config.slow_node_factor, now);
+        self.take_in(findings);
+    }
+
+    /// What the replica says of itself, if it is known.
+    pub(super) fn report_of(&self, replica: &Replica) -> Option<LoadReport> {
+        match replica {
+            Replica::Here => Some(self.own_report_now()),
+            Replica::At(node) => Some(self.view.borrow().peers.get(node)?.report.clone()),
+        }
+    }
+
+    fn take_in(&self, findings: Findings) {
+        let Findings { paces, changes, wants_probe } = findings;
+        self.health.want_probe(wants_probe);
+        let own = paces.get(&Replica::Here);
+        self.metrics.pace_unit.set(own.map_or(0.0, |pace| pace.unit_seconds));
+        self.metrics.pace_ratio.set(own.and_then(ReplicaPace::ratio).unwrap_or(0.0));
+        let paces = Arc::new(paces);
+        *self.pacing.found.write() = paces.clone();
+        for (replica, change) in &changes {
+            let reason = paces[replica].explain();
+            let whose = if *replica == Replica::Here { "here" } else { "peer" };
+            match change {
+                Change::BecameSlow => {
+                    warn!(%replica, reason, "a replica is slow");
+                    self.metrics.slow_changes.with([whose, "slow"]).inc();
+                }
+                Change::Recovered => {
+                    info!(%replica, reason, "a slow replica has recovered");
+                    self.metrics.slow_changes.with([whose, "recovered"]).inc();
+                }
+            }
+            if *replica == Replica::Here {
+                match change {
+                    Change::BecameSlow => self.health.lifecycle().degrade(DegradedBy::Slow, reason),
+                    Change::Recovered => self.health.lifecycle().recover(DegradedBy::Slow, reason),
+                }
+            }
+        }
+        if !changes.is_empty() {
+            self.pacing.changes.send_replace(());
+        }
+    }
+}
+
+fn before(now: Instant, seconds: f32) -> Instant {
+    Duration::try_from_secs_f32(seconds).ok().and_then(|age| now.checked_sub(age)).unwrap_or(now)
+}
+
+/// What a peer says may be anything.
+fn sane(seconds: f32) -> f64 {
+    if seconds.is_finite() { f64::from(seconds.max(0.0)) } else { 0.0 }
+}

@@ -1,0 +1,238 @@
+//! What this node's streams see of one replica: counted by the streams as they go, read again and again.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What is looked back on.
+const WINDOW: Duration = Duration::from_millis(1500);
+/// Time of speaking streams, all together, that says something.
+const MIN_STREAM_SECONDS: f64 = 0.8;
+/// From one look to the next; a longer pause is this process's own.
+const LONGEST_PAUSE: Duration = Duration::from_millis(600);
+
+/// Plain atomics: a token costs an addition and a store.
+#[derive(Debug)]
+pub struct Progress {
+    epoch: Instant,
+    /// Sources that are open at the replica.
+    sources: AtomicU32,
+    /// The last sign of life on any of them, in microseconds from `epoch`.
+    heard: AtomicU64,
+    tokens: AtomicU64,
+    /// Choices that have begun to speak and have not ended.
+    speaking: AtomicU32,
+    first_tokens: AtomicU64,
+    first_token_micros: AtomicU64,
+}
+
+/// The part that one source has in it. Whatever ends the source, what it counted as speaking is taken back.
+#[derive(Debug)]
+pub struct ProgressPart {
+    progress: Arc<Progress>,
+    choices: u32,
+    speaking: u32,
+}
+
+/// The first tokens that came since the last look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FirstTokens {
+    pub count: u64,
+    /// From the opening of the source to its first token, summed.
+    pub time: Duration,
+}
+
+impl Progress {
+    pub fn new(now: Instant) -> Self {
+        Self {
+            epoch: now,
+            sources: AtomicU32::new(0),
+            heard: AtomicU64::new(0),
+            tokens: AtomicU64::new(0),
+            speaking: AtomicU32::new(0),
+            first_tokens: AtomicU64::new(0),
+            first_token_micros: AtomicU64::new(0),
+        }
+    }
+
+    /// A source of this many choices has been opened.
+    pub fn part(self: &Arc<Self>, choices: u32, now: Instant) -> ProgressPart {
+        self.sources.fetch_add(1, Ordering::Relaxed);
+        let part = ProgressPart { progress: self.clone(), choices, speaking: 0 };
+        part.heard(now);
+        part
+    }
+
+    /// For how long nothing has been heard of the replica; `None` while no source is open there, for then nothing should be.
+    pub fn silence(&self, now: Instant) -> Option<Duration> {
+        let since = now.saturating_duration_since(self.epoch);
+        let heard = Duration::from_micros(self.heard.load(Ordering::Relaxed));
+        (self.sources.load(Ordering::Relaxed) > 0).then(|| since.saturating_sub(heard))
+    }
+
+    /// Takes out what has come since it was last taken.
+    pub fn take_first_tokens(&self) -> FirstTokens {
+        let count = self.first_tokens.swap(0, Ordering::Relaxed);
+        FirstTokens { count, time: Duration::from_micros(self.first_token_micros.swap(0, Ordering::Relaxed)) }
+    }
+}
+
+impl ProgressPart {
+    /// A sign of life has come, a token or another.
+    pub fn heard(&self, now: Instant) {
+        let micros = now.saturating_duration_since(self.progress.epoch).as_micros();
+        self.progress.heard.store(u64::try_from(micros).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    pub fn first_token(&mut self, after: Duration) {
+        self.speaking = self.choices;
+        self.progress.speaking.fetch_add(self.choices, Ordering::Relaxed);
+        let micros = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
+        self.progress.first_token_micros.fetch_add(micros, Ordering::Relaxed);
+        self.progress.first_tokens.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn token(&self) {
+        self.progress.tokens.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// One choice has ended.
+    pub fn finished(&mut self) {
+        if self.speaking > 0 {
+            self.speaking -= 1;
+            self.progress.speaking.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+impl Drop for ProgressPart {
+    fn drop(&mut self) {
+        self.progress.speaking.fetch_sub(self.speaking, Ordering::Relaxed);
+        self.progress.sources.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// The progress of the last moments. Time is passed in.
+#[derive(Debug, Default)]
+pub struct ProgressWindow {
+    last: Option<(Instant, u64)>,
+    samples: VecDeque<Sample>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    at: Instant,
+    stream_seconds: f64,
+    tokens: u64,
+}
+
+impl ProgressWindow {
+    /// Looks at the counts; must happen several times a second.
+    pub fn look(&mut self, progress: &Progress, now: Instant) {
+        let tokens = progress.tokens.load(Ordering::Relaxed);
+        let speaking = progress.speaking.load(Ordering::Relaxed);
+        let Some((last, tokens_before)) = self.last.replace((now, tokens)) else { return };
+        let pause = now.saturating_duration_since(last);
+        if pause > LONGEST_PAUSE {
+            // Who stood still has no word on how fast others are.
+            return self.samples.clear();
+        }
+        let tokens = tokens.wrapping_sub(tokens_before);
+        // What came is of streams that spoke, though they may have ended.
+        let stream_seconds = f64::from(speaking) * pause.as_secs_f64();
+        self.samples.push_back(Sample { at: now, stream_seconds, tokens });
+        while self.samples.front().is_some_and(|sample| now.saturating_duration_since(sample.at) >= WINDOW) {
+            self.samples.pop_front();
+        }
+    }
+
+    /// Seconds from token to token of a stream, once streams have spoken for long enough.
+    pub fn token_seconds(&self) -> Option<f64> {
+        let stream_seconds: f64 = self.samples.iter().map(|sample| sample.stream_seconds).sum();
+        let tokens: u64 = self.samples.iter().map(|sample| sample.tokens).sum();
+        (stream_seconds >= MIN_STREAM_SECONDS).then(|| stream_seconds / tokens.max(1) as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TICK: Duration = Duration::from_millis(100);
+
+    /// Streams that give a token each this often, looked at for so long.
+    fn watch(window: &mut ProgressWindow, progress: &Progress, now: &mut Instant, per_tick: u64, ticks: u32) {
+        for _ in 0..ticks {
+            progress.tokens.fetch_add(per_tick, Ordering::Relaxed);
+            *now += TICK;
+            window.look(progress, *now);
+        }
+    }
+
+    #[test]
+    fn the_time_from_token_to_token_follows_within_the_window() {
+        let mut now = Instant::now();
+        let progress = Arc::new(Progress::new(now));
+        let mut window = ProgressWindow::default();
+        let mut parts: Vec<ProgressPart> = (0..4).map(|_| progress.part(1, now)).collect();
+        parts.iter_mut().for_each(|part| part.first_token(TICK));
+        assert_eq!(window.token_seconds(), None);
+        watch(&mut window, &progress, &mut now, 40, 20);
+        assert!((window.token_seconds().expect("measured") - 0.01).abs() < 1e-9);
+        watch(&mut window, &progress, &mut now, 0, 14);
+        assert!(window.token_seconds().expect("measured") > 0.1, "silence counts while it lasts");
+        drop(parts);
+        watch(&mut window, &progress, &mut now, 0, 15);
+        assert_eq!(window.token_seconds(), None, "nobody speaks, nothing is known");
+    }
+
+    #[test]
+    fn a_pause_of_this_process_says_nothing_of_others() {
+        let mut now = Instant::now();
+        let progress = Arc::new(Progress::new(now));
+        let mut window = ProgressWindow::default();
+        let mut part = progress.part(2, now);
+        part.first_token(TICK);
+        watch(&mut window, &progress, &mut now, 20, 20);
+        now += Duration::from_secs(2);
+        window.look(&progress, now);
+        assert_eq!(window.token_seconds(), None);
+        watch(&mut window, &progress, &mut now, 20, 10);
+        assert!((window.token_seconds().expect("measured again") - 0.01).abs() < 1e-9);
+    }
+
+    #[test]
+    fn what_a_source_counted_goes_with_it() {
+        let now = Instant::now();
+        let progress = Arc::new(Progress::new(now));
+        let mut part = progress.part(3, now);
+        let speaking = || progress.speaking.load(Ordering::Relaxed);
+        part.finished();
+        assert_eq!(speaking(), 0, "it had not begun");
+        part.first_token(Duration::from_millis(20));
+        part.token();
+        part.finished();
+        assert_eq!(speaking(), 2);
+        drop(part);
+        assert_eq!(speaking(), 0);
+        let first = progress.take_first_tokens();
+        assert_eq!(first, FirstTokens { count: 1, time: Duration::from_millis(20) });
+        assert_eq!(progress.take_first_tokens(), FirstTokens::default());
+    }
+
+    #[test]
+    fn silence_is_that_of_all_sources_and_of_none_without_any() {
+        let start = Instant::now();
+        let progress = Arc::new(Progress::new(start));
+        let after = |ticks| start + TICK * ticks;
+        assert_eq!(progress.silence(after(100)), None, "nothing should be heard");
+        let first = progress.part(1, after(100));
+        let second = progress.part(1, after(110));
+        assert_eq!(progress.silence(after(115)), Some(TICK * 5));
+        first.heard(after(120));
+        assert_eq!(progress.silence(after(121)), Some(TICK), "one source speaks for the replica");
+        drop((first, second));
+        assert_eq!(progress.silence(after(200)), None);
+    }
+}
