@@ -101,7 +101,7 @@ fn a_slow_node_gets_nothing_while_another_could_take_it() {
     let (free, crawling) = (idle(), LoadReport { inter_token_latency: 0.2, ..idle() });
     let slow = |report| Candidate { slowness: Some(20.0), ..peer(report) };
     let far = Candidate { is_same_zone: false, ..peer(&free) };
-    let hashes = hashes(&(0..2048).collect::<Vec<u32>>());
+    let hashes = hashes(&(0..2048).collect::<Vec<u32>>(), None);
     let cached = PlacementRequest { prompt_tokens: 2048, prefix_hashes: &hashes, ..REQUEST };
     let holder = LoadReport { hot_prefixes: vec![hashes[7]], ..crawling.clone() };
     for strategy in Strategy::ALL {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use outrigger::admission;
 use outrigger::app::life::Bounds;
 use outrigger::router::{self, Strategy};
-use outrigger::types::{NodeState, SamplingParams};
+use outrigger::types::{Extensions, NodeState, SamplingParams};
 use parking_lot::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, sleep_until};
@@ -134,6 +134,7 @@ fn plan(index: usize, random: &mut Random) -> ClientPlan {
             ignore_eos: true,
             ..SamplingParams::default()
         }),
+        extensions: Extensions::default(),
         deadline: None,
         strategy: None,
         hang_ups: Vec::new(),

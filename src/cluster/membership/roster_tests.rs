@@ -264,7 +264,7 @@ async fn a_pace_keeps_the_time_of_its_measurement_while_reports_come_and_go() {
     assert_eq!((seen.report.pace, seen.report.running), (Some(pace), 2));
     assert_eq!(seen.measured_at, after(start, 8).into_std());
     assert_eq!(seen.reported_at, after(start, 20).into_std());
-    process.pace = Some((5, "nonsense".into()));
+    process.pace = Some((5, "no base64!".into()));
     assert_eq!(update(&mut roster, &[process], after(start, 30)).refused.len(), 1);
     assert_eq!(peer(&roster, "a").report.pace, Some(pace));
 }
