@@ -283,7 +283,8 @@ fn fence_findings(file: &str, source: &str) -> Vec<String> {
         let fenced: Vec<&str> = fence.path.split("::").collect();
         let is_named = |path: &&FoundPath| {
             let names = path.segments.iter().map(String::as_str);
-            names.take(fenced.len()).eq(fenced.iter().copied())
+            path.segments[0] == fenced[0]
+                && names.take(fenced.len()).eq(fenced.iter().copied())
                 && (path.segments.len() > 1 || is_whole_use(path, source))
         };
         for path in paths.iter().filter(is_named) {
