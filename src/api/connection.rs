@@ -32,8 +32,9 @@ use super::write_timeout::WriteTimeout;
 const HTTP2_FAREWELL: Duration = Duration::from_secs(1);
 
 /// An HTTP/1.1 connection of a server that shuts down ends when it has been idle for so long: busy clients ask again sooner,
-/// and one that has waited for longer hardly asks in the very moment.
-const IDLE_GRACE: Duration = Duration::from_secs(1);
+/// and one that has waited for longer hardly asks in the very moment. Longer than the second after which a kernel tries again to
+/// connect: a client that was held up so at another address comes back then.
+const IDLE_GRACE: Duration = Duration::from_secs(2);
 /// From one look at it to the next.
 const IDLE_POLL: Duration = Duration::from_millis(20);
 

@@ -65,7 +65,9 @@ pub(super) async fn serve_routes(
         };
         match accepted {
             Ok((stream, _)) => {
+                // Whoever was accepted is served, also if the shutdown comes in the same moment.
                 let (closing, place) = tokio::select! {
+                    biased;
                     place = server.place() => place,
                     () = shutdown.cancelled() => break,
                 };

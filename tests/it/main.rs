@@ -2,6 +2,7 @@
 
 mod chat_templates;
 mod cluster;
+mod cluster_drains;
 mod cluster_drills;
 mod cluster_keys;
 mod cluster_members;

@@ -239,3 +239,21 @@ async fn one_connection_serves_several_requests() {
     }
     assert_eq!(node.state.metrics.http_connections_opened.get(), 1);
 }
+
+#[tokio::test]
+async fn who_connects_in_the_moment_of_the_shutdown_is_answered() {
+    let node = Node::new(|_, _| Ok(()));
+    for _ in 0..20 {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        let shutdown = CancellationToken::new();
+        let mut client = TcpStream::connect(address).await.expect("established");
+        client.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.expect("sent");
+        // The server finds both at one time.
+        shutdown.cancel();
+        let server = tokio::spawn(serve(listener, node.state.clone(), axum::Router::new(), shutdown));
+        let answer = read_all(&mut client).await;
+        assert!(answer.starts_with("HTTP/1.1 "), "{answer:?}");
+        in_time("ended", server).await.expect("no panic");
+    }
+}
