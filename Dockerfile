@@ -1,9 +1,9 @@
 # syntax=docker/dockerfile:1
 # Two images. For CPUs:  docker build -t outrigger .
-#   docker run --rm --read-only --tmpfs /tmp --stop-timeout 45 -p 8000:8000 -v outrigger-models:/var/cache/outrigger outrigger
+#   docker run --rm --read-only --tmpfs /tmp --stop-timeout 100 -p 8000:8000 -v outrigger-models:/var/cache/outrigger outrigger
 # For NVIDIA GPUs (compute capability 8.0 or later, driver 580 or later):  docker build --target cuda -t outrigger:cuda .
-#   docker run --rm --gpus all --read-only --tmpfs /tmp --stop-timeout 45 -p 8000:8000 -v outrigger-models:/var/cache/outrigger outrigger:cuda
-# Docker's own grace of 10 s would cut running streams: --stop-timeout must exceed shutdown_timeout (30 s).
+#   docker run --rm --gpus all --read-only --tmpfs /tmp --stop-timeout 100 -p 8000:8000 -v outrigger-models:/var/cache/outrigger outrigger:cuda
+# Docker's own grace of 10 s would cut running streams: --stop-timeout must exceed shutdown_timeout (30 s) and relay_timeout (60 s) together.
 
 FROM rust:1.95-slim-bookworm AS source
 WORKDIR /source

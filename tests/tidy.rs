@@ -436,7 +436,7 @@ fn the_manifest_fits_the_server() {
     assert_eq!(port(config.api.admin_addr), Some(scraped));
     let grace = number_after(&manifest, "terminationGracePeriodSeconds:");
     assert!(config.process.drain_linger < config.process.shutdown_timeout);
-    let needed = config.process.shutdown_timeout.as_secs();
+    let needed = (config.process.shutdown_timeout + config.process.relay_timeout).as_secs();
     assert!(grace > needed, "a grace of {grace} s cuts streams that may take {needed} s");
 }
 

@@ -13,6 +13,7 @@ use super::life::{Action, Bounds, Exit, Life, Seen};
 use super::load::LoadedModel;
 use super::signals::{Caught, Signals};
 use crate::config::Config;
+use crate::types::Backend;
 
 /// Serves until a signal or a failure; the exit code says which. An error is why the model cannot be loaded.
 pub async fn drive(
@@ -25,6 +26,7 @@ pub async fn drive(
     let process = &config.process;
     let mut life = Life::new(Bounds {
         shutdown_timeout: process.shutdown_timeout,
+        relay_timeout: process.relay_timeout,
         drain_linger: process.drain_linger,
         failure_linger: process.failure_linger,
     });
@@ -105,7 +107,9 @@ impl Node<'_> {
     fn seen(&self) -> Seen {
         let has_ended = |task: &Option<JoinHandle<()>>| task.as_ref().is_some_and(JoinHandle::is_finished);
         Seen {
-            has_work: self.front.has_work(),
+            has_streams: self.front.router.open_streams() > 0,
+            has_work: self.front.admission.status().admitted_requests > 0,
+            progress: self.model.as_ref().map_or(0, |model| model.engine.status().progress),
             has_connections: self.front.has_connections(),
             has_engine: self.model.is_some() && !has_ended(&self.stopping),
             has_left: has_ended(&self.leaving),
@@ -135,6 +139,14 @@ impl Node<'_> {
                 tracing::info!("no more connections are accepted; those that exist are served until they end");
                 front.stop_accepting();
             }
+            Action::StopComputing => {
+                tracing::info!(
+                    streams = front.router.open_streams(),
+                    "shutdown_timeout has passed: this node computes nothing any more, and passes on what peers compute"
+                );
+                front.router.stop_computing();
+                self.end_engine();
+            }
             Action::Stop => self.stop(),
             Action::SayGoodbye => {
                 if front.has_connections() {
@@ -148,15 +160,23 @@ impl Node<'_> {
 
     fn stop(&mut self) {
         let front = self.front;
-        if front.has_work() {
+        let streams = front.router.open_streams();
+        if streams > 0 {
             tracing::warn!(
-                streams = front.router.open_streams(),
-                "shutdown_timeout has passed: what still runs is ended, and clients are told how to go on elsewhere"
+                streams,
+                "relay_timeout has passed: the streams that are left are ended, and clients are told how to go on elsewhere"
             );
         }
         front.admission.close();
         front.router.cut();
-        if let Some(model) = &self.model {
+        self.end_engine();
+    }
+
+    /// Only the first call counts.
+    fn end_engine(&mut self) {
+        if let Some(model) = &self.model
+            && self.stopping.is_none()
+        {
             model.watchers.cancel();
             let engine = model.engine.clone();
             self.stopping = Some(tokio::spawn(async move { engine.drain(Instant::now()).await }));

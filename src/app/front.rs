@@ -104,9 +104,4 @@ impl Front {
     pub fn has_connections(&self) -> bool {
         !self.server.is_finished()
     }
-
-    /// Whether a client's stream or work for a peer is still running.
-    pub fn has_work(&self) -> bool {
-        self.router.open_streams() > 0 || self.admission.status().admitted_requests > 0
-    }
 }

@@ -9,10 +9,11 @@
 //! | serving | accepted | here or to peers | a signal, or a failed engine |
 //! | lingering | accepted | to peers; here only if no peer can | `drain_linger` or `failure_linger` |
 //! | closing | refused | as before; each connection ends after its answer | all have ended, or the deadline |
+//! | relaying | refused | to peers; what peers compute is passed on, and nothing is computed here | the streams have ended, or `relay_timeout` |
 //! | stopping | refused | what is left is told to go on elsewhere | all have ended, or `STOP_GRACE` |
 //! | parting | refused | none is left | the peers have been told |
 //!
-//! The deadline is `shutdown_timeout` after the signal or the failure.
+//! The deadline is `shutdown_timeout` after the signal or the failure; `relay_timeout` counts from there.
 
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     pub shutdown_timeout: Duration,
+    /// After `shutdown_timeout`.
+    pub relay_timeout: Duration,
     pub drain_linger: Duration,
     pub failure_linger: Duration,
 }
@@ -42,7 +45,9 @@ pub enum Action {
     GiveUpEngine,
     /// Accept no connection any more. Those that exist end after the answer that they wait for.
     StopAccepting,
-    /// End the engine and every stream that is left; clients are told how to go on elsewhere.
+    /// End the engine, whatever it computes. Streams go on where a peer computes them, and end where none does.
+    StopComputing,
+    /// End every stream that is left, and the engine if it runs; clients are told how to go on elsewhere.
     Stop,
     /// Tell the peers that this node goes.
     SayGoodbye,
@@ -61,24 +66,45 @@ pub enum Exit {
 /// What still goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// A stream of a client's or work for a peer.
+    /// A stream of a client's, wherever it is computed.
+    pub has_streams: bool,
+    /// The engine has work, for this node's clients or for a peer.
     pub has_work: bool,
     /// A client is connected.
     pub has_connections: bool,
     /// An engine that has not ended.
     pub has_engine: bool,
+    /// Grows whenever the engine's work advances, also inside a long step.
+    pub progress: u64,
     /// The peers have been told.
     pub has_left: bool,
+}
+
+impl Seen {
+    fn is_quiet(&self) -> bool {
+        !self.has_streams && !self.has_work && !self.has_connections
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Loading,
     Serving,
-    Lingering { until: Instant },
+    Lingering {
+        until: Instant,
+    },
     Closing,
-    Stopping { until: Instant },
-    Parting { until: Instant },
+    Relaying {
+        until: Instant,
+    },
+    /// `progress`: the engine's, when this began.
+    Stopping {
+        until: Instant,
+        progress: u64,
+    },
+    Parting {
+        until: Instant,
+    },
     Ended,
 }
 
@@ -128,7 +154,11 @@ impl Life {
         match self.phase {
             Phase::Ended => return Vec::new(),
             Phase::Loading | Phase::Serving => self.begin_to_end(Cause::Failure, self.bounds.failure_linger, now),
-            Phase::Lingering { .. } | Phase::Closing | Phase::Stopping { .. } | Phase::Parting { .. } => {
+            Phase::Lingering { .. }
+            | Phase::Closing
+            | Phase::Relaying { .. }
+            | Phase::Stopping { .. }
+            | Phase::Parting { .. } => {
                 if self.cause == Some(Cause::Failure) {
                     return Vec::new();
                 }
@@ -158,7 +188,7 @@ impl Life {
                 self.phase = Phase::Lingering { until: now };
                 Vec::new()
             }
-            Phase::Closing | Phase::Stopping { .. } | Phase::Parting { .. } => Vec::new(),
+            Phase::Closing | Phase::Relaying { .. } | Phase::Stopping { .. } | Phase::Parting { .. } => Vec::new(),
         }
     }
 
@@ -181,7 +211,7 @@ impl Life {
     }
 
     fn step(&mut self, seen: Seen, now: Instant) -> Option<Action> {
-        let is_quiet = !seen.has_work && !seen.has_connections;
+        let is_quiet = seen.is_quiet();
         let is_late = self.deadline.is_some_and(|deadline| deadline <= now);
         // One that has failed may never end.
         let has_engine = seen.has_engine && self.cause != Some(Cause::Failure);
@@ -190,12 +220,15 @@ impl Life {
                 self.phase = Phase::Closing;
                 Some(Action::StopAccepting)
             }
-            Phase::Closing if is_quiet || is_late => {
-                self.phase = Phase::Stopping { until: now + STOP_GRACE };
-                Some(Action::Stop)
+            Phase::Closing if is_late && !is_quiet => {
+                self.phase = Phase::Relaying { until: now + self.bounds.relay_timeout };
+                Some(Action::StopComputing)
             }
-            Phase::Stopping { until } if (is_quiet && !has_engine) || until <= now => {
-                if has_engine {
+            Phase::Closing if is_quiet => Some(self.stop(seen, now)),
+            Phase::Relaying { until } if !seen.has_streams || until <= now => Some(self.stop(seen, now)),
+            Phase::Stopping { until, progress } if (is_quiet && !has_engine) || until <= now => {
+                // One that is only in a long step ends with the process.
+                if has_engine && seen.progress == progress {
                     self.exit = Exit::Failure;
                 }
                 self.phase = Phase::Parting { until: now + PART_GRACE };
@@ -209,10 +242,16 @@ impl Life {
             | Phase::Serving
             | Phase::Lingering { .. }
             | Phase::Closing
+            | Phase::Relaying { .. }
             | Phase::Stopping { .. }
             | Phase::Parting { .. }
             | Phase::Ended => None,
         }
+    }
+
+    fn stop(&mut self, seen: Seen, now: Instant) -> Action {
+        self.phase = Phase::Stopping { until: now + STOP_GRACE, progress: seen.progress };
+        Action::Stop
     }
 
     /// When to look next, if nothing happens before; `None` while only events matter.
@@ -220,7 +259,9 @@ impl Life {
         match self.phase {
             Phase::Loading | Phase::Serving | Phase::Ended => None,
             Phase::Lingering { until } => Some(until),
-            Phase::Closing | Phase::Stopping { .. } | Phase::Parting { .. } => Some(now + LOOK_INTERVAL),
+            Phase::Closing | Phase::Relaying { .. } | Phase::Stopping { .. } | Phase::Parting { .. } => {
+                Some(now + LOOK_INTERVAL)
+            }
         }
     }
 
@@ -237,12 +278,20 @@ mod tests {
 
     const BOUNDS: Bounds = Bounds {
         shutdown_timeout: Duration::from_secs(30),
+        relay_timeout: Duration::from_secs(60),
         drain_linger: Duration::from_secs(5),
         failure_linger: Duration::from_secs(2),
     };
-    const BUSY: Seen = Seen { has_work: true, has_connections: true, has_engine: true, has_left: false };
-    const QUIET: Seen = Seen { has_work: false, has_connections: false, has_engine: true, has_left: false };
-    const GONE: Seen = Seen { has_work: false, has_connections: false, has_engine: false, has_left: true };
+    const GONE: Seen = Seen {
+        has_streams: false,
+        has_work: false,
+        has_connections: false,
+        has_engine: false,
+        progress: 0,
+        has_left: true,
+    };
+    const QUIET: Seen = Seen { has_engine: true, has_left: false, ..GONE };
+    const BUSY: Seen = Seen { has_streams: true, has_work: true, has_connections: true, ..QUIET };
 
     fn seconds(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
@@ -282,15 +331,33 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_end_is_ended_at_the_deadline_and_an_engine_that_hangs_is_a_failure() {
-        for (seen, exit) in [(BUSY, Exit::Failure), (Seen { has_engine: false, ..BUSY }, Exit::Success)] {
+    fn what_peers_compute_is_passed_on_after_the_deadline_until_it_ends() {
+        let (mut life, start) = (serving(), Instant::now());
+        life.signalled(true, start);
+        life.look(BUSY, start + seconds(5));
+        let relaying = Seen { has_work: false, ..BUSY };
+        assert_eq!(life.look(relaying, start + seconds(30)), [Action::StopComputing]);
+        assert_eq!(life.look(relaying, start + seconds(89)), [], "a peer still computes");
+        // A client that does not read its answer is waited for no longer than the engine.
+        let sent = Seen { has_streams: false, ..relaying };
+        assert_eq!(life.look(sent, start + seconds(89)), [Action::Stop]);
+        assert_eq!(life.look(GONE, start + seconds(90)), [Action::SayGoodbye, Action::Exit(Exit::Success)]);
+    }
+
+    #[test]
+    fn what_does_not_end_is_cut_and_an_engine_that_hangs_is_a_failure() {
+        let ended = Seen { has_engine: false, ..BUSY };
+        let in_a_long_step = Seen { progress: 1, ..BUSY };
+        for (later, exit) in [(BUSY, Exit::Failure), (ended, Exit::Success), (in_a_long_step, Exit::Success)] {
             let (mut life, start) = (serving(), Instant::now());
             life.signalled(true, start);
-            life.look(seen, start + seconds(5));
-            let deadline = start + seconds(30);
-            assert_eq!(life.look(seen, deadline), [Action::Stop]);
-            assert_eq!(life.look(seen, deadline + STOP_GRACE), [Action::SayGoodbye]);
-            assert_eq!(life.look(seen, deadline + STOP_GRACE + PART_GRACE), [Action::Exit(exit)]);
+            life.look(BUSY, start + seconds(5));
+            let (deadline, end) = (start + seconds(30), start + seconds(90));
+            assert_eq!(life.look(BUSY, deadline), [Action::StopComputing]);
+            assert_eq!(life.look(BUSY, end - seconds(1)), []);
+            assert_eq!(life.look(BUSY, end), [Action::Stop]);
+            assert_eq!(life.look(later, end + STOP_GRACE), [Action::SayGoodbye]);
+            assert_eq!(life.look(later, end + STOP_GRACE + PART_GRACE), [Action::Exit(exit)]);
         }
     }
 
@@ -349,10 +416,12 @@ mod tests {
 
     fn seen() -> impl Strategy<Value = Seen> {
         let flag = prop::bool::weighted(0.7);
-        (flag, flag, flag, flag).prop_map(|(work, connections, engine, stays)| Seen {
+        (flag, flag, flag, flag, flag, 0u64..3).prop_map(|(streams, work, connections, engine, stays, progress)| Seen {
+            has_streams: streams,
             has_work: work,
             has_connections: connections,
             has_engine: engine,
+            progress,
             has_left: !stays,
         })
     }
@@ -391,28 +460,36 @@ mod tests {
                 for action in life.look(seen, now) {
                     match action {
                         Action::StopAccepting => prop_assert!(now >= accepts_until || signals > 0),
+                        Action::StopComputing => {
+                            prop_assert!(began.is_some_and(|began| now >= began + BOUNDS.shutdown_timeout));
+                        }
                         Action::Stop => {
-                            let is_quiet = !seen.has_work && !seen.has_connections;
-                            prop_assert!(is_quiet || began.is_some_and(|began| now >= began + BOUNDS.shutdown_timeout));
+                            let bound = BOUNDS.shutdown_timeout + BOUNDS.relay_timeout;
+                            let is_over = began.is_some_and(|began| now >= began + bound);
+                            prop_assert!(seen.is_quiet() || !seen.has_streams || is_over);
+                            prop_assert!(seen.is_quiet() || done.contains(&Action::StopComputing));
                         }
                         _ => {}
                     }
                     done.push(action);
                 }
             }
-            let ordered = [Action::StopAccepting, Action::Stop, Action::SayGoodbye];
+            let ordered = [Action::StopAccepting, Action::StopComputing, Action::Stop, Action::SayGoodbye];
             let places: Vec<_> =
                 ordered.iter().map(|action| done.iter().position(|other| other == action)).collect();
+            // Only the end of computing may be left out.
+            let places: Vec<_> = places.into_iter().enumerate().filter(|(step, place)| *step != 1 || place.is_some()).collect();
             for pair in places.windows(2) {
-                prop_assert!(pair[1].is_none() || (pair[0].is_some() && pair[0] < pair[1]), "{done:?}");
+                let (before, after) = (pair[0].1, pair[1].1);
+                prop_assert!(after.is_none() || (before.is_some() && before < after), "{done:?}");
             }
             for action in &done {
                 prop_assert_eq!(done.iter().filter(|other| *other == action).count(), 1, "{:?}", done);
             }
             if began.is_some() {
                 // Whatever is seen, it ends.
-                for _ in 0..4 {
-                    now += BOUNDS.shutdown_timeout;
+                for _ in 0..5 {
+                    now += BOUNDS.relay_timeout;
                     done.extend(life.look(BUSY, now));
                 }
                 prop_assert!(matches!(done.last(), Some(Action::Exit(_))), "{done:?}");

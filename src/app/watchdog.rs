@@ -36,8 +36,9 @@ impl Bounds {
     fn of(config: &Config) -> Self {
         let process = &config.process;
         // Twice `shutdown_timeout`, because a node that fails while draining starts a new shutdown.
-        let ending = process.shutdown_timeout * 2 + process.drain_linger + process.failure_linger + ENDING_SLACK;
-        Self { front: config.health.liveness_timeout, ending }
+        let times =
+            process.shutdown_timeout * 2 + process.relay_timeout + process.drain_linger + process.failure_linger;
+        Self { front: config.health.liveness_timeout, ending: times + ENDING_SLACK }
     }
 }
 

@@ -349,7 +349,9 @@ keys! {
     }
     "Shutdown and faults" {
         shutdown_timeout: Time => process.shutdown_timeout,
-            "Let running requests continue for at most this long after SIGTERM, SIGINT or a failed engine.";
+            "Compute running requests for at most this long after SIGTERM or SIGINT.";
+        relay_timeout: Time => process.relay_timeout,
+            "After `shutdown_timeout`, pass on streams that other nodes compute for at most this long. The node ends as soon as none is left.";
         drain_linger: Time => process.drain_linger,
             "Keep accepting connections, and pass their requests to peers, for this long after SIGTERM. Must be longer than a load balancer takes to notice.";
         failure_linger: Time => process.failure_linger,

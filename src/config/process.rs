@@ -29,8 +29,10 @@ pub struct Process {
     pub chat_template: Option<PathBuf>,
     /// Holds downloads. Default: none, which stands for the XDG cache folder.
     pub home: Option<PathBuf>,
-    /// Default: 30 s. An orchestrator's own grace period must be longer.
+    /// Default: 30 s. An orchestrator's own grace period must be longer than this and `relay_timeout`.
     pub shutdown_timeout: Duration,
+    /// Default: 60 s.
+    pub relay_timeout: Duration,
     /// Default: 5 s.
     pub drain_linger: Duration,
     /// Default: 5 s.
@@ -49,6 +51,7 @@ impl Default for Process {
             chat_template: None,
             home: None,
             shutdown_timeout: Duration::from_secs(30),
+            relay_timeout: Duration::from_secs(60),
             drain_linger: Duration::from_secs(5),
             failure_linger: Duration::from_secs(5),
             fault_injection: false,
@@ -78,6 +81,7 @@ impl Process {
         }
         for (key, time) in [
             ("shutdown_timeout", self.shutdown_timeout),
+            ("relay_timeout", self.relay_timeout),
             ("drain_linger", self.drain_linger),
             ("failure_linger", self.failure_linger),
         ] {

@@ -130,7 +130,7 @@ impl Shared {
         let state = self.health.lifecycle().state();
         let is_up = matches!(state, NodeState::Ready | NodeState::Degraded | NodeState::Draining);
         // Whatever an engine that hangs is given would wait until the node fails.
-        is_up && self.local().is_some() && !self.is_cut() && !self.health.engine_is_stalled()
+        is_up && self.local().is_some() && !self.only_relays() && !self.is_cut() && !self.health.engine_is_stalled()
     }
 
     pub(super) fn unavailable(&self) -> Failure {

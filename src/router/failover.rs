@@ -18,9 +18,9 @@ use futures::future::BoxFuture;
 use tokio::time::{Sleep, sleep_until};
 use tracing::{info, warn};
 
-use super::Shared;
 use super::breaker::Attempt;
-use super::dispatch::{Choice, Want};
+use super::dispatch::{Choice, NOT_SERVING, Want};
+use super::shared::{Departure, Shared, has_left};
 use super::source::{Replica, Sign, Source};
 use super::stream_log::{News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
@@ -50,7 +50,7 @@ pub(super) struct FailoverStream {
     excluded: BTreeMap<Replica, Instant>,
     /// The primary is another entry node's stream, which keeps the journal.
     follows: bool,
-    /// Some replica has accepted the stream before this node ran it.
+    /// Some replica has accepted the stream.
     was_accepted: bool,
     /// Nobody but this node can know any token of it, unless it knows them too.
     began_here: bool,
@@ -68,7 +68,7 @@ pub(super) struct FailoverStream {
     gate: Option<BoxFuture<'static, ()>>,
     /// With this it ends when the gate opens.
     spoiled_by: Option<Failure>,
-    is_leaving: watch::Receiver<bool>,
+    departure: watch::Receiver<Departure>,
     is_cut: watch::Receiver<bool>,
     paces: watch::Receiver<()>,
     /// A race was wanted that the budget did not allow.
@@ -121,7 +121,7 @@ impl FailoverStream {
         gate: Option<BoxFuture<'static, ()>>,
     ) -> Self {
         Self {
-            is_leaving: shared.is_leaving.subscribe(),
+            departure: shared.departure.subscribe(),
             is_cut: shared.is_cut.subscribe(),
             paces: shared.pacing.changes.subscribe(),
             lacked_budget: false,
@@ -217,13 +217,13 @@ impl FailoverStream {
             biased;
             () = self.log.abandoned() => Step::Abandoned,
             () = cut(&mut self.is_cut) => Step::Cut,
+            Ok(()) = self.departure.changed() => Step::Changed,
             () = optional(&mut self.gate) => Step::GateOpened,
             sign = next(&mut self.primary), if !is_complete => Step::Primary(sign),
             sign = next(&mut self.successor), if !is_complete => Step::Successor(sign),
             result = opened(&mut self.opening) => Step::Opened(result),
             () = self.alarm.as_mut() => Step::Alarm,
             () = failure(&mut self.phases), if !self.has_failed => Step::NodeFailed,
-            Ok(()) = self.is_leaving.changed() => Step::Changed,
             Ok(()) = self.paces.changed() => Step::Changed,
             Ok(()) = self.view.changed(), if wants_news => Step::Changed,
         }
@@ -339,12 +339,18 @@ impl FailoverStream {
             return self.log.fail(failure);
         }
         self.exclude(lost.replica.clone(), lost.attempt, &failure);
-        self.failovers += 1;
+        self.was_accepted = true;
+        // A replica that ends in order is no sign that the request breaks replicas.
+        let has_left = failure.code == Some(NOT_SERVING);
+        self.failovers += u32::from(!has_left);
         if self.failovers > self.shared.config.max_failovers {
             warn!(request = %self.log.head.id, failovers = self.failovers, "a stream lost too many replicas");
             return self.log.fail(failure);
         }
-        self.shared.metrics.failovers.with([failure.kind.label()]).inc();
+        match has_left {
+            true => _ = self.shared.metrics.hand_overs.inc(),
+            false => _ = self.shared.metrics.failovers.with([failure.kind.label()]).inc(),
+        }
         info!(from = %lost.replica, cause = failure.kind.label(), "a stream lost its replica");
         self.last_failure = Some(failure);
         match self.successor.take() {
@@ -386,6 +392,12 @@ impl FailoverStream {
         }
         let leaves = |source: &Source| source.is_leaving || (source.replica == Replica::Here && self.shared.leaves());
         match &self.primary {
+            Some(primary) if primary.replica == Replica::Here && self.shared.only_relays() => {
+                match self.shared.has_peers() {
+                    true => self.lose_primary(has_left()),
+                    false => self.cut(),
+                }
+            }
             Some(primary) if is_silent(primary) && self.relief != Some(Relief::Stall) => {
                 let (replica, attempt) = (primary.replica.clone(), primary.attempt);
                 self.relief = Some(Relief::Stall);
@@ -423,6 +435,9 @@ impl FailoverStream {
             };
         }
         if now.saturating_duration_since(since) >= self.shared.config.failover_timeout {
+            if self.shared.only_relays() {
+                return self.cut();
+            }
             let nobody =
                 || Failure::new(FailureKind::EngineFailed, "No replica is left that could continue the stream.");
             return self.log.fail(self.last_failure.take().unwrap_or_else(nobody));
@@ -465,7 +480,7 @@ impl FailoverStream {
         }
     }
 
-    /// The node ends and can wait no longer: the client is told how to go on elsewhere.
+    /// The node ends, and waits no longer or finds no replica: the client is told how to go on elsewhere.
     fn cut(&mut self) {
         self.primary = None;
         self.successor = None;

@@ -11,7 +11,7 @@ use super::Router;
 use super::dispatch::NOT_SERVING;
 use super::failover::now;
 use super::hot_prefixes;
-use super::shared::Shared;
+use super::shared::{Departure, Shared};
 use super::source::{Sign, Source};
 use super::stream_log::Cursor;
 use crate::admission::Demand;
@@ -54,12 +54,12 @@ impl PeerService for Router {
         };
         let source = shared.admit(local, demand, request, &prefixes, Cursor::fresh(0), call.is_continuation)?;
         let (frames, answer) = PeerStream::channel();
-        let is_leaving = shared.is_leaving.subscribe();
+        let departure = shared.departure.subscribe();
         if shared.leaves() {
             // It began in this moment.
             let _ = frames.send(PeerFrame::HandOver);
         }
-        tokio::spawn(serve(shared.clone(), source, frames, unfinished, is_leaving));
+        tokio::spawn(serve(shared.clone(), source, frames, unfinished, departure));
         Ok(answer)
     }
 
@@ -137,7 +137,7 @@ async fn serve(
     mut source: Source,
     frames: UnboundedSender<PeerFrame>,
     mut unfinished: usize,
-    mut is_leaving: watch::Receiver<bool>,
+    mut departure: watch::Receiver<Departure>,
 ) {
     shared.metrics.streams_served.inc();
     let mut ticks = interval(shared.heartbeat_interval());
@@ -151,7 +151,7 @@ async fn serve(
                 Sign::Event(event) => PeerFrame::Event(event),
                 Sign::Heartbeat | Sign::HandOver => continue,
             },
-            Ok(()) = is_leaving.changed() => PeerFrame::HandOver,
+            Ok(()) = departure.changed() => PeerFrame::HandOver,
             _ = ticks.tick() => {
                 let beat = source.last_sign();
                 if beat <= last_beat {

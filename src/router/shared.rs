@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::breaker::Attempt;
 use super::config::Config;
-use super::dispatch::Want;
+use super::dispatch::{NOT_SERVING, Want};
 use super::failover::now;
 use super::hot_prefixes::HotPrefixes;
 use super::ledger::{InFlight, Ledger};
@@ -74,6 +74,16 @@ pub struct RouterParts {
     pub seed: u64,
 }
 
+/// How far a node has gone on its way out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Departure {
+    Stays,
+    /// What it computes is handed to peers, and nothing is begun here that a peer could take.
+    HandsOver,
+    /// It computes nothing any more, and passes on what peers compute.
+    OnlyRelays,
+}
+
 /// Handle to the router. Cheap to clone.
 #[derive(Clone)]
 pub struct Router {
@@ -104,7 +114,7 @@ pub struct Shared {
     open_streams: AtomicU32,
     /// Requests that wait while the node starts.
     pub(super) held: AtomicUsize,
-    pub(super) is_leaving: watch::Sender<bool>,
+    pub(super) departure: watch::Sender<Departure>,
     pub(super) is_cut: watch::Sender<bool>,
 }
 
@@ -144,7 +154,7 @@ impl Router {
             draws: seed.into(),
             open_streams: 0.into(),
             held: 0.into(),
-            is_leaving: watch::Sender::new(false),
+            departure: watch::Sender::new(Departure::Stays),
             is_cut: watch::Sender::new(false),
         };
         Self { shared: Arc::new(shared) }
@@ -211,7 +221,13 @@ impl Router {
     /// The node wants to end: what it generates is taken elsewhere where that can be, and nothing is begun here that a peer could
     /// take.
     pub fn leave(&self) {
-        self.shared.is_leaving.send_replace(true);
+        self.shared.departure.send_replace(Departure::HandsOver);
+    }
+
+    /// The node computes nothing any more. Streams go on where peers compute them; those that no peer takes end, and their
+    /// clients are told how to go on elsewhere.
+    pub fn stop_computing(&self) {
+        self.shared.departure.send_replace(Departure::OnlyRelays);
     }
 
     /// Ends all streams; their clients are told how to go on elsewhere. No stream is begun any more.
@@ -271,7 +287,11 @@ impl Shared {
     }
 
     pub(super) fn leaves(&self) -> bool {
-        *self.is_leaving.borrow()
+        *self.departure.borrow() >= Departure::HandsOver
+    }
+
+    pub(super) fn only_relays(&self) -> bool {
+        *self.departure.borrow() == Departure::OnlyRelays
     }
 
     /// Starts the generation in this node's engine.
@@ -353,7 +373,7 @@ impl Shared {
         let event = match event {
             GenerationEvent::Failed(failure) => return Err(failure),
             GenerationEvent::Finished { reason: FinishReason::Shutdown, .. } if self.can_move() => {
-                return Err(Failure::new(FailureKind::Overloaded, "The replica is shutting down."));
+                return Err(has_left());
             }
             event => event,
         };
@@ -457,4 +477,9 @@ pub(super) fn bounded<T: Send + 'static>(
         let stalled = || Err(Failure::new(FailureKind::PeerStalled, "The replica does not answer."));
         timeout(limit, call).await.unwrap_or_else(|_| stalled())
     })
+}
+
+/// Why a source ends whose node computes nothing any more.
+pub(super) fn has_left() -> Failure {
+    Failure::new(FailureKind::Overloaded, "The replica is shutting down.").with_code(NOT_SERVING)
 }

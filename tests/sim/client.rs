@@ -290,8 +290,6 @@ impl Client {
             }
             // Its entry node and the holders of its journal were lost together.
             _ if failure.code == Some(FORGOTTEN) => was_troubled,
-            // The node could wait no longer.
-            _ if failure.code == Some("stream_interrupted") => node.has_stopped(),
             _ if failure.code == Some("shutting_down") && node.has_stopped() => true,
             _ => !self.world.could_serve(node),
         };

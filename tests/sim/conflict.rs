@@ -144,6 +144,7 @@ async fn story(seed: u64, is_told: bool) -> Result<u64, Violation> {
         zones: 1,
         bounds: Bounds {
             shutdown_timeout: Duration::from_secs(5),
+            relay_timeout: Duration::from_secs(5),
             drain_linger: Duration::ZERO,
             failure_linger: Duration::ZERO,
         },

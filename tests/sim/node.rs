@@ -68,6 +68,8 @@ struct Door {
     is_shut: AtomicBool,
     /// The node has ended what still ran, and begins nothing more: connections end with the answer that they wait for.
     has_stopped: AtomicBool,
+    /// The engine was told to end.
+    ends_engine: AtomicBool,
     /// Clients that are connected and wait for something.
     connections: AtomicUsize,
     /// Told when the process is asked to end.
@@ -139,9 +141,11 @@ impl Node {
         let has_engine = Arc::new(AtomicBool::new(false));
         loop {
             let seen = Seen {
-                has_work: self.router.open_streams() > 0 || self.admission.status().admitted_requests > 0,
+                has_streams: self.router.open_streams() > 0,
+                has_work: self.admission.status().admitted_requests > 0,
                 has_connections: self.door.connections.load(Ordering::Relaxed) > 0,
                 has_engine: has_engine.load(Ordering::Relaxed),
+                progress: self.engine.status().progress,
                 has_left: true,
             };
             for action in life.look(seen, now()) {
@@ -195,19 +199,30 @@ impl Node {
             }
             Action::GiveUpEngine => self.engine.give_up(self.health.engine_failure()),
             Action::StopAccepting => self.door.is_shut.store(true, Ordering::Relaxed),
+            Action::StopComputing => {
+                self.router.stop_computing();
+                self.end_engine(has_engine);
+            }
             Action::Stop => {
                 self.door.has_stopped.store(true, Ordering::Relaxed);
                 self.admission.close();
                 self.router.cut();
-                let (engine, has_engine) = (self.engine.clone(), has_engine.clone());
-                tokio::spawn(async move {
-                    engine.drain(Duration::ZERO).await;
-                    has_engine.store(false, Ordering::Relaxed);
-                });
+                self.end_engine(has_engine);
             }
             Action::SayGoodbye => {}
             Action::Exit(_) => self.door.ended.cancel(),
         }
+    }
+
+    fn end_engine(&self, has_engine: &Arc<AtomicBool>) {
+        if self.door.ends_engine.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let (engine, has_engine) = (self.engine.clone(), has_engine.clone());
+        tokio::spawn(async move {
+            engine.drain(Duration::ZERO).await;
+            has_engine.store(false, Ordering::Relaxed);
+        });
     }
 
     async fn load(&self, loading: Duration, seats: usize) -> Option<(LocalReplica, InferenceProbe)> {

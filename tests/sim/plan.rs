@@ -149,6 +149,8 @@ fn config(random: &mut Random) -> NodeConfig {
     let is_patient = random.percent(50);
     let bounds = Bounds {
         shutdown_timeout: if is_patient { random.millis(4000, 9000) } else { random.millis(300, 4000) },
+        // Longer than any stream takes at a replica that is well: a stream is interrupted only where no replica is.
+        relay_timeout: Duration::from_secs(60),
         drain_linger: random.millis(0, 1500),
         failure_linger: random.millis(0, 1500),
     };

@@ -60,6 +60,7 @@ fn config(placement: Strategy) -> NodeConfig {
         zones: 1,
         bounds: Bounds {
             shutdown_timeout: Duration::from_secs(2),
+            relay_timeout: Duration::from_secs(60),
             drain_linger: Duration::ZERO,
             failure_linger: Duration::ZERO,
         },
