@@ -1,5 +1,5 @@
-//! The block manager: allocating and releasing a table of 16 blocks while 10 to 10,000 sequences hold theirs, from free
-//! blocks and by evicting idle ones. Both cost the same at every size.
+//! Benchmarks the block manager: allocating and releasing a table of 16 blocks while 10 to 10,000 sequences hold theirs, from
+//! free blocks and by evicting idle ones. Both should cost the same at every size.
 //!
 //! `cargo bench --bench block_manager`
 

@@ -1,4 +1,4 @@
-//! The decoder alone, without engine or HTTP: prefill and decode at several batch sizes, on the default model or another.
+//! Benchmarks the decoder without engine and HTTP: prefill and decode at several batch sizes, on the default model or another.
 //!
 //! `cargo bench --bench decoder -- [MODEL] [prefill|decode]`
 

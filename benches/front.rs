@@ -1,13 +1,13 @@
-//! The front alone: HTTP, JSON, chat template, tokenizer, admission, answers. The engine behind it answers at once.
+//! Benchmarks the HTTP side: HTTP, JSON, chat template, tokenizer, admission, responses. The engine behind it answers at once.
 //!
-//! One thread serves, another sends, over loopback, so the server uses one core at most:
+//! One thread serves and another sends, over loopback, so the server uses at most one core:
 //!
 //! ```text
 //! cargo bench --bench front [-- SECONDS [CONNECTIONS]]
 //! ```
 //!
-//! Besides the rate by the clock it reports the rate per second of the server thread's own CPU time, which says the same on
-//! a machine that has other work.
+//! It reports the rate per second of elapsed time, and the rate per second of the server thread's CPU time, which is the same
+//! on a loaded machine.
 
 use std::net::SocketAddr;
 use std::path::Path;

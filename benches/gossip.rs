@@ -1,8 +1,8 @@
-//! What gossip costs and how fast it is, for clusters of several sizes: bytes for each node and second, and the time until
-//! all have joined, a change has reached all, a goodbye has, and a death has.
+//! Benchmarks gossip for clusters of several sizes: bytes per node and second, and the time until all nodes know of a new node,
+//! a change, a goodbye and a death.
 //!
-//! All nodes run in this process on a simulated clock; the datagrams are the real ones, sealed, and cross a network of
-//! half a millisecond that loses none. So the figures say what the protocol does, and not how busy this machine is:
+//! All nodes run in this process on a simulated clock. The datagrams are real and encrypted, and cross a simulated network with
+//! half a millisecond of latency and no losses. So the figures describe the protocol and do not depend on the machine's load:
 //!
 //! ```text
 //! cargo bench --bench gossip [-- NODES…]

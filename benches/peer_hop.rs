@@ -1,11 +1,11 @@
-//! What one hop between nodes adds: a call with one token, over loopback and mutual TLS, to a service that answers at once.
+//! Benchmarks one hop between nodes: a call with one token, over loopback and mutual TLS, to a service that answers at once.
 //!
 //! ```text
 //! cargo bench --bench peer_hop [-- CALLS]
 //! ```
 //!
-//! From the call to its last frame. One thread calls and another answers, as two nodes would; the calls are made one after
-//! the other, and then from 16 and 64 tasks at a time.
+//! Measures from the call to its last frame. One thread calls and another answers, as on two nodes. Calls are made one after
+//! the other, then by 16 and 64 tasks at a time.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

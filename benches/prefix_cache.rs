@@ -1,5 +1,5 @@
-//! The prefix cache: looking up, claiming and publishing a prefix of 64 blocks of 16 tokens while the prefixes of 10 to
-//! 10,000 sequences are cached. A lookup costs the same at every size but for the processor's caches.
+//! Benchmarks the prefix cache: looking up, claiming and publishing a prefix of 64 blocks of 16 tokens while the prefixes of 10
+//! to 10,000 sequences are cached. A lookup should cost the same at every size, except for effects of the CPU's caches.
 //!
 //! `cargo bench --bench prefix_cache`
 

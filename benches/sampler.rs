@@ -1,5 +1,5 @@
-//! The sampler on one core: cost per token of each kind of sampling over a vocabulary of 49,152 (SmolLM2's), and whether it
-//! grows with the number of live sequences.
+//! Benchmarks the sampler on one core: cost per token of each kind of sampling over a vocabulary of 49,152 (SmolLM2's), and
+//! whether it grows with the number of live sequences.
 //!
 //! `cargo bench --bench sampler`
 

@@ -1,5 +1,5 @@
-//! The scheduler alone: the cost of one step, as the batch grows and as only the queue grows. The first may grow with the
-//! batch, the second not at all.
+//! Benchmarks one step of the scheduler, with a growing batch and with a growing queue. The cost may grow with the batch, but
+//! not with the queue.
 //!
 //! `cargo bench --bench scheduler`
 

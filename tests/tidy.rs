@@ -1,8 +1,8 @@
-//! The style that a compiler does not keep: layers, fences, file heads and lengths, and documents that follow the code.
+//! Checks rules that the compiler does not: layers, fences, file heads and lengths, and documents that match the code.
 //!
-//! Paths are read from the source text by a small scanner (comments and literals removed, `use` trees unfolded), so a
-//! `crate::api::…` in the middle of a function counts as much as one in a `use` line. It does not resolve re-exports.
-//! The checks take text and give findings; the tests at the end break each of them once.
+//! Paths are read from the source text by a small scanner (comments and literals removed, `use` trees unfolded), so
+//! `crate::api::…` inside a function counts like one in a `use` line. Re-exports are not resolved. The checks take text and
+//! return findings; the tests at the end break each check once.
 
 #[path = "tidy/documents.rs"]
 mod documents;

@@ -1,4 +1,4 @@
-//! Templates in the manner of the common model families, against what transformers rendered
+//! Renders templates like those of the common model families, and compares with what transformers rendered
 //! (`tests/golden/chat_templates.py`).
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! A cluster of real processes for a test, by the drill's own harness. It has the machine for itself.
+//! A cluster of real processes for tests, started by the drill's own code. Only one such test runs at a time.
 
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};

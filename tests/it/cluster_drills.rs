@@ -1,4 +1,4 @@
-//! Game days with real processes: on random weights each exercise by itself, on the real model all of them in a row.
+//! Drills with real processes: each exercise alone on random weights, and all in a row on the real model.
 
 use std::process::Stdio;
 

@@ -1,4 +1,4 @@
-//! The cluster key is changed on running nodes, one after another, while clients stream through all of them.
+//! Changes the cluster key on running nodes, one after another, while clients stream through all of them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Who belongs to a cluster: nodes with other models do, nodes with another key do not; and what operators see of it.
+//! Which nodes belong to a cluster: nodes with other models do, nodes with another key do not; and what operators see.
 
 use std::path::Path;
 use std::time::Duration;

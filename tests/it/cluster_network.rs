@@ -1,7 +1,7 @@
-//! A network that is cut: every node in a network namespace of the test's own, on a bridge of its own. Skipped, and said to
-//! be, where these cannot be made.
+//! Network partitions: every node runs in a network namespace of its own, connected by a bridge. Skipped, with a message, if
+//! these cannot be created.
 //!
-//! The drill's `pause` is done by a hook: it cuts and mends links, which looks the same from outside.
+//! The drill's `pause` is replaced by a hook that cuts and restores links, which looks the same from outside.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,6 @@
-//! Nodes of one model whose numbers differ. As those of processors and of GPUs do: every response says whose it has, and no
-//! stream mixes them. As those of a node do whose memory was damaged: once it is known, no stream of it ends as if all were well.
+//! Nodes of one model with different numbers. If they differ as CPUs and GPUs do, every response names its fingerprint and no
+//! stream mixes them. If a node's memory is damaged, no stream with its tokens ends as if it were correct, once the damage is
+//! known.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

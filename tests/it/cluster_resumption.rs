@@ -1,4 +1,4 @@
-//! A client that comes back, to any node, gets exactly the rest.
+//! A client that resumes a stream, at any node, gets exactly the rest.
 
 use outrigger::drill::transcript::Transcript;
 use outrigger::drill::workload::{PlannedStream, Shape, plan};

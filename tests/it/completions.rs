@@ -1,5 +1,4 @@
-//! Completions of the real model over HTTP: what a client that scores texts, salts its prompts or asks for a least length
-//! gets.
+//! Completions of the real model over HTTP: scored prompts, cache salts, and minimum lengths.
 
 use serde_json::{Value, json};
 

@@ -1,5 +1,5 @@
-//! More clients than the server has places for, none of which wants anything: probes answer on both ports, streams go on,
-//! and whoever comes with a request is served.
+//! More connections than the server has places for, without requests: probes are still answered on both ports, streams
+//! continue, and new requests are served.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;

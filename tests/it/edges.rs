@@ -1,4 +1,4 @@
-//! What a server meets in the open: wrong requests, slow and vanishing clients, deadlines, crowds, signals.
+//! Edge cases: wrong requests, slow and vanishing clients, deadlines, overload, signals.
 
 use std::time::{Duration, Instant};
 

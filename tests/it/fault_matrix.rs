@@ -1,5 +1,5 @@
-//! Every fault that can be injected, into a node in every state of load: what each probe answers and when, how the process
-//! ends, and what waiting clients get. One node alone, so that nobody can help it.
+//! Injects every fault into a single node at every load: checks what each probe answers and when, how the process ends, and
+//! what waiting clients get. There is no other node that could help.
 //!
 //! Run with `--nocapture` to see the table.
 

@@ -1,5 +1,5 @@
-//! The runner on a GPU: on the one that OUTRIGGER_DEVICE names, which has to be there then; else on the first CUDA device where
-//! there is one, else on the emulator in builds that have it, else skipped, and said to be.
+//! Tests the runner on a GPU: on the one that OUTRIGGER_DEVICE names, which must exist then; else on the first CUDA device;
+//! else on the emulator in builds that have it; else skipped, with a message.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! What the GPU suite measures of a whole server (benches/gpu/end_to_end.py), rehearsed on the processors in tiny shapes.
+//! Rehearses the GPU suite's measurement of a whole server (benches/gpu/end_to_end.py) on the CPU, with tiny shapes.
 
 use std::fs;
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! The invariant, through the whole engine: a stream's tokens and log-probabilities are a function of the model, the prompt,
-//! the parameters, the seed and the tokens so far. Not of batch mates, chunks, threads, block size, prefix hits,
-//! preemption, or how far the stream had got when it was resumed.
+//! the parameters, the seed and the tokens so far. They do not depend on the rest of the batch, chunks, threads, block size,
+//! prefix hits, preemption, or where the stream was resumed.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Our loader against candle's on every fixture: the same tensors, the same values, under Hugging Face's names and in its
-//! row order. The values of quantized types are candle's on both sides here; that they are right is what the golden logits show.
+//! Compares our loader with candle's on every fixture: the same tensors with the same values, under Hugging Face's names and in
+//! its row order. Both sides use candle's values for quantized types; the golden logits show that these are right.
 
 use std::path::Path;
 

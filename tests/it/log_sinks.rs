@@ -1,5 +1,5 @@
-//! Standard error and standard output that do not take what is written: a collector that stops reading, one that has gone, a
-//! full disk. The server answers, drains and ends as if nothing were wrong, and counts what was lost.
+//! Standard error and standard output that cannot be written: a collector that stops reading, one that has exited, a full disk.
+//! The server must answer, drain and end normally, and count the lost lines.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};

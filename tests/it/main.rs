@@ -1,4 +1,4 @@
-//! Integration tests, in one binary: what spans modules, against real files, real models and real sockets.
+//! Integration tests, in one binary: tests that span modules and use real files, real models and real sockets.
 
 mod chat_templates;
 mod cluster;

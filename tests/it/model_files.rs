@@ -1,5 +1,5 @@
-//! What a model's files say beside its weights, as clients of real processes see it: sampling defaults, templates and added
-//! tokens, at the node that has the files and at one that has only heard of the model.
+//! Settings in a model's files, as clients of real processes see them: sampling defaults, templates and added tokens, at the
+//! node that has the files and at a node that serves the model through it.
 
 use std::path::{Path, PathBuf};
 

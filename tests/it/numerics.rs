@@ -1,4 +1,4 @@
-//! Our numbers against transformers' on the fixtures, and against themselves along every path a sequence can take.
+//! Compares our numbers with transformers' on the fixtures, and along every path that a sequence can take.
 
 use crate::fixtures::{DIRECTORIES, FLOAT32_TOLERANCE, GGUF_FILES, Golden, PROMPT_LENGTH, relative_error};
 use crate::paths::{Blocks, CHUNKS, Row, assert_same_bits, check_every_path, feed, share_prefix};

@@ -1,6 +1,6 @@
-//! A second reference: candle-transformers' decoders agree with the golden logits of every fixture that they can
-//! express, from weights that candle reads and dequantizes itself. A mistake in the golden files shows here. (candle has
-//! neither linear RoPE scaling nor biases for Llama, and no window for Qwen: those three fixtures rest on transformers alone.)
+//! A second reference: candle-transformers' decoders must agree with the golden logits of every fixture that they support, with
+//! weights that candle reads and dequantizes itself. This detects mistakes in the golden files. (candle supports neither linear
+//! RoPE scaling nor biases for Llama, nor a window for Qwen, so those three fixtures rely on transformers alone.)
 
 use std::collections::HashMap;
 use std::fs::File;

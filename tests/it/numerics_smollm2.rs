@@ -1,7 +1,7 @@
-//! Our numbers on the real model, against transformers' float32 continuations of a dozen prompts.
+//! Compares our numbers on the real model with transformers' float32 continuations of a dozen prompts.
 //!
-//! Every case is teacher-forced: the golden tokens are fed, and the likeliest next token is compared at each of them. If
-//! all agree, greedy decoding gives the golden text exactly.
+//! Every case is teacher-forced: the golden tokens are fed, and the most likely next token is compared at each of them. If all
+//! agree, greedy decoding gives exactly the golden text.
 
 use std::path::Path;
 

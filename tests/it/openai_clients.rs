@@ -1,5 +1,5 @@
-//! The official OpenAI clients for Python and Node against the real server. What each check demands stands in its script,
-//! below `tests/clients`.
+//! The official OpenAI clients for Python and Node against the real server. The checks are in the scripts below
+//! `tests/clients`.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -1,5 +1,5 @@
-//! The ways in which one sequence can pass through a runner: whole, in chunks, token by token, among others, over blocks
-//! that were filled before. All must give the same bits.
+//! The ways in which a sequence can pass through a runner: whole, in chunks, token by token, among others, over blocks that
+//! were filled before. All must give the same bits.
 
 use outrigger::engine::fake_runner::{FakeModel, FakeRunner};
 use outrigger::engine::{LogitsEntry, LogitsRunner};

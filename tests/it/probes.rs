@@ -1,5 +1,5 @@
-//! The three probes tell the truth, in both directions: what a restart mends fails liveness, what traffic must avoid fails
-//! readiness, and neither a long prompt nor a crowd is taken for a fault.
+//! The three probes, in both directions: faults that a restart mends fail liveness, states in which traffic should go elsewhere
+//! fail readiness, and neither a long prompt nor many clients look like a fault.
 
 use std::time::{Duration, Instant};
 

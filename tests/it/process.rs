@@ -1,4 +1,4 @@
-//! The process as an operator meets it: exit codes, signals, what it prints, what it tells while it loads and while it ends.
+//! The process as an operator sees it: exit codes, signals, its output, and its answers while loading and shutting down.
 
 use std::time::{Duration, Instant};
 

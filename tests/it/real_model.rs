@@ -1,4 +1,4 @@
-//! The catalog's default model, obtained once for all tests as the server itself obtains it.
+//! The catalog's default model, downloaded once for all tests in the way the server does it.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;

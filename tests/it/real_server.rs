@@ -1,5 +1,5 @@
-//! The real binary with the real model, and a client that hides nothing of HTTP. At most two such servers run at a time, so
-//! that tests do not starve one another.
+//! The real binary with the real model, and a client that exposes all of HTTP. At most two such servers run at a time, so that
+//! tests do not starve each other.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};

@@ -1,4 +1,4 @@
-//! A real server process on a free port. It ends when dropped; what it logged is shown when the test fails.
+//! A real server process on a free port. It ends when dropped. Its log is shown if the test fails.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;

@@ -1,4 +1,4 @@
-//! Small tokenizers as GGUF metadata and as `tokenizer.json`, against the libraries that define them
+//! Compares small tokenizers, as GGUF metadata and as `tokenizer.json`, with the libraries that define them
 //! (`tests/golden/small_tokenizers.py`).
 
 use std::collections::BTreeMap;

@@ -1,4 +1,4 @@
-//! The tokenizer and the chat template of the real model's file, against what transformers made of the same messages.
+//! Compares the tokenizer and the chat template in the real model's file with transformers' output for the same messages.
 
 use std::path::Path;
 

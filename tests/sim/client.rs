@@ -1,5 +1,5 @@
-//! A client: asks some node, checks every token against the reference as it comes, and when its node dies or falls silent
-//! asks another for the rest.
+//! A client: sends a request to a node, compares every token with the reference, and resumes the stream at another node when
+//! its node dies or falls silent.
 
 use std::sync::Arc;
 use std::time::Duration;

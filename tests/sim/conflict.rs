@@ -1,5 +1,5 @@
-//! Both sides of a partition give one idempotency key to requests with different bodies. Each client gets its stream; once the
-//! sides meet again, every node says the same of the key: it belongs to the older request.
+//! Both sides of a partition use one idempotency key for requests with different bodies. Each client gets its stream. When the
+//! sides meet again, the key belongs to the older request on every node.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,5 @@
-//! A node's engine in the simulation: the real one on the fake runner, stepped by a task on the simulated clock, with faults.
+//! A node's engine in the simulation: the real engine on the fake runner, stepped by a task on the simulated clock, with
+//! faults.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

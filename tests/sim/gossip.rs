@@ -1,5 +1,5 @@
-//! Membership in the simulation: true reports, which arrive late, twice or out of order, or not at all; and a failure detector
-//! that needs its time.
+//! Membership in the simulation: correct reports that arrive late, twice, out of order or not at all, and a failure detector
+//! that takes time.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;

@@ -1,15 +1,15 @@
-//! The real router, engine core and protocols over a simulated network and clock, from a seed.
+//! Simulates the real router, engine core and protocols over a simulated network and clock, from a seed.
 //!
-//! Every seed stands for a cluster of two to five nodes, clients of all kinds, and faults: processes and machines die, stand
-//! still, drain; links are cut one way or both, connections break; engines slow down, hang, crash, run out of memory or
-//! return numbers that are none; reports come late and out of order. Every stream must equal the undisturbed run of its
-//! request, whatever happens; no client may see an error while a replica could have helped; and when all is over nothing
-//! may be left behind.
+//! Each seed gives a cluster of two to five nodes, clients of all kinds, and faults: processes and machines die, pause and
+//! drain; links are cut in one or both directions, connections break; engines slow down, hang, crash, run out of memory or
+//! return NaN; reports arrive late and out of order. Every stream must equal the undisturbed run of its request. No client may
+//! see an error while a replica could have helped. At the end nothing may be left over.
 //!
-//! `SIM_SEED=7` runs one seed and tells what happens; `SIM_SEEDS=1000000` runs so many; `SIM_FIRST` is the first of them.
+//! `SIM_SEED=7` runs one seed and prints what happens; `SIM_SEEDS=1000000` sets the number of seeds; `SIM_FIRST` sets the first
+//! one.
 //!
-//! What is simulated and what is not: a process that stands still sends and receives nothing, and its engine does not step,
-//! but its timers run on. Membership is a model of gossip, not chitchat; HTTP/2 and TLS do not take part.
+//! Limits of the simulation: a paused process sends and receives nothing, and its engine does not step, but its timers
+//! continue. Membership is a model of gossip, not chitchat. HTTP/2 and TLS are not simulated.
 
 mod client;
 mod conflict;

@@ -1,5 +1,5 @@
-//! The network between the nodes: every call takes time, waits while a link is cut or a process stands still, and breaks
-//! when it waits for too long or when one of its ends dies. What was sent may arrive after the caller has given up.
+//! The network between the nodes: every call takes time, waits while a link is cut or a process is paused, and fails if it
+//! waits too long or one of its ends dies. Messages may arrive after the caller has given up.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;

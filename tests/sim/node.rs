@@ -1,5 +1,5 @@
-//! A node in the simulation: the real router, admission, health and engine of one process, wired as the server wires them, and
-//! its real order of serving and ending.
+//! A node in the simulation: the real router, admission, health and engine of one process, connected as in the server, with its
+//! real order of serving and ending.
 
 use std::pin::pin;
 use std::sync::Arc;

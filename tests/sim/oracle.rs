@@ -1,4 +1,4 @@
-//! What every stream must be: the undisturbed run of the same request on an engine of its own.
+//! The reference for every stream: the undisturbed run of the same request on a separate engine.
 
 use outrigger::cluster::JournalRecord;
 use outrigger::types::{

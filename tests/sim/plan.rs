@@ -1,4 +1,4 @@
-//! What a seed stands for: a cluster, its clients, and what goes wrong when.
+//! Derives a plan from a seed: the cluster, its clients, and the faults with their times.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What happened in a run, in order: always as a digest, and as lines when a single seed is looked at.
+//! Records the events of a run in order: always as a digest, and as lines when a single seed is run.
 
 use std::fmt::Arguments;
 

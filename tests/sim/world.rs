@@ -1,4 +1,4 @@
-//! The simulated world: the nodes that live, what is wrong with them at present, and since when nothing is.
+//! The simulated world: the live nodes, the current faults, and since when there are none.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Documents that follow the code: tables that it writes, and names that it knows.
+//! Checks documents against the code: generated tables, and names of metrics.
 //!
 //! Knows nothing of links and pages: see `links`.
 

@@ -1,5 +1,5 @@
-//! The text of an error leaves its cause out: whoever shows the error shows its causes (`types::with_causes`), and would show
-//! this one twice.
+//! Checks that an error's text does not contain its cause: whoever shows the error also shows its causes
+//! (`types::with_causes`), so the cause would appear twice.
 
 use super::{assert_none, rust_files};
 

@@ -1,6 +1,6 @@
-//! The links between pages: every relative link and anchor of our Markdown leads somewhere, and every page can be found.
+//! Checks the links between pages: every relative link and anchor in our Markdown must exist, and every page must be reachable.
 //!
-//! Reads no page of the web, and only as much of Markdown as our pages use.
+//! Reads no web pages, and understands only the Markdown that our pages use.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

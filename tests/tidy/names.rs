@@ -1,4 +1,5 @@
-//! The names in the documentation are those of the code: error codes, headers, routes, keys. Reads the sources as text.
+//! Checks that names in the documentation match the code: error codes, headers, routes, request fields, keys. Reads the sources
+//! as text.
 
 use std::collections::BTreeSet;
 

@@ -1,5 +1,5 @@
-//! A template of unknown origin, over messages of unknown origin: text or a typed error, within the bounds on steps, depth,
-//! time and output. The input is the template, then optionally a zero byte and the messages as JSON.
+//! Renders an arbitrary template with arbitrary messages: the result must be text or a typed error, within the limits on steps,
+//! depth, time and output. The input is the template, optionally followed by a zero byte and the messages as JSON.
 #![no_main]
 
 use std::collections::BTreeMap;

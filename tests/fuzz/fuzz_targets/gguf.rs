@@ -1,5 +1,5 @@
-//! A GGUF file of unknown origin is read or refused: its header, its configuration, its tensors, its tokenizer and chat
-//! template. No panic, no allocation that the file could not hold.
+//! Reads an arbitrary GGUF file: header, configuration, tensors, tokenizer and chat template. It must be read or refused,
+//! without a panic or an allocation that the file's size does not justify.
 #![no_main]
 
 use std::path::PathBuf;

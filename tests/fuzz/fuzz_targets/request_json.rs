@@ -1,5 +1,5 @@
-//! A request body of unknown origin gets an answer or a refusal in OpenAI's shape: never a 5xx, never a panic. The whole
-//! front runs, over an engine that answers at once. The first byte chooses the endpoint.
+//! Sends an arbitrary request body through the whole HTTP side, over an engine that answers at once. The response must be a
+//! result or a refusal in OpenAI's shape, never a 5xx. The first byte chooses the endpoint.
 #![no_main]
 
 use std::path::Path;

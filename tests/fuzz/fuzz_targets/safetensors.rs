@@ -1,4 +1,4 @@
-//! A safetensors header of unknown origin is read or refused; every accepted tensor lies inside the file.
+//! Reads an arbitrary safetensors header. It must be read or refused, and every accepted tensor must be inside the file.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
