@@ -48,8 +48,8 @@ fn render(overview: &ClusterOverview) -> String {
     let ClusterOverview { cluster_id, node, peers, dead, streams, keys, problems, pace } = overview;
     let mut text = format!("cluster {cluster_id}, seen from {} ({})", node.id, node.version);
     if let [first, others @ ..] = keys.as_slice() {
-        let others = if others.is_empty() { String::new() } else { format!(", {} opens as well", others.join(", ")) };
-        text += &format!(", key {first} seals{others}");
+        let others = if others.is_empty() { String::new() } else { format!(", {} decrypts too", others.join(", ")) };
+        text += &format!(", key {first} encrypts{others}");
     }
     text += "\n\n";
     text += &node_table(overview).render();
@@ -303,7 +303,7 @@ mod tests {
         assert!(line("outrigger-2").contains(" unready "), "{text}");
         for part in [
             "dead: outrigger-3",
-            "key 0a1b2c3d seals, ffffffff opens as well",
+            "key 0a1b2c3d encrypts, ffffffff decrypts too",
             "  foreign_key: 10.0.0.9:7946 (40 times in 61.0s, the last 500ms ago)",
             "outrigger-2: the memory is full",
             "outrigger-1: equal work takes 20.0 times as long",
