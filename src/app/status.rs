@@ -46,7 +46,11 @@ async fn ask(address: SocketAddr, key: Option<&str>) -> anyhow::Result<String> {
 /// At most 120 columns, unless names are long.
 fn render(overview: &ClusterOverview) -> String {
     let ClusterOverview { cluster_id, node, peers, dead, streams, keys, problems, pace } = overview;
-    let mut text = format!("cluster {cluster_id}, seen from {} ({})", node.id, node.version);
+    let mut text = match cluster_id.as_str() {
+        // A node without `gossip_addr`.
+        "" => format!("one node without a cluster ({})", node.version),
+        cluster_id => format!("cluster {cluster_id}, seen from {} ({})", node.id, node.version),
+    };
     if let [first, others @ ..] = keys.as_slice() {
         let others = if others.is_empty() { String::new() } else { format!(", {} decrypts too", others.join(", ")) };
         text += &format!(", key {first} encrypts{others}");
@@ -314,6 +318,12 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}\n{text}");
         }
+    }
+
+    #[test]
+    fn a_node_without_a_cluster_says_so() {
+        let text = render(&ClusterOverview { cluster_id: String::new(), peers: Vec::new(), ..overview() });
+        assert!(text.starts_with("one node without a cluster ("), "{text}");
     }
 
     /// Answers one request with this status line and body.

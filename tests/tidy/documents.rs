@@ -71,6 +71,23 @@ fn alerts_name_series_that_exist() {
     assert_none(unknown_series(&alerts, &outrigger::observability::metrics::markdown_table()));
 }
 
+/// The alerts that ask a human to act at once.
+fn paging_alerts(alerts: &str) -> Vec<&str> {
+    let rules = alerts.split("- alert: ").skip(1).filter(|rule| rule.contains("severity: page"));
+    rules.filter_map(|rule| rule.split_once('\n')).map(|(name, _)| name.trim()).collect()
+}
+
+#[test]
+fn paging_alerts_have_instructions() {
+    let alerts = fs::read_to_string(root().join("deploy/alerts.yaml")).expect("the alerts");
+    let page = fs::read_to_string(root().join("docs/operating.md")).expect("the page");
+    let paging = paging_alerts(&alerts);
+    assert!(!paging.is_empty(), "no alert pages anybody");
+    let is_explained = |alert: &&str| page.contains(&format!("| `{alert}` |"));
+    let missing = paging.iter().filter(|alert| !is_explained(alert));
+    assert_none(missing.map(|alert| format!("docs/operating.md: no instructions for the alert {alert}")).collect());
+}
+
 #[test]
 fn pages_name_series_that_exist() {
     let table = outrigger::observability::metrics::markdown_table();
@@ -94,6 +111,12 @@ mod broken_on_purpose {
         assert_eq!(renewed, "a\n<!-- keys: begin -->\nnew\n<!-- keys: end -->\nz\n");
         assert_eq!(with_table(&renewed, "keys", "new\n").as_ref(), Some(&renewed));
         assert_eq!(with_table(document, "metrics", ""), None);
+    }
+
+    #[test]
+    fn alerts_that_page_are_told_from_others() {
+        let alerts = "- alert: A\n  labels: { severity: warn }\n- alert: B\n  labels: { severity: page }\n";
+        assert_eq!(paging_alerts(alerts), ["B"]);
     }
 
     #[test]
