@@ -1,31 +1,31 @@
-//! A circuit breaker for each peer: keeps requests away from one that has just failed, and lets single probes find out
-//! whether it is well again. What a failure means depends on its kind. Pure; time and jitter are passed in.
+//! A circuit breaker for each peer: stops requests to a peer that has just failed, and lets single probes find out whether it
+//! has recovered. The reaction depends on the kind of failure. Pure; time and jitter are passed in.
 //!
-//! It supplements the gossip: it knows at once what a report tells a second later.
+//! It supplements gossip: it reacts at once to what a report shows a second later.
 
 use std::time::{Duration, Instant};
 
 use super::retry_budget::jittered;
 use crate::types::FailureKind;
 
-/// Waits of an open breaker: the first, and the cap of their doubling.
+/// Waiting times of an open breaker: the first one, and the limit of its doubling.
 const UNREACHABLE: Backoff = Backoff { first: Duration::from_millis(250), most: Duration::from_secs(10) };
 const BROKEN: Backoff = Backoff { first: Duration::from_secs(1), most: Duration::from_secs(10) };
-/// Wrong numbers are worse than none, and rarely heal by themselves.
+/// Wrong numbers are worse than no answer, and rarely go away by themselves.
 const WRONG_NUMBERS: Backoff = Backoff { first: Duration::from_secs(60), most: Duration::from_secs(600) };
-/// A full queue moves on within a moment.
+/// A full queue changes within a moment.
 const OVERLOADED: Duration = Duration::from_millis(200);
 
-/// Internal failures in a row that open the breaker.
+/// Consecutive internal failures that open the breaker.
 const MAX_INTERNAL: u32 = 3;
-/// A probe that has not come back after this is given up, and another may start.
+/// A probe without an outcome for this long is abandoned, and another may start.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
-/// A breaker that has been closed for so long starts again from the first wait.
+/// After being closed for this long, a breaker starts again with the first waiting time.
 const STEADY: Duration = Duration::from_secs(60);
 
-/// Out of memory: the weight shrinks to the half, at most to this.
+/// Each out-of-memory failure halves the weight, down to this minimum.
 const LEAST_WEIGHT: f64 = 1.0 / 16.0;
-/// What the weight lacks is halved in this time, and shrinks by an eighth with each success.
+/// The missing weight is halved in this time, and shrinks by an eighth with each success.
 const WEIGHT_HALF_LIFE: Duration = Duration::from_secs(10);
 const KEPT_AT_SUCCESS: f64 = 7.0 / 8.0;
 
@@ -61,8 +61,7 @@ struct Probe {
     started: Instant,
 }
 
-/// What the breaker gives to one call and wants to hear its outcome with. It may be lost: a probe is then given up after a
-/// while.
+/// Given to one call, to report its outcome. May be dropped without a report; a probe is then abandoned after a while.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Attempt {
     incarnation: u64,
@@ -71,17 +70,17 @@ pub struct Attempt {
 
 #[derive(Clone, Debug)]
 pub struct Breaker {
-    /// Of the process that the peer was when it was last looked at.
+    /// The incarnation of the peer when it was last seen.
     incarnation: u64,
     state: State,
-    /// Openings since it was last steady.
+    /// How often the breaker has opened since it was last steady.
     trips: u32,
     internal_in_a_row: u32,
-    /// It was opened for wrong numbers, and nothing good was heard of the peer since.
+    /// It was opened because of wrong numbers, and there was no success since.
     has_lied: bool,
-    /// No new request before this, though the breaker is closed.
+    /// No new request before this time, although the breaker is closed.
     busy_until: Option<Instant>,
-    /// What memory takes from the weight, 0 to 1 - `LEAST_WEIGHT`, and when it did.
+    /// The part of the weight lost to memory failures, 0 to 1 - `LEAST_WEIGHT`, and the time of the last one.
     lack: f64,
     lack_at: Instant,
     attempts: u64,
@@ -102,8 +101,8 @@ impl Breaker {
         }
     }
 
-    /// The peer is seen with this incarnation. Another process starts with a clean record; what calls to the one before
-    /// still report counts for nothing.
+    /// Notes the peer's current incarnation. A new process starts with a clean record; outcomes of calls to the previous one
+    /// are ignored.
     pub fn see(&mut self, incarnation: u64, now: Instant) {
         if incarnation != self.incarnation {
             *self = Self { attempts: self.attempts, ..Self::new(incarnation, now) };
@@ -120,12 +119,12 @@ impl Breaker {
         }
     }
 
-    /// How much of its share the peer should get, above 0 and at most 1.
+    /// The fraction of its normal share that the peer should get, above 0 and at most 1.
     pub fn weight(&self, now: Instant) -> f64 {
         1.0 - self.lack_now(now)
     }
 
-    /// Whether it may be called for want of anybody else, though the breaker is open.
+    /// Whether the peer may be called if there is no other, although the breaker is open.
     pub fn is_trusted(&self) -> bool {
         !self.has_lied
     }
@@ -138,7 +137,7 @@ impl Breaker {
         }
     }
 
-    /// A call begins, if it may. The first one after an opening is the only one until its outcome is known.
+    /// Begins a call, if one is allowed. After an opening, only one call is allowed until its outcome is known.
     pub fn begin(&mut self, now: Instant) -> Option<Attempt> {
         if !self.allows(now) {
             return None;
@@ -150,7 +149,7 @@ impl Breaker {
         Some(Attempt { incarnation: self.incarnation, number: self.attempts })
     }
 
-    /// The peer has done what the call asked for (its first event is enough).
+    /// The call succeeded: its first event is enough.
     pub fn succeeded(&mut self, attempt: Attempt, now: Instant) {
         if attempt.incarnation != self.incarnation {
             return;
@@ -160,7 +159,7 @@ impl Breaker {
                 self.state = State::Closed { since: now };
                 self.has_lied = false;
             }
-            // What an earlier call still delivers says nothing about the failure that came after it began.
+            // A success of a call that began before the failure does not close the breaker.
             State::Open { .. } | State::HalfOpen { .. } => return,
             State::Closed { since } if now.saturating_duration_since(since) >= STEADY => self.trips = 0,
             State::Closed { .. } => {}
@@ -208,15 +207,15 @@ impl Breaker {
         }
     }
 
-    /// The call is over, and nothing more is heard of it: if it was a probe, the next call is another.
+    /// The call has ended without an outcome. If it was a probe, the next call is one.
     pub fn abandoned(&mut self, attempt: Attempt) {
         if attempt.incarnation == self.incarnation {
             self.end_probe(attempt);
         }
     }
 
-    /// Opens, unless the call began before a failure that has opened it already: a hundred streams that break together
-    /// are one failure.
+    /// Opens the breaker, unless the call began before the failure that opened it: a hundred streams that break together are
+    /// one failure.
     fn open(&mut self, attempt: Attempt, backoff: Backoff, now: Instant, random: u64) {
         let wait = jittered(backoff.after(self.trips), random);
         match self.state {
@@ -230,14 +229,14 @@ impl Breaker {
         self.internal_in_a_row = 0;
     }
 
-    /// The peer lives and answers, though it did not help.
+    /// The peer is alive and answered, although it did not serve the request.
     fn answered(&mut self, attempt: Attempt, now: Instant) {
         if self.is_probe(attempt) {
             self.state = State::Closed { since: now };
         }
     }
 
-    /// The outcome says nothing: the next call probes again.
+    /// The outcome tells nothing, so the next call is another probe.
     fn end_probe(&mut self, attempt: Attempt) {
         if self.is_probe(attempt) {
             self.state = State::HalfOpen { probe: None };
@@ -260,7 +259,7 @@ mod tests {
 
     use super::*;
 
-    /// The longest wait that jitter allows.
+    /// The random value that gives the longest wait.
     const LATEST: u64 = u64::MAX;
 
     fn seconds(seconds: f64) -> Duration {
@@ -272,7 +271,7 @@ mod tests {
         breaker.failed(attempt, kind, now, LATEST);
     }
 
-    /// How long no call may be made.
+    /// For how long no call is allowed.
     fn closed_for(breaker: &Breaker, now: Instant) -> Duration {
         let millis = (0..1_000_000).find(|&millis| breaker.allows(now + Duration::from_millis(millis)));
         Duration::from_millis(millis.expect("it opens some day"))

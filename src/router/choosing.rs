@@ -1,4 +1,4 @@
-//! Which replica a request may go to: what is known of this node and its peers, put before `placement`.
+//! Collects what is known about this node and its peers, and passes it to `placement` to choose a replica.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +13,8 @@ use crate::cluster::{ModelReport, Peer};
 use crate::types::{Failure, FailureKind, NodeState};
 
 impl Shared {
-    /// Where the request goes, among the replicas for which `is_free` holds. A node that leaves serves itself what nobody else
-    /// takes.
+    /// Chooses where the request goes, among the replicas for which `is_free` holds. A node that is shutting down serves a
+    /// request itself only if no other node takes it.
     pub(super) fn choose(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Choice {
         let choice = self.choose_placed(want, is_free, is_continuation);
         let is_last_resort = matches!(choice, Choice::Shed(_) | Choice::Nowhere(_)) && self.leaves();
@@ -84,7 +84,7 @@ impl Shared {
         };
         let mut placement = place(want.strategy, &request, &candidates, self.draw());
         if placement == Placement::Nowhere && !is_continuation {
-            // A fresh request would fail at once: better a peer that has lately failed than nobody. A stream that has begun
+            // A new request would fail at once, so a peer that has failed recently is better than none. A stream that has begun
             // can wait for the breaker.
             for (candidate, (peer, _)) in candidates[num_here..].iter_mut().zip(&peers) {
                 let is_trusted = self.ledger.standing(peer, now).is_trusted;
@@ -106,7 +106,7 @@ impl Shared {
         }
     }
 
-    /// Silence after which a peer is not chosen while there is another: two signs of life are missing, and streams there will
+    /// A peer silent for this long is only chosen if there is no other: two signs of life are missing, and its streams will
     /// soon look for another replica.
     fn silence_limit(&self) -> Duration {
         self.config.peer_stall_timeout * 5 / 8
@@ -120,16 +120,16 @@ impl Shared {
             && (has_same_numbers || (may_differ && model.names.contains(&want.model)))
     }
 
-    /// Whether requests are placed here.
+    /// Whether requests may be placed on this node.
     pub(super) fn may_serve_here(&self) -> bool {
         self.can_serve_here() && !self.leaves()
     }
 
-    /// Whether the engine would take a request.
+    /// Whether this node's engine would accept a request.
     pub(super) fn can_serve_here(&self) -> bool {
         let state = self.health.lifecycle().state();
         let is_up = matches!(state, NodeState::Ready | NodeState::Degraded | NodeState::Draining);
-        // Whatever an engine that hangs is given would wait until the node fails.
+        // Requests given to a hanging engine would wait until the node fails.
         is_up && self.local().is_some() && !self.only_relays() && !self.is_cut() && !self.health.engine_is_stalled()
     }
 

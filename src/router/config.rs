@@ -1,14 +1,14 @@
-//! How requests find their replica, and how long a stream is held on to.
+//! Configuration of routing: placement, failover, retries and journals.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// How a replica is chosen among those that could serve a request.
+/// The placement strategy: how a replica is chosen among those that can serve a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Strategy {
-    /// Weighs queue, KV use, latency, memory pressure and prefix against one another.
+    /// Weighs queue, KV use, latency, memory pressure and cached prefix.
     #[default]
     Balanced,
     LeastRequest,
@@ -32,7 +32,7 @@ impl Strategy {
         Strategy::PowerOfTwo,
     ];
 
-    /// As configuration and header spell it.
+    /// The name in the configuration and in the header.
     pub fn name(self) -> &'static str {
         match self {
             Strategy::Balanced => "balanced",
@@ -56,21 +56,21 @@ impl Strategy {
 pub struct Config {
     /// Default: `balanced`.
     pub placement: Strategy,
-    /// Silence of a replica after which a stream continues on another. Default: 2 s.
+    /// A stream continues on another replica after its replica has been silent for this long. Default: 2 s.
     pub peer_stall_timeout: Duration,
-    /// A replica that takes so many times as long as its siblings for equal work is slow; 0 is never. Default: 4.
+    /// A replica that takes this many times as long as its siblings for equal work is slow; 0 means never. Default: 4.
     pub slow_node_factor: f64,
-    /// Replicas that one stream may lose. Default: 8.
+    /// How many replicas one stream may lose. Default: 8.
     pub max_failovers: u32,
     /// How long a stream waits for a replica that could continue it. Default: 30 s.
     pub failover_timeout: Duration,
     /// Retries before the first token, as a fraction of requests. Default: 0.2.
     pub retry_budget: f64,
-    /// How long the journal of an ended or broken stream is kept. Default: 5 min.
+    /// How long the journal of a finished or broken stream is kept. Default: 5 min.
     pub journal_ttl: Duration,
-    /// Bytes of all journals together. Default: 64 MiB.
+    /// Maximum size of all journals together. Default: 64 MiB.
     pub journal_memory: u64,
-    /// How long the first token waits for a holder of the journal. Default: 50 ms.
+    /// How long the first token waits for a journal holder to confirm. Default: 50 ms.
     pub journal_ack_timeout: Duration,
 }
 

@@ -1,4 +1,5 @@
-//! From a request to a running stream: join it if it runs already, take it up again if a journal has it, else place it.
+//! From a request to a running stream: joins the stream if it is running, resumes it if there is a journal, or places a new
+//! one.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,16 +19,17 @@ use crate::types::{
     SamplingParams, TokenId,
 };
 
-/// A replica does not serve at all. Its caller heard of that too late, which is no reason to spare others a second attempt.
+/// The code with which a replica refuses because it is not serving. The caller could not have known, so a retry does not count
+/// against the retry budget.
 pub(super) const NOT_SERVING: &str = "shutting_down";
 
-/// A request of a client's, ready to be served by any replica of its model.
+/// A client's request, ready to be served by any replica of its model.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
     pub id: RequestId,
     /// Seconds since the epoch.
     pub created: u64,
-    /// A name under which it is served.
+    /// A name of the model.
     pub model: String,
     /// Digest of the tokenizer that made the prompt.
     pub tokenizer: String,
@@ -35,44 +37,44 @@ pub struct Dispatch {
     pub sampling: Arc<SamplingParams>,
     pub priority: i32,
     pub deadline: Option<Instant>,
-    /// Instead of the configured one.
+    /// Overrides the configured strategy.
     pub strategy: Option<Strategy>,
     pub extensions: Extensions,
-    /// A replica of other numbers may go on with the stream, if there is none of the same.
+    /// If no replica with the stream's fingerprint is left, one with another fingerprint may continue it.
     pub allows_other_fingerprint: bool,
-    /// Under what the stream can be found again, if it can.
+    /// The name by which the stream can be found again, if it has one.
     pub name: Option<StreamName>,
 }
 
 #[derive(Clone, Debug)]
 pub struct StreamName {
     pub key: JournalKey,
-    /// Digest of the client's body.
+    /// Digest of the request body.
     pub body: [u8; 16],
-    /// The key is the client's own: the stream may exist already.
+    /// The key is the client's own, so the stream may already exist.
     pub may_exist: bool,
-    /// It cannot be made anew, for its seed was drawn.
+    /// The stream must already exist: its seed was random, so it cannot be computed anew.
     pub must_exist: bool,
-    /// Tokens of each choice that the client has, if it said so.
+    /// For each choice, how many tokens the client has, if it said so.
     pub have: Option<Vec<u32>>,
 }
 
-/// A stream, and how the client knows it.
+/// A stream, with what the client is told about it.
 pub struct Dispatched {
-    /// From the first token on, also when the client has some already.
+    /// Starts with the first token, even if the client already has some.
     pub stream: GenerationStream,
     pub id: RequestId,
     pub created: u64,
     pub fingerprint: StreamFingerprint,
 }
 
-/// What a stream needs to be generated, wherever that is.
+/// What a stream needs to be generated on any node.
 #[derive(Clone)]
 pub(super) struct Want {
     pub(super) id: RequestId,
     pub(super) model: String,
     pub(super) tokenizer: String,
-    /// Whose numbers it has to have.
+    /// The fingerprint that the replica must have, if any.
     pub(super) fingerprint: Option<Fingerprint>,
     pub(super) allows_other_fingerprint: bool,
     pub(super) prompt: Arc<[TokenId]>,
@@ -84,13 +86,13 @@ pub(super) struct Want {
     pub(super) extensions: Extensions,
 }
 
-/// Where it goes.
+/// The result of choosing a replica.
 pub(super) enum Choice {
     Here,
     Peer(Arc<Peer>, Fingerprint),
-    /// Every replica is over its caps.
+    /// All replicas are above their queue limits.
     Shed(Failure),
-    /// No replica could serve it.
+    /// No replica can serve the request.
     Nowhere(Failure),
 }
 
@@ -112,7 +114,7 @@ impl Want {
         }
     }
 
-    /// The same, of whatever numbers.
+    /// The same request without a required fingerprint.
     pub(super) fn without_fingerprint(&self) -> Self {
         Self { fingerprint: None, ..self.clone() }
     }
@@ -160,19 +162,19 @@ impl Want {
         }
     }
 
-    /// A client that has tokens already waits less well than one that has none.
+    /// A client that already has tokens gets priority over one that has none.
     fn engine_priority(&self, is_continuation: bool) -> i32 {
         self.priority.saturating_sub(i32::from(is_continuation))
     }
 
-    /// Longest prompt and output.
+    /// Maximum length of prompt and output.
     pub(super) fn length(&self) -> u64 {
         self.prompt.len() as u64 + u64::from(self.sampling.max_tokens)
     }
 }
 
 impl Router {
-    /// Finds or starts the stream. What fails here has cost nothing.
+    /// Finds or starts the stream. A failure here has not started any work.
     pub async fn dispatch(&self, dispatch: Dispatch) -> Result<Dispatched, Failure> {
         if self.shared.is_cut() {
             return Err(self.shared.unavailable());
@@ -181,7 +183,7 @@ impl Router {
             let mut hold = self.hold(dispatch.deadline);
             let recalled = loop {
                 let recalled = self.shared.recall(name).await;
-                // Without its tokens it cannot be made again: peers that are not known yet may have them.
+                // The stream cannot be computed without its tokens, and peers that are not known yet may have them.
                 if !(matches!(recalled, Recalled::Nothing) && name.must_exist && hold.waits().await) {
                     break recalled;
                 }
@@ -191,7 +193,7 @@ impl Router {
                 Recalled::Running(log) => {
                     return match self.join(&log, &dispatch)? {
                         Some(joined) => Ok(joined),
-                        // It has ended in this moment.
+                        // The stream has just ended.
                         None => self.resume(log.record(&self.shared.own), &dispatch).await,
                     };
                 }
@@ -239,22 +241,22 @@ impl Router {
         Ok(self.launch(log, want, gate, beginning))
     }
 
-    /// Goes on with a stream that this node does not run.
+    /// Continues a stream that this node does not run.
     async fn resume(&self, record: JournalRecord, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
         let shared = &self.shared;
         check_body(&record.head, dispatch)?;
         let mut want = Want::new(dispatch, shared);
         want.id = record.head.id.clone();
-        // A name that a node gave says nothing of the seed: the journal does.
+        // The seed of a stream named by a node is only in the journal.
         want.sampling = record.head.sampling.clone();
         want.fingerprint = Some(record.head.fingerprint.clone());
-        // The tokens are in the journal, no logprobs are: these are computed again.
+        // The journal has the tokens but no log-probabilities, so these are computed again.
         let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
         let known = match record.head.sampling.logprobs.is_some() || dispatch.scores_prompt() {
             true => truncated(&record.choices, have, dispatch.scores_prompt()),
             false => record.choices.clone(),
         };
-        // Nobody else tells how the prompt scored, once it has been told.
+        // Prompt log-probabilities are sent only once and are not in the journal, so they are computed again.
         let source = match dispatch.scores_prompt() {
             true => None,
             false => self.follow(&record, &known).await,
@@ -275,7 +277,7 @@ impl Router {
         Ok(self.launch(log, want, gate, beginning))
     }
 
-    /// The stream's entry node, if it still runs it there.
+    /// Follows the stream at its entry node, if it is still running there.
     async fn follow(&self, record: &JournalRecord, known: &[ChoiceProgress]) -> Option<Source> {
         let shared = &self.shared;
         if record.is_finished() || record.entry == shared.own {
@@ -290,13 +292,14 @@ impl Router {
         Some(Source::peer(peer.id.clone(), stream, None, (), cursor, None, now()))
     }
 
-    /// Listens to a stream that runs here; nothing if it has just ended.
+    /// Joins a stream that runs on this node. Returns none if it has just ended.
     fn join(&self, log: &Arc<StreamLog>, dispatch: &Dispatch) -> Result<Option<Dispatched>, Failure> {
         check_body(&log.head, dispatch)?;
         let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
         let lacks_logprobs = log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(have);
         if lacks_logprobs || (dispatch.scores_prompt() && !log.is_scoring()) {
-            // Taken up from a journal further on than this client is: it gets a generation of its own, which is the same.
+            // The stream was resumed from a journal, at a position beyond this client's. The client gets its own generation,
+            // which is identical.
             let record = log.record(&self.shared.own);
             let known = truncated(&record.choices, have, dispatch.scores_prompt());
             let mut want = Want::new(dispatch, &self.shared);
@@ -329,7 +332,7 @@ impl Router {
 }
 
 impl Shared {
-    /// The first source, or a place where one is to be opened, and whose numbers it will have.
+    /// Opens the first source or chooses a place for it, and returns its fingerprint.
     fn begin(&self, want: &Want) -> Result<(Beginning, Fingerprint), Failure> {
         let everywhere = |_: &Replica| true;
         match self.choose(want, &everywhere, false) {
@@ -384,12 +387,12 @@ fn dispatched(log: &StreamLog, stream: GenerationStream) -> Dispatched {
 }
 
 fn forgotten() -> Failure {
-    let message = "No node has the stream that `idempotency-key` names. Journals are kept for journal_ttl.";
+    let message = "No node has the stream with this `idempotency-key` any more. Journals are kept for journal_ttl.";
     Failure::invalid("idempotency-key", message).with_code("stream_not_found")
 }
 
-/// The choices as a client has them; what it lacks is generated again. Where the prompt is scored again, a choice without
-/// tokens ends again too.
+/// Cuts the choices to what the client has; the rest is generated again. If the prompt is scored again, choices without tokens
+/// also end again.
 fn truncated(choices: &[ChoiceProgress], have: &[u32], scores_prompt: bool) -> Vec<ChoiceProgress> {
     let truncate = |(index, choice): (usize, &ChoiceProgress)| {
         let kept = have.get(index).map_or(0, |&have| have as usize).min(choice.tokens.len());
@@ -405,6 +408,7 @@ fn check_body(head: &JournalHead, dispatch: &Dispatch) -> Result<(), Failure> {
     if body == Some(head.body) && head.prompt == dispatch.prompt {
         return Ok(());
     }
-    let message = "The key in `idempotency-key` was used for a request with another body.";
+    let message =
+        "The key in `idempotency-key` belongs to a request with another body. Use a new key for a new request.";
     Err(Failure::invalid("idempotency-key", message).with_code("idempotency_key_reused"))
 }

@@ -1,9 +1,10 @@
-//! One stream from its first source to its last token. When a source dies, stalls, leaves or lies, the stream continues at
-//! another replica from what it has emitted; the client sees a pause, never an error, never a token lost or repeated.
+//! Runs one stream from its first source to its last token. If a source dies, stalls, leaves or computes wrong numbers, the
+//! stream continues at another replica from the tokens so far. The client sees a pause, but no error and no lost or repeated
+//! token.
 //!
-//! A source that is only silent or slow, or that asks to be relieved, goes on until its successor speaks: whichever token
-//! comes first counts, and since a generation is a pure function it does not matter whose it is. A source that is found to have given
-//! wrong numbers has spoiled what it gave: then the stream ends with an error.
+//! A source that is only silent or slow, or that asks to be replaced, keeps running until its successor delivers. The first
+//! token to arrive counts; since a generation is a pure function, both are equal. If a source turns out to have computed wrong
+//! numbers, its tokens cannot be trusted, and the stream ends with an error.
 
 mod opening;
 mod rescue;
@@ -28,13 +29,13 @@ use crate::health::NodePhase;
 use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeState, watch};
 use opening::Opening;
 
-/// A replica that failed a stream is not asked again by it for this long.
+/// A replica that failed a stream is not used again by that stream for this long.
 const EXCLUSION: Duration = Duration::from_secs(1);
-/// While no replica can be had, it is looked for this often, and whenever the cluster changes.
+/// How often to look for a replica while there is none. It is also looked for whenever the cluster changes.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(250);
-/// How often a stream that should leave looks for a place to go.
+/// How often a stream on a leaving replica looks for another one.
 const HAND_OVER_INTERVAL: Duration = Duration::from_millis(500);
-/// How often a stream of a slow replica looks whether it should be raced elsewhere.
+/// How often a stream of a slow replica considers a race.
 const RACE_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) struct FailoverStream {
@@ -45,19 +46,19 @@ pub(super) struct FailoverStream {
     /// Takes over with its first token.
     successor: Option<Source>,
     opening: Option<Opening>,
-    /// Why the successor is sought while the primary still lives.
+    /// Why a successor is wanted while the primary is still alive.
     relief: Option<Relief>,
     excluded: BTreeMap<Replica, Instant>,
-    /// The primary is another entry node's stream, which keeps the journal.
+    /// The primary is a stream of another entry node, which keeps the journal.
     follows: bool,
     /// Some replica has accepted the stream.
     was_accepted: bool,
-    /// Nobody but this node can know any token of it, unless it knows them too.
+    /// A fresh stream: no other node has tokens that we lack.
     began_here: bool,
     has_ended: bool,
-    /// Of the sources that were lost.
+    /// Number of sources lost so far.
     failovers: u32,
-    /// Of races that were won.
+    /// Number of races won.
     rescues: u32,
     attempts: u32,
     last_failure: Option<Failure>,
@@ -66,16 +67,16 @@ pub(super) struct FailoverStream {
     not_before: Option<Instant>,
     alarm: Pin<Box<Sleep>>,
     gate: Option<BoxFuture<'static, ()>>,
-    /// With this it ends when the gate opens.
+    /// The failure with which the stream ends when the gate opens.
     spoiled_by: Option<Failure>,
     departure: watch::Receiver<Departure>,
     is_cut: watch::Receiver<bool>,
     paces: watch::Receiver<()>,
-    /// A race was wanted that the budget did not allow.
+    /// The retry budget did not allow a race that was wanted.
     lacked_budget: bool,
     view: watch::Receiver<Arc<ClusterView>>,
     phases: watch::Receiver<NodePhase>,
-    /// The node's failure has been heard of.
+    /// This node's failure has been noticed.
     has_failed: bool,
 }
 
@@ -83,13 +84,13 @@ pub(super) struct FailoverStream {
 enum Relief {
     /// The primary is silent.
     Stall,
-    /// The primary leaves.
+    /// The primary is leaving.
     HandOver,
     /// The primary is slow: a race.
     Slow,
 }
 
-/// What the stream waits for.
+/// The events for which the stream waits.
 enum Step {
     Abandoned,
     Cut,
@@ -105,11 +106,11 @@ enum Step {
 /// How a stream begins.
 pub(super) enum Beginning {
     Source(Source),
-    /// Another node answers for the stream as well; its events do.
+    /// Follow a stream that another node answers for.
     Follow(Source),
-    /// The place is chosen already.
+    /// At a place that has already been chosen.
     Place(Choice),
-    /// Continue what is known, wherever.
+    /// Continue the known tokens, at any replica.
     Anywhere,
 }
 
@@ -156,7 +157,7 @@ impl FailoverStream {
     pub(super) async fn run(mut self, beginning: Beginning) {
         self.began_here = matches!(beginning, Beginning::Source(_) | Beginning::Place(_));
         match beginning {
-            // A journal may hold the whole stream.
+            // The journal may contain the whole stream.
             _ if self.log.is_complete() => {}
             Beginning::Source(source) => self.primary = Some(source),
             Beginning::Follow(source) => {
@@ -172,7 +173,7 @@ impl FailoverStream {
             Beginning::Anywhere => self.open(),
         }
         if !self.log.is_complete() {
-            // The node may have begun to leave in this moment, and nobody says it twice.
+            // The node may have begun to leave just now, which is not reported a second time.
             self.look_around();
         }
         loop {
@@ -198,7 +199,7 @@ impl FailoverStream {
                     }
                 }
             }
-            // Somebody may have joined in this moment; then the stream goes on for them.
+            // If a listener joined just now, the stream continues for it.
             if self.log.close(!self.log.is_complete()) {
                 break;
             }
@@ -211,7 +212,7 @@ impl FailoverStream {
     async fn step(&mut self) -> Step {
         let is_searching = self.primary.is_none() && self.opening.is_none() && self.successor.is_none();
         let wants_news = is_searching || self.relief.is_some();
-        // All that a source says after the last token is that it ends, which is no failure.
+        // After the last token a source can only report its end, which is not a failure.
         let is_complete = self.log.is_complete();
         tokio::select! {
             biased;
@@ -234,7 +235,7 @@ impl FailoverStream {
         while let Some(sign) = next {
             let Some(primary) = &mut self.primary else { return };
             if self.relief == Some(Relief::Stall) {
-                // It was only slow.
+                // The primary was only slow.
                 self.relief = None;
                 self.successor = None;
                 self.opening = None;
@@ -243,9 +244,11 @@ impl FailoverStream {
                 Sign::Event(GenerationEvent::Finished { reason, .. })
                     if self.follows && !reason.is_of_the_generation() =>
                 {
-                    // That was the time of another client.
-                    return self
-                        .lose_primary(Failure::new(FailureKind::PeerDisconnected, "The stream has ended there."));
+                    // The deadline belonged to another client.
+                    return self.lose_primary(Failure::new(
+                        FailureKind::PeerDisconnected,
+                        "The stream has ended at the other node.",
+                    ));
                 }
                 Sign::Event(event) => match self.shared.judge(&self.log, &mut primary.cursor, event) {
                     Ok(_) => self.shared.accepted(primary),
@@ -285,7 +288,7 @@ impl FailoverStream {
         }
     }
 
-    /// The other entry node is gone, or silent: from now on this node answers for the stream. False if it did already.
+    /// The other entry node is gone or silent, so this node now answers for the stream. Returns false if it already did.
     fn take_over(&mut self) -> bool {
         let followed = std::mem::take(&mut self.follows);
         if followed {
@@ -296,7 +299,7 @@ impl FailoverStream {
         followed
     }
 
-    /// The successor speaks: the primary is not needed any more.
+    /// Makes the successor the primary: it has delivered a token.
     fn promote(&mut self) {
         let relief = self.relief.take();
         self.take_over();
@@ -361,7 +364,7 @@ impl FailoverStream {
         self.set_alarm();
     }
 
-    /// What the stream has may be wrong. It ends as soon as nobody can go on with it.
+    /// The tokens may be wrong. The stream ends as soon as no replica can continue it.
     fn spoil(&mut self, failure: Failure) {
         self.successor = None;
         self.opening = None;
@@ -369,16 +372,16 @@ impl FailoverStream {
         self.gate = Some(self.shared.clone().forget(self.log.clone()));
     }
 
-    /// Remembers that the replica failed, here and for everybody.
+    /// Remembers that the replica failed, for this stream and in its breaker.
     fn exclude(&mut self, replica: Replica, attempt: Option<Attempt>, failure: &Failure) {
         self.shared.failed(&replica, attempt, failure.kind);
-        // A replica whose numbers are wrong is never asked again.
+        // A replica with wrong numbers is not used again.
         let lies = matches!(failure.kind, FailureKind::NumericsInvalid | FailureKind::NumericsSuspect);
         let until = if lies { now() + Duration::from_secs(86_400) } else { now() + EXCLUSION };
         self.excluded.insert(replica, until);
     }
 
-    /// Checks everything that time may have changed.
+    /// Checks everything that may have changed with time.
     fn look_around(&mut self) {
         if self.spoiled_by.is_some() {
             return self.set_alarm();
@@ -419,7 +422,7 @@ impl FailoverStream {
         self.set_alarm();
     }
 
-    /// Opens a successor beside the primary, if there is none yet.
+    /// Opens a successor beside the primary, unless there is one.
     fn relieve(&mut self) {
         if self.shared.can_move() && self.successor.is_none() && self.opening.is_none() {
             self.open();
@@ -445,7 +448,7 @@ impl FailoverStream {
         self.open();
     }
 
-    /// When to look around next, if nothing happens before.
+    /// Sets the time of the next check, if no event comes first.
     fn set_alarm(&mut self) {
         let now = now();
         let stall = self.shared.config.peer_stall_timeout;
@@ -472,7 +475,7 @@ impl FailoverStream {
         self.alarm.as_mut().reset(alarm.into());
     }
 
-    /// This node's engine may hang for ever: nobody waits for it.
+    /// This node has failed. Its engine may hang forever, so do not wait for it.
     fn node_failed(&mut self) {
         self.has_failed = true;
         if self.primary.as_ref().is_some_and(|primary| primary.replica == Replica::Here) {
@@ -499,19 +502,18 @@ impl FailoverStream {
 }
 
 impl Drop for FailoverStream {
-    /// Whatever ends the task, the stream is not left without an end.
+    /// Makes sure that the stream has an end, however the task ends.
     fn drop(&mut self) {
         if !self.has_ended {
-            self.log
-                .fail(Failure::new(FailureKind::Internal, "The server made a mistake while it handled this stream."));
+            self.log.fail(Failure::new(FailureKind::Internal, "Internal error while handling this stream."));
             self.log.close(false);
             self.shared.stream_ended(&self.log);
         }
     }
 }
 
-/// Whether another replica may do better. Once a stream has been accepted somewhere, what a replica says of the request
-/// itself is only its own view.
+/// Whether another replica may succeed. Once a replica has accepted the stream, a refusal of the request by another one is not
+/// final.
 fn is_survivable(failure: &Failure, was_accepted: bool) -> bool {
     match failure.kind {
         FailureKind::DeadlineExceeded | FailureKind::Cancelled => false,

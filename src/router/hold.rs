@@ -1,5 +1,5 @@
-//! Requests that come while this node starts: it has no model yet, and may not have heard of its peers. They wait, bounded in
-//! time and number, until somebody can serve them.
+//! Holds requests that arrive while this node starts: it has no model yet, and may not know its peers. They wait, limited in
+//! time and number, until a node can serve them.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -14,20 +14,20 @@ use crate::cluster::ClusterView;
 use crate::health::NodePhase;
 use crate::types::{Failure, NodeState, watch};
 
-/// Requests that wait at one time. What comes beyond them is refused.
+/// Maximum number of held requests. Further ones are refused.
 const MAX_HELD: usize = 1024;
 
-/// The patience of one request. It is asked after each attempt that failed.
+/// The waiting of one request. Consulted after each failed attempt.
 pub struct Hold {
     shared: Arc<Shared>,
-    /// There while somebody might still come who serves; almost always there is nobody to wait for.
+    /// Present while another node or the model may still become available; usually absent.
     news: Option<News>,
     until: Instant,
     deadline: Option<Instant>,
     place: Option<Place>,
 }
 
-/// What may make the next attempt succeed.
+/// Changes that may make the next attempt succeed.
 struct News {
     view: watch::Receiver<Arc<ClusterView>>,
     phases: watch::Receiver<NodePhase>,
@@ -53,7 +53,7 @@ impl Hold {
         }
     }
 
-    /// The failure of a request whose own deadline has passed, if it has.
+    /// An error if the request's own deadline has passed.
     pub fn check_deadline(&self) -> Result<(), Failure> {
         match self.deadline {
             Some(deadline) if deadline <= now() => Err(Failure::deadline_passed()),
@@ -61,12 +61,12 @@ impl Hold {
         }
     }
 
-    /// Whether it is worth while to wait at all.
+    /// Whether waiting makes sense at all.
     pub fn is_on(&self) -> bool {
         self.news.is_some()
     }
 
-    /// Waits until something has changed since the last attempt; true if another is worth while.
+    /// Waits until something has changed since the last attempt. Returns whether another attempt makes sense.
     pub async fn waits(&mut self) -> bool {
         let has_come = match &self.news {
             Some(news) if now() < self.until => news.has_come(),
@@ -132,7 +132,7 @@ impl News {
         }
     }
 
-    /// The next attempt sees all that has changed by now.
+    /// Marks all changes so far as seen by the next attempt.
     fn note(&mut self) {
         drop(self.view.borrow_and_update());
         drop(self.phases.borrow_and_update());
@@ -141,8 +141,7 @@ impl News {
 }
 
 impl Shared {
-    /// Nobody serves yet, but the model may be loaded soon, or a peer heard of: also where the node has been asked to end
-    /// before it was ready.
+    /// Whether the model may soon be loaded or a peer found, even if the node has been asked to end before it was ready.
     fn may_yet_serve(&self) -> bool {
         let is_loading = matches!(self.health.lifecycle().state(), NodeState::Starting | NodeState::Warming);
         !self.is_cut() && (is_loading || (self.is_clustered() && self.local().is_none()))

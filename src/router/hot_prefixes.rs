@@ -1,5 +1,5 @@
-//! Which prompt beginnings this node's prefix cache is likely to hold, in a form small enough to gossip. Knows neither the
-//! cache nor its blocks: it remembers what was served here lately. A wrong guess costs a prefill, never a token.
+//! Tracks which prompt beginnings are probably in this node's prefix cache, in a form small enough to gossip. It does not look
+//! at the cache: it remembers what was served recently. A wrong guess costs a prefill, never a token.
 
 use std::collections::HashMap;
 
@@ -11,18 +11,17 @@ use crate::types::{CacheSalt, TokenId};
 
 /// Shorter beginnings are not worth a hop.
 const SHORTEST: usize = 16;
-/// Beginnings of 16, 32, 64 … 65,536 tokens are told apart.
+/// Beginnings of 16, 32, 64 … 65,536 tokens are tracked.
 const LEVELS: usize = 13;
-/// Beginnings that are remembered; the least recently used goes first.
+/// Beginnings that are remembered; the least recently used is dropped first.
 const MAX_REMEMBERED: usize = 1024;
-/// Prompts after which every count of uses is halved, so that yesterday's favourite cools down.
+/// After this many prompts every use count is halved, so that old favourites fade.
 const PROMPTS_PER_HALVING: u32 = 512;
 
 /// Hashes of a prompt's beginnings, the shortest first; empty for a prompt below the shortest.
 pub type PrefixHashes = SmallVec<[u32; LEVELS]>;
 
-/// Hashes the beginnings of a prompt; those of different salts have nothing in common. Equal on every node and every
-/// machine.
+/// Hashes the beginnings of a prompt. Prompts with different salts share no hashes. The hashes are equal on every machine.
 pub fn hashes(prompt: &[TokenId], salt: Option<CacheSalt>) -> PrefixHashes {
     let mut hasher = Xxh3::new();
     if let Some(salt) = salt {
@@ -33,13 +32,13 @@ pub fn hashes(prompt: &[TokenId], salt: Option<CacheSalt>) -> PrefixHashes {
     for length in lengths().take_while(|&length| length <= prompt.len()) {
         prompt[hashed..length].iter().for_each(|token| hasher.update(&token.to_le_bytes()));
         hashed = length;
-        // The lower half; what collides now and then costs a hop for nothing.
+        // The lower half. A collision costs an unnecessary hop.
         hashes.push(hasher.digest() as u32);
     }
     hashes
 }
 
-/// How many tokens of the prompt with these hashes a node of this digest is likely to hold.
+/// How many tokens of the prompt with these hashes a node with this digest probably has in its cache.
 pub fn matched_tokens(hashes: &[u32], digest: &[u32]) -> usize {
     let levels = hashes.iter().zip(lengths()).rev();
     levels.into_iter().find(|(hash, _)| digest.contains(hash)).map_or(0, |(_, length)| length)
@@ -52,7 +51,7 @@ fn lengths() -> impl DoubleEndedIterator<Item = usize> + ExactSizeIterator {
 #[derive(Debug, Default)]
 pub struct HotPrefixes {
     prefixes: HashMap<u32, Heat>,
-    /// Counts prompts; stands for the time.
+    /// Counts prompts, as a measure of time.
     prompts: u64,
     until_halving: u32,
 }
@@ -79,7 +78,7 @@ impl HotPrefixes {
         }
     }
 
-    /// The hottest first, at most [`MAX_HOT_PREFIXES`]: often used before lately used before short.
+    /// The hottest hashes, at most [`MAX_HOT_PREFIXES`]: by use count, then by recency, then shorter first.
     pub fn digest(&self) -> Vec<u32> {
         let mut hottest: Vec<(u32, Heat)> = self.prefixes.iter().map(|(&hash, &heat)| (hash, heat)).collect();
         hottest.sort_unstable_by(|(hash, heat), (other_hash, other)| {
@@ -98,7 +97,7 @@ impl HotPrefixes {
         }
     }
 
-    /// Leaves three quarters of the bound, so that this is rare.
+    /// Drops a quarter of the entries, so that this is rarely necessary.
     fn forget_coldest(&mut self) {
         let mut times: Vec<u64> = self.prefixes.values().map(|heat| heat.last_used).collect();
         let (_, oldest_kept, _) = times.select_nth_unstable(self.prefixes.len() - MAX_REMEMBERED * 3 / 4);

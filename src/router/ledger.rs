@@ -1,4 +1,4 @@
-//! What this node has to do with each peer: the breaker, and the requests on their way that its report cannot know of yet.
+//! Keeps an account of each peer: its breaker, and the requests on their way that its report cannot include yet.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -11,9 +11,9 @@ use super::pace::progress::Progress;
 use crate::cluster::Peer;
 use crate::types::{FailureKind, NodeId};
 
-/// Requests on their way to one peer that are counted.
+/// Maximum number of counted requests on their way to one peer.
 const MAX_SENT: usize = 4096;
-/// Peers of which is kept account; who was not called for longest is forgotten first.
+/// Maximum number of peers; the one not called for longest is dropped first.
 const MAX_PEERS: usize = 1024;
 
 /// Cheap to clone.
@@ -23,15 +23,15 @@ pub struct Ledger(Arc<Mutex<BTreeMap<NodeId, Account>>>);
 struct Account {
     breaker: Breaker,
     sent: VecDeque<Sent>,
-    /// Streams on their way there and under way there.
+    /// Streams on their way to the peer and running there.
     open: u32,
-    /// Of these, the ones that it has taken.
+    /// The part of them that the peer has accepted.
     accepted: u32,
     last_failure: Option<(FailureKind, Instant)>,
     last_call: Instant,
-    /// From a call to its acceptance, the last time.
+    /// Time from the last call to its acceptance.
     round_trip: Option<Duration>,
-    /// What this node's streams see of it.
+    /// What this node's streams observe of the peer.
     progress: Arc<Progress>,
 }
 
@@ -41,21 +41,21 @@ struct Sent {
     tokens: u64,
 }
 
-/// What placement has to know of a peer beside its report.
+/// What placement needs to know about a peer besides its report.
 #[derive(Clone, Copy, Debug)]
 pub struct Standing {
     pub allows: bool,
-    /// It may be called all the same, if there is nobody else.
+    /// The peer may be called if there is no other.
     pub is_trusted: bool,
     pub weight: f64,
     pub breaker: BreakerState,
     pub sent_choices: u32,
     pub sent_tokens: u64,
-    /// Streams of this node that it has taken and not ended.
+    /// Streams of this node that the peer has accepted and not finished.
     pub accepted: u32,
     pub last_failure: Option<(FailureKind, Instant)>,
     pub round_trip: Option<Duration>,
-    /// Nothing has been heard of it for so long, though streams are open there.
+    /// How long nothing has been heard from it, if streams are open there.
     pub silence: Option<Duration>,
 }
 
@@ -69,7 +69,7 @@ pub struct InFlight {
 }
 
 impl InFlight {
-    /// The peer took the stream after this time.
+    /// The peer has accepted the stream after this time.
     pub fn accepted(&mut self, round_trip: Duration) {
         if let Some(account) = self.ledger.0.lock().get_mut(&self.node) {
             account.round_trip = Some(round_trip);
@@ -108,7 +108,7 @@ impl Account {
 }
 
 impl Ledger {
-    /// What this node's streams see of the peer, if any ever went there.
+    /// What this node's streams observe of the peer, if there ever were any.
     pub fn progress(&self, node: &NodeId) -> Option<Arc<Progress>> {
         self.0.lock().get(node).map(|account| account.progress.clone())
     }
@@ -148,8 +148,8 @@ impl Ledger {
         }
     }
 
-    /// A call begins. Without an attempt the breaker has closed the way meanwhile; the call may still be made, and its
-    /// outcome counts for nothing.
+    /// Begins a call. If the breaker has opened in the meantime there is no attempt; the call may still be made, but its
+    /// outcome is not recorded.
     pub fn send(&self, peer: &Peer, choices: u32, tokens: u64, now: Instant) -> (Option<Attempt>, InFlight) {
         let mut accounts = self.0.lock();
         let account = accounts.entry(peer.id.clone()).or_insert_with(|| Account::new(peer, now));
@@ -171,7 +171,7 @@ impl Ledger {
         (attempt, InFlight { ledger, node, attempt, progress, is_accepted: false })
     }
 
-    /// Streams on their way to any peer and under way there.
+    /// Streams on their way to any peer, and running there.
     pub fn open(&self) -> u64 {
         self.0.lock().values().map(|account| u64::from(account.open)).sum()
     }

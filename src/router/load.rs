@@ -1,4 +1,4 @@
-//! What this node says of itself: its state, its load and how fast it is.
+//! This node's load report: its state, its load and its speed.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,14 +10,15 @@ use crate::cluster::{LoadReport, PaceReport, Peer};
 use crate::health::QueueView;
 use crate::types::Pace;
 
-/// Weight of the newest measurement in the average of first tokens.
+/// Weight of the newest measurement in the average time to the first token.
 const NEWEST: f64 = 0.1;
-/// Without a first token, the average halves in this time: an idle node does not wait as a busy one did.
+/// Without a new first token, the average halves in this time, since an idle node is not as slow as a busy one was.
 const HALF_LIFE: Duration = Duration::from_secs(5);
-/// The time between tokens is what steps take now; of a node that has been idle for longer, what a unit of work takes.
+/// The time between tokens is what steps take now. If the node has been idle for longer than this, it is the time per unit of
+/// work.
 const STEPS_COUNT: Duration = Duration::from_secs(3);
 
-/// The average time to the first token, in units of work: when the node's pace changes, so does the time.
+/// The average time to the first token, in units of work, so that it follows changes of the node's pace.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct FirstTokenAverage {
     units: f64,
@@ -25,7 +26,7 @@ pub(super) struct FirstTokenAverage {
 }
 
 impl FirstTokenAverage {
-    /// Takes in what has come; `unit`: seconds for a unit of work.
+    /// Adds the latest first tokens; `unit`: seconds per unit of work.
     fn note(&mut self, first: FirstTokens, unit: f64, now: Instant) {
         let idle = self.aged_at.replace(now).map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
         if first.count > 0 {
@@ -44,7 +45,7 @@ impl FirstTokenAverage {
 }
 
 impl Router {
-    /// Looks at this node anew, and says what there is to say of it.
+    /// Assesses this node anew and returns its report.
     pub fn refresh(&self) -> LoadReport {
         let report = self.shared.assess();
         *self.shared.own_report.lock() = report.clone();
@@ -56,12 +57,12 @@ impl Router {
         report
     }
 
-    /// What this node says of itself, as it is now.
+    /// This node's current report.
     pub fn report(&self) -> LoadReport {
         self.shared.own_report_now()
     }
 
-    /// The queue as the readiness verdict looks at it.
+    /// The state of the queue, for the readiness verdict.
     pub fn queue(&self) -> QueueView {
         self.shared.queue()
     }
@@ -77,11 +78,11 @@ impl Shared {
         }
     }
 
-    /// The last assessment, with what changes from request to request as it is now.
+    /// The last assessment, with current values for what changes with each request.
     pub(super) fn own_report_now(&self) -> LoadReport {
         let report = self.own_report.lock().clone();
         let state = self.health.lifecycle().state();
-        // The assessment may be a moment older than the state.
+        // The state may have changed since the assessment.
         let ready = if report.state == state { report.ready } else { self.may_serve_here() };
         self.with_load(LoadReport { state, ready, ..report })
     }
@@ -106,7 +107,7 @@ impl Shared {
     fn assess(&self) -> LoadReport {
         let readiness = self.health.readiness(self.queue());
         let pace = self.local().and_then(|local| local.engine.pace());
-        // An engine without a pace counts in seconds.
+        // An engine without a measured pace counts in seconds.
         let unit = pace.map_or(1.0, |pace| pace.unit_seconds);
         let first_token = {
             let mut average = self.first_tokens.lock();

@@ -1,5 +1,5 @@
-//! What this node's engine does for one request, whoever asked: `vllm:*` counts where it is computed. What the clients of
-//! this node get, wherever it is computed, is counted at the API.
+//! Counts what this node's engine does for one request, whoever sent it: the `vllm:*` metrics, counted where the work is done.
+//! What this node's clients receive is counted in the API.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,11 +8,11 @@ use std::time::Instant;
 use crate::observability::Metrics;
 use crate::types::{FinishReason, GenerateRequest, GenerationEvent};
 
-/// Counts a request that was given up when dropped before its end.
+/// Dropping it before the end counts an aborted request.
 pub struct Meter {
     metrics: Arc<Metrics>,
     prompt_tokens: u64,
-    /// As asked for; a request that goes on elsewhere may have fewer choices left.
+    /// As requested. A request that continues elsewhere may have fewer choices left.
     n: u32,
     max_tokens: u32,
     choices: BTreeMap<u32, ChoiceMeter>,
@@ -47,7 +47,7 @@ impl Meter {
         }
     }
 
-    /// Takes an event of the engine's into account.
+    /// Counts an event of the engine.
     pub fn hear(&mut self, event: &GenerationEvent, now: Instant) {
         match event {
             GenerationEvent::Scheduled { cached_tokens } => {
@@ -92,7 +92,7 @@ impl Meter {
         let generated: u64 = self.choices.values().map(|choice| choice.tokens).sum();
         let longest = self.choices.values().map(|choice| choice.tokens).max().unwrap_or(0);
         if self.max_tokens == 0 {
-            // There is no first token with which it could be counted.
+            // Counted here, since there is no first token.
             metrics.prompt_tokens.inc_by(self.prompt_tokens);
         }
         metrics.request_prompt_tokens.observe(self.prompt_tokens as f64);
@@ -157,7 +157,7 @@ mod tests {
             Self { meter: Meter::new(metrics.clone(), &request, now), metrics, now }
         }
 
-        /// A second later.
+        /// One second later.
         fn hear(&mut self, event: GenerationEvent) {
             self.now += Duration::from_secs(1);
             self.meter.hear(&event, self.now);

@@ -1,8 +1,9 @@
-//! Which replica serves a request, and what happens when it dies.
+//! Decides which replica serves a request, and what happens when it dies.
 //!
-//! The `Router` takes every request of the API. It places the request here or at a peer (`placement`), runs a stream for it
-//! that outlives its replicas (`failover`), keeps the stream's journal with two other nodes (`replicator`), and answers the
-//! calls of peers (`service`). Knows the engine as a `Backend` and the other nodes through `cluster`; no HTTP, no text.
+//! The `Router` receives every request of the API. It places the request on this node or a peer (`placement`), runs its stream
+//! independently of single replicas (`failover`), replicates the stream's journal to two other nodes (`replicator`), and
+//! answers peers' calls (`service`). Knows the engine as a `Backend` and other nodes through `cluster`; knows no HTTP and no
+//! text.
 
 pub mod breaker;
 mod choosing;

@@ -1,4 +1,4 @@
-//! The way to the peers of a node that has none.
+//! The transport of a node without peers.
 
 use bytes::Bytes;
 use futures::future::BoxFuture;

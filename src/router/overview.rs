@@ -1,5 +1,5 @@
-//! The cluster as one node sees it, for people and programs that look after it: `/cluster` on the admin address, the table
-//! of `outrigger status`, and the clock of `outrigger drill`.
+//! The cluster as one node sees it: for `/cluster` on the admin address, the table of `outrigger status`, and the measurements
+//! of `outrigger drill`.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -18,79 +18,79 @@ use super::source::Replica;
 use crate::cluster::{LoadReport, ModelReport, Peer, Problem};
 use crate::types::{FailureKind, NodeId};
 
-/// What a node knows of itself and of the others.
+/// What a node knows about itself and the others.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ClusterOverview {
     pub cluster_id: String,
-    /// The node that tells this.
+    /// The node that produced this overview.
     pub node: NodeOverview,
     /// Live peers, by name.
     pub peers: Vec<PeerOverview>,
-    /// How this node's pace compares with its siblings'; none until measured.
+    /// This node's pace compared with its siblings'; none until measured.
     #[serde(default)]
     pub pace: Option<PaceOverview>,
-    /// Peers that are held for dead and not forgotten yet.
+    /// Peers that are considered dead and not yet forgotten.
     pub dead: Vec<NodeId>,
     pub streams: StreamCounts,
-    /// Names of the cluster keys that this node has; it seals with the first. The router knows none.
+    /// Ids of this node's cluster keys; the first one encrypts. Not filled in by the router.
     #[serde(default)]
     pub keys: Vec<String>,
-    /// What keeps this node and others apart.
+    /// Problems between this node and others.
     #[serde(default)]
     pub problems: Vec<Problem>,
 }
 
-/// What a node says of itself.
+/// A node's own report.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeOverview {
     pub id: NodeId,
-    /// Greater for a later process of the same name.
+    /// Higher for a later process with the same name.
     pub incarnation: u64,
-    /// Of the software.
+    /// Version of the software.
     pub version: String,
     pub zone: String,
-    /// Where peers call; none in a cluster of one.
+    /// Address for calls from peers; none for a single node.
     pub peer_addr: Option<SocketAddr>,
     /// Empty while the model loads.
     pub models: Vec<ModelReport>,
     pub report: LoadReport,
 }
 
-/// What this node knows of another.
+/// What this node knows about a peer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PeerOverview {
     #[serde(flatten)]
     pub node: NodeOverview,
-    /// Since its report arrived here.
+    /// Time since its report arrived.
     pub report_age_seconds: f64,
     pub breaker: BreakerPosition,
-    /// What placement multiplies its share of the requests with: 1 for a node that is well.
+    /// Factor of its share of requests; 1 for a healthy node.
     pub weight: f64,
-    /// 1 for a node that stays, less for one that comes and goes.
+    /// 1 for a stable node, less for one that comes and goes.
     pub stability: f64,
-    /// Streams of this node's clients that it has taken and not ended.
+    /// Streams of this node's clients that it has accepted and not finished.
     pub streams: u64,
     /// Of the last call that it answered.
     pub round_trip_seconds: Option<f64>,
     pub last_failure: Option<PeerFailure>,
-    /// How its pace compares with its siblings', as this node sees it; none until measured.
+    /// Its pace compared with its siblings', as this node sees it; none until measured.
     #[serde(default)]
     pub pace: Option<PaceOverview>,
 }
 
-/// How a replica's pace compares with that of its siblings of the same fingerprint.
+/// A replica's pace compared with its siblings of the same fingerprint.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PaceOverview {
-    /// It gets few requests, and its streams are raced at other replicas.
+    /// It gets few requests, and its streams may be raced at other replicas.
     pub is_slow: bool,
     pub slow_for_seconds: Option<f64>,
-    /// Times as long as most siblings it takes for equal work; none while nobody else was measured lately.
+    /// How many times as long as most siblings it takes for equal work; none if no sibling was measured recently.
     pub ratio: Option<f64>,
-    /// Seconds for a unit of work, by its word and by what this node's streams see.
+    /// Seconds per unit of work, from its report and from this node's streams.
     pub unit_seconds: f64,
-    /// Seconds from token to token of a stream there.
+    /// Seconds per token of a stream there.
     pub token_seconds: f64,
-    /// Why, in words.
+    /// An explanation for people.
     pub why: String,
 }
 
@@ -101,11 +101,11 @@ pub enum BreakerPosition {
     #[default]
     Closed,
     Open,
-    /// A single call tries whether it is well again.
+    /// A single call tests whether it has recovered.
     HalfOpen,
 }
 
-/// The last call to a peer that went wrong.
+/// The last failed call to a peer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct PeerFailure {
     /// Label of the failure's kind.
@@ -113,28 +113,28 @@ pub struct PeerFailure {
     pub age_seconds: f64,
 }
 
-/// The streams whose clients this node holds. Totals count from its start.
+/// The streams whose clients are connected to this node. Totals count since its start.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamCounts {
     /// Open now, wherever they are computed.
     pub open: u64,
-    /// Of these, the ones that its own engine computes.
+    /// The part of them that this node's engine computes.
     pub local: u64,
-    /// Streams of other nodes' clients that its engine computes now.
+    /// Streams of other nodes' clients that this node's engine computes now.
     pub for_peers: u64,
-    /// Total of streams that lost their replica and went on elsewhere, by the label of the failure's kind.
+    /// Total of streams that lost their replica and continued elsewhere, by kind of failure.
     pub failovers: BTreeMap<String, u64>,
     /// Total of streams that moved away from a slow replica.
     #[serde(default)]
     pub rescued: u64,
-    /// Total of streams that a draining replica gave away.
+    /// Total of streams that a draining replica handed over.
     pub hand_overs: u64,
-    /// Total of streams that were taken over from a journal, after their entry node was gone.
+    /// Total of streams resumed from a journal after their entry node was gone.
     pub resumed: u64,
-    /// Journals held for other nodes and its own, and their bytes.
+    /// Journals held, for other nodes and for own streams, and their size.
     pub journals: u64,
     pub journal_bytes: u64,
-    /// Total of streams that began without a second holder of their journal.
+    /// Total of streams that started without a second holder of their journal.
     pub unreplicated: u64,
 }
 

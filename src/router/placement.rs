@@ -1,9 +1,9 @@
-//! Chooses the replica for a request: a pure function of what the cluster's nodes say of themselves, how old that is, what
-//! this node has sent them since, and one random number. Equal inputs give equal answers.
+//! Chooses the replica for a request: a pure function of the nodes' reports, their ages, what this node has sent since, and one
+//! random number. Equal inputs give equal results.
 //!
-//! It first narrows the candidates to the best class that is not empty (ready before saturated, in time before late, at pace
-//! before slow, a free seat before a queue, this zone before others), and lets the strategy choose among those. So nothing but its caps keeps a
-//! usable replica from serving, however little it is preferred.
+//! Candidates are first narrowed to the best class that is not empty (ready before saturated, in time before late, at pace
+//! before slow, a free seat before a queue, this zone before others); then the strategy chooses among them. So a usable replica
+//! is refused only because of its queue limits, however little it is preferred.
 
 use std::time::Duration;
 
@@ -14,42 +14,42 @@ use crate::cluster::LoadReport;
 use crate::health::DegradedBy;
 use crate::types::NodeState;
 
-/// Older reports say nothing any more: the node is not used for new requests.
+/// Nodes with older reports are not used for new requests.
 pub const MAX_REPORT_AGE: Duration = Duration::from_secs(15);
-/// Age that halves a report's weight.
+/// A report of this age has half its weight.
 const REPORT_HALF_LIFE: Duration = Duration::from_secs(3);
 
-/// Memory use at which the weight begins to shrink, and at which a node leaves the pool.
+/// Memory use at which the weight starts to shrink, and at which a node gets nothing.
 const MEMORY_SHRINKS: f64 = 0.8;
 const MEMORY_FULL: f64 = 0.95;
-/// Least share that a single trouble leaves of a weight.
+/// The minimum factor that a single problem leaves of a weight.
 const LEAST_FACTOR: f64 = 0.05;
-/// What `Degraded` leaves of it.
+/// The factor for `Degraded`.
 const DEGRADED: f64 = 0.3;
 
-/// As the readiness verdict spells that a queue is too full.
+/// The code in the readiness verdict for a queue that is too full.
 const SATURATED: &str = "saturated";
-/// Tokens of the prompt, more than here, that make a peer's cache worth a hop.
+/// If a peer has at least this many more prompt tokens cached than this node, a hop pays off.
 const WORTH_A_HOP: usize = 512;
-/// Weight of a candidate that holds the whole prompt, compared with one that holds nothing of it.
+/// Weight of a candidate that has the whole prompt cached, relative to one that has none of it.
 const WHOLE_PREFIX: f64 = 4.0;
 
-/// Bounds of the answer to a request that nobody takes.
+/// Limits of the retry time for a request that no node accepts.
 const MIN_RETRY_AFTER: Duration = Duration::from_secs(1);
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
-/// What placement needs to know of a request.
+/// What placement needs to know about a request.
 #[derive(Clone, Copy, Debug)]
 pub struct PlacementRequest<'a> {
-    /// Tokens to compute before the first new one: the prompt, and what was emitted before.
+    /// Tokens to compute before the first new one: the prompt and the tokens so far.
     pub prompt_tokens: u64,
-    /// Choices to generate, each with a seat of its own; at least 1.
+    /// Choices to generate, each of which needs a seat; at least 1.
     pub choices: u32,
-    /// Of the prompt's beginnings (`hot_prefixes::hashes`).
+    /// Hashes of the prompt's beginnings (`hot_prefixes::hashes`).
     pub prefix_hashes: &'a [u32],
-    /// What is left of the deadline.
+    /// Time left until the deadline.
     pub remaining: Option<Duration>,
-    /// Goes on with a stream that has begun: caps do not apply.
+    /// Continues a stream that has begun, so queue limits do not apply.
     pub is_continuation: bool,
 }
 
@@ -57,22 +57,22 @@ pub struct PlacementRequest<'a> {
 #[derive(Clone, Copy, Debug)]
 pub struct Candidate<'a> {
     pub report: &'a LoadReport,
-    /// Since the report was made; zero for this node.
+    /// Age of the report; zero for this node.
     pub age: Duration,
-    /// It is this node itself.
+    /// Whether this is the node itself.
     pub is_here: bool,
-    /// True for this node itself, too.
+    /// Also true for the node itself.
     pub is_same_zone: bool,
-    /// Choices and prompt tokens that this node has sent there and the report cannot know of yet.
+    /// Choices and prompt tokens that this node has sent there and that the report cannot include yet.
     pub sent_choices: u32,
     pub sent_tokens: u64,
     /// From breaker and stability, 0 to 1.
     pub weight: f64,
-    /// It is slow: equal work takes it so many times as long as its siblings.
+    /// If it is slow: how many times as long as its siblings it takes for equal work.
     pub slowness: Option<f64>,
-    /// Nothing has been heard of it for a while, though it should have been.
+    /// Nothing has been heard from it for a while, although something was expected.
     pub is_silent: bool,
-    /// The breaker lets a call through, and the stream has not failed there before.
+    /// The breaker allows a call, and the stream has not failed there before.
     pub may_serve: bool,
 }
 
@@ -80,13 +80,13 @@ pub struct Candidate<'a> {
 pub enum Placement {
     /// The index of the candidate.
     Serve(usize),
-    /// All that could serve it are over their caps.
+    /// All replicas that could serve it are above their queue limits.
     Shed { retry_after: Duration },
-    /// Nobody could serve it, however little there was to do.
+    /// No replica could serve it, even if idle.
     Nowhere,
 }
 
-/// Where the request goes. `random` is any number; it settles what is equal, and draws where the strategy draws.
+/// Chooses a candidate. `random` breaks ties, and is the draw of strategies that draw.
 pub fn place(
     strategy: Strategy,
     request: &PlacementRequest<'_>,
@@ -125,7 +125,7 @@ pub fn place(
     Placement::Serve(choose(strategy, &pool, random).index)
 }
 
-/// Whether the candidate could serve the request at all, were it idle.
+/// Whether the candidate could serve the request if it were idle.
 fn is_usable(candidate: &Candidate<'_>, is_continuation: bool) -> bool {
     let report = candidate.report;
     let is_up = match report.state {
@@ -134,51 +134,51 @@ fn is_usable(candidate: &Candidate<'_>, is_continuation: bool) -> bool {
             false
         }
     };
-    // A stream that has begun is worth a try at a node that membership still holds for alive.
+    // A stream that has begun may try any node that membership considers alive.
     let is_known = is_continuation || candidate.age <= MAX_REPORT_AGE;
     is_up && is_known && candidate.may_serve
 }
 
-/// Its queue is all that is wrong with it: it computes well, but others should be asked first.
+/// Whether only its full queue makes it unready: it works, but others should be asked first.
 fn is_unready_by_queue(report: &LoadReport) -> bool {
     let degrades = |reason: &str| DegradedBy::ALL.iter().any(|cause| cause.code() == reason);
     report.reasons.iter().any(|reason| reason == SATURATED)
         && report.reasons.iter().all(|reason| reason == SATURATED || degrades(reason))
 }
 
-/// A usable candidate, as this request finds it.
+/// A usable candidate, evaluated for this request.
 #[derive(Clone, Copy, Debug)]
 struct Standing {
     index: usize,
     is_here: bool,
     is_same_zone: bool,
-    /// The report is young enough to be believed.
+    /// The report is recent enough.
     is_known: bool,
     is_ready: bool,
     is_full: bool,
-    /// All choices start at once.
+    /// All choices can start at once.
     has_seats: bool,
     /// The prompt fits into the queue.
     has_budget: bool,
     seats: f64,
-    /// Choices there, running, waiting and on their way.
+    /// Choices there: running, waiting and on their way.
     occupied: f64,
     choices: f64,
     /// Prompt tokens that wait or are on their way.
     backlog: f64,
-    /// Seconds until the backlog is done; 0 with a free seat, or when nothing was measured.
+    /// Seconds until the backlog is processed; 0 with a free seat, or if nothing was measured.
     wait: f64,
     kv_usage: f64,
-    /// Seconds to the first token and from one to the next; 0 until measured.
+    /// Seconds to the first token and between tokens; 0 until measured.
     first_token: f64,
     inter_token: f64,
     drain: f64,
-    /// Tokens of the prompt that its cache is likely to hold, and which part of the prompt that is.
+    /// Tokens of the prompt that are probably in its cache, and their fraction of the prompt.
     matched_tokens: usize,
     matched_part: f64,
     is_slow: bool,
     is_silent: bool,
-    /// Share that its troubles leave it of what it would get, above 0 and at most 1.
+    /// The fraction of its normal share that it gets, above 0 and at most 1.
     health: f64,
 }
 
@@ -201,7 +201,7 @@ impl Standing {
             is_ready: report.ready,
             is_full: occupied >= seats && projected_saturation(candidate) >= 1.0,
             has_seats,
-            // A prompt larger than the whole queue is let in when no other waits.
+            // A prompt larger than the whole queue is accepted if no other waits.
             has_budget: backlog == 0 || needed <= report.free_token_budget,
             seats: seats.max(1.0),
             occupied,
@@ -220,18 +220,18 @@ impl Standing {
         }
     }
 
-    /// What `least-request` compares: how many there are to share with, more where a share is smaller.
+    /// The value that `least-request` compares: occupied seats, weighted by the candidate's share.
     fn crowd(&self) -> f64 {
         (self.occupied + self.choices) / self.health
     }
 
-    /// Seconds that a reply of ordinary length takes; what is on its way makes it longer.
+    /// Seconds for a reply of typical length, including the effect of requests on their way.
     fn reply_time(&self) -> f64 {
         const ORDINARY_TOKENS: f64 = 100.0;
         (self.first_token + ORDINARY_TOKENS * self.inter_token) * (1.0 + self.occupied / self.seats)
     }
 
-    /// The weight that `balanced` draws with. `pace` is the best reply time in the pool.
+    /// The weight for the draw of `balanced`. `pace` is the best reply time in the pool.
     fn balanced_weight(&self, pace: f64) -> f64 {
         let room = match self.has_seats {
             true => (self.seats - self.occupied) / self.seats,
@@ -242,14 +242,14 @@ impl Standing {
         self.health * comfort * (1.0 + (WHOLE_PREFIX - 1.0) * self.matched_part)
     }
 
-    /// 1 for the fastest, and for one that was not measured yet.
+    /// 1 for the fastest, and for one that has not been measured.
     fn relative_speed(&self, pace: f64) -> f64 {
         let own = self.reply_time();
         if own > 0.0 && pace > 0.0 { (pace / own).min(1.0) } else { 1.0 }
     }
 }
 
-/// Fullness of the queue with what is on its way, as far as it does not find a seat.
+/// How full the queue will be with the requests on their way that find no seat.
 fn projected_saturation(candidate: &Candidate<'_>) -> f64 {
     let report = candidate.report;
     let reported = sane(report.queue_saturation);
@@ -258,7 +258,7 @@ fn projected_saturation(candidate: &Candidate<'_>) -> f64 {
     if queued == 0 {
         return reported;
     }
-    // The report tells no caps, but how full they are with what waits.
+    // The report contains no limits, only how full the queue is with what waits.
     let by_requests = match report.waiting {
         0 => 0.0,
         waiting => reported * (1.0 + f64::from(queued) / f64::from(waiting)),
@@ -269,7 +269,7 @@ fn projected_saturation(candidate: &Candidate<'_>) -> f64 {
     reported.max(by_requests).max(by_tokens)
 }
 
-/// What slowness leaves of a weight.
+/// The factor that slowness leaves of a weight.
 pub fn pace_weight(slowness: Option<f64>) -> f64 {
     slowness.map_or(1.0, |slowness| (1.0 / slowness.max(1.0)).max(LEAST_FACTOR))
 }
@@ -287,8 +287,7 @@ fn health(candidate: &Candidate<'_>) -> f64 {
         .product()
 }
 
-/// Keeps the replicas that are at pace, and slow ones with a free seat that would be done before the shortest of the others'
-/// queues.
+/// Keeps the replicas at normal pace, and slow ones with a free seat that would finish before the shortest queue of the others.
 fn leave_out_slow_ones(pool: &mut Vec<Standing>) {
     let at_pace = pool.iter().filter(|standing| !standing.is_slow);
     let soonest = at_pace.map(|standing| standing.wait + standing.reply_time()).fold(f64::INFINITY, f64::min);
@@ -297,7 +296,7 @@ fn leave_out_slow_ones(pool: &mut Vec<Standing>) {
     }
 }
 
-/// This node itself, while it is well and has a free seat, unless a peer holds much more of the prompt.
+/// This node, if it is healthy and has a free seat, unless a peer has much more of the prompt cached.
 fn here_if_well(pool: &[Standing]) -> Option<&Standing> {
     let here = pool.iter().find(|standing| standing.is_here && standing.has_seats)?;
     let is_well = here.is_ready && here.health >= 0.5 && here.relative_speed(pace(pool)) >= 0.5;
@@ -305,13 +304,13 @@ fn here_if_well(pool: &[Standing]) -> Option<&Standing> {
     (is_well && longest < here.matched_tokens + WORTH_A_HOP).then_some(here)
 }
 
-/// The best reply time among those that were measured; 0 when none was.
+/// The best measured reply time; 0 if nothing was measured.
 fn pace(pool: &[Standing]) -> f64 {
     let measured = pool.iter().map(Standing::reply_time).filter(|time| *time > 0.0);
     measured.min_by(f64::total_cmp).unwrap_or(0.0)
 }
 
-/// Keeps those that hold most of the prompt, unless nobody holds anything, or their seats are taken twice over.
+/// Keeps the candidates that have most of the prompt cached, unless none has any, or their seats are occupied twice over.
 fn narrow_to_longest_prefix(pool: &mut Vec<Standing>) {
     let is_bearable = |standing: &Standing| standing.occupied < 2.0 * standing.seats;
     let bearable = pool.iter().filter(|standing| is_bearable(standing));
@@ -321,21 +320,21 @@ fn narrow_to_longest_prefix(pool: &mut Vec<Standing>) {
     }
 }
 
-/// Keeps what passes, if anything does.
+/// Keeps the candidates that pass, if there are any.
 fn narrow(pool: &mut Vec<Standing>, passes: impl Fn(&Standing) -> bool) {
     if pool.iter().any(&passes) {
         pool.retain(passes);
     }
 }
 
-/// The pool is not empty.
+/// The pool must not be empty.
 fn choose(strategy: Strategy, pool: &[Standing], random: u64) -> &Standing {
     match strategy {
         Strategy::Balanced => draw_balanced(pool, random),
         Strategy::PrefixCache if pool[0].matched_tokens == 0 => draw_balanced(pool, random),
         Strategy::PrefixCache | Strategy::LeastRequest => least(pool, random, Standing::crowd),
         Strategy::LeastLatency => {
-            // Who was not measured yet counts as fast as the fastest, so that it will be.
+            // A candidate that was not measured counts as the fastest, so that it will be measured.
             let pace = pace(pool);
             least(pool, random, |standing| {
                 let own = standing.reply_time();
@@ -364,7 +363,7 @@ fn draw_balanced(pool: &[Standing], random: u64) -> &Standing {
     draw(pool, random, |standing| standing.balanced_weight(pace))
 }
 
-/// Draws with probabilities in proportion to the weights, none of which is 0.
+/// Draws with probabilities proportional to the weights, none of which is 0.
 fn draw(pool: &[Standing], random: u64, weight: impl Fn(&Standing) -> f64) -> &Standing {
     let total: f64 = pool.iter().map(&weight).sum();
     let mut point = unit(random) * total;
@@ -375,7 +374,7 @@ fn draw(pool: &[Standing], random: u64, weight: impl Fn(&Standing) -> f64) -> &S
     drawn.unwrap_or(&pool[pool.len() - 1])
 }
 
-/// The cheapest; of equals this node itself, since a hop costs, and else any of them.
+/// The cheapest; of equals this node, since a hop costs time, else a random one.
 fn least(pool: &[Standing], random: u64, cost: impl Fn(&Standing) -> f64) -> &Standing {
     let lowest = pool.iter().map(&cost).min_by(f64::total_cmp).expect("the pool is not empty");
     let cheapest: Vec<&Standing> = pool.iter().filter(|standing| cost(standing) <= lowest).collect();
@@ -383,7 +382,7 @@ fn least(pool: &[Standing], random: u64, cost: impl Fn(&Standing) -> f64) -> &St
     here.unwrap_or(&cheapest[(random % cheapest.len() as u64) as usize])
 }
 
-/// Two indices, different ones if there are two.
+/// Two indices, which differ if there are two.
 fn two_of(len: usize, random: u64) -> (usize, usize) {
     let first = (random >> 32) as usize % len;
     if len == 1 {
@@ -393,7 +392,7 @@ fn two_of(len: usize, random: u64) -> (usize, usize) {
     (first, second + usize::from(second >= first))
 }
 
-/// When what waits everywhere will have been done.
+/// When the waiting work of all candidates will be done.
 fn retry_after(usable: &[Standing]) -> Duration {
     let backlog: f64 = usable.iter().map(|standing| standing.backlog).sum();
     let drain: f64 = usable.iter().map(|standing| standing.drain).sum();
@@ -401,7 +400,7 @@ fn retry_after(usable: &[Standing]) -> Duration {
     Duration::try_from_secs_f64(seconds).unwrap_or(MAX_RETRY_AFTER).clamp(MIN_RETRY_AFTER, MAX_RETRY_AFTER)
 }
 
-/// What a peer says may be anything.
+/// A peer may report any value.
 fn sane(value: f32) -> f64 {
     if value.is_finite() { f64::from(value.max(0.0)) } else { 0.0 }
 }

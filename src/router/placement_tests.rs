@@ -20,7 +20,7 @@ fn idle() -> LoadReport {
     }
 }
 
-/// All seats taken, and so much of its queue.
+/// All seats are taken, and the queue is this full.
 fn queueing(saturation: f32) -> LoadReport {
     LoadReport {
         running: 8,
@@ -55,7 +55,7 @@ const REQUEST: PlacementRequest<'static> =
     PlacementRequest { prompt_tokens: 100, choices: 1, prefix_hashes: &[], remaining: None, is_continuation: false };
 const CONTINUATION: PlacementRequest<'static> = PlacementRequest { is_continuation: true, ..REQUEST };
 
-/// How often each candidate is chosen, of 1,000 requests.
+/// How often each candidate is chosen in 1,000 requests.
 fn shares(strategy: Strategy, request: &PlacementRequest<'_>, candidates: &[Candidate<'_>]) -> Vec<usize> {
     let mut shares = vec![0; candidates.len()];
     for turn in 0..1000u64 {

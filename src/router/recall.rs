@@ -1,8 +1,8 @@
-//! What this node and the others know of a stream that a client asks for by its key, and which of two streams the key names
-//! when both sides of a partition have given it away: the older one, on every node.
+//! Finds out what this node and others know about a stream that a client names by its key. If both sides of a partition have
+//! used the key for different streams, the older one keeps it, on every node.
 //!
-//! Whoever finds the two tells those that keep the younger one. Clients that read the younger one get the rest of it; a later
-//! request with its body is refused, like any other use of a key for a second body.
+//! The node that finds both streams tells those that hold the younger one. Clients reading the younger one get the rest of it;
+//! later requests with its body are refused, as for any use of a key with a second body.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -19,11 +19,11 @@ use super::stream_log::StreamLog;
 use crate::cluster::{JournalBatch, JournalEntry, JournalHead, JournalKey, JournalRecord, rendezvous};
 use crate::types::NodeId;
 
-/// Peers that are asked for a journal, in the order of the key's rendezvous.
+/// Number of peers asked for a journal, in the rendezvous order of the key.
 const LOOKUPS: usize = 8;
 const LOOKUP_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// What is known of a stream.
+/// What is known about a stream.
 pub(super) enum Recalled {
     Running(Arc<StreamLog>),
     Record(JournalRecord),
@@ -31,12 +31,12 @@ pub(super) enum Recalled {
 }
 
 impl Shared {
-    /// Asks this node and, in the order of the key's rendezvous, the others.
+    /// Asks this node and then others, in the rendezvous order of the key.
     pub(super) async fn recall(self: &Arc<Self>, name: &StreamName) -> Recalled {
         let running = self.streams.lock().get(&name.key).cloned();
         let own = self.kept(&name.key);
         if name.must_exist {
-            // A server has made the key, so no other stream has it.
+            // A node generated the key, so no other stream has it.
             if let Some(log) = running {
                 return Recalled::Running(log);
             }
@@ -57,7 +57,7 @@ impl Shared {
         }
     }
 
-    /// What other nodes know of a stream.
+    /// What other nodes know about a stream.
     async fn lookup(&self, key: &JournalKey) -> Vec<(NodeId, JournalRecord)> {
         let view = self.view.borrow().clone();
         let ranked = rendezvous::rank(key, view.peers.keys());
@@ -73,7 +73,7 @@ impl Shared {
         records
     }
 
-    /// The record names the stream that keeps its key: whoever keeps another one under it is told.
+    /// The record's stream keeps the key: tells nodes that hold another stream under it.
     fn settle(self: &Arc<Self>, record: &JournalRecord, told: &[(NodeId, JournalRecord)]) {
         self.yield_to(&record.head);
         let _ = self.journals.lock().put(record.clone(), now());
@@ -83,13 +83,13 @@ impl Shared {
             let entries = vec![JournalEntry::Put(record.clone())];
             let batch = JournalBatch { from: self.own.clone(), entries };
             let call = self.transport.journal(peer, batch);
-            // Whoever does not hear it finds the two itself, at the next request for the key.
+            // A node that does not receive this will find both at the next request for the key.
             tokio::spawn(timeout(self.config.journal_ack_timeout, call));
         }
     }
 
-    /// Gives up the name of a running stream that is younger than `head`, and has another body. False when it is the older
-    /// one, and keeps it.
+    /// Gives up the name of a running stream that is younger than `head` and has another body. Returns false if the running
+    /// stream is older and keeps the name.
     pub(super) fn yield_to(&self, head: &JournalHead) -> bool {
         let mut streams = self.streams.lock();
         let Some(log) = streams.get(&head.key).filter(|log| log.head.body != head.body) else { return true };
@@ -107,10 +107,10 @@ impl Shared {
     }
 }
 
-/// The stream that has the key, as far as it is known, and whether others claim it. The same records give the same answer on
-/// every node.
+/// The stream that owns the key, as far as known, and whether others claim it. The same records give the same answer on every
+/// node.
 fn oldest(records: &[JournalRecord]) -> Option<(JournalRecord, bool)> {
-    // Twins of one stream count from the oldest on.
+    // Copies of one stream count from the oldest one.
     let mut claims: BTreeMap<[u8; 16], u64> = BTreeMap::new();
     for record in records {
         let created = claims.entry(record.head.body).or_insert(record.head.created);
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(oldest(&[younger.clone(), older.clone()]), Some((older.clone(), true)));
         assert_eq!(oldest(std::slice::from_ref(&younger)), Some((younger, false)));
         assert_eq!(oldest(&[]), None);
-        // Of one second, the bodies decide, which are the same everywhere.
+        // With the same second, the digests of the bodies decide, which are the same everywhere.
         assert_eq!(oldest(&[record(2, 1, 1, 1, true), older]).expect("one").0.head.body, [2; 16]);
     }
 

@@ -1,7 +1,7 @@
-//! Puts the journals of running streams where they survive this node: with two other nodes, chosen by rendezvous hash.
+//! Replicates the journals of running streams to two other nodes, chosen by rendezvous hashing, so that they survive this node.
 //!
-//! The request goes there before its first token is sent to the client; tokens follow in batches, without being waited for.
-//! What a holder misses is computed again, since a generation is a pure function. A holder that is lost is replaced.
+//! The request is stored there before its first token is sent to the client. Tokens follow in batches without waiting. Tokens
+//! that a holder lacks are computed again, since a generation is a pure function. A holder that is lost is replaced.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,15 +20,15 @@ use crate::cluster::{
 use crate::observability::Metrics;
 use crate::types::{Failure, NodeId, NodeState, watch};
 
-/// Copies of a journal, beside the entry node's own.
+/// Copies of a journal besides the entry node's own.
 const HOLDERS: usize = 2;
-/// From one batch of tokens to the next.
+/// Time between batches of tokens.
 const FLUSH_INTERVAL: Duration = Duration::from_millis(50);
-/// A holder that has not taken a batch in this time is replaced.
+/// A holder that has not accepted a batch within this time is replaced.
 const BATCH_TIMEOUT: Duration = Duration::from_secs(1);
-/// A node that failed as a holder of a stream is not asked again for this long.
+/// A node that failed as a holder of a stream is not used again for this long.
 const LOST_FOR: Duration = Duration::from_secs(2);
-/// Bytes of one batch, about; the next one takes what is left.
+/// Approximate maximum size of a batch; the next batch takes the rest.
 const MAX_BATCH_BYTES: usize = 8 << 20;
 
 pub struct Replicator {
@@ -43,15 +43,15 @@ pub struct Replicator {
 struct Replicated {
     log: Arc<StreamLog>,
     holders: Vec<Holder>,
-    /// Nodes that failed as holders of this stream, or refused, and when.
+    /// Nodes that failed or refused as holders of this stream, with the time.
     lost: BTreeMap<NodeId, Instant>,
-    /// No token comes any more; gone once the holders have everything.
+    /// No more tokens will come. Removed when the holders have everything.
     has_ended: bool,
 }
 
 struct Holder {
     node: NodeId,
-    /// For each choice the tokens sent, and whether its end was.
+    /// For each choice, the number of tokens sent, and whether its end was sent.
     sent: Vec<(usize, bool)>,
     needs_put: bool,
 }
@@ -75,8 +75,8 @@ impl Replicator {
         Self { own, transport, view, metrics, ack_timeout, streams: Mutex::default() }
     }
 
-    /// Finds holders for the stream, and returns when they have it, or do not answer in time. From then on they are kept up
-    /// to date until [`Replicator::end`].
+    /// Finds holders for the stream. Returns when they have it or do not answer in time. From then on they are kept up to date
+    /// until [`Replicator::end`].
     pub async fn place(&self, log: Arc<StreamLog>) {
         let candidates = self.candidates(&log.key(), |_| false);
         let wanted = candidates.len().min(HOLDERS);
@@ -85,7 +85,7 @@ impl Replicator {
         let mut waiting = candidates.into_iter();
         let mut puts = FuturesUnordered::new();
         puts.extend(waiting.by_ref().take(HOLDERS).map(|peer| self.put(peer, &log)));
-        // A first holder may cost the time once, its replacement once more.
+        // One timeout for a first holder, and one for its replacement.
         let deadline = Instant::now() + self.ack_timeout * 2;
         while let Ok(Some((node, taken))) = timeout_at(deadline, puts.next()).await {
             if taken {
@@ -104,15 +104,15 @@ impl Replicator {
         }
     }
 
-    /// The stream gets no token any more.
+    /// The stream gets no more tokens.
     pub fn end(&self, log: &Arc<StreamLog>) {
         if let Some(stream) = self.streams.lock().get_mut(&log.key()).filter(|stream| Arc::ptr_eq(&stream.log, log)) {
             stream.has_ended = true;
         }
     }
 
-    /// The stream has wrong tokens: nobody is to go on with them. Returns when its holders have forgotten it, or do not answer
-    /// in time.
+    /// The stream has wrong tokens, so nobody may continue it. Returns when its holders have dropped it or do not answer in
+    /// time.
     pub async fn forget(&self, log: &StreamLog) {
         let Some(stream) = self.take(log) else { return };
         let view = self.view.borrow().clone();
@@ -122,23 +122,23 @@ impl Replicator {
             view.peers.get(&holder.node).map(|peer| timeout(self.ack_timeout, self.transport.journal(peer, batch)))
         };
         let mut told: FuturesUnordered<_> = stream.holders.iter().filter_map(tell).collect();
-        // Who does not answer may never: what it holds is gone when it ends, or with time.
+        // A holder that does not answer may be gone; its copy disappears with it, or after `journal_ttl`.
         while told.next().await.is_some() {}
     }
 
-    /// The stream's name belongs to another one: its holders hear nothing more of it.
+    /// The stream's name now belongs to another stream, so its holders get no more updates.
     pub fn abandon(&self, log: &StreamLog) {
         self.take(log);
     }
 
-    /// What is kept of this very stream: another one may have its name.
+    /// Removes the entry of exactly this stream: another one may have the same name.
     fn take(&self, log: &StreamLog) -> Option<Replicated> {
         let mut streams = self.streams.lock();
         streams.get(&log.key()).filter(|stream| std::ptr::eq(Arc::as_ptr(&stream.log), log))?;
         streams.remove(&log.key())
     }
 
-    /// Sends what is new, until `shutdown`.
+    /// Sends updates until `shutdown`.
     pub async fn run(self: Arc<Self>, shutdown: CancellationToken) {
         let mut ticks = interval(FLUSH_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -199,7 +199,7 @@ impl Replicator {
         })
     }
 
-    /// What each holder that is not busy has to be told, with the streams that it is about.
+    /// The updates for each holder that is not busy, with their streams.
     fn batches(&self, busy: &BTreeSet<NodeId>) -> Vec<(Arc<Peer>, Vec<JournalKey>, JournalBatch)> {
         let view = self.view.borrow().clone();
         let mut batches: BTreeMap<NodeId, (Vec<JournalKey>, Vec<JournalEntry>)> = BTreeMap::new();
@@ -224,7 +224,7 @@ impl Replicator {
         batches.into_iter().filter_map(batch).collect()
     }
 
-    /// Holders that left are forgotten, and others take their place.
+    /// Replaces holders that have left.
     fn replace_lost(&self, key: &JournalKey, stream: &mut Replicated, view: &ClusterView) {
         stream.holders.retain(|holder| view.peers.contains_key(&holder.node));
         if stream.holders.len() >= HOLDERS || stream.has_ended || stream.holders.len() >= view.peers.len() {
@@ -260,7 +260,7 @@ impl Replicator {
                         self.fenced(&stream.log);
                         streams.remove(&key);
                     }
-                    // A twin's journal lies there, which is the same generation.
+                    // The holder has a copy from another node of the same generation.
                     Some(stream) => stream.lose(node),
                     None => {}
                 },
@@ -277,7 +277,7 @@ impl Replicator {
         }
     }
 
-    /// Another node has taken the stream over while this one was away. Whoever still listens here gets the same tokens.
+    /// Another node took the stream over while this one was unreachable. Listeners here still get the same tokens.
     fn fenced(&self, log: &StreamLog) {
         if !log.is_fenced() {
             log.fence();
@@ -286,12 +286,12 @@ impl Replicator {
     }
 }
 
-/// Whether a later epoch of the stream exists, rather than a twin of the same.
+/// Whether a later epoch of the stream exists, rather than a copy of the same one.
 fn is_fenced(refusal: &JournalRefusal, log: &StreamLog) -> bool {
     matches!(refusal, JournalRefusal::Fenced { epoch, .. } if *epoch > log.epoch())
 }
 
-/// What an entry takes of a batch, about.
+/// Approximate size of an entry in a batch.
 fn weight(entry: &JournalEntry) -> usize {
     match entry {
         JournalEntry::Put(record) => {
@@ -311,7 +311,7 @@ impl Replicated {
 }
 
 impl Holder {
-    /// Adds what the holder has not been told; true if there was anything.
+    /// Adds what the holder lacks. Returns whether there was anything.
     fn gather(&mut self, log: &StreamLog, own: &NodeId, entries: &mut Vec<JournalEntry>) -> bool {
         if std::mem::take(&mut self.needs_put) {
             let record = log.record(own);

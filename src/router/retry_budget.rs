@@ -1,23 +1,23 @@
-//! Bounds retries before the first token, so that a cluster in trouble is not drowned in second attempts: a token bucket
-//! filled by first attempts, and a little by time. Continuations of streams that have begun do not pass here. Pure; time
-//! and randomness are passed in.
+//! Limits retries before the first token, so that a cluster in trouble is not overloaded by second attempts: a token bucket
+//! filled by first attempts, and slowly by time. Continuations of running streams are not limited here. Pure; time and
+//! randomness are passed in.
 
 use std::time::{Duration, Instant};
 
-/// A quiet node may retry as well.
+/// Retries that a quiet node may make.
 const FLOOR_PER_SECOND: f64 = 1.0;
-/// Retries that may be saved up; also what a node starts with.
+/// Maximum saved retries; also the initial value.
 const MAX_SAVED: f64 = 10.0;
-/// Busy nodes may save more: so many seconds' worth of what their traffic allows, but never more than this.
+/// Busy nodes may save more: this many seconds' worth of their traffic, up to this maximum.
 const MAX_SAVED_BUSY: f64 = 100.0;
 
-/// Waits before a retry double from the first to the cap.
+/// Waits before retries double from the first to the maximum.
 const FIRST_BACKOFF: Duration = Duration::from_millis(10);
 const MAX_BACKOFF: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Debug)]
 pub struct RetryBudget {
-    /// Retries per first attempt; 0 allows none at all.
+    /// Retries per first attempt; 0 allows none.
     ratio: f64,
     saved: f64,
     filled_at: Instant,
@@ -33,7 +33,7 @@ impl RetryBudget {
         self.saved = (self.saved + self.ratio).min(MAX_SAVED_BUSY);
     }
 
-    /// Whether a request may make another attempt; takes it from the budget.
+    /// Whether a request may make another attempt; if so, takes it from the budget.
     pub fn try_retry(&mut self, now: Instant) -> bool {
         self.fill(now);
         let may_retry = self.ratio > 0.0 && self.saved >= 1.0;
@@ -52,18 +52,18 @@ impl RetryBudget {
     }
 }
 
-/// How long to wait before the `retry`-th retry, counted from 0. `random` is any number; equal ones wait equally long.
+/// How long to wait before the `retry`-th retry, counted from 0. `random` gives the jitter.
 pub fn backoff(retry: u32, random: u64) -> Duration {
     let doubled = FIRST_BACKOFF.saturating_mul(1 << retry.min(16)).min(MAX_BACKOFF);
     jittered(doubled, random)
 }
 
-/// From half of `longest` to all of it, so that those who failed together do not come back together.
+/// Half of `longest` to all of it, so that requests that failed together do not retry together.
 pub fn jittered(longest: Duration, random: u64) -> Duration {
     longest.mul_f64(0.5 + 0.5 * unit(random))
 }
 
-/// A number in [0, 1) from the upper bits.
+/// A number in [0, 1), from the upper bits.
 pub fn unit(random: u64) -> f64 {
     (random >> 11) as f64 / (1u64 << 53) as f64
 }

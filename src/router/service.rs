@@ -1,4 +1,4 @@
-//! What this node does for its peers: generates, lets streams be followed, keeps journals.
+//! What this node does for its peers: generates, lets them follow streams, keeps journals.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +21,7 @@ use crate::cluster::{
 };
 use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, watch};
 
-/// Of the stall timeout, for signs of life: several may be lost before anybody is alarmed.
+/// Heartbeats per stall timeout: several may be lost before the peer reacts.
 const HEARTBEATS_PER_TIMEOUT: u32 = 4;
 
 impl PeerService for Router {
@@ -56,7 +56,7 @@ impl PeerService for Router {
         let (frames, answer) = PeerStream::channel();
         let departure = shared.departure.subscribe();
         if shared.leaves() {
-            // It began in this moment.
+            // The hand-over has just begun.
             let _ = frames.send(PeerFrame::HandOver);
         }
         tokio::spawn(serve(shared.clone(), source, frames, unfinished, departure));
@@ -64,11 +64,14 @@ impl PeerService for Router {
     }
 
     fn follow(&self, call: FollowCall) -> Result<PeerStream, Failure> {
-        let gone = || Failure::new(FailureKind::PeerDisconnected, "The stream does not run here.");
+        let gone = || Failure::new(FailureKind::PeerDisconnected, "The stream is not running on this node.");
         let log = self.shared.streams.lock().get(&call.key).cloned().ok_or_else(gone)?;
-        // A stream that was taken up from a journal does not know the logprobs of what came before.
+        // A stream resumed from a journal lacks the log-probabilities of earlier tokens.
         if log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(&call.have) {
-            return Err(Failure::new(FailureKind::PeerDisconnected, "The stream is not known from there on."));
+            return Err(Failure::new(
+                FailureKind::PeerDisconnected,
+                "This node does not have the stream from that position on.",
+            ));
         }
         let mut left = log.head.sampling.n;
         let mut stream = log.listen(&call.have).ok_or_else(gone)?;
@@ -81,7 +84,7 @@ impl PeerService for Router {
                     biased;
                     () = frames.closed() => return,
                     event = stream.next() => match event {
-                        // Who follows has it already: a stream whose prompt is to be scored is not followed.
+                        // A follower already has these: a stream whose prompt is to be scored is not followed.
                         Some(GenerationEvent::PromptLogprobs { .. }) => continue,
                         Some(event) => PeerFrame::Event(event),
                         None => return,
@@ -131,7 +134,8 @@ impl Shared {
     }
 }
 
-/// Passes on what the engine says. While it says nothing, its step loop vouches for it; an engine that hangs goes silent.
+/// Forwards the engine's events. While there are none, sends heartbeats as long as its step loop makes progress; if the engine
+/// hangs, the stream goes silent.
 async fn serve(
     shared: Arc<Shared>,
     mut source: Source,

@@ -39,23 +39,23 @@ use crate::types::{
 
 /// However short the stall timeout, a peer has this long to accept a stream that has lost its replica.
 const LEAST_ANSWER_LIMIT: Duration = Duration::from_millis(100);
-/// The model that this node serves, and the engine that does.
+/// The model that this node serves, and its engine.
 pub struct LocalReplica {
     pub engine: Arc<dyn Backend>,
     pub model: ModelReport,
-    /// Sequences that the engine computes at one time.
+    /// Sequences that the engine can compute at the same time.
     pub seats: u32,
-    /// What peers need to turn text into this model's ids.
+    /// The tokenizer files for peers.
     pub tokenizer: Bytes,
 }
 
-/// How this node is known to the others, and to operators.
+/// This node's identity, for other nodes and operators.
 #[derive(Clone, Debug)]
 pub struct NodeIdentity {
     pub cluster_id: String,
     pub incarnation: u64,
     pub zone: String,
-    /// Where peers call; none in a cluster of one.
+    /// Address for calls from peers; none for a single node.
     pub peer_addr: Option<SocketAddr>,
 }
 
@@ -63,14 +63,14 @@ pub struct RouterParts {
     pub config: Config,
     pub own: NodeId,
     pub identity: NodeIdentity,
-    /// Whether there may be other nodes at all.
+    /// Whether there can be other nodes.
     pub is_clustered: bool,
     pub admission: AdmissionController,
     pub health: Health,
     pub metrics: Arc<Metrics>,
     pub transport: Arc<dyn PeerTransport>,
     pub view: watch::Receiver<Arc<ClusterView>>,
-    /// Settles what is equal and jitters what waits.
+    /// Breaks ties and jitters waits.
     pub seed: u64,
 }
 
@@ -84,7 +84,7 @@ pub(super) enum Departure {
     OnlyRelays,
 }
 
-/// Handle to the router. Cheap to clone.
+/// The handle to the router. Cheap to clone.
 #[derive(Clone)]
 pub struct Router {
     pub(super) shared: Arc<Shared>,
@@ -112,7 +112,7 @@ pub struct Shared {
     pub(super) pacing: Pacing,
     draws: AtomicU64,
     open_streams: AtomicU32,
-    /// Requests that wait while the node starts.
+    /// Requests held while the node starts.
     pub(super) held: AtomicUsize,
     pub(super) departure: watch::Sender<Departure>,
     pub(super) is_cut: watch::Sender<bool>,
@@ -164,7 +164,7 @@ impl Router {
         &self.shared.own
     }
 
-    /// A node that never has a peer.
+    /// A router without peers.
     pub fn alone(config: Config, admission: AdmissionController, health: Health, metrics: Arc<Metrics>) -> Self {
         let identity = NodeIdentity { cluster_id: String::new(), incarnation: 0, zone: String::new(), peer_addr: None };
         let (_, view) = watch::channel(Arc::default());
@@ -182,7 +182,7 @@ impl Router {
         })
     }
 
-    /// From now on this node can generate. Only the first call counts.
+    /// From now on this node can generate. Only the first call has an effect.
     pub fn attach(&self, local: LocalReplica) {
         let first = self.shared.local.set(local).is_ok();
         assert!(first, "a node serves one model");
@@ -193,7 +193,7 @@ impl Router {
         self.shared.local.get()
     }
 
-    /// The models that peers serve, with somebody who does.
+    /// The models that peers serve, each with a peer that serves it.
     pub fn peer_models(&self) -> Vec<(Arc<Peer>, ModelReport)> {
         let view = self.shared.view.borrow().clone();
         let of = |peer: &Arc<Peer>| {
@@ -203,23 +203,22 @@ impl Router {
         view.peers.values().flat_map(of).collect()
     }
 
-    /// The files of a peer's tokenizer.
+    /// Fetches the files of a peer's tokenizer.
     pub async fn fetch_tokenizer(&self, peer: &Peer, digest: &str) -> Result<Bytes, Failure> {
         self.shared.transport.tokenizer(peer, digest.to_owned()).await
     }
 
-    /// Keeps journals with other nodes up to date, until `shutdown`.
+    /// Keeps the journals at other nodes up to date, until `shutdown`.
     pub async fn run(&self, shutdown: CancellationToken) {
         self.shared.replicator.clone().run(shutdown).await;
     }
 
-    /// Streams for which this node answers to clients.
+    /// Streams of this node's clients.
     pub fn open_streams(&self) -> u32 {
         self.shared.open_streams.load(Ordering::Relaxed)
     }
 
-    /// The node wants to end: what it generates is taken elsewhere where that can be, and nothing is begun here that a peer could
-    /// take.
+    /// This node is leaving: moves its streams elsewhere if possible, and starts nothing that a peer could take.
     pub fn leave(&self) {
         self.shared.departure.send_replace(Departure::HandsOver);
     }
@@ -230,12 +229,12 @@ impl Router {
         self.shared.departure.send_replace(Departure::OnlyRelays);
     }
 
-    /// Ends all streams; their clients are told how to go on elsewhere. No stream is begun any more.
+    /// Ends all streams, and tells clients how to continue elsewhere. No new stream is started.
     pub fn cut(&self) {
         self.shared.is_cut.send_replace(true);
     }
 
-    /// Whether there may be other nodes at all.
+    /// Whether there can be other nodes.
     pub fn is_clustered(&self) -> bool {
         self.shared.is_clustered
     }
@@ -252,12 +251,12 @@ impl Router {
         self.can_serve_here() || self.shared.view.borrow().peers.values().any(|peer| peer.report.ready)
     }
 
-    /// Why nobody can take a request now, for its client.
+    /// The error for clients when no node can take a request.
     pub fn unavailable(&self) -> Failure {
         self.shared.unavailable()
     }
 
-    /// Whether this node's engine could take a request now; where it leaves, only for want of a peer.
+    /// Whether this node's engine could take a request. While it leaves, only if no peer can.
     pub fn can_serve_here(&self) -> bool {
         self.shared.can_serve_here()
     }
@@ -281,7 +280,7 @@ impl Shared {
         self.is_clustered && !self.view.borrow().peers.is_empty()
     }
 
-    /// Nothing may be begun any more.
+    /// Whether no new stream may be started.
     pub(super) fn is_cut(&self) -> bool {
         *self.is_cut.borrow()
     }
@@ -307,8 +306,8 @@ impl Shared {
         self.admit(local, want.demand(), request, &want.prefixes, cursor, is_continuation)
     }
 
-    /// Admits a request at this node's door, whoever brings it, and starts its generation. What was accepted once is not
-    /// refused for load.
+    /// Admits a request to this node's engine, whoever sent it, and starts its generation. A stream that was accepted before is
+    /// not refused because of load.
     pub(super) fn admit(
         &self,
         local: &LocalReplica,
@@ -342,8 +341,8 @@ impl Shared {
         bounded(self.transport.generate(peer, call), limit)
     }
 
-    /// How long a peer may take to accept a call. A stream that has lost its replica has waited already: whoever does not
-    /// answer it soon is out of reach as well.
+    /// How long a peer may take to accept a call. A stream that has lost its replica has already waited, so it waits less: a
+    /// peer that does not answer soon is probably unreachable too.
     pub(super) fn answer_limit(&self, is_continuation: bool) -> Duration {
         let stall = self.config.peer_stall_timeout;
         if is_continuation { (stall / 4).max(LEAST_ANSWER_LIMIT).min(stall) } else { stall }
@@ -354,7 +353,7 @@ impl Shared {
         self.ledger.send(peer, want.sampling.n, want.prompt.len() as u64, now())
     }
 
-    /// The source does what was asked of it.
+    /// The source has started to deliver.
     pub(super) fn accepted(&self, source: &mut Source) {
         let attempt = source.unreported();
         if let (Replica::At(node), Some(attempt)) = (&source.replica, attempt) {
@@ -368,7 +367,7 @@ impl Shared {
         }
     }
 
-    /// Feeds an event to the stream. An error is the end of its source.
+    /// Passes an event to the stream. An error ends its source.
     pub(super) fn judge(&self, log: &StreamLog, cursor: &mut Cursor, event: GenerationEvent) -> Result<News, Failure> {
         let event = match event {
             GenerationEvent::Failed(failure) => return Err(failure),
@@ -381,11 +380,11 @@ impl Shared {
             News::Contradiction { choice, position } => {
                 self.metrics.stream_contradictions.inc();
                 let request = &log.head.id;
-                tracing::error!(%request, choice, position, "a replica contradicts what was emitted");
-                Err(Failure::new(FailureKind::NumericsInvalid, "The replica computes other numbers."))
+                tracing::error!(%request, choice, position, "a replica contradicts the tokens sent so far");
+                Err(Failure::new(FailureKind::NumericsInvalid, "The replica computes different numbers."))
             }
             News::Foreign => {
-                Err(Failure::new(FailureKind::PeerDisconnected, "The replica sent what belongs to no choice."))
+                Err(Failure::new(FailureKind::PeerDisconnected, "The replica sent an event that belongs to no choice."))
             }
             news => Ok(news),
         }
@@ -403,7 +402,7 @@ impl Shared {
         retry_budget::backoff(attempt, self.draw())
     }
 
-    /// Puts the stream among the running ones, unless one of its name runs already: then that one.
+    /// Registers the stream as running. Returns the stream that already runs under its name, if any.
     pub(super) fn register(&self, log: &Arc<StreamLog>) -> Option<Arc<StreamLog>> {
         if !log.is_named {
             return None;
@@ -425,7 +424,7 @@ impl Shared {
         Box::pin(async move { self.replicator.forget(&log).await })
     }
 
-    /// The journal that this node keeps of a stream.
+    /// The journal of a stream that this node has kept.
     pub(super) fn kept(&self, key: &JournalKey) -> Option<JournalRecord> {
         let mut journals = self.journals.lock();
         journals.expire(now());
@@ -437,14 +436,14 @@ impl Shared {
         self.metrics.streams_open.inc();
     }
 
-    /// The stream runs no more; what is known of it is kept for a while.
+    /// The stream has ended; keeps its journal for a while.
     pub(super) fn stream_ended(&self, log: &Arc<StreamLog>) {
         if log.is_named {
             match (log.is_superseded(), log.is_spoiled()) {
-                // Its key is another stream's.
+                // Its key belongs to another stream.
                 (true, _) => {}
                 (false, true) => self.journals.lock().remove(log.key()),
-                // A later epoch than ours may be kept already.
+                // A later epoch may already be stored.
                 (false, false) => _ = self.journals.lock().put(log.record(&self.own), now()),
             }
             let mut streams = self.streams.lock();
@@ -458,7 +457,7 @@ impl Shared {
         self.open_streams.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// A number that nobody else draws.
+    /// A pseudo-random number, unique to the caller.
     pub(super) fn draw(&self) -> u64 {
         // SplitMix64 (Steele, Lea and Flood, 2014).
         let state = self.draws.fetch_add(0x9e37_79b9_7f4a_7c15, Ordering::Relaxed);
@@ -468,7 +467,7 @@ impl Shared {
     }
 }
 
-/// A peer that does not even answer the call in this time has stalled.
+/// A peer that does not answer the call within this time counts as stalled.
 pub(super) fn bounded<T: Send + 'static>(
     call: BoxFuture<'static, Result<T, Failure>>,
     limit: Duration,

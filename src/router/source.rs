@@ -1,4 +1,4 @@
-//! Where a stream's tokens come from at present: this node's engine, or a peer.
+//! The current source of a stream's tokens: this node's engine, or a peer.
 
 use std::fmt;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::admission::Permit;
 use crate::cluster::{PeerFrame, PeerStream};
 use crate::types::{Backend, Failure, FailureKind, GenerationEvent, GenerationStream, NodeId};
 
-/// What generates.
+/// The replica that generates.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Replica {
     Here,
@@ -28,22 +28,22 @@ impl fmt::Display for Replica {
     }
 }
 
-/// A running generation, and how far it is. Dropping it cancels the work.
+/// A running generation and its position. Dropping it cancels the work.
 pub struct Source {
     pub replica: Replica,
     pub cursor: Cursor,
-    /// What the peer's breaker wants to hear of.
+    /// For reporting the outcome to the peer's breaker.
     pub attempt: Option<Attempt>,
-    /// The replica asked for its work to be taken over.
+    /// The replica has asked to be replaced.
     pub is_leaving: bool,
-    /// The attempt's success has been reported.
+    /// Whether the attempt's success has been reported.
     is_reported: bool,
     opened_at: Instant,
     last_sign: Instant,
-    /// It has scored a part of the prompt.
+    /// Whether it has scored part of the prompt.
     has_scored: bool,
     has_token: bool,
-    /// What this node's streams see of the replica; none of a stream that another node runs.
+    /// What this node's streams observe of the replica; none for a stream that another node runs.
     progress: Option<ProgressPart>,
     origin: Origin,
 }
@@ -53,7 +53,7 @@ enum Origin {
     Peer { stream: PeerStream, _in_flight: Box<dyn Send + Sync> },
 }
 
-/// What a source lets be heard.
+/// What a source delivers.
 #[derive(Debug)]
 pub enum Sign {
     Event(GenerationEvent),
@@ -131,7 +131,7 @@ impl Source {
         Some(sign)
     }
 
-    /// The last sign of life: of the engine's step loop, or of the peer's.
+    /// The time of the last sign of life, of the engine's step loop or of the peer.
     pub fn last_sign(&self) -> Instant {
         match &self.origin {
             Origin::Engine { engine, .. } => engine.status().heartbeat.max(self.last_sign),
@@ -139,17 +139,17 @@ impl Source {
         }
     }
 
-    /// The attempt, the first time that it is asked for.
+    /// The attempt, if its outcome has not been reported yet.
     pub fn unreported(&mut self) -> Option<Attempt> {
         self.attempt.filter(|_| !std::mem::replace(&mut self.is_reported, true))
     }
 
-    /// The stream has numbers of it, or may have.
+    /// Whether the stream has tokens from this source, or may have.
     pub fn has_spoken(&self) -> bool {
         self.has_token || self.has_scored
     }
 
-    /// Since it was opened, while no token has come.
+    /// Time since it was opened, while no token has come.
     pub fn waited(&self, now: Instant) -> Option<Duration> {
         (!self.has_token).then(|| now.saturating_duration_since(self.opened_at))
     }
@@ -193,5 +193,5 @@ fn sign_of(frame: PeerFrame) -> Sign {
 }
 
 fn engine_gone() -> GenerationEvent {
-    GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, "The engine stopped while generating."))
+    GenerationEvent::Failed(Failure::new(FailureKind::EngineFailed, "The engine stopped during the request."))
 }

@@ -1,5 +1,5 @@
-//! A stream while this node answers for it: what it has emitted, and who listens. Everything that a source says goes through
-//! here, so no token is lost, repeated or replaced, whatever became of the sources.
+//! The state of a stream at the node that answers for it: the tokens so far, and the listeners. All events of sources pass
+//! through here, so no token is lost, repeated or replaced, whatever happens to the sources.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,18 +13,18 @@ use crate::types::{
     TokenLogprobs,
 };
 
-/// Whose numbers a stream has, as its clients are told. Cheap to clone.
+/// The fingerprint of a stream, as its clients see it. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct StreamFingerprint(Arc<RwLock<Fingerprint>>);
 
 impl StreamFingerprint {
-    /// Of the replica that generates now, or did last.
+    /// The fingerprint of the current or last replica.
     pub fn get(&self) -> Fingerprint {
         self.0.read().clone()
     }
 }
 
-/// Where one source is in each choice.
+/// The position of one source in each choice.
 #[derive(Clone, Debug)]
 pub struct Cursor {
     positions: Vec<usize>,
@@ -36,49 +36,49 @@ impl Cursor {
         Self { positions: vec![0; choices as usize] }
     }
 
-    /// Behind what has been emitted.
+    /// After the tokens so far.
     pub fn behind<'a>(choices: impl Iterator<Item = &'a ChoiceProgress>) -> Self {
         Self { positions: choices.map(|choice| choice.tokens.len()).collect() }
     }
 }
 
-/// What an event of a source is to the stream.
+/// The meaning of a source's event for the stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum News {
     Taken,
-    /// The stream has it from another source already.
+    /// The stream already has it from another source.
     Known,
-    /// The source contradicts what was emitted: its numbers are not those of the others.
+    /// The source contradicts the tokens so far: its numbers differ from those of the others.
     Contradiction {
         choice: u32,
         position: usize,
     },
-    /// No event of this request.
+    /// Not an event of this request.
     Foreign,
 }
 
 pub struct StreamLog {
-    /// As the stream was begun; see [`StreamLog::record`].
+    /// As when the stream was started; see [`StreamLog::record`].
     pub head: Arc<JournalHead>,
     shown: StreamFingerprint,
-    /// The client named the stream, or was told its name: a holder keeps its journal.
+    /// The client named the stream or was told its name, so its journal is replicated.
     pub is_named: bool,
     epoch: AtomicU64,
-    /// The node that answers for the stream, if that is another one.
+    /// The node that answers for the stream, if it is another one.
     followed: Mutex<Option<NodeId>>,
     /// A later epoch exists elsewhere.
     is_fenced: AtomicBool,
     /// Its name belongs to another stream.
     is_superseded: AtomicBool,
-    /// Tokens of the prompt whose log-probabilities the stream has to tell; none when nobody asked.
+    /// Number of prompt tokens whose log-probabilities are to be sent; 0 if not requested.
     num_scores: usize,
     state: Mutex<State>,
-    /// Told when a listener goes.
+    /// Notified when a listener leaves.
     departures: Notify,
 }
 
 struct State {
-    /// Whose numbers its tokens have, and any that follow must have.
+    /// The fingerprint of its tokens, and of all that will follow.
     fingerprint: Fingerprint,
     choices: Vec<Choice>,
     scheduled: Option<GenerationEvent>,
@@ -86,21 +86,21 @@ struct State {
     scores: Vec<TokenLogprobs>,
     failure: Option<Failure>,
     listeners: Vec<Listener>,
-    /// Nothing leaves before the journal has its holders.
+    /// Nothing is sent before the journal has its holders.
     is_gated: bool,
-    /// No listener may come any more.
+    /// No new listener is accepted.
     is_closed: bool,
 }
 
 #[derive(Default)]
 struct Choice {
     progress: ChoiceProgress,
-    /// Of each token, where they were asked for.
+    /// For each token, if requested.
     logprobs: Vec<Option<Box<TokenLogprobs>>>,
 }
 
 impl StreamLog {
-    /// A stream with what is known of it already.
+    /// A stream with the tokens that are already known.
     pub fn new(head: Arc<JournalHead>, epoch: u64, known: Vec<ChoiceProgress>, is_named: bool, is_gated: bool) -> Self {
         let choices =
             known.into_iter().map(|progress| Choice { logprobs: vec![None; progress.tokens.len()], progress });
@@ -130,7 +130,7 @@ impl StreamLog {
         }
     }
 
-    /// Whether it tells the log-probabilities of its prompt, before any token.
+    /// Sets whether log-probabilities of the prompt are sent before any token.
     pub fn scoring(self, is_scoring: bool) -> Self {
         Self { num_scores: if is_scoring { self.head.prompt.len() - 1 } else { 0 }, ..self }
     }
@@ -139,7 +139,7 @@ impl StreamLog {
         self.num_scores > 0
     }
 
-    /// Nothing of the prompt is left to score.
+    /// Whether all of the prompt has been scored.
     pub fn is_scored(&self) -> bool {
         self.state.lock().scores.len() == self.num_scores
     }
@@ -156,7 +156,7 @@ impl StreamLog {
         self.epoch.store(epoch, Ordering::Relaxed);
     }
 
-    /// Says whose stream this is, if it is not this node's.
+    /// Sets the node that answers for the stream, if it is another one.
     pub fn follow(&self, entry: Option<NodeId>) {
         *self.followed.lock() = entry;
     }
@@ -177,13 +177,13 @@ impl StreamLog {
         self.is_superseded.load(Ordering::Relaxed)
     }
 
-    /// It ends for those who listen, and leaves nothing behind.
+    /// Ends the stream for listeners without keeping a journal.
     pub fn supersede(&self) {
         self.is_superseded.store(true, Ordering::Relaxed);
     }
 
-    /// Everything so far and everything to come, from token `have` of each choice on, which may be further than the stream
-    /// is; nothing once the stream is closed.
+    /// All events from token `have` of each choice on, past and future; `have` may be ahead of the stream. None if the stream
+    /// is closed.
     pub fn listen(self: &Arc<Self>, have: &[u32]) -> Option<GenerationStream> {
         let mut state = self.state.lock();
         if state.is_closed {
@@ -204,15 +204,14 @@ impl StreamLog {
         self.shown.clone()
     }
 
-    /// A replica with these numbers generates from now on.
+    /// A replica with this fingerprint generates from now on.
     pub fn show(&self, fingerprint: &Fingerprint) {
         if *self.shown.0.read() != *fingerprint {
             *self.shown.0.write() = fingerprint.clone();
         }
     }
 
-    /// Nothing has been emitted, and what will be has other numbers than those the stream was begun for. With `is_gated`
-    /// nothing leaves before its holders know it.
+    /// Changes the fingerprint of a stream that has no tokens yet. With `is_gated`, nothing is sent before its holders know it.
     pub fn adopt(&self, fingerprint: &Fingerprint, is_gated: bool) {
         let mut state = self.state.lock();
         assert!(state.choices.iter().all(|choice| choice.progress.tokens.is_empty()), "a stream keeps its numbers");
@@ -222,7 +221,7 @@ impl StreamLog {
         self.show(fingerprint);
     }
 
-    /// Lets out what was held back.
+    /// Sends what was held back.
     pub fn open_gate(&self) {
         let state = &mut *self.state.lock();
         if std::mem::replace(&mut state.is_gated, false) {
@@ -234,7 +233,7 @@ impl StreamLog {
         }
     }
 
-    /// Whether it could tell the logprobs of every token from `have` on.
+    /// Whether it has the log-probabilities of every token from `have` on.
     pub fn has_logprobs_from(&self, have: &[u32]) -> bool {
         let state = self.state.lock();
         let mut choices = state.choices.iter().enumerate();
@@ -244,7 +243,7 @@ impl StreamLog {
         })
     }
 
-    /// Unfinished choices with their tokens, and where a source that continues them stands.
+    /// The unfinished choices with their tokens, and the position of a source that continues them.
     pub fn continuation(&self) -> (Vec<ChoiceStart>, Cursor) {
         let state = self.state.lock();
         let unfinished = state.choices.iter().enumerate().filter(|(_, choice)| choice.progress.finished.is_none());
@@ -254,7 +253,7 @@ impl StreamLog {
         (starts, Cursor::behind(state.choices.iter().map(|choice| &choice.progress)))
     }
 
-    /// Takes an event of a source.
+    /// Processes an event of a source.
     pub fn take(&self, cursor: &mut Cursor, event: GenerationEvent) -> News {
         let mut state = self.state.lock();
         match event {
@@ -267,7 +266,7 @@ impl StreamLog {
             GenerationEvent::PromptLogprobs { start, logprobs } => {
                 state.score(start as usize, logprobs, self.num_scores)
             }
-            // A source scores the prompt before it generates; only a time may end it before.
+            // A source scores the prompt before it generates; only a deadline may end it earlier.
             GenerationEvent::Token { .. } if state.scores.len() < self.num_scores => News::Foreign,
             GenerationEvent::Finished { ref reason, .. }
                 if state.scores.len() < self.num_scores && reason.is_of_the_generation() =>
@@ -300,7 +299,7 @@ impl StreamLog {
         state.listeners.clear();
     }
 
-    /// It has ended because its tokens may be wrong: nobody is to go on with them.
+    /// Whether it ended because its tokens may be wrong, so that nobody may continue it.
     pub fn is_spoiled(&self) -> bool {
         let state = self.state.lock();
         state.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::NumericsSuspect)
@@ -310,7 +309,7 @@ impl StreamLog {
         self.state.lock().is_complete()
     }
 
-    /// Whether a number has been emitted: a token, or how the prompt scored.
+    /// Whether anything was emitted: a token, or scores of the prompt.
     pub fn has_begun(&self) -> bool {
         let state = self.state.lock();
         !state.scores.is_empty() || state.choices.iter().any(|choice| !choice.progress.tokens.is_empty())
@@ -321,7 +320,7 @@ impl StreamLog {
         self.state.lock().choices.iter().map(|choice| choice.progress.tokens.len()).max().unwrap_or(0)
     }
 
-    /// Returns once nobody listens any more.
+    /// Returns when there is no listener left.
     pub async fn abandoned(&self) {
         loop {
             let departed = self.departures.notified();
@@ -332,7 +331,7 @@ impl StreamLog {
         }
     }
 
-    /// Takes no listener any more, unless one is there that has not gone.
+    /// Accepts no more listeners. With `only_if_abandoned`, fails if there is still one.
     pub fn close(&self, only_if_abandoned: bool) -> bool {
         let mut state = self.state.lock();
         if only_if_abandoned && !state.is_abandoned() {
@@ -342,7 +341,7 @@ impl StreamLog {
         true
     }
 
-    /// As another node would have to know it.
+    /// The journal record of the stream.
     pub fn record(&self, own: &NodeId) -> JournalRecord {
         let state = self.state.lock();
         let head = match state.fingerprint == self.head.fingerprint {
@@ -357,7 +356,7 @@ impl StreamLog {
         }
     }
 
-    /// What is new since `sent` (tokens, and whether the end was sent) of a choice, if anything.
+    /// What is new in a choice since `sent` (tokens, and whether the end was sent), if anything.
     pub fn since(&self, choice: usize, sent: (usize, bool)) -> Option<(Vec<TokenId>, Option<FinishReason>)> {
         let state = self.state.lock();
         let progress = &state.choices[choice].progress;
@@ -436,7 +435,7 @@ impl State {
         self.choices.iter().all(|choice| choice.progress.finished.is_some())
     }
 
-    /// Whoever listened has gone, and what has been said was said to nobody.
+    /// Whether all listeners have left and everything was sent to nobody.
     fn is_abandoned(&self) -> bool {
         self.listeners.iter().all(|listener| listener.events.is_closed())
     }
@@ -472,10 +471,10 @@ impl State {
     }
 }
 
-/// Who is told what happens.
+/// A receiver of the stream's events.
 struct Listener {
     events: mpsc::UnboundedSender<GenerationEvent>,
-    /// Tokens of each choice that it has already, and that are still to pass by.
+    /// Tokens of each choice that the listener already has, and that still have to be skipped.
     has: Vec<u32>,
 }
 
@@ -487,12 +486,12 @@ impl Listener {
             *left -= 1;
             return;
         }
-        // Who has gone is noticed elsewhere.
+        // A closed receiver is noticed elsewhere.
         let _ = self.events.send(event);
     }
 }
 
-/// Lives in a listener's stream, and tells when it goes.
+/// Kept inside a listener's stream; notifies when it is dropped.
 struct Departure(Arc<StreamLog>);
 
 impl Drop for Departure {

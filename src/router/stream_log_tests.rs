@@ -1,4 +1,4 @@
-//! Whatever becomes of the sources, listeners hear one stream.
+//! Listeners must see one consistent stream, whatever happens to the sources.
 
 use super::*;
 use crate::types::{Fingerprint, RequestId, SamplingParams};

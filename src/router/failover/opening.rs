@@ -1,4 +1,4 @@
-//! Finding a stream a replica: where it is asked for next, with whose numbers, and what becomes of a refusal.
+//! Finds a replica for a stream: where to ask next, for which fingerprint, and how to handle a refusal.
 
 use std::time::Instant;
 
@@ -14,7 +14,7 @@ use crate::router::source::{Replica, Source};
 use crate::router::stream_log::Cursor;
 use crate::types::{Failure, FailureKind, Fingerprint, NodeId};
 
-/// A peer that is being asked.
+/// A peer that has been asked and has not answered.
 pub(super) struct Opening {
     pub(super) node: NodeId,
     pub(super) cursor: Cursor,
@@ -26,7 +26,7 @@ pub(super) struct Opening {
 }
 
 impl FailoverStream {
-    /// Looks for a replica and begins to open it. Without one, the stream waits.
+    /// Chooses a replica and starts to open it. If there is none, the stream waits.
     pub(super) fn open(&mut self) {
         if self.opening.is_some() || self.not_before.is_some_and(|time| time > now()) {
             return;
@@ -40,12 +40,12 @@ impl FailoverStream {
         self.open_chosen(choice);
     }
 
-    /// Nobody has a token of it: whose numbers it gets is open.
+    /// Whether the fingerprint is still open, because there is no token yet.
     fn is_unbound(&self) -> bool {
         self.began_here && !self.log.has_begun()
     }
 
-    /// No replica of the stream's fingerprint is left: any replica of the model will do.
+    /// If no replica with the stream's fingerprint is left, any replica of the model will do.
     fn choose_other_numbers(&self, nowhere: Choice, is_free: &dyn Fn(&Replica) -> bool) -> Choice {
         match self.shared.choose(&self.want.without_fingerprint(), is_free, self.is_continuation()) {
             Choice::Nowhere(_) | Choice::Shed(_) => nowhere,
@@ -53,7 +53,7 @@ impl FailoverStream {
         }
     }
 
-    /// The stream's tokens will be those of another fingerprint. Its holders are told before the first.
+    /// The stream's tokens will have another fingerprint. Its holders are told before the first one.
     fn adopt(&mut self, fingerprint: Fingerprint) {
         let is_gated = self.log.is_named && self.shared.has_peers();
         info!(request = %self.log.head.id, %fingerprint, "restarting a stream without tokens on a replica with another fingerprint");
@@ -62,7 +62,7 @@ impl FailoverStream {
         self.want.fingerprint = Some(fingerprint);
     }
 
-    /// Looks at whose numbers the chosen replica has.
+    /// Notes the fingerprint of the chosen replica.
     fn note_numbers(&mut self, choice: &Choice) {
         let fingerprint = match choice {
             Choice::Here => self.shared.local().map(|local| local.model.fingerprint.clone()),
@@ -78,7 +78,7 @@ impl FailoverStream {
         }
     }
 
-    /// Whatever was accepted once is carried through; only a fresh request may be refused.
+    /// A stream that was accepted before is always continued; only a new request may be refused.
     pub(super) fn is_continuation(&self) -> bool {
         self.failovers > 0 || self.was_accepted || self.primary.is_some() || self.log.has_begun()
     }
@@ -105,7 +105,7 @@ impl FailoverStream {
                 let (node, since) = (peer.id.clone(), now());
                 self.opening = Some(Opening { node, cursor, attempt, since, choices, stream, in_flight });
             }
-            // That all are full is for the client to know, whatever else went wrong on the way.
+            // The client should learn that all queues are full, whatever else went wrong.
             Choice::Shed(failure) if !is_continuation => self.log.fail(failure),
             Choice::Shed(failure) | Choice::Nowhere(failure) => {
                 if !is_continuation {
@@ -142,7 +142,7 @@ impl FailoverStream {
         }
     }
 
-    /// The replica did not take the stream. A fresh request may try elsewhere within the retry budget.
+    /// The replica refused the stream. A new request may try another one within the retry budget.
     fn refused(&mut self, replica: Replica, attempt: Option<Attempt>, failure: Failure) {
         let is_continuation = self.is_continuation();
         self.exclude(replica, attempt, &failure);

@@ -1,4 +1,4 @@
-//! Races for streams of slow replicas: a second replica computes the stream as well, and whichever token comes first counts.
+//! Races for streams of slow replicas: a second replica computes the stream too, and whichever token comes first counts.
 
 use tracing::debug;
 
@@ -9,7 +9,7 @@ use crate::router::pace::rescue::Race;
 use crate::router::source::Replica;
 
 impl FailoverStream {
-    /// Begins a race if the primary is slow and another replica would be much sooner; ends one that is not wanted any more.
+    /// Starts a race if the primary is slow and another replica would be much sooner. Ends one that is no longer needed.
     pub(super) fn race_if_slow(&mut self) {
         let Some(primary) = &self.primary else { return };
         if !self.shared.pacing.is_slow(&primary.replica) {
@@ -32,7 +32,7 @@ impl FailoverStream {
         self.open_chosen(choice);
     }
 
-    /// The primary has recovered, or the stream is over.
+    /// The primary has recovered, or the stream has ended.
     pub(super) fn give_up_race(&mut self) {
         if self.relief == Some(Relief::Slow) {
             self.relief = None;
@@ -42,7 +42,7 @@ impl FailoverStream {
         }
     }
 
-    /// Where the rest of the stream would come much sooner than from the primary, if anywhere.
+    /// A replica from which the rest would come much sooner than from the primary, if there is one.
     fn faster_replica(&self) -> Option<Choice> {
         let (primary, now) = (self.primary.as_ref()?, now());
         let (paces, excluded) = (self.shared.pacing.found(), &self.excluded);
@@ -50,7 +50,7 @@ impl FailoverStream {
             let is_excluded = excluded.get(replica).is_some_and(|until| *until > now);
             !is_excluded && *replica != primary.replica && self.has_room(&paces, replica)
         };
-        // Of other numbers no token would be equal.
+        // With another fingerprint, tokens would not be equal.
         let want = Want { allows_other_fingerprint: false, ..self.want.clone() };
         let choice = self.shared.choose(&want, &is_free, true);
         let chosen = match &choice {
@@ -70,7 +70,7 @@ impl FailoverStream {
         race.is_worth_it().then_some(choice)
     }
 
-    /// It was measured lately, is not slow, and has a free seat for every choice.
+    /// Whether it was measured recently, is not slow, and has a free seat for every choice.
     fn has_room(&self, paces: &Paces, replica: &Replica) -> bool {
         let is_well = paces.get(replica).is_some_and(|pace| pace.is_fresh && pace.slow_since.is_none());
         let report = self.shared.report_of(replica).filter(|_| is_well);

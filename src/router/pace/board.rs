@@ -1,6 +1,6 @@
-//! Compares replicas of one fingerprint: what each says of its own pace, what this node's streams see of it, and what its
-//! siblings do at the same time. A replica is slow when equal work takes it several times as long as most others; when all
-//! are equally slow, none is. Pure: time is passed in.
+//! Compares replicas with the same fingerprint: what each reports about its pace, what this node's streams observe, and what
+//! its siblings do at the same time. A replica is slow if equal work takes it several times as long as most others; if all are
+//! equally slow, none is. Pure: time is passed in.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -10,50 +10,50 @@ use super::progress::{Progress, ProgressWindow};
 use crate::router::source::Replica;
 use crate::types::Fingerprint;
 
-/// Older evidence says nothing of the present.
+/// Older measurements are not used.
 const FRESH: Duration = Duration::from_secs(3);
-/// An idle node measures itself anew when its evidence is older than this and somebody's pace is in doubt.
+/// An idle node measures itself again if its last measurement is older than this and some replica's pace is in doubt.
 const STALE: Duration = Duration::from_secs(1);
-/// So many times apart, a stale pace and a fresh one are in doubt.
+/// An old and a new measurement that differ by this factor are in doubt.
 const DOUBT: f64 = 2.0;
-/// Streams that crawl so many times slower than their replica says it steps: what it says is late or wrong, or the way
-/// between is bad.
+/// If streams advance this many times more slowly than their replica reports, its report is late or wrong, or the connection is
+/// bad.
 const DISBELIEF: f64 = 2.5;
-/// A report that is older than this is not held against what streams see.
+/// An older report is not compared with what streams observe.
 const BELIEVED: Duration = Duration::from_secs(2);
 
-/// A replica, as the board looks at it.
+/// The input of the board for one replica.
 pub struct Sight<'a> {
     pub replica: Replica,
     pub fingerprint: &'a Fingerprint,
     pub reported: Option<Reported>,
-    /// What streams of this node see of it; none for this node's own engine, which can be asked.
+    /// What this node's streams observe; none for this node's own engine, which is measured directly.
     pub progress: Option<&'a Progress>,
 }
 
-/// What a replica says of its pace.
+/// What a replica reports about its pace.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Reported {
-    /// Seconds for a unit of work.
+    /// Seconds per unit of work.
     pub unit_seconds: f64,
-    /// Seconds from token to token of a stream; 0 when it does not say.
+    /// Seconds per token of a stream; 0 if not reported.
     pub token_seconds: f64,
     pub measured_at: Instant,
     pub reported_at: Instant,
-    /// It has found out by itself that it is slow.
+    /// It has itself detected that it is slow.
     pub confesses: bool,
 }
 
-/// What the board has found of a replica.
+/// The result for one replica.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct ReplicaPace {
-    /// Seconds for a unit of work, by its word and by what is seen.
+    /// Seconds per unit of work, from its report and from observation.
     pub unit_seconds: f64,
-    /// Seconds from token to token of a stream there.
+    /// Seconds per token of a stream there.
     pub token_seconds: f64,
-    /// Streams crawl so many times slower than it says; 1 when they do not.
+    /// How many times more slowly streams advance than it reports; 1 if they do not.
     pub disbelief: f64,
-    /// Seconds for a unit of work at most siblings, while that is known.
+    /// Seconds per unit of work at most siblings, if known.
     pub sibling_seconds: Option<f64>,
     pub is_fresh: bool,
     pub slow_since: Option<Instant>,
@@ -65,12 +65,12 @@ struct Entry {
     window: ProgressWindow,
 }
 
-/// What a look has brought.
+/// The result of one comparison.
 #[derive(Debug, Default, PartialEq)]
 pub struct Findings {
     pub paces: BTreeMap<Replica, ReplicaPace>,
     pub changes: Vec<(Replica, Change)>,
-    /// This node should measure itself now: somebody's pace is in doubt, and its own evidence is old.
+    /// Whether this node should measure itself now, because a pace is in doubt and its own measurement is old.
     pub wants_probe: bool,
 }
 
@@ -85,7 +85,7 @@ impl ReplicaPace {
         self.sibling_seconds.map(|siblings| self.unit_seconds / siblings)
     }
 
-    /// In words for people.
+    /// An explanation for people.
     pub fn explain(&self) -> String {
         let (unit, disbelief) = (self.unit_seconds, self.disbelief);
         let compared = match self.sibling_seconds {
@@ -105,7 +105,7 @@ impl ReplicaPace {
 }
 
 impl PaceBoard {
-    /// Looks at all replicas that are alive. `factor`: from how many times the siblings' time on a replica is slow; 0 is
+    /// Compares all live replicas. `factor`: a replica is slow if it takes this many times as long as its siblings; 0 means
     /// never.
     pub fn look(&mut self, sights: &[Sight<'_>], factor: f64, now: Instant) -> Findings {
         self.entries.retain(|replica, _| sights.iter().any(|sight| sight.replica == *replica));
@@ -147,8 +147,8 @@ impl PaceBoard {
         findings
     }
 
-    /// How many times more slowly streams advance at each replica than it says, as far as that is the replica's own: when
-    /// all seem to lag, it is this node that reads slowly.
+    /// How many times more slowly streams advance at each replica than it reports, as far as the replica is the cause. If all
+    /// seem to lag, it is this node that reads slowly.
     fn disbeliefs(&mut self, sights: &[Sight<'_>], now: Instant) -> Vec<f64> {
         let mut seen = Vec::with_capacity(sights.len());
         for sight in sights {
@@ -197,8 +197,8 @@ fn is_fresh(reported: &Reported, now: Instant) -> bool {
     now.saturating_duration_since(reported.measured_at) < FRESH
 }
 
-/// The pace of the siblings that were measured since then: the lower median, so that of two different ones the faster counts,
-/// and one that is exceptionally fast makes nobody slow.
+/// The pace of the siblings measured since then: the lower median. So of two different ones the faster one counts, and one
+/// exceptionally fast replica makes no other slow.
 fn siblings(
     sight: &Sight<'_>,
     sights: &[Sight<'_>],

@@ -1,4 +1,4 @@
-//! A few replicas on one board, looked at ten times a second.
+//! Tests with a few replicas on one board, compared ten times a second.
 
 use std::sync::Arc;
 
@@ -12,14 +12,14 @@ const FACTOR: f64 = 4.0;
 const TICK: Duration = Duration::from_millis(100);
 const UNIT: f64 = 0.005;
 
-/// A replica that reports itself every look.
+/// A replica that reports before every comparison.
 struct Node {
     replica: Replica,
-    /// Times the usual time for a unit of work.
+    /// Factor of the usual time per unit of work.
     slowness: f64,
-    /// What it says of it, if that is something else.
+    /// The factor that it reports, if it is another one.
     claim: Option<f64>,
-    /// Since its last step.
+    /// Time since its last step.
     idle: Duration,
     progress: Arc<Progress>,
     stream: Option<ProgressPart>,
@@ -45,7 +45,7 @@ fn at(number: usize) -> Replica {
 }
 
 impl Scene {
-    /// Node 0 is this one.
+    /// Node 0 is this node.
     fn of(nodes: usize) -> Self {
         let now = Instant::now();
         let node = |number| Node {
@@ -77,7 +77,7 @@ impl Scene {
         self
     }
 
-    /// Lets time pass; changes are noted with the time since this call.
+    /// Lets time pass, and records changes with the time since this call.
     fn pass(&mut self, time: Duration) {
         let start = self.now;
         (self.changes, self.wanted_probe) = (Vec::new(), false);
@@ -197,7 +197,7 @@ fn when_all_seem_to_lag_it_is_this_node() {
     scene.nodes[1..].iter_mut().for_each(|node| node.slowness = 20.0);
     scene.pass(seconds(10.0));
     assert_eq!(scene.slow(), []);
-    // With a single peer it is this node's own pace that tells.
+    // With a single peer, this node's own pace is the comparison.
     let mut pair = Scene::of(2).with_streams();
     (pair.nodes[0].slowness, pair.nodes[1].slowness, pair.nodes[1].claim) = (20.0, 20.0, Some(1.0));
     pair.pass(seconds(10.0));
@@ -237,7 +237,7 @@ fn other_fingerprints_are_no_siblings() {
 }
 
 proptest! {
-    /// However paces move together, nobody is slow; noise of less than the factor moves nothing.
+    /// If all paces change together, no replica is slow; noise below the factor changes nothing.
     #[test]
     fn common_changes_and_noise_move_nothing(
         common in prop::collection::vec(0.2f64..50.0, 1..8),
@@ -253,7 +253,7 @@ proptest! {
         }
     }
 
-    /// Whoever is slower than all others by much more than the factor is found, and only they.
+    /// A replica much slower than all others is detected, and no other one.
     #[test]
     fn exactly_those_far_behind_are_found(
         slowness in prop::collection::vec(prop_oneof![3 => 0.8f64..1.3, 1 => 8.0f64..40.0], 3..7)

@@ -1,18 +1,18 @@
-//! Whether one replica is slow: it becomes so after a while of bad evidence, and well again after a while of good evidence.
-//! A replica that became slow soon after it was well has to be well for longer. Pure: time is passed in.
+//! Decides whether one replica is slow: after bad evidence for a while, until good evidence for a while. A replica that becomes
+//! slow again soon after recovering must be good for longer. Pure: time is passed in.
 
 use std::time::{Duration, Instant};
 
-/// Bad evidence for so long makes a replica slow.
+/// A replica is slow after bad evidence for this long.
 const ENTRY_HOLD: Duration = Duration::from_millis(400);
-/// Good evidence for so long makes it well again; doubled each time that it relapses, up to the cap.
+/// It has recovered after good evidence for this long. The time doubles with each relapse, up to the limit.
 const EXIT_HOLD: Duration = Duration::from_millis(500);
 const MAX_EXIT_HOLD: Duration = Duration::from_secs(16);
-/// Slow again within this time of being well is a relapse.
+/// Becoming slow again within this time after recovering is a relapse.
 const RELAPSE: Duration = Duration::from_secs(60);
-/// Without any evidence for so long, a slow replica gets another chance.
+/// After this long without evidence, a slow replica gets another chance.
 const SILENCE: Duration = Duration::from_secs(20);
-/// A replica is well below this part of the factor from which it is slow.
+/// A replica has recovered below this fraction of the factor above which it is slow.
 const WELL: f64 = 0.5;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,10 +21,10 @@ pub enum Change {
     Recovered,
 }
 
-/// How long evidence has to be bad.
+/// How long the evidence must be bad.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EntryHold {
-    /// Not at all: the replica itself has found out that it is slow, and took its time for that.
+    /// No time: the replica itself has detected that it is slow, after waiting.
     None,
     Usual,
 }
@@ -49,8 +49,8 @@ impl Default for Detector {
 }
 
 impl Detector {
-    /// `ratio`: how many times as long as its siblings it takes, if that is known at present; slow from `factor` on, if it is
-    /// `confirmed` by siblings that were measured since the given time, when it began to look slow.
+    /// `ratio`: how many times as long as its siblings it takes, if known. It is slow from `factor` on, if siblings measured
+    /// since the given time, when it began to look slow, confirm that.
     pub fn observe(
         &mut self,
         ratio: Option<f64>,
@@ -61,7 +61,7 @@ impl Detector {
     ) -> Option<Change> {
         match &mut self.state {
             State::AtPace { bad_since } => {
-                // Without evidence the clock of the bad runs on: who stands still gives none.
+                // Without evidence the time of bad evidence continues, since a replica that hangs gives none.
                 let is_bad = ratio? >= factor;
                 *bad_since = if is_bad { bad_since.or(Some(now)) } else { None };
                 let since = (*bad_since)?;
@@ -89,7 +89,7 @@ impl Detector {
         }
     }
 
-    /// The last evidence was bad, though not for long enough.
+    /// Whether the last evidence was bad, though not for long enough.
     pub fn is_suspicious(&self) -> bool {
         matches!(self.state, State::AtPace { bad_since: Some(_) })
     }
@@ -117,7 +117,7 @@ mod tests {
     const FACTOR: f64 = 4.0;
     const TICK: Duration = Duration::from_millis(100);
 
-    /// Shows the detector the same evidence for so long; what changed, and when.
+    /// Gives the detector the same evidence for this long. Returns what changed, and when.
     fn show(detector: &mut Detector, now: &mut Instant, ratio: Option<f64>, time: Duration) -> Vec<(Change, Duration)> {
         let start = *now;
         let mut changes = Vec::new();

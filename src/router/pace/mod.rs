@@ -1,7 +1,7 @@
-//! Replicas that are slow and not dead: which they are, and what it means for this node, for placement and for streams.
+//! Replicas that are slow but not dead: detecting them, and the consequences for this node, placement and streams.
 //!
-//! `board` compares what replicas say of their pace with what this node's streams see (`progress`) and with one another;
-//! `detector` decides with hysteresis; `rescue` decides whether a stream is worth a race. All of these are pure.
+//! `board` compares what replicas report about their pace with what this node's streams observe (`progress`) and with each
+//! other; `detector` decides with hysteresis; `rescue` decides whether a stream should be raced. All of these are pure.
 
 mod board;
 mod detector;
@@ -30,13 +30,13 @@ use crate::types::{NodeState, watch};
 
 pub(super) type Paces = Arc<BTreeMap<Replica, ReplicaPace>>;
 
-/// What this node knows of the pace of all replicas.
+/// What this node knows about the pace of all replicas.
 pub(super) struct Pacing {
-    /// Of the streams that this node's engine computes.
+    /// For streams that this node's engine computes.
     pub(super) own: Arc<Progress>,
     board: Mutex<PaceBoard>,
     found: RwLock<Paces>,
-    /// Changes when a replica becomes slow or recovers.
+    /// Notified when a replica becomes slow or recovers.
     pub(super) changes: watch::Sender<()>,
 }
 
@@ -56,7 +56,7 @@ impl Pacing {
 }
 
 impl ReplicaPace {
-    /// How many times as long as its siblings it takes, if it is slow.
+    /// How many times as long as its siblings this replica takes, if it is slow.
     pub(super) fn slowness(&self) -> Option<f64> {
         self.slow_since.map(|_| self.ratio().unwrap_or(f64::INFINITY))
     }
@@ -68,7 +68,7 @@ impl ReplicaPace {
 }
 
 impl Shared {
-    /// Compares the replicas anew, and acts on what has changed. `own` has just been assessed.
+    /// Compares the replicas, and acts on changes. `own` is this node's new report.
     pub(super) fn compare_paces(&self, own: &LoadReport) {
         let (view, now) = (self.view.borrow().clone(), now());
         let is_up = |peer: &&Arc<Peer>| matches!(peer.report.state, NodeState::Ready | NodeState::Degraded);
@@ -105,7 +105,7 @@ impl Shared {
         self.take_in(findings);
     }
 
-    /// What the replica says of itself, if it is known.
+    /// The replica's report, if known.
     pub(super) fn report_of(&self, replica: &Replica) -> Option<LoadReport> {
         match replica {
             Replica::Here => Some(self.own_report_now()),
@@ -151,7 +151,7 @@ fn before(now: Instant, seconds: f32) -> Instant {
     Duration::try_from_secs_f32(seconds).ok().and_then(|age| now.checked_sub(age)).unwrap_or(now)
 }
 
-/// What a peer says may be anything.
+/// A peer may report any value.
 fn sane(seconds: f32) -> f64 {
     if seconds.is_finite() { f64::from(seconds.max(0.0)) } else { 0.0 }
 }

@@ -1,33 +1,33 @@
-//! What this node's streams see of one replica: counted by the streams as they go, read again and again.
+//! What this node's streams observe of one replica: counted by the streams, read periodically.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-/// What is looked back on.
+/// Length of the window that is evaluated.
 const WINDOW: Duration = Duration::from_millis(1500);
-/// Time of speaking streams, all together, that says something.
+/// Minimum total time of streams that receive tokens, for a meaningful result.
 const MIN_STREAM_SECONDS: f64 = 0.8;
-/// From one look to the next; a longer pause is this process's own.
+/// A longer pause between two looks is a pause of this process.
 const LONGEST_PAUSE: Duration = Duration::from_millis(600);
 
-/// Plain atomics: a token costs an addition and a store.
+/// Plain atomics: a token costs one addition and one store.
 #[derive(Debug)]
 pub struct Progress {
     epoch: Instant,
     /// Sources that are open at the replica.
     sources: AtomicU32,
-    /// The last sign of life on any of them, in microseconds from `epoch`.
+    /// The last sign of life of any of them, in microseconds since `epoch`.
     heard: AtomicU64,
     tokens: AtomicU64,
-    /// Choices that have begun to speak and have not ended.
+    /// Choices that have received a token and have not ended.
     speaking: AtomicU32,
     first_tokens: AtomicU64,
     first_token_micros: AtomicU64,
 }
 
-/// The part that one source has in it. Whatever ends the source, what it counted as speaking is taken back.
+/// One source's share of the counts. It is taken back however the source ends.
 #[derive(Debug)]
 pub struct ProgressPart {
     progress: Arc<Progress>,
@@ -35,11 +35,11 @@ pub struct ProgressPart {
     speaking: u32,
 }
 
-/// The first tokens that came since the last look.
+/// The first tokens since the last look.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FirstTokens {
     pub count: u64,
-    /// From the opening of the source to its first token, summed.
+    /// Total time from the opening of a source to its first token.
     pub time: Duration,
 }
 
@@ -56,7 +56,7 @@ impl Progress {
         }
     }
 
-    /// A source of this many choices has been opened.
+    /// A source with this many choices was opened.
     pub fn part(self: &Arc<Self>, choices: u32, now: Instant) -> ProgressPart {
         self.sources.fetch_add(1, Ordering::Relaxed);
         let part = ProgressPart { progress: self.clone(), choices, speaking: 0 };
@@ -64,14 +64,14 @@ impl Progress {
         part
     }
 
-    /// For how long nothing has been heard of the replica; `None` while no source is open there, for then nothing should be.
+    /// How long nothing has been heard from the replica. `None` if no source is open there, since then nothing is expected.
     pub fn silence(&self, now: Instant) -> Option<Duration> {
         let since = now.saturating_duration_since(self.epoch);
         let heard = Duration::from_micros(self.heard.load(Ordering::Relaxed));
         (self.sources.load(Ordering::Relaxed) > 0).then(|| since.saturating_sub(heard))
     }
 
-    /// Takes out what has come since it was last taken.
+    /// Takes what has been counted since the last call.
     pub fn take_first_tokens(&self) -> FirstTokens {
         let count = self.first_tokens.swap(0, Ordering::Relaxed);
         FirstTokens { count, time: Duration::from_micros(self.first_token_micros.swap(0, Ordering::Relaxed)) }
@@ -79,7 +79,7 @@ impl Progress {
 }
 
 impl ProgressPart {
-    /// A sign of life has come, a token or another.
+    /// A token or another sign of life has arrived.
     pub fn heard(&self, now: Instant) {
         let micros = now.saturating_duration_since(self.progress.epoch).as_micros();
         self.progress.heard.store(u64::try_from(micros).unwrap_or(u64::MAX), Ordering::Relaxed);
@@ -113,7 +113,7 @@ impl Drop for ProgressPart {
     }
 }
 
-/// The progress of the last moments. Time is passed in.
+/// The progress in the current window. Time is passed in.
 #[derive(Debug, Default)]
 pub struct ProgressWindow {
     last: Option<(Instant, u64)>,
@@ -128,18 +128,18 @@ struct Sample {
 }
 
 impl ProgressWindow {
-    /// Looks at the counts; must happen several times a second.
+    /// Reads the counts. Call it several times a second.
     pub fn look(&mut self, progress: &Progress, now: Instant) {
         let tokens = progress.tokens.load(Ordering::Relaxed);
         let speaking = progress.speaking.load(Ordering::Relaxed);
         let Some((last, tokens_before)) = self.last.replace((now, tokens)) else { return };
         let pause = now.saturating_duration_since(last);
         if pause > LONGEST_PAUSE {
-            // Who stood still has no word on how fast others are.
+            // This process was paused, so it cannot tell how fast others are.
             return self.samples.clear();
         }
         let tokens = tokens.wrapping_sub(tokens_before);
-        // What came is of streams that spoke, though they may have ended.
+        // These tokens are from streams that were receiving, even if they have ended since.
         let stream_seconds = f64::from(speaking) * pause.as_secs_f64();
         self.samples.push_back(Sample { at: now, stream_seconds, tokens });
         while self.samples.front().is_some_and(|sample| now.saturating_duration_since(sample.at) >= WINDOW) {
@@ -147,7 +147,7 @@ impl ProgressWindow {
         }
     }
 
-    /// Seconds from token to token of a stream, once streams have spoken for long enough.
+    /// Seconds per token of a stream, if streams have received tokens for long enough.
     pub fn token_seconds(&self) -> Option<f64> {
         let stream_seconds: f64 = self.samples.iter().map(|sample| sample.stream_seconds).sum();
         let tokens: u64 = self.samples.iter().map(|sample| sample.tokens).sum();
@@ -161,7 +161,7 @@ mod tests {
 
     const TICK: Duration = Duration::from_millis(100);
 
-    /// Streams that give a token each this often, looked at for so long.
+    /// Streams that each get a token per this interval, observed for this long.
     fn watch(window: &mut ProgressWindow, progress: &Progress, now: &mut Instant, per_tick: u64, ticks: u32) {
         for _ in 0..ticks {
             progress.tokens.fetch_add(per_tick, Ordering::Relaxed);

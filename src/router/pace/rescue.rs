@@ -1,24 +1,24 @@
-//! Whether a stream of a slow replica should be raced: continued at a second replica while the first one goes on, for
-//! whichever token comes first. It costs the second replica the whole prompt again, so there has to be much to gain. Pure.
+//! Decides whether a stream of a slow replica should be raced: continued at a second replica while the first one goes on, using
+//! whichever token comes first. The second replica must compute the whole prompt again, so the gain must be large. Pure.
 
 use std::time::Duration;
 
-/// Tokens of an ordinary reply: a stream may end long before its limit.
+/// Length of a typical reply in tokens, since a stream may end long before its limit.
 const HORIZON: u32 = 100;
-/// The rest has to come so many times sooner, and by so much.
+/// The rest must arrive this many times sooner, and by at least this time.
 const TIMES_SOONER: f64 = 2.0;
 const LEAST_GAIN: Duration = Duration::from_millis(200);
-/// A prompt is computed at least so many times faster than the same tokens one by one.
+/// A prompt is computed at least this many times faster than the same tokens one by one.
 const PREFILL_SPEEDUP: f64 = 8.0;
 
-/// A stream, the replica that it has and the one that it could have.
+/// A stream, with its current and its possible replica.
 #[derive(Clone, Copy, Debug)]
 pub struct Race {
-    /// Until its limit.
+    /// Tokens until its limit.
     pub tokens_left: u32,
-    /// Of prompt and output: to be computed again.
+    /// Tokens of prompt and output that must be computed again.
     pub replay_tokens: usize,
-    /// Since it was opened where it is, if no token has come from there yet.
+    /// Time since it was opened at its current replica, if no token has come from there.
     pub waited: Option<Duration>,
     pub here: Speed,
     pub there: Speed,
@@ -26,11 +26,11 @@ pub struct Race {
 
 #[derive(Clone, Copy, Debug)]
 pub struct Speed {
-    /// Seconds for a unit of work: a token of a short sequence, alone in its step.
+    /// Seconds per unit of work: a token of a short sequence, alone in its step.
     pub unit_seconds: f64,
-    /// Seconds from token to token of a stream.
+    /// Seconds per token of a stream.
     pub token_seconds: f64,
-    /// Tokens through the model per second, as it reports; 0 until measured.
+    /// Tokens through the model per second, as reported; 0 until measured.
     pub tokens_per_second: f64,
 }
 
@@ -85,7 +85,7 @@ mod tests {
     }
 
     proptest! {
-        /// A race that is worth its price stays so when the other replica is faster or this one slower.
+        /// A race that pays off still pays off if the other replica is faster or the current one slower.
         #[test]
         fn worth_grows_with_the_difference(
             tokens_left in 1u32..4096,
