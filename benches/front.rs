@@ -9,6 +9,8 @@
 //! It reports the rate per second of elapsed time, and the rate per second of the server thread's CPU time, which is the same
 //! on a loaded machine.
 
+#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;

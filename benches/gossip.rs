@@ -8,6 +8,8 @@
 //! cargo bench --bench gossip [-- NODES…]
 //! ```
 
+#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+
 use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;

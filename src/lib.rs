@@ -17,6 +17,8 @@
 //!
 //! The numeric kernels are a crate of their own, `outrigger-kernels`.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests wait for their own tasks"))]
+
 pub mod admission;
 pub mod api;
 pub mod app;

@@ -25,6 +25,7 @@ use crate::config::Config;
 use crate::health::Health;
 use crate::observability::Metrics;
 use crate::router::{ClusterOverview, NodeIdentity, Router, RouterParts};
+use crate::types::tasks;
 
 /// How often this node's load report is renewed.
 const ASSESSMENT_INTERVAL: Duration = Duration::from_millis(100);
@@ -120,7 +121,7 @@ impl Cluster {
         let Some(network) = &mut self.network else { return };
         health.supervise("watches the gossip", fail_without_gossip(self.membership.clone(), health.clone()));
         health.supervise("reads the keys again", network.reload(&self.membership).run(self.shutdown.clone()));
-        tokio::spawn(network.reach(&self.membership).run(self.shutdown.clone()));
+        tasks::spawn("tries whether peers are reached", network.reach(&self.membership).run(self.shutdown.clone()));
         let problems = self.membership.problems().clone();
         let (listener, tls, service) = (network.listener.take(), network.tls.clone(), Arc::new(router.clone()));
         let (metrics, shutdown) = (metrics.clone(), self.shutdown.clone());

@@ -3,7 +3,7 @@
 use std::future::pending;
 use std::pin::pin;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::task::JoinHandle;
 use tokio::time::sleep_until;
@@ -14,6 +14,10 @@ use super::load::LoadedModel;
 use super::signals::{Caught, Signals};
 use crate::config::Config;
 use crate::types::Backend;
+use crate::types::tasks::{self, spawn_background};
+
+/// For tasks whose streams have ended to end as well.
+const WORK_GRACE: Duration = Duration::from_millis(500);
 
 /// Serves until a signal or a failure; the exit code says which. An error is why the model cannot be loaded.
 pub async fn drive(
@@ -39,6 +43,9 @@ pub async fn drive(
         actions.extend(life.look(node.seen(), Instant::now()));
         for action in actions.drain(..) {
             if let Action::Exit(exit) = action {
+                if exit != Exit::AtOnce {
+                    await_work().await;
+                }
                 return match load_error {
                     Some(error) => Err(error),
                     None => Ok(node.exit_code(exit)),
@@ -82,6 +89,14 @@ pub async fn drive(
             },
             () = until(life.wake(Instant::now())) => Vec::new(),
         };
+    }
+}
+
+/// By now nothing should run any more; a moment for what is just ending.
+async fn await_work() {
+    let left = tasks::ended(WORK_GRACE).await;
+    if !left.is_empty() {
+        tracing::warn!(?left, "tasks still run and are cut");
     }
 }
 
@@ -152,7 +167,7 @@ impl Node<'_> {
                 if front.has_connections() {
                     tracing::warn!("connections are still open and are cut");
                 }
-                self.leaving = Some(tokio::spawn(front.cluster.leave()));
+                self.leaving = Some(spawn_background(front.cluster.leave()));
             }
             Action::Exit(_) => {}
         }
@@ -179,7 +194,7 @@ impl Node<'_> {
         {
             model.watchers.cancel();
             let engine = model.engine.clone();
-            self.stopping = Some(tokio::spawn(async move { engine.drain(Instant::now()).await }));
+            self.stopping = Some(spawn_background(async move { engine.drain(Instant::now()).await }));
         }
     }
 

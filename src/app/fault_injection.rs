@@ -20,6 +20,7 @@ use crate::api::ApiState;
 use crate::api::body::read_json;
 use crate::api::error::ApiError;
 use crate::engine::{EngineHandle, Fault};
+use crate::types::tasks::spawn_background;
 
 /// The engine, once it has started.
 pub type FaultTarget = Arc<OnceLock<EngineHandle>>;
@@ -92,7 +93,7 @@ async fn inject(
     };
     match request.into() {
         Target::Engine(fault) => engine.inject_fault(fault),
-        Target::Front(time) => _ = tokio::spawn(hang_front(time)),
+        Target::Front(time) => _ = spawn_background(hang_front(time)),
         Target::Task => {
             api.health
                 .supervise("panics as fault injection asks", async { panic!("fault injection asks for a panic") });
@@ -106,6 +107,6 @@ async fn hang_front(time: Duration) {
     tracing::warn!(?time, "fault injection: blocking all threads of the HTTP server");
     sleep(ANSWER_TIME).await;
     for _ in 0..Handle::current().metrics().num_workers() {
-        tokio::spawn(async move { thread::sleep(time) });
+        spawn_background(async move { thread::sleep(time) });
     }
 }

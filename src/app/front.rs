@@ -18,6 +18,7 @@ use crate::hub::{Catalog, ModelReference};
 use crate::observability::Metrics;
 use crate::router::Router;
 use crate::types::NodeState;
+use crate::types::tasks::spawn_background;
 
 pub struct Front {
     pub api: ApiState,
@@ -61,12 +62,12 @@ impl Front {
         let fault_target = config.process.fault_injection.then(FaultTarget::default);
         let extra = fault_target.as_ref().map(|target| fault_routes(target.clone(), api.clone())).unwrap_or_default();
         let stops_accepting = CancellationToken::new();
-        let server = tokio::spawn(api::serve(listener, api.clone(), extra, stops_accepting.clone()));
+        let server = spawn_background(api::serve(listener, api.clone(), extra, stops_accepting.clone()));
         let admin = CancellationToken::new();
         if let Some(address) = config.api.admin_addr {
             let listener = listen(address).await.with_context(|| format!("admin_addr: cannot listen on {address}"))?;
             let overview = cluster.overview(router.clone());
-            tokio::spawn(api::admin::serve(listener, api.clone(), overview, admin.clone()));
+            spawn_background(api::admin::serve(listener, api.clone(), overview, admin.clone()));
         }
         Ok(Self {
             api,

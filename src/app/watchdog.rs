@@ -17,6 +17,7 @@ use crate::health::Lifecycle;
 use crate::health::stall_watch::StallWatch;
 use crate::observability::trace;
 use crate::types::NodeState;
+use crate::types::tasks::spawn_background;
 
 /// How often the watchdog looks, and how often the runtime shows that it is alive.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -74,7 +75,7 @@ impl Watchdog {
 /// Watches the current runtime for as long as the process lives.
 pub fn start(config: &Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let signs = Arc::new(AtomicU64::new(0));
-    tokio::spawn(show_life(signs.clone()));
+    spawn_background(show_life(signs.clone()));
     let mut watchdog = Watchdog::new(Bounds::of(config));
     let watch = move || {
         loop {

@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep};
 use super::arena::Arena;
 use super::client::DrillClient;
 use crate::router::ClusterOverview;
+use crate::types::tasks::spawn_background;
 
 /// From one look to the next.
 const POLL: Duration = Duration::from_millis(4);
@@ -83,7 +84,7 @@ impl Watch {
 
     pub(super) fn start(&mut self, fault: Instant) {
         let (client, admins, before) = (self.client.clone(), self.admins.clone(), self.before.total());
-        self.task = Some(tokio::spawn(async move {
+        self.task = Some(spawn_background(async move {
             loop {
                 let mut total = 0;
                 for admin in &admins {

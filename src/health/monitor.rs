@@ -16,6 +16,7 @@ use super::Health;
 use super::device::{DeviceProbe, DeviceProbeError};
 use super::memory::{MemoryPlace, MemoryProbe, MemoryProbeError};
 use crate::types::panic_message;
+use crate::types::tasks::spawn_background;
 
 const ENGINE_INTERVAL: Duration = Duration::from_millis(250);
 /// A device error fails the node within this time.
@@ -28,7 +29,7 @@ impl Health {
     /// sentence "the task that …".
     pub fn supervise(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> {
         let health = self.clone();
-        tokio::spawn(async move {
+        spawn_background(async move {
             let Err(panic) = AssertUnwindSafe(task).catch_unwind().await else { return };
             let cause = panic_message(panic.as_ref());
             error!(cause, "the task that {name} panicked");

@@ -15,6 +15,7 @@ use super::checksum::Checksum;
 use super::error::SourceError;
 use super::progress::{Progress, Task};
 use super::store::{Partial, Presence, Store, unblock};
+use crate::types::tasks;
 
 /// How often the download of a file is resumed after its connection broke.
 const MAX_RESUMPTIONS: u32 = 5;
@@ -110,7 +111,7 @@ impl HubClient {
     /// Downloads `size` bytes from a URL into the partial file.
     async fn stream(&self, url: &str, size: u64, partial: Partial, mut task: Task) -> Result<Partial, SourceError> {
         let (pieces, queue) = mpsc::channel(QUEUED_PIECES);
-        let writer = tokio::spawn(unblock(move || write_all(partial, queue, size)));
+        let writer = tasks::spawn("writes a download", unblock(move || write_all(partial, queue, size)));
         let mut received = 0;
         let mut resumptions = 0;
         let result = loop {

@@ -14,6 +14,7 @@ use super::checksum::Checksum;
 use super::error::SourceError;
 use super::progress::{Progress, Task};
 use super::store::{PartialDirectory, Store, unblock};
+use crate::types::tasks;
 
 /// Commands for pip; the first one that runs is used.
 pub(super) const PIP_COMMANDS: &[&[&str]] = &[&["python3", "-m", "pip"], &["pip3"], &["pip"]];
@@ -94,7 +95,7 @@ async fn download(
         .stderr(Stdio::piped())
         .spawn()
         .map_err(SourceError::Io)?;
-    let words = tokio::spawn(last_words(child.stderr.take()));
+    let words = tasks::spawn("reads what pip says", last_words(child.stderr.take()));
     let mut task = progress.start(format!("downloading {} with pip", wheel.requirement), wheel.size);
     let mut last_growth = (Instant::now(), 0);
     let status = loop {

@@ -16,7 +16,7 @@ use crate::admission::Demand;
 use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalHead, JournalKey, JournalRecord, Peer};
 use crate::types::{
     ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId,
-    SamplingParams, TokenId,
+    SamplingParams, TokenId, tasks,
 };
 
 /// The code with which a replica refuses because it is not serving. The caller could not have known, so a retry does not count
@@ -326,7 +326,7 @@ impl Router {
         let stream = log.listen(&[]).expect("the stream is new");
         let dispatched = dispatched(&log, stream);
         self.shared.stream_began();
-        tokio::spawn(FailoverStream::new(self.shared.clone(), log, want, gate).run(beginning));
+        tasks::spawn("forwards a stream", FailoverStream::new(self.shared.clone(), log, want, gate).run(beginning));
         dispatched
     }
 }

@@ -17,7 +17,7 @@ use super::failover::now;
 use super::shared::Shared;
 use super::stream_log::StreamLog;
 use crate::cluster::{JournalBatch, JournalEntry, JournalHead, JournalKey, JournalRecord, rendezvous};
-use crate::types::NodeId;
+use crate::types::{NodeId, tasks};
 
 /// Number of peers asked for a journal, in the rendezvous order of the key.
 const LOOKUPS: usize = 8;
@@ -84,7 +84,7 @@ impl Shared {
             let batch = JournalBatch { from: self.own.clone(), entries };
             let call = self.transport.journal(peer, batch);
             // A node that does not receive this will find both at the next request for the key.
-            tokio::spawn(timeout(self.config.journal_ack_timeout, call));
+            tasks::spawn("tells a peer of an older stream", timeout(self.config.journal_ack_timeout, call));
         }
     }
 

@@ -19,7 +19,7 @@ use crate::cluster::{
     FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalKey, JournalRecord, JournalRefusal, PeerFrame,
     PeerService, PeerStream,
 };
-use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, watch};
+use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, tasks, watch};
 
 /// Heartbeats per stall timeout: several may be lost before the peer reacts.
 const HEARTBEATS_PER_TIMEOUT: u32 = 4;
@@ -59,7 +59,7 @@ impl PeerService for Router {
             // The hand-over has just begun.
             let _ = frames.send(PeerFrame::HandOver);
         }
-        tokio::spawn(serve(shared.clone(), source, frames, unfinished, departure));
+        tasks::spawn("serves a peer", serve(shared.clone(), source, frames, unfinished, departure));
         Ok(answer)
     }
 
@@ -77,7 +77,7 @@ impl PeerService for Router {
         let mut stream = log.listen(&call.have).ok_or_else(gone)?;
         let (frames, answer) = PeerStream::channel();
         let every = self.shared.heartbeat_interval();
-        tokio::spawn(async move {
+        tasks::spawn("lets a peer follow a stream", async move {
             let mut ticks = interval(every);
             while left > 0 {
                 let frame = tokio::select! {

@@ -7,6 +7,7 @@ pub mod ids;
 mod panic;
 pub mod request;
 pub mod status;
+pub mod tasks;
 pub mod watch;
 
 pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};

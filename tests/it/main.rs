@@ -1,5 +1,7 @@
 //! Integration tests, in one binary: tests that span modules and use real files, real models and real sockets.
 
+#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+
 mod chat_templates;
 mod cluster;
 mod cluster_drains;

@@ -11,6 +11,8 @@
 //! Limits of the simulation: a paused process sends and receives nothing, and its engine does not step, but its timers
 //! continue. Membership is a model of gossip, not chitchat. HTTP/2 and TLS are not simulated.
 
+#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+
 mod client;
 mod conflict;
 mod engine;

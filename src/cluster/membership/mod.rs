@@ -29,7 +29,7 @@ use super::seal::Introduction;
 use super::seal::transport::{Datagrams, NoRandomness, SealedTransport};
 use super::{ClusterView, Config, KeyRing, LoadReport, NodeDescription, Problems};
 use crate::observability::Metrics;
-use crate::types::{NodeId, watch};
+use crate::types::{NodeId, tasks, watch};
 
 /// Time limit for announcing that this node leaves.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -115,7 +115,7 @@ impl Membership {
             own: own_receiver,
         };
         let task = Task::start(parts).await.map_err(MembershipError::Gossip)?;
-        tokio::spawn(task.run(leave_receiver));
+        tasks::spawn("keeps the membership", task.run(leave_receiver));
         Ok(Self {
             id,
             incarnation,

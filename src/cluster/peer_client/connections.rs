@@ -25,6 +25,7 @@ use tracing::debug;
 
 use crate::cluster::tls::{CallingStream, PeerTls};
 use crate::cluster::view::{ClusterView, Peer};
+use crate::types::tasks::spawn_background;
 use crate::types::{NodeId, watch};
 
 /// Concurrent connections to peers.
@@ -184,7 +185,7 @@ impl Connections {
             number,
         };
         // A separate task, so that it continues if the caller that started it is dropped.
-        tokio::spawn(task.run(opened));
+        spawn_background(task.run(opened));
         Ok((number, opening))
     }
 

@@ -26,7 +26,7 @@ use super::tls::PeerTls;
 use super::transport::{FollowCall, GenerateCall, JournalBatch, PeerStream, PeerTransport};
 use super::view::{ClusterView, Peer};
 use super::wire::{self, WireError};
-use crate::types::{Failure, FailureKind, watch};
+use crate::types::{Failure, FailureKind, tasks, watch};
 
 /// Time limit for a peer to begin its answer, and for pauses in an answer that is not a stream. A healthy peer answers at once,
 /// even on a busy machine.
@@ -73,7 +73,7 @@ impl HttpPeerTransport {
         async move {
             let body = answer.await?.into_body();
             let (frames, stream) = PeerStream::bounded_channel(UNREAD_FRAMES);
-            tokio::spawn(relay(body, frames));
+            tasks::spawn("reads what a peer generates", relay(body, frames));
             Ok(stream)
         }
         .boxed()
