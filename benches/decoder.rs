@@ -2,6 +2,8 @@
 //!
 //! `cargo bench --bench decoder -- [MODEL] [prefill|decode]`
 
+#![expect(clippy::print_stdout, reason = "its result")]
+
 use std::path::PathBuf;
 use std::time::Instant;
 

@@ -9,7 +9,8 @@
 //! It reports the rate per second of elapsed time, and the rate per second of the server thread's CPU time, which is the same
 //! on a loaded machine.
 
-#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+#![expect(clippy::disallowed_methods, reason = "a bench waits for its own tasks")]
+#![expect(clippy::print_stdout, reason = "its result")]
 
 use std::net::SocketAddr;
 use std::path::Path;

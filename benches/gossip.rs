@@ -8,7 +8,8 @@
 //! cargo bench --bench gossip [-- NODES…]
 //! ```
 
-#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+#![expect(clippy::disallowed_methods, reason = "a bench waits for its own tasks")]
+#![expect(clippy::print_stdout, reason = "its result")]
 
 use std::collections::HashMap;
 use std::io;

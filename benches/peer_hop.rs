@@ -7,6 +7,8 @@
 //! Measures from the call to its last frame. One thread calls and another answers, as on two nodes. Calls are made one after
 //! the other, then by 16 and 64 tasks at a time.
 
+#![expect(clippy::print_stdout, reason = "its result")]
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;

@@ -17,7 +17,7 @@
 //!
 //! The numeric kernels are a crate of their own, `outrigger-kernels`.
 
-#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "tests wait for their own tasks"))]
+#![cfg_attr(test, expect(clippy::disallowed_methods, reason = "tests may block, and wait for their own tasks"))]
 
 pub mod admission;
 pub mod api;

@@ -26,6 +26,7 @@ fn main() -> ExitCode {
     })
 }
 
+#[expect(clippy::print_stdout, reason = "these commands print their result")]
 fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
     let api = &invocation.config.api;
     match &invocation.command {

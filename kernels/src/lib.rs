@@ -7,6 +7,15 @@
 //! This crate owns all `unsafe` of the project, behind safe functions that check shapes. It knows nothing of models,
 //! sequences or requests.
 
+#![expect(
+    unsafe_code,
+    reason = "instructions, shared outputs and the driver's functions need it; see the module texts"
+)]
+#![expect(
+    clippy::disallowed_types,
+    reason = "this crate has few dependencies, and its locks are taken even when poisoned"
+)]
+
 pub mod attention;
 mod buffer;
 pub mod gpu;

@@ -207,6 +207,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_methods, reason = "no runtime is here")]
     fn workers_wake_up_after_a_rest() {
         let pool = Pool::new(3);
         for _ in 0..3 {

@@ -260,6 +260,7 @@ impl Kernel for Gated<'_> {
 
 #[inline(always)]
 unsafe fn activate<S: Simd>(activation: Activation, x: S::F) -> S::F {
+    // SAFETY: the caller may use `S`; the buffer holds one vector.
     unsafe {
         match activation {
             Activation::Silu => sigmoid_times::<S>(x, x),
@@ -284,6 +285,7 @@ unsafe fn activate<S: Simd>(activation: Activation, x: S::F) -> S::F {
 /// `x / (1 + e^-y)`.
 #[inline(always)]
 unsafe fn sigmoid_times<S: Simd>(x: S::F, y: S::F) -> S::F {
+    // SAFETY: the caller may use `S`.
     unsafe {
         let one = S::splat(1.0);
         S::div(x, S::add(one, exp::<S>(S::sub(S::splat(0.0), y))))

@@ -1,5 +1,9 @@
 //! What we ask of the CUDA driver, tried on a stand-in for its library (stand_in/libcuda.cpp).
 
+#![expect(unsafe_code, reason = "the stand-in is a library like the driver's")]
+#![expect(clippy::disallowed_types, reason = "its lock is taken even when poisoned")]
+#![expect(clippy::unwrap_used, reason = "a test may fail without words")]
+
 use std::ffi::{CStr, CString, c_int};
 use std::path::Path;
 use std::process::Command;

@@ -1,5 +1,7 @@
 //! The emulated device: that it does what a device does, and that it notices what a device would not tell.
 
+#![expect(unsafe_code, reason = "launching a kernel is unsafe")]
+
 use half::{bf16, f16};
 use outrigger_kernels::gpu::checks::{Random, near};
 use outrigger_kernels::gpu::{

@@ -162,7 +162,7 @@ impl AdmissionController {
 
     /// Admits the continuation of a running stream: caps do not apply to it, even after `close`.
     pub fn admit_continuation(&self, demand: Demand) -> Permit {
-        self.shared.queue.lock().admit_continuation(demand, Instant::now());
+        self.shared.queue.lock().admit_continuation(demand, now());
         Permit { shared: self.shared.clone(), demand, scheduled: false }
     }
 

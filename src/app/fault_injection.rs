@@ -103,6 +103,7 @@ async fn inject(
 }
 
 /// Blocks every thread of the runtime, after the response has been sent.
+#[expect(clippy::disallowed_methods, reason = "blocking the runtime is what it is for")]
 async fn hang_front(time: Duration) {
     tracing::warn!(?time, "fault injection: blocking all threads of the HTTP server");
     sleep(ANSWER_TIME).await;

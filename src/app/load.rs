@@ -14,7 +14,7 @@ use super::front::Front;
 use super::memory;
 use crate::api::{ServedModel, unix_seconds};
 use crate::cluster::ModelReport;
-use crate::config::{Config, GenerationConfig};
+use crate::config::{Config, GenerationConfig, Process};
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, GpuModelRunner, RunnerConfig};
 use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner, OnFailure};
@@ -79,26 +79,10 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         let (path, format) = (resolved.path.clone(), config.process.load_format);
         off_runtime(move || Ok(ModelFiles::open(&path, format)?)).await?
     };
-    let model_eos = files.eos_token_ids.clone();
-    let tokenizer = {
-        let source = files.tokenizer.clone();
-        let (wanted, catalog) = (config.process.generation_config, resolved.sampling.clone());
-        let own_template = config.process.chat_template.clone();
-        off_runtime(move || {
-            let (tokenizer, bundle) = open_tokenizer(&source, &model_eos)?;
-            let defaults = sampling_defaults(wanted, &tokenizer, catalog);
-            let own_template = own_template.map(|path| {
-                let template = std::fs::read_to_string(&path);
-                template.with_context(|| format!("chat_template: cannot read {}", path.display()))
-            });
-            let own_template = own_template.transpose()?;
-            let tokenizer = match &own_template {
-                Some(template) => tokenizer.with_chat_template(template.clone()),
-                None => tokenizer,
-            };
-            let chat_template = open_chat_template(&tokenizer, own_template.is_some())?;
-            Ok((tokenizer, chat_template, bundle.with_sampling_defaults(defaults).with_chat_template(own_template)))
-        })
+    let texts = {
+        let (process, catalog) = (config.process.clone(), resolved.sampling.clone());
+        let (source, model_eos) = (files.tokenizer.clone(), files.eos_token_ids.clone());
+        off_runtime(move || open_texts(&process, &source, &model_eos, catalog))
     };
     let runner = {
         let (health, progress) = (health.clone(), Progress::detect());
@@ -109,7 +93,7 @@ pub async fn load(config: &Config, device: ComputeDevice, front: &Front) -> anyh
         }
         off_runtime(move || load_runner(files, &device, &runner_config, &health, &progress))
     };
-    let ((tokenizer, chat_template, bundle), runner) = tokio::try_join!(tokenizer, runner)?;
+    let ((tokenizer, chat_template, bundle), runner) = tokio::try_join!(texts, runner)?;
     let (runner, fingerprint) = runner;
     let eos_token_ids = bundle.eos_token_ids().to_vec();
     let block_bytes = runner.block_bytes() as u64;
@@ -206,6 +190,28 @@ async fn off_runtime<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {
     tokio::task::spawn_blocking(work).await.context("loading panicked")?
+}
+
+/// The tokenizer, the template, and what other nodes need to take requests, all as configured.
+fn open_texts(
+    process: &Process,
+    source: &TokenizerSource,
+    model_eos: &[TokenId],
+    catalog: SamplingDefaults,
+) -> anyhow::Result<(Tokenizer, ChatTemplate, TokenizerBundle)> {
+    let (tokenizer, bundle) = open_tokenizer(source, model_eos)?;
+    let defaults = sampling_defaults(process.generation_config, &tokenizer, catalog);
+    let own_template = process.chat_template.as_ref().map(|path| {
+        let template = std::fs::read_to_string(path);
+        template.with_context(|| format!("chat_template: cannot read {}", path.display()))
+    });
+    let own_template = own_template.transpose()?;
+    let tokenizer = match &own_template {
+        Some(template) => tokenizer.with_chat_template(template.clone()),
+        None => tokenizer,
+    };
+    let chat_template = open_chat_template(&tokenizer, own_template.is_some())?;
+    Ok((tokenizer, chat_template, bundle.with_sampling_defaults(defaults).with_chat_template(own_template)))
 }
 
 /// Opens the tokenizer, and the files that other nodes need to take requests for this model. The files are read once for both.

@@ -73,6 +73,7 @@ impl Watchdog {
 }
 
 /// Watches the current runtime for as long as the process lives.
+#[expect(clippy::disallowed_methods, reason = "the watchdog's own thread, outside the runtime that it watches")]
 pub fn start(config: &Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let signs = Arc::new(AtomicU64::new(0));
     spawn_background(show_life(signs.clone()));
@@ -97,6 +98,8 @@ async fn show_life(signs: Arc<AtomicU64>) {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "the watchdog's own thread")]
+#[expect(clippy::exit, reason = "`main` hangs")]
 fn end(reason: String) -> ! {
     // A separate thread logs the reason and exits regularly, because either may block for ever.
     let said = thread::Builder::new().spawn(move || {

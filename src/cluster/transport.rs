@@ -68,7 +68,7 @@ pub enum PeerFrame {
 /// The frames of one call. Dropping it cancels the call.
 pub struct PeerStream {
     frames: Frames,
-    _guard: Option<Box<dyn Any + Send + Sync>>,
+    guard: Option<Box<dyn Any + Send + Sync>>,
 }
 
 enum Frames {
@@ -78,20 +78,21 @@ enum Frames {
 
 impl PeerStream {
     /// For a sender that limits itself: it sends at most what the request may generate, and a heartbeat now and then.
+    #[expect(clippy::disallowed_methods, reason = "bounded by what its sender may send, as said above")]
     pub fn channel() -> (mpsc::UnboundedSender<PeerFrame>, Self) {
         let (sender, frames) = mpsc::unbounded_channel();
-        (sender, Self { frames: Frames::Unbounded(frames), _guard: None })
+        (sender, Self { frames: Frames::Unbounded(frames), guard: None })
     }
 
     /// For a sender that waits while `capacity` frames are unread.
     pub fn bounded_channel(capacity: usize) -> (mpsc::Sender<PeerFrame>, Self) {
         let (sender, frames) = mpsc::channel(capacity);
-        (sender, Self { frames: Frames::Bounded(frames), _guard: None })
+        (sender, Self { frames: Frames::Bounded(frames), guard: None })
     }
 
     /// Drops `guard` together with the stream.
     pub fn guarded_by(self, guard: impl Any + Send + Sync) -> Self {
-        Self { _guard: Some(Box::new((self._guard, guard))), ..self }
+        Self { guard: Some(Box::new((self.guard, guard))), ..self }
     }
 
     /// The next frame. If the stream ends before its last choice has finished, that is a `PeerDisconnected` failure.

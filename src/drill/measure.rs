@@ -122,7 +122,7 @@ struct Gap<'a> {
 
 /// The longest gap of each stream that has one, the longest of all first: these are taken for those of moved streams.
 fn by_length(records: &[StreamRecord], fault: Option<Instant>) -> Vec<Gap<'_>> {
-    let mut gaps: Vec<Gap> = records.iter().filter_map(|record| longest_gap(record, fault)).collect();
+    let mut gaps: Vec<Gap<'_>> = records.iter().filter_map(|record| longest_gap(record, fault)).collect();
     gaps.sort_by_key(|gap| std::cmp::Reverse(gap.end - gap.start));
     gaps
 }

@@ -12,6 +12,7 @@ pub(super) struct DrainMeter {
 }
 
 impl DrainMeter {
+    #[expect(clippy::disallowed_methods, reason = "an estimate; no token depends on it")]
     pub(super) fn record(&mut self, tokens: usize, took: Duration) {
         let keep = (-took.as_secs_f64() / MEMORY.as_secs_f64()).exp();
         self.tokens = self.tokens * keep + tokens as f64;

@@ -153,6 +153,7 @@ impl FakeRunner {
 }
 
 impl LogitsRunner for FakeRunner {
+    #[expect(clippy::disallowed_methods, reason = "it computes on the engine's thread")]
     fn forward(&mut self, batch: &[LogitsEntry<'_>], progress: &dyn Fn()) -> Result<(), RunnerError> {
         let tokens: usize = batch.iter().map(|entry| entry.tokens.len()).sum();
         let index = self.log.forwards.fetch_add(1, Ordering::Relaxed);

@@ -7,7 +7,7 @@ use std::error::Error;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::channel;
+use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -109,7 +109,7 @@ pub fn spawn(parts: EngineParts, make_runner: MakeRunner) -> Result<EngineHandle
     if !problems.is_empty() {
         return Err(SpawnError::Config(problems.join("; ")));
     }
-    let (started_sender, started) = channel();
+    let (started_sender, started) = sync_channel(1);
     thread::Builder::new()
         .name("engine".to_owned())
         .spawn(move || {

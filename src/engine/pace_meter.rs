@@ -205,6 +205,7 @@ impl PaceMeter {
     }
 
     /// What steps of the kind cost. `None` for a step of an unknown kind while the engine's pace is unknown.
+    #[expect(clippy::disallowed_methods, reason = "an estimate; no token depends on it")]
     fn cost(&mut self, kind: Kind, tokens: f64, attended: f64, seconds: f64, now: Instant) -> Option<Cost> {
         if self.costs.is_empty() {
             let unit = Cost { units: 1.0, observations: MAX_OBSERVATIONS, tokens, attended };

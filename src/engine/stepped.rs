@@ -69,6 +69,7 @@ pub struct SteppedEngine {
 
 impl SteppedEngine {
     /// The configuration is valid. `clock` tells the engine how long its steps take, and others when it last moved.
+    #[expect(clippy::disallowed_methods, reason = "the handle lets in `max_num_requests`; other orders are few")]
     pub fn new(
         parts: EngineParts,
         runner: Box<dyn ModelRunner>,
@@ -147,6 +148,7 @@ impl Drop for SteppedEngine {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "a hanging engine blocks its thread")]
 fn obey(engine: &mut Engine, board: &StatusBoard, order: Order) {
     let Order { command, owed } = order;
     match command {

@@ -12,6 +12,7 @@ pub struct MappedFile {
 }
 
 impl MappedFile {
+    #[expect(unsafe_code, reason = "a map of a file may change under its reader")]
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         if !file.metadata()?.is_file() {

@@ -421,6 +421,7 @@ impl Metrics {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "a metric of the time of day, which only people compare")]
 fn unix_seconds() -> i64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_epoch.as_secs()).unwrap_or(i64::MAX)

@@ -134,6 +134,7 @@ impl Shared {
 }
 
 /// `write_all`, but a stream in non-blocking mode is waited for.
+#[expect(clippy::disallowed_methods, reason = "the sink's own thread")]
 fn write_line(stream: &mut impl Write, mut rest: &[u8]) -> io::Result<()> {
     while !rest.is_empty() {
         match stream.write(rest) {

@@ -58,7 +58,7 @@ pub(super) fn load(metadata: &Metadata) -> Result<Tokenizer, TokenizerError> {
     }
 }
 
-fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer, TokenizerError> {
+fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, TokenizerError> {
     let name = string(metadata, PRE)?.ok_or(TokenizerError::MissingPreTokenizer)?;
     let pre_tokenizer = PreTokenizer::by_name(name)?;
     let merges = required_array(metadata, MERGES)?;
@@ -81,7 +81,7 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer,
     finish(metadata, vocabulary, kind, pieces.build(), adds_bos)
 }
 
-fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokenizer, TokenizerError> {
+fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary<'_>) -> Result<Tokenizer, TokenizerError> {
     let scores = required_array(metadata, SCORES)?;
     if scores.len() != vocabulary.texts.len() {
         return Err(TokenizerError::WrongType { key: SCORES, expected: "one score for each token" });
@@ -120,7 +120,7 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Tokeni
 
 fn finish(
     metadata: &Metadata,
-    vocabulary: &Vocabulary,
+    vocabulary: &Vocabulary<'_>,
     kind: EncoderKind,
     pieces: Pieces,
     adds_bos: bool,
@@ -140,7 +140,7 @@ fn finish(
 
 fn special_tokens(
     metadata: &Metadata,
-    vocabulary: &Vocabulary,
+    vocabulary: &Vocabulary<'_>,
     defaults: &[(&str, TokenId)],
 ) -> Result<SpecialTokens, TokenizerError> {
     let default = |name: &str| {

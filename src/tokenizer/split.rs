@@ -130,9 +130,9 @@ fn space_word(text: &str) -> usize {
 mod tests {
     use super::*;
     use fancy_regex::Regex;
+    use parking_lot::Mutex;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
-    use std::sync::Mutex;
 
     const GPT2: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
     const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -157,7 +157,7 @@ mod tests {
     fn by_pattern(pattern: &'static str, text: &str) -> Vec<String> {
         static COMPILED: Mutex<BTreeMap<&str, Regex>> = Mutex::new(BTreeMap::new());
         let compile = || Regex::new(pattern).unwrap();
-        let pattern = COMPILED.lock().unwrap().entry(pattern).or_insert_with(compile).clone();
+        let pattern = COMPILED.lock().entry(pattern).or_insert_with(compile).clone();
         pattern.find_iter(text).map(|found| found.unwrap().as_str().to_owned()).collect()
     }
 

@@ -29,21 +29,22 @@ pub trait Backend: Send + Sync + 'static {
 /// Events of one request. Dropping it cancels the request: its sequences leave the engine within one step.
 pub struct GenerationStream {
     events: tokio::sync::mpsc::UnboundedReceiver<GenerationEvent>,
-    _guard: Option<Box<dyn Any + Send + Sync>>,
+    guard: Option<Box<dyn Any + Send + Sync>>,
 }
 
 impl GenerationStream {
     /// The sender's side holds at most `n * (max_tokens + 2)` events, so the channel needs no bound of its own. A sender
     /// sees `is_closed` once the stream is dropped.
+    #[expect(clippy::disallowed_methods, reason = "bounded by what its sender may send, as said above")]
     pub fn channel() -> (tokio::sync::mpsc::UnboundedSender<GenerationEvent>, Self) {
         let (sender, events) = tokio::sync::mpsc::unbounded_channel();
-        (sender, Self { events, _guard: None })
+        (sender, Self { events, guard: None })
     }
 
     /// Drops `guard` together with the stream, after the guards added before. This tells a backend that the client has gone,
     /// without asking every sender.
     pub fn guarded_by(self, guard: impl Any + Send + Sync) -> Self {
-        Self { _guard: Some(Box::new((self._guard, guard))), ..self }
+        Self { guard: Some(Box::new((self.guard, guard))), ..self }
     }
 
     /// The next event; `None` when the backend is gone without a terminal event (treat as `EngineFailed`).

@@ -26,7 +26,7 @@ pub struct Cluster {
     pub arena: Arena,
     // What follows outlives the nodes.
     folder: Folder,
-    _places: SemaphorePermit<'static>,
+    places: SemaphorePermit<'static>,
 }
 
 /// Small nodes, whatever the developer's environment and the machine's memory.
@@ -153,7 +153,7 @@ impl Cluster {
         let nodes = nodes.map(|(index, node)| ArenaNode::own(node.with_flags(of_each(folder.path(), index))));
         let client = DrillClient::new(None).expect("a client");
         let arena = Arena::start(nodes.collect(), client).await.unwrap_or_else(|error| panic!("{error}"));
-        Self { arena, folder, _places: places }
+        Self { arena, folder, places }
     }
 
     pub fn folder(&self) -> &Path {
@@ -170,7 +170,7 @@ impl Cluster {
 
     /// Hands the arena to a drill; the rest has to be kept for as long as that runs.
     pub fn into_parts(self) -> (Arena, (Folder, SemaphorePermit<'static>)) {
-        (self.arena, (self.folder, self._places))
+        (self.arena, (self.folder, self.places))
     }
 }
 

@@ -10,6 +10,7 @@ use crate::fixtures::{DIRECTORIES, GGUF_FILES, path};
 use crate::numerics_candle::{directory_tensors, gguf_model};
 
 #[test]
+#[expect(clippy::iter_over_hash_type, reason = "each tensor is compared by itself")]
 fn weights_are_the_stored_ones() {
     for name in DIRECTORIES.into_iter().chain(GGUF_FILES) {
         let expected = if path(name).is_dir() { directory_tensors(name) } else { gguf_model(name).1 };

@@ -1,6 +1,9 @@
 //! Integration tests, in one binary: tests that span modules and use real files, real models and real sockets.
 
-#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+#![expect(clippy::disallowed_methods, reason = "tests may block, and wait for their own tasks")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "they show figures and the logs of processes")]
+#![expect(clippy::unwrap_used, reason = "a test may fail without words")]
+#![expect(unsafe_code, reason = "pipes and limits of processes")]
 
 mod chat_templates;
 mod cluster;

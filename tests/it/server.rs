@@ -3,9 +3,11 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// How long anything may take on a busy machine before the test gives up.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -50,7 +52,7 @@ impl Server {
             thread::spawn(move || {
                 let mut buffer = [0; 4096];
                 while let Ok(read @ 1..) = stderr.read(&mut buffer) {
-                    log.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..read]));
+                    log.lock().push_str(&String::from_utf8_lossy(&buffer[..read]));
                 }
             });
         }
@@ -120,7 +122,7 @@ impl Server {
     }
 
     pub fn log(&self) -> String {
-        self.log.lock().unwrap().clone()
+        self.log.lock().clone()
     }
 }
 

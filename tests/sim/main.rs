@@ -11,7 +11,8 @@
 //! Limits of the simulation: a paused process sends and receives nothing, and its engine does not step, but its timers
 //! continue. Membership is a model of gossip, not chitchat. HTTP/2 and TLS are not simulated.
 
-#![allow(clippy::disallowed_methods, reason = "tests and benches wait for their own tasks")]
+#![expect(clippy::disallowed_methods, reason = "the simulator waits for its own tasks")]
+#![expect(clippy::print_stdout, reason = "what a failed seed did is told on standard output")]
 
 mod client;
 mod conflict;

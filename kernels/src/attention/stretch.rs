@@ -20,6 +20,7 @@ pub(super) trait Element: Copy + 'static {
 impl Element for f32 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const f32) -> S::F {
+        // SAFETY: passed on.
         unsafe { S::load(from) }
     }
 }
@@ -27,6 +28,7 @@ impl Element for f32 {
 impl Element for f16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const f16) -> S::F {
+        // SAFETY: passed on.
         unsafe { S::load_f16(from.cast()) }
     }
 }
@@ -34,6 +36,7 @@ impl Element for f16 {
 impl Element for bf16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const bf16) -> S::F {
+        // SAFETY: passed on.
         unsafe { S::load_bf16(from.cast()) }
     }
 }

@@ -18,6 +18,7 @@ pub(super) trait Element: 'static {
 impl Element for f32 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const u8) -> S::F {
+        // SAFETY: passed on.
         unsafe { S::load(from.cast()) }
     }
 }
@@ -25,6 +26,7 @@ impl Element for f32 {
 impl Element for f16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const u8) -> S::F {
+        // SAFETY: passed on.
         unsafe { S::load_f16(from.cast()) }
     }
 }
@@ -32,6 +34,7 @@ impl Element for f16 {
 impl Element for bf16 {
     #[inline(always)]
     unsafe fn load<S: Simd>(from: *const u8) -> S::F {
+        // SAFETY: passed on.
         unsafe { S::load_bf16(from.cast()) }
     }
 }
@@ -147,6 +150,7 @@ impl Tile<'_> {
     /// `R` rows by `P` panels.
     #[inline(always)]
     unsafe fn run<S: Simd, E: Element, const R: usize, const P: usize>(&self, row: usize, panel: usize) {
+        // SAFETY: the caller has `R` rows from `row` and `P` panels from `panel`; each holds `cols` steps.
         unsafe {
             let bytes = self.section.panel_bytes;
             let step = bytes / self.cols;

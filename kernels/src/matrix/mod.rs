@@ -249,6 +249,7 @@ impl Target {
     /// The row is below `m` and the columns are below `stride` and this task's own.
     #[inline(always)]
     unsafe fn put<S: crate::simd::Simd>(self, row: usize, col: usize, lanes: usize, value: S::F) {
+        // SAFETY: the caller's row and columns lie in the output and belong to it alone; other stores go to the own buffer.
         unsafe {
             let to = self.out.get().add(row * self.stride + col);
             if lanes == LANES {

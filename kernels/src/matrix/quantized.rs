@@ -119,6 +119,7 @@ impl Tile<'_> {
     /// registers to the sums.
     #[inline(always)]
     unsafe fn run<S: Simd, T: Format, const R: usize>(&self, row: usize, panel: usize) {
+        // SAFETY: the caller has `R` rows from `row` and this panel; both hold `groups` groups.
         unsafe {
             let panel_start = self.section.panels.as_ptr().add(panel * self.section.panel_bytes);
             let x = self.rows.quants().add(row * self.groups * GROUP);
@@ -207,10 +208,12 @@ unsafe fn quads<S: Simd, T: Format, const R: usize>(
 
 #[inline(always)]
 unsafe fn load_scale<S: Simd, T: Format>(from: *const u8) -> S::F {
+    // SAFETY: passed on.
     unsafe { if T::WIDE_SCALES { S::load(from.cast()) } else { S::load_f16(from.cast()) } }
 }
 
 #[inline(always)]
 unsafe fn dot<S: Simd, T: Format>(acc: S::I, quad: S::B, x: *const i8) -> S::I {
+    // SAFETY: passed on.
     unsafe { if T::SEVEN_BITS { S::dot_u7(acc, quad, x) } else { S::dot_u8(acc, quad, x) } }
 }

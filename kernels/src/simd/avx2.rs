@@ -1,5 +1,7 @@
 //! AVX2 with FMA and F16C: two registers a vector, the low eight lanes first.
 
+#![expect(clippy::undocumented_unsafe_blocks, reason = "each block is one operation, under the contract of `Simd`")]
+
 use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};

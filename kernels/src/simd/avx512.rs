@@ -1,5 +1,7 @@
 //! AVX-512 with VNNI: one register a vector.
 
+#![expect(clippy::undocumented_unsafe_blocks, reason = "each block is one operation, under the contract of `Simd`")]
+
 use std::arch::x86_64::*;
 
 use super::{Kernel, Simd};

@@ -141,6 +141,7 @@ pub(crate) unsafe trait Simd: Copy + 'static {
 /// Cody-Waite reduction to |r| <= ln(2)/2, then a degree-6 polynomial in Horner form.
 #[inline(always)]
 pub(crate) unsafe fn exp<S: Simd>(x: S::F) -> S::F {
+    // SAFETY: the caller may use `S`.
     unsafe {
         let clamped = S::min(S::max(x, S::splat(-87.0)), S::splat(88.0));
         let n = S::round(S::mul(clamped, S::splat(std::f32::consts::LOG2_E)));

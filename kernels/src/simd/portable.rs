@@ -1,5 +1,7 @@
 //! The reference level: plain Rust, lane by lane.
 
+#![expect(clippy::undocumented_unsafe_blocks, reason = "each block is one operation, under the contract of `Simd`")]
+
 use half::{bf16, f16};
 
 use super::{LANES, Simd};

@@ -4,6 +4,8 @@
 //! `cargo test` runs it, too: without a device it says that it is skipped; in builds with the feature `emulator` it goes
 //! through everything in tiny shapes.
 
+#![expect(clippy::print_stdout, reason = "its result")]
+
 mod arguments;
 mod checks;
 mod kernels;

@@ -3,7 +3,7 @@
 //! One struct serves both endpoints, since all fields but the prompt mean the same in both. Unknown fields are ignored, as in
 //! vLLM. Known fields that would change the output and are not supported are refused by name (see `unsupported`).
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::de::{Error, Unexpected, Visitor};
@@ -55,7 +55,7 @@ pub struct RequestBody {
     pub repetition_penalty: Option<f32>,
     pub presence_penalty: Option<f32>,
     pub frequency_penalty: Option<f32>,
-    pub logit_bias: Option<HashMap<String, f32>>,
+    pub logit_bias: Option<BTreeMap<String, f32>>,
     pub seed: Option<Number>,
     #[serde(deserialize_with = "whole")]
     pub priority: Option<i32>,

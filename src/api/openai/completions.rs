@@ -130,7 +130,7 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
             prompt_token_ids: shape.wants_ids.then_some(&*prompt.tokens),
         }
     };
-    let choices: Vec<Choice> = collected.into_iter().enumerate().map(choice).collect();
+    let choices: Vec<Choice<'_>> = collected.into_iter().enumerate().map(choice).collect();
     let response = Json(completion(&head, &choices, Some(counts.into())));
     Ok(resumption.mark(response.into_response()))
 }

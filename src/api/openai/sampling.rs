@@ -240,6 +240,13 @@ mod tests {
     }
 
     #[test]
+    fn biases_have_one_order() {
+        let keys: Vec<String> = (10..60).map(|id| format!(r#""{id}": 1"#)).collect();
+        let params = chat(&format!(r#"{{"logit_bias": {{{}}}}}"#, keys.join(", "))).expect("valid");
+        assert!(params.logit_bias.is_sorted_by_key(|(id, _)| *id), "{:?}", params.logit_bias);
+    }
+
+    #[test]
     fn what_the_authors_recommend_gives_way_to_what_the_client_says() {
         let recommended = SamplingDefaults {
             temperature: Some(0.2),

@@ -37,6 +37,7 @@ struct Penalty {
 }
 
 impl Penalty {
+    #[expect(clippy::disallowed_methods, reason = "a weight; no token depends on it")]
     fn value(self, now: Instant) -> f64 {
         let age = now.saturating_duration_since(self.at).as_secs_f64();
         self.value * (-age / HALF_LIFE.as_secs_f64()).exp2()
@@ -62,6 +63,7 @@ impl<K: Ord + Clone> Damper<K> {
     }
 
     /// 1 for a stable node, `FLOOR` for a flapping one, and `STEPS` values in between.
+    #[expect(clippy::disallowed_methods, reason = "a weight; no token depends on it")]
     pub(super) fn stability(&self, name: &K, now: Instant) -> f64 {
         let excess = (self.penalty(name, now) - ALLOWANCE).max(0.0);
         (((-excess).exp2() * STEPS).round() / STEPS).max(FLOOR)

@@ -206,6 +206,7 @@ fn node_id(config: &Config) -> NodeId {
 }
 
 /// Increases from one process of a name to the next: the start time in microseconds since the epoch.
+#[expect(clippy::disallowed_methods, reason = "only compared with the earlier starts of the same node")]
 fn incarnation_now() -> u64 {
     let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since_epoch.as_micros()).unwrap_or(u64::MAX)

@@ -66,6 +66,7 @@ impl Sessions {
 
     /// Cluster keys for which `counts` is false open nothing any more. Their sessions stay known, with their windows, so that
     /// nothing of them is heard a second time.
+    #[expect(clippy::iter_over_hash_type, reason = "each session is treated by itself")]
     pub(super) fn drop_keys(&mut self, counts: impl Fn(KeyId) -> bool) {
         for session in self.known.values_mut() {
             session.key.take_if(|key| !counts(key.id));

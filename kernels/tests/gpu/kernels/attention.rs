@@ -39,7 +39,7 @@ fn attend(bench: &mut Bench<'_>, kernel: &str, ty: GpuKvType, batch: Batch) -> R
     let num_blocks = batch.sequences * blocks_each;
     let kv = KvShape { num_layers: 1, num_blocks, block_size: BLOCK_SIZE, num_kv_heads: kv_heads, head_dim };
     let query =
-        QueryShape { num_heads: heads, sliding_window: None, soft_cap: None, scale: (head_dim as f32).powf(-0.5) };
+        QueryShape { num_heads: heads, sliding_window: None, soft_cap: None, scale: 1.0 / (head_dim as f32).sqrt() };
     let rows = batch.sequences * batch.new;
     let limits = AttentionLimits { max_rows: rows, max_entries: batch.sequences };
     let mut plan = AttentionPlan::new(device, kv, ty, query, limits).expect("a shape that every device supports");

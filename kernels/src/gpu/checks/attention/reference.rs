@@ -1,5 +1,10 @@
 //! What the cache and the output rows should be, in f64 where they are computed.
 
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the reference has double precision, and results are compared within a bound"
+)]
+
 use super::harness::{EPSILON, Harness, Model, narrow, widen, widen_fp8};
 use super::{CheckFailure, GpuKvType, equal, near};
 use crate::gpu::Element;
