@@ -104,6 +104,7 @@ impl QuantizedRows {
     }
 
     /// Quants, scales and scaled sums of a row that was quantized alone, in the order of its columns.
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) fn single_row(&self) -> (&[i8], &[f32], &[f32]) {
         assert_eq!(self.rows, 1, "rows in tiles are not in order");
         let groups = self.cols / GROUP;

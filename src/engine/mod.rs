@@ -14,7 +14,9 @@ mod drain_meter;
 mod engine;
 #[cfg(test)]
 mod engine_tests;
+#[cfg(any(test, feature = "testing"))]
 pub mod fake_device;
+#[cfg(any(test, feature = "testing"))]
 pub mod fake_runner;
 pub mod generation;
 pub mod handle;
@@ -23,6 +25,7 @@ mod handle_tests;
 pub mod host_sampling;
 pub mod model;
 pub mod model_runner;
+#[cfg(any(test, feature = "testing"))]
 pub mod null;
 mod pace_meter;
 mod pipeline;

@@ -11,6 +11,7 @@
 
 pub mod attention;
 mod buffer;
+#[cfg(any(test, feature = "testing"))]
 pub mod checks;
 pub mod copy;
 #[cfg_attr(not(feature = "cuda"), path = "cuda_absent.rs")]
@@ -18,6 +19,7 @@ mod cuda;
 mod driver;
 mod emulator;
 pub mod gemm;
+#[cfg(any(test, feature = "testing"))]
 pub mod measure;
 mod operand;
 pub mod quantized;

@@ -129,6 +129,7 @@ pub(crate) enum Kernel {
 }
 
 impl Kernel {
+    #[cfg(any(test, feature = "testing"))]
     pub(crate) const ALL: [Kernel; 5] = [Kernel::Rows8, Kernel::Rows16, Kernel::Rows32, Kernel::Rows64, Kernel::Wide];
 
     /// The least block that takes all rows; the wide one where it gives every multiprocessor a block.

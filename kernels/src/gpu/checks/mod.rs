@@ -1,7 +1,7 @@
 //! Checks of the device kernels against their references: the same on the emulator and on a GPU.
 //!
-//! A check takes a device and a seed, makes fresh inputs from it, and compares. It is part of the library, not of the
-//! tests, because the GPU suite runs where there is no compiler.
+//! A check takes a device and a seed, makes fresh inputs from it, and compares. Two test programs share it, so it is
+//! part of the library, behind the feature `testing`.
 
 mod attention;
 mod copy;
