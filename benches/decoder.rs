@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use outrigger::config::Compute;
+use outrigger::config::ComputeConfig;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
 use outrigger::engine::{self, LogitsEntry, LogitsRunner};
@@ -44,7 +44,7 @@ fn load(path: PathBuf) -> (CpuModelRunner, String) {
         block_size: 16,
         max_model_len: Some(4096),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
-        ..Compute::default().runner(&engine::Config::default())
+        ..ComputeConfig::default().runner(&engine::Config::default())
     };
     let start = Instant::now();
     let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &config, &|_| {}).expect("the model loads");

@@ -43,7 +43,7 @@ impl<T: Plain> Buffer<T> {
             let mapping = Arc::new(Mapping::new(bytes));
             return Self { start: mapping.start.cast(), len, _mapping: mapping };
         }
-        let (start, mapping) = SHARED.lock().unwrap_or_else(PoisonError::into_inner).take(bytes);
+        let (start, mapping) = SMALL_BUFFERS.lock().unwrap_or_else(PoisonError::into_inner).take(bytes);
         Self { start: start.cast(), len, _mapping: mapping }
     }
 
@@ -72,14 +72,14 @@ impl<T: Plain> std::ops::DerefMut for Buffer<T> {
 }
 
 /// The mapping that small buffers are cut from.
-static SHARED: Mutex<Shared> = Mutex::new(Shared { mapping: None, used: 0 });
+static SMALL_BUFFERS: Mutex<SmallBuffers> = Mutex::new(SmallBuffers { mapping: None, used: 0 });
 
-struct Shared {
+struct SmallBuffers {
     mapping: Option<Arc<Mapping>>,
     used: usize,
 }
 
-impl Shared {
+impl SmallBuffers {
     fn take(&mut self, bytes: usize) -> (NonNull<u8>, Arc<Mapping>) {
         let mapping = match &self.mapping {
             Some(mapping) if self.used + bytes <= SHARED_MAPPING => Arc::clone(mapping),

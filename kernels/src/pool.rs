@@ -20,13 +20,13 @@ type Task<'a> = dyn Fn(usize) + Sync + 'a;
 
 /// A set of threads that run the tasks of one job at a time; the calling thread is one of them.
 pub struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<JobBoard>,
     workers: Vec<JoinHandle<()>>,
     /// One job at a time. A second caller waits.
     caller: Mutex<()>,
 }
 
-struct Shared {
+struct JobBoard {
     /// `epoch << 32 | tasks << 16 | next index`. A task is claimed by a compare-and-swap on the whole, so a claim made for
     /// an earlier job fails.
     ticket: AtomicU64,
@@ -42,7 +42,7 @@ impl Pool {
     /// A pool of `threads` threads in all (at least one, the caller's).
     pub fn new(threads: usize) -> Self {
         let workers = threads.saturating_sub(1);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(JobBoard {
             ticket: AtomicU64::new(0),
             job: [AtomicUsize::new(0), AtomicUsize::new(0)],
             finished: AtomicUsize::new(0),
@@ -128,7 +128,7 @@ impl Drop for Pool {
     }
 }
 
-impl Shared {
+impl JobBoard {
     /// Claims and runs one task of the current job; false when none is left.
     fn run_one(&self) -> bool {
         let mut ticket = self.ticket.load(Ordering::Acquire);

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::observability::Metrics;
 use crate::types::{Failure, FailureKind};
 
-use queue::Queue;
+use queue::AdmissionQueue;
 
 /// Bounds of `Retry-After`.
 const MIN_RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -132,19 +132,19 @@ pub struct AdmissionStatus {
 /// Handle to the node's admission queue. Cheap to clone.
 #[derive(Clone)]
 pub struct AdmissionController {
-    shared: Arc<Shared>,
+    shared: Arc<AdmissionState>,
 }
 
-struct Shared {
-    queue: Mutex<Queue>,
+struct AdmissionState {
+    queue: Mutex<AdmissionQueue>,
     metrics: Arc<Metrics>,
 }
 
 impl AdmissionController {
     /// `max_num_seqs` is the number of choices that the engine runs at once.
     pub fn new(config: Config, max_num_seqs: u32, metrics: Arc<Metrics>) -> Self {
-        let queue = Mutex::new(Queue::new(config, max_num_seqs, now()));
-        Self { shared: Arc::new(Shared { queue, metrics }) }
+        let queue = Mutex::new(AdmissionQueue::new(config, max_num_seqs, now()));
+        Self { shared: Arc::new(AdmissionState { queue, metrics }) }
     }
 
     /// Admits or refuses the request at once. `engine_tokens_per_second` is the engine's own measurement
@@ -194,7 +194,7 @@ fn now() -> Instant {
 /// An admitted request's place, held until its response ends. Dropping it frees the place.
 #[must_use = "dropping the permit gives the place back"]
 pub struct Permit {
-    shared: Arc<Shared>,
+    shared: Arc<AdmissionState>,
     demand: Demand,
     scheduled: bool,
 }

@@ -6,7 +6,7 @@ use super::drain_rate::{DrainRate, seconds};
 use super::{AdmissionStatus, Config, Demand, MAX_RETRY_AFTER, MIN_RETRY_AFTER, Rejection, RejectionReason};
 
 #[derive(Clone, Debug)]
-pub struct Queue {
+pub struct AdmissionQueue {
     config: Config,
     /// The most choices that the engine runs at once.
     seats: u64,
@@ -19,7 +19,7 @@ pub struct Queue {
     closed: bool,
 }
 
-impl Queue {
+impl AdmissionQueue {
     pub fn new(config: Config, seats: u32, now: Instant) -> Self {
         Self {
             config,
@@ -168,9 +168,9 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn queue(max_num_queued_requests: u32, max_num_queued_tokens: u64, seats: u32) -> (Queue, Instant) {
+    fn queue(max_num_queued_requests: u32, max_num_queued_tokens: u64, seats: u32) -> (AdmissionQueue, Instant) {
         let now = Instant::now();
-        (Queue::new(Config { max_num_queued_requests, max_num_queued_tokens }, seats, now), now)
+        (AdmissionQueue::new(Config { max_num_queued_requests, max_num_queued_tokens }, seats, now), now)
     }
 
     fn demand(prompt_tokens: u64) -> Demand {
@@ -178,7 +178,7 @@ mod tests {
     }
 
     /// A queue of 10 requests of 100 tokens, with one seat, that lets one through every second.
-    fn measured() -> (Queue, Instant) {
+    fn measured() -> (AdmissionQueue, Instant) {
         let (mut queue, mut now) = queue(10, 10_000, 1);
         for _ in 0..10 {
             queue.admit(demand(100), 0.0, now).unwrap();

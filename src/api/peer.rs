@@ -28,7 +28,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::listener::AcceptErrors;
-use crate::cluster::problems::Reason;
+use crate::cluster::problems::ProblemReason;
 use crate::cluster::tls::{self, CalledStream, PeerTls};
 use crate::cluster::wire::{self, WireError};
 use crate::cluster::{PeerFrame, PeerService, PeerStream, Problems};
@@ -134,7 +134,7 @@ impl Server {
                 if tls::is_distrust(&error) {
                     // Counted by host, since the caller's port is random.
                     let host = address.ip().to_string();
-                    self.problems.event_at(Reason::Untrusted, &host, || error.to_string());
+                    self.problems.event_at(ProblemReason::Untrusted, &host, || error.to_string());
                 }
                 return self.refuse("handshake");
             }

@@ -26,9 +26,9 @@ const RETRY_AFTER: Duration = Duration::from_secs(2);
 
 /// Cheap to clone.
 #[derive(Clone)]
-pub struct ApiState(Arc<Shared>);
+pub struct ApiState(Arc<ApiParts>);
 
-pub struct Shared {
+pub struct ApiParts {
     pub config: Config,
     pub keys: ApiKeys,
     pub metrics: Arc<Metrics>,
@@ -43,9 +43,9 @@ pub struct Shared {
 }
 
 impl Deref for ApiState {
-    type Target = Shared;
+    type Target = ApiParts;
 
-    fn deref(&self) -> &Shared {
+    fn deref(&self) -> &ApiParts {
         &self.0
     }
 }
@@ -64,8 +64,18 @@ impl ApiState {
         let model = OnceLock::new();
         let remote = RemoteModels::default();
         let expected_name = OnceLock::new();
-        let shared =
-            Shared { config, keys, metrics, admission, health, router, remote, model, expected_name, tokenize_workers };
+        let shared = ApiParts {
+            config,
+            keys,
+            metrics,
+            admission,
+            health,
+            router,
+            remote,
+            model,
+            expected_name,
+            tokenize_workers,
+        };
         Ok(Self(Arc::new(shared)))
     }
 

@@ -14,7 +14,7 @@ use super::front::Front;
 use super::memory;
 use crate::api::{ServedModel, unix_seconds};
 use crate::cluster::ModelReport;
-use crate::config::{Config, GenerationConfig, Process};
+use crate::config::{Config, GenerationConfig, ProcessConfig};
 use crate::engine::model::{LoadFormat, ModelFiles, TokenizerSource};
 use crate::engine::model_runner::{ComputeDevice, CpuModelRunner, GpuModelRunner, RunnerConfig};
 use crate::engine::{self, EngineHandle, EngineLimits, EngineParts, HostSampling, ModelRunner, OnFailure};
@@ -194,7 +194,7 @@ async fn off_runtime<T: Send + 'static>(
 
 /// The tokenizer, the template, and what other nodes need to take requests, all as configured.
 fn open_texts(
-    process: &Process,
+    process: &ProcessConfig,
     source: &TokenizerSource,
     model_eos: &[TokenId],
     catalog: SamplingDefaults,

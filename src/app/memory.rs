@@ -2,7 +2,7 @@
 //! of the pool are allocated only when used, so without this check a pool that is too large would get the process killed later,
 //! under load.
 
-use crate::config::Compute;
+use crate::config::ComputeConfig;
 use crate::engine::model_runner::CPU_KV_CACHE_MEMORY;
 use crate::health::{HostMemory, MemoryLimit};
 
@@ -19,7 +19,7 @@ pub enum MemoryError {
 
 /// The size of the KV pool in host memory, beside `weights` bytes of weights (0 while unknown). If `kv_cache_memory` is not
 /// configured, the pool is limited to half of what the weights leave.
-pub fn kv_pool(compute: &Compute, weights: u64, removal_mark: f64) -> Result<Option<u64>, MemoryError> {
+pub fn kv_pool(compute: &ComputeConfig, weights: u64, removal_mark: f64) -> Result<Option<u64>, MemoryError> {
     match HostMemory::detect().limit() {
         Ok(limit) => fit(compute.kv_cache_memory, weights, limit, removal_mark),
         Err(error) => {

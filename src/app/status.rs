@@ -212,7 +212,7 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::cluster::problems::Reason;
+    use crate::cluster::problems::ProblemReason;
     use crate::cluster::{LoadReport, ModelReport};
     use crate::router::overview::PeerFailure;
     use crate::types::{Fingerprint, NodeId};
@@ -283,7 +283,7 @@ mod tests {
             },
             keys: vec!["0a1b2c3d".into(), "ffffffff".into()],
             problems: vec![Problem {
-                reason: Reason::ForeignKey,
+                reason: ProblemReason::ForeignKey,
                 source: "10.0.0.9:7946".into(),
                 detail: String::new(),
                 count: 40,

@@ -28,7 +28,7 @@ const LOG_REPEAT: Duration = Duration::from_secs(600);
 /// Why this node and others do not work together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Reason {
+pub enum ProblemReason {
     /// Peers are configured, but none is heard.
     Alone,
     /// A configured peer has never answered.
@@ -55,70 +55,72 @@ pub enum Reason {
     NameTaken,
 }
 
-impl Reason {
-    pub const ALL: [Reason; 14] = [
-        Reason::Alone,
-        Reason::Unheard,
-        Reason::Unresolved,
-        Reason::ForeignKey,
-        Reason::ForeignCluster,
-        Reason::ForeignProtocol,
-        Reason::Unreadable,
-        Reason::Unproven,
-        Reason::Replayed,
-        Reason::Unsent,
-        Reason::Unreachable,
-        Reason::Untrusted,
-        Reason::RefusedFile,
-        Reason::NameTaken,
+impl ProblemReason {
+    pub const ALL: [ProblemReason; 14] = [
+        ProblemReason::Alone,
+        ProblemReason::Unheard,
+        ProblemReason::Unresolved,
+        ProblemReason::ForeignKey,
+        ProblemReason::ForeignCluster,
+        ProblemReason::ForeignProtocol,
+        ProblemReason::Unreadable,
+        ProblemReason::Unproven,
+        ProblemReason::Replayed,
+        ProblemReason::Unsent,
+        ProblemReason::Unreachable,
+        ProblemReason::Untrusted,
+        ProblemReason::RefusedFile,
+        ProblemReason::NameTaken,
     ];
 
     /// The name in metric labels, logs and JSON.
     pub fn label(self) -> &'static str {
         match self {
-            Reason::Alone => "alone",
-            Reason::Unheard => "unheard",
-            Reason::Unresolved => "unresolved",
-            Reason::ForeignKey => "foreign_key",
-            Reason::ForeignCluster => "foreign_cluster",
-            Reason::ForeignProtocol => "foreign_protocol",
-            Reason::Unreadable => "unreadable",
-            Reason::Unproven => "unproven",
-            Reason::Replayed => "replayed",
-            Reason::Unsent => "unsent",
-            Reason::Unreachable => "unreachable",
-            Reason::Untrusted => "untrusted",
-            Reason::RefusedFile => "refused_file",
-            Reason::NameTaken => "name_taken",
+            ProblemReason::Alone => "alone",
+            ProblemReason::Unheard => "unheard",
+            ProblemReason::Unresolved => "unresolved",
+            ProblemReason::ForeignKey => "foreign_key",
+            ProblemReason::ForeignCluster => "foreign_cluster",
+            ProblemReason::ForeignProtocol => "foreign_protocol",
+            ProblemReason::Unreadable => "unreadable",
+            ProblemReason::Unproven => "unproven",
+            ProblemReason::Replayed => "replayed",
+            ProblemReason::Unsent => "unsent",
+            ProblemReason::Unreachable => "unreachable",
+            ProblemReason::Untrusted => "untrusted",
+            ProblemReason::RefusedFile => "refused_file",
+            ProblemReason::NameTaken => "name_taken",
         }
     }
 
     /// What the reason means and what to check, for the log.
     fn explanation(self) -> &'static str {
         match self {
-            Reason::Alone => "this node hears none of its configured peers: it serves as a cluster of one",
-            Reason::Unheard => {
+            ProblemReason::Alone => "this node hears none of its configured peers: it serves as a cluster of one",
+            ProblemReason::Unheard => {
                 "configured peers have never answered: they may be down, unreachable, or have another cluster key"
             }
-            Reason::Unresolved => "names of configured peers do not resolve",
-            Reason::ForeignKey => {
+            ProblemReason::Unresolved => "names of configured peers do not resolve",
+            ProblemReason::ForeignKey => {
                 "gossip cannot be opened with the keys of cluster_key_file: its sender has another key (or an older version with \
                  another cluster_id)"
             }
-            Reason::ForeignCluster => "nodes with this cluster key and another cluster_id send gossip here",
-            Reason::ForeignProtocol => "nodes of this cluster use another version of the protocol between nodes",
-            Reason::Unreadable => "datagrams at gossip_addr are not gossip, or gossip of another version",
-            Reason::Unproven => {
+            ProblemReason::ForeignCluster => "nodes with this cluster key and another cluster_id send gossip here",
+            ProblemReason::ForeignProtocol => "nodes of this cluster use another version of the protocol between nodes",
+            ProblemReason::Unreadable => "datagrams at gossip_addr are not gossip, or gossip of another version",
+            ProblemReason::Unproven => {
                 "gossip can be decrypted, but its sender does not answer: it does not hear this node, or somebody replays old gossip"
             }
-            Reason::Replayed => {
+            ProblemReason::Replayed => {
                 "the same gossip arrives repeatedly: somebody replays it, or two nodes run from one snapshot"
             }
-            Reason::Unsent => "the operating system does not send gossip",
-            Reason::Unreachable => "peers gossip, but cannot be called at their peer_addr",
-            Reason::Untrusted => "certificates between nodes are refused: see cluster_key_file and peer_tls_ca_file",
-            Reason::RefusedFile => "files have changed and are invalid: the previous contents stay in use",
-            Reason::NameTaken => "a later process uses this node's node_id: the others no longer see this one",
+            ProblemReason::Unsent => "the operating system does not send gossip",
+            ProblemReason::Unreachable => "peers gossip, but cannot be called at their peer_addr",
+            ProblemReason::Untrusted => {
+                "certificates between nodes are refused: see cluster_key_file and peer_tls_ca_file"
+            }
+            ProblemReason::RefusedFile => "files have changed and are invalid: the previous contents stay in use",
+            ProblemReason::NameTaken => "a later process uses this node's node_id: the others no longer see this one",
         }
     }
 
@@ -126,31 +128,34 @@ impl Reason {
     /// and a node that has just started is not proven yet.
     fn threshold(self) -> (u64, Duration) {
         match self {
-            Reason::ForeignKey | Reason::Unreadable | Reason::Unsent => (3, Duration::ZERO),
-            Reason::Unproven => (5, Duration::from_secs(5)),
-            Reason::Replayed => (20, Duration::from_secs(5)),
-            Reason::Alone
-            | Reason::Unheard
-            | Reason::Unresolved
-            | Reason::ForeignCluster
-            | Reason::ForeignProtocol
-            | Reason::Unreachable
-            | Reason::Untrusted
-            | Reason::RefusedFile
-            | Reason::NameTaken => (1, Duration::ZERO),
+            ProblemReason::ForeignKey | ProblemReason::Unreadable | ProblemReason::Unsent => (3, Duration::ZERO),
+            ProblemReason::Unproven => (5, Duration::from_secs(5)),
+            ProblemReason::Replayed => (20, Duration::from_secs(5)),
+            ProblemReason::Alone
+            | ProblemReason::Unheard
+            | ProblemReason::Unresolved
+            | ProblemReason::ForeignCluster
+            | ProblemReason::ForeignProtocol
+            | ProblemReason::Unreachable
+            | ProblemReason::Untrusted
+            | ProblemReason::RefusedFile
+            | ProblemReason::NameTaken => (1, Duration::ZERO),
         }
     }
 
     /// Whether the problem ends as soon as its source is heard.
     fn ends_when_heard(self) -> bool {
-        matches!(self, Reason::ForeignKey | Reason::ForeignCluster | Reason::Unproven | Reason::Unsent)
+        matches!(
+            self,
+            ProblemReason::ForeignKey | ProblemReason::ForeignCluster | ProblemReason::Unproven | ProblemReason::Unsent
+        )
     }
 }
 
 /// A problem as shown to operators.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Problem {
-    pub reason: Reason,
+    pub reason: ProblemReason,
     /// An address, a configured peer, a node's name, or a configuration key. Empty if the source is this node.
     pub source: String,
     pub detail: String,
@@ -162,22 +167,22 @@ pub struct Problem {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Source {
+enum ProblemSource {
     Addr(SocketAddr),
     Name(String),
 }
 
-impl std::fmt::Display for Source {
+impl std::fmt::Display for ProblemSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Source::Addr(addr) => addr.fmt(f),
-            Source::Name(name) => f.write_str(name),
+            ProblemSource::Addr(addr) => addr.fmt(f),
+            ProblemSource::Name(name) => f.write_str(name),
         }
     }
 }
 
-struct Entry {
-    source: Source,
+struct ProblemEntry {
+    source: ProblemSource,
     detail: String,
     count: u64,
     first: Instant,
@@ -188,12 +193,12 @@ struct Entry {
 /// All sources of one reason.
 #[derive(Default)]
 struct Group {
-    entries: Vec<Entry>,
+    entries: Vec<ProblemEntry>,
     /// Events of sources that are not kept, and the time of the last one.
     others: u64,
     others_at: Option<Instant>,
     logged_at: Option<Instant>,
-    logged: Vec<Source>,
+    logged: Vec<ProblemSource>,
 }
 
 /// The current problems. The pure core.
@@ -210,29 +215,29 @@ struct ProblemLog {
 /// A log line.
 #[derive(Debug, PartialEq, Eq)]
 enum Line {
-    Begun { reason: Reason, sources: String, events: u64, others: u64 },
-    Over { reason: Reason },
+    Begun { reason: ProblemReason, sources: String, events: u64, others: u64 },
+    Over { reason: ProblemReason },
 }
 
 impl ProblemLog {
     fn new() -> Self {
-        let groups = Reason::ALL.iter().map(|_| Group::default()).collect();
+        let groups = ProblemReason::ALL.iter().map(|_| Group::default()).collect();
         Self { groups, expected: BTreeSet::new(), answered: BTreeSet::new(), silent: BTreeMap::new() }
     }
 
     /// Records an event. `detail` is called when the source is new.
-    fn event(&mut self, reason: Reason, source: Source, detail: impl FnOnce() -> String, now: Instant) {
-        if let Source::Addr(addr) = &source
-            && reason == Reason::ForeignKey
-            && self.group(Reason::ForeignCluster).has(&Source::Addr(*addr), now)
+    fn event(&mut self, reason: ProblemReason, source: ProblemSource, detail: impl FnOnce() -> String, now: Instant) {
+        if let ProblemSource::Addr(addr) = &source
+            && reason == ProblemReason::ForeignKey
+            && self.group(ProblemReason::ForeignCluster).has(&ProblemSource::Addr(*addr), now)
         {
             // The sender has already reported why its gossip cannot be decrypted.
             return;
         }
-        if reason == Reason::ForeignCluster {
-            self.group_mut(Reason::ForeignKey).entries.retain(|entry| entry.source != source);
+        if reason == ProblemReason::ForeignCluster {
+            self.group_mut(ProblemReason::ForeignKey).entries.retain(|entry| entry.source != source);
         }
-        let is_expected = matches!(&source, Source::Addr(addr) if self.expected.contains(addr));
+        let is_expected = matches!(&source, ProblemSource::Addr(addr) if self.expected.contains(addr));
         let group = self.group_mut(reason);
         if let Some(entry) = group.entries.iter_mut().find(|entry| entry.source == source) {
             if is_over(entry, now) {
@@ -240,22 +245,22 @@ impl ProblemLog {
             }
             (entry.count, entry.last) = (entry.count + 1, now);
         } else if group.make_room(is_expected, now) {
-            group.entries.push(Entry { source, detail: detail(), count: 1, first: now, last: now, is_expected });
+            group.entries.push(ProblemEntry { source, detail: detail(), count: 1, first: now, last: now, is_expected });
         } else {
             (group.others, group.others_at) = (group.others_now(now) + 1, Some(now));
         }
     }
 
     /// Replaces all current sources of a reason that is checked periodically.
-    fn state(&mut self, reason: Reason, found: Vec<(String, String)>, now: Instant) {
+    fn state(&mut self, reason: ProblemReason, found: Vec<(String, String)>, now: Instant) {
         let group = self.group_mut(reason);
         (group.others, group.others_at) = (found.len().saturating_sub(MAX_SOURCES) as u64, Some(now));
         let before = std::mem::take(&mut group.entries);
         let entry = |(name, detail): (String, String)| {
-            let source = Source::Name(name);
+            let source = ProblemSource::Name(name);
             let known = before.iter().find(|entry| entry.source == source);
             let (count, first) = known.map_or((0, now), |entry| (entry.count, entry.first));
-            Entry { source, detail, count: count + 1, first, last: now, is_expected: true }
+            ProblemEntry { source, detail, count: count + 1, first, last: now, is_expected: true }
         };
         group.entries = found.into_iter().take(MAX_SOURCES).map(entry).collect();
     }
@@ -265,10 +270,10 @@ impl ProblemLog {
         if self.expected.contains(&addr) {
             self.answered.insert(addr);
         }
-        for reason in Reason::ALL.into_iter().filter(|reason| reason.ends_when_heard()) {
+        for reason in ProblemReason::ALL.into_iter().filter(|reason| reason.ends_when_heard()) {
             let entries = &mut self.group_mut(reason).entries;
             if !entries.is_empty() {
-                entries.retain(|entry| entry.source != Source::Addr(addr));
+                entries.retain(|entry| entry.source != ProblemSource::Addr(addr));
             }
         }
     }
@@ -278,17 +283,17 @@ impl ProblemLog {
         self.expected = addrs;
     }
 
-    fn group(&self, reason: Reason) -> &Group {
+    fn group(&self, reason: ProblemReason) -> &Group {
         &self.groups[reason as usize]
     }
 
-    fn group_mut(&mut self, reason: Reason) -> &mut Group {
+    fn group_mut(&mut self, reason: ProblemReason) -> &mut Group {
         &mut self.groups[reason as usize]
     }
 
     /// The current problems, by reason.
     fn list(&self, now: Instant) -> Vec<Problem> {
-        let of = |reason: Reason| {
+        let of = |reason: ProblemReason| {
             self.group(reason).visible(reason, now).map(move |entry| Problem {
                 reason,
                 source: entry.source.to_string(),
@@ -298,21 +303,21 @@ impl ProblemLog {
                 age_seconds: now.saturating_duration_since(entry.last).as_secs_f64(),
             })
         };
-        Reason::ALL.into_iter().flat_map(of).collect()
+        ProblemReason::ALL.into_iter().flat_map(of).collect()
     }
 
     /// The log lines that are due. A reason has at most one per minute.
     fn lines(&mut self, now: Instant) -> Vec<Line> {
-        Reason::ALL.into_iter().filter_map(|reason| self.group_mut(reason).line(reason, now)).collect()
+        ProblemReason::ALL.into_iter().filter_map(|reason| self.group_mut(reason).line(reason, now)).collect()
     }
 }
 
-fn is_over(entry: &Entry, now: Instant) -> bool {
+fn is_over(entry: &ProblemEntry, now: Instant) -> bool {
     now.saturating_duration_since(entry.last) > FADE
 }
 
 impl Group {
-    fn has(&self, source: &Source, now: Instant) -> bool {
+    fn has(&self, source: &ProblemSource, now: Instant) -> bool {
         self.entries.iter().any(|entry| entry.source == *source && !is_over(entry, now))
     }
 
@@ -321,7 +326,7 @@ impl Group {
         if self.entries.len() < MAX_SOURCES {
             return true;
         }
-        let may_go = |entry: &Entry| is_over(entry, now) || (is_expected && !entry.is_expected);
+        let may_go = |entry: &ProblemEntry| is_over(entry, now) || (is_expected && !entry.is_expected);
         let victim = self.entries.iter().position(may_go);
         victim.map(|at| self.entries.remove(at)).is_some()
     }
@@ -331,7 +336,7 @@ impl Group {
         if is_recent { self.others } else { 0 }
     }
 
-    fn visible(&self, reason: Reason, now: Instant) -> impl Iterator<Item = &Entry> {
+    fn visible(&self, reason: ProblemReason, now: Instant) -> impl Iterator<Item = &ProblemEntry> {
         let (count, span) = reason.threshold();
         // A sender that keeps changing its address is still noticed.
         let is_crowded = self.others_now(now) >= count;
@@ -341,9 +346,9 @@ impl Group {
         })
     }
 
-    fn line(&mut self, reason: Reason, now: Instant) -> Option<Line> {
-        let seen: Vec<&Entry> = self.visible(reason, now).collect();
-        let sources: Vec<Source> = seen.iter().map(|entry| entry.source.clone()).collect();
+    fn line(&mut self, reason: ProblemReason, now: Instant) -> Option<Line> {
+        let seen: Vec<&ProblemEntry> = self.visible(reason, now).collect();
+        let sources: Vec<ProblemSource> = seen.iter().map(|entry| entry.source.clone()).collect();
         let since = self.logged_at.map(|at| now.saturating_duration_since(at));
         if seen.is_empty() {
             let was_logged = !self.logged.is_empty();
@@ -355,7 +360,7 @@ impl Group {
         if since.is_some_and(|since| since < spacing) {
             return None;
         }
-        let describe = |entry: &&Entry| match (entry.source.to_string(), entry.detail.as_str()) {
+        let describe = |entry: &&ProblemEntry| match (entry.source.to_string(), entry.detail.as_str()) {
             (source, "") => source,
             (source, detail) if source.is_empty() => detail.to_owned(),
             (source, detail) => format!("{source} ({detail})"),
@@ -383,17 +388,17 @@ impl Default for Problems {
 
 impl Problems {
     /// Records an event caused by this address. `detail` is called when the source is new.
-    pub fn event(&self, reason: Reason, from: SocketAddr, detail: impl FnOnce() -> String) {
-        self.0.lock().event(reason, Source::Addr(from), detail, Instant::now());
+    pub fn event(&self, reason: ProblemReason, from: SocketAddr, detail: impl FnOnce() -> String) {
+        self.0.lock().event(reason, ProblemSource::Addr(from), detail, Instant::now());
     }
 
     /// Records an event of a source that is not a gossip address.
-    pub fn event_at(&self, reason: Reason, source: &str, detail: impl FnOnce() -> String) {
-        self.0.lock().event(reason, Source::Name(source.to_owned()), detail, Instant::now());
+    pub fn event_at(&self, reason: ProblemReason, source: &str, detail: impl FnOnce() -> String) {
+        self.0.lock().event(reason, ProblemSource::Name(source.to_owned()), detail, Instant::now());
     }
 
     /// Sets all current sources, as (source, detail), of a reason that is checked periodically.
-    pub fn state(&self, reason: Reason, found: Vec<(String, String)>) {
+    pub fn state(&self, reason: ProblemReason, found: Vec<(String, String)>) {
         self.0.lock().state(reason, found, Instant::now());
     }
 
@@ -436,9 +441,11 @@ impl Problems {
     }
 
     /// Ends a problem of this source.
-    pub fn clear(&self, reason: Reason, source: &str) {
+    pub fn clear(&self, reason: ProblemReason, source: &str) {
         let mut log = self.0.lock();
-        log.group_mut(reason).entries.retain(|entry| !matches!(&entry.source, Source::Name(name) if name == source));
+        log.group_mut(reason)
+            .entries
+            .retain(|entry| !matches!(&entry.source, ProblemSource::Name(name) if name == source));
     }
 
     /// The current problems.
@@ -452,14 +459,18 @@ impl Problems {
             let (mut log, now) = (self.0.lock(), Instant::now());
             (log.lines(now), log.list(now))
         };
-        for reason in Reason::ALL {
+        for reason in ProblemReason::ALL {
             let count = problems.iter().filter(|problem| problem.reason == reason).count();
             metrics.cluster_problems.with([reason.label()]).set(count as f64);
         }
         for line in lines {
             match line {
-                Line::Begun { reason: Reason::NameTaken, .. } => {
-                    tracing::error!(reason = Reason::NameTaken.label(), "{}", Reason::NameTaken.explanation());
+                Line::Begun { reason: ProblemReason::NameTaken, .. } => {
+                    tracing::error!(
+                        reason = ProblemReason::NameTaken.label(),
+                        "{}",
+                        ProblemReason::NameTaken.explanation()
+                    );
                 }
                 Line::Begun { reason, sources, events, others } => {
                     tracing::warn!(reason = reason.label(), sources, events, others, "{}", reason.explanation());

@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::problems::{Problems, Reason};
+use super::problems::{ProblemReason, Problems};
 use super::tls::{self, PeerTls};
 use super::transport::PeerTransport;
 use super::{ClusterView, JournalKey, Peer};
@@ -79,7 +79,7 @@ impl Reach {
         let present: BTreeMap<Process, Arc<Peer>> =
             view.peers.values().filter(stays).map(|peer| (process(peer), peer.clone())).collect();
         for (id, ..) in peers.keys().filter(|process| !present.contains_key(*process)) {
-            self.problems.clear(Reason::Untrusted, id.as_str());
+            self.problems.clear(ProblemReason::Untrusted, id.as_str());
         }
         peers.retain(|process, _| present.contains_key(process));
         for process in present.keys() {
@@ -94,7 +94,7 @@ impl Reach {
         }
         let failing = peers.iter().filter(|(_, standing)| standing.failures >= FAILURES && !standing.detail.is_empty());
         let found = failing.map(|((id, ..), standing)| (id.to_string(), standing.detail.clone()));
-        self.problems.state(Reason::Unreachable, found.collect());
+        self.problems.state(ProblemReason::Unreachable, found.collect());
     }
 
     async fn call(&self, process: Process, peer: &Peer) -> (Process, Result<(), Failure>) {
@@ -121,17 +121,17 @@ impl Reach {
         });
         let Some(failure) = failure else {
             *standing = Standing { next: Instant::now() + RECHECK, failures: 0, detail: String::new() };
-            return self.problems.clear(Reason::Untrusted, name);
+            return self.problems.clear(ProblemReason::Untrusted, name);
         };
         standing.next = Instant::now() + RETRY;
         standing.failures += 1;
         if tls::is_distrust(&failure) {
             // Reported as another problem.
             standing.detail.clear();
-            self.problems.event_at(Reason::Untrusted, name, || with_causes(&failure).to_string());
+            self.problems.event_at(ProblemReason::Untrusted, name, || with_causes(&failure).to_string());
         } else {
             standing.detail = with_causes(&failure).to_string();
-            self.problems.clear(Reason::Untrusted, name);
+            self.problems.clear(ProblemReason::Untrusted, name);
         }
     }
 

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::key::{ClusterKeyError, KeyId, KeyRing};
 use super::membership::Membership;
-use super::problems::Reason;
+use super::problems::ProblemReason;
 use super::tls::{PeerTls, PeerTlsError};
 use super::{Config, Problems};
 use crate::types::with_causes;
@@ -90,7 +90,7 @@ impl Reload {
             let files = self.files();
             let Ok(contents) = tokio::task::spawn_blocking(move || digest(&files)).await else { continue };
             if used == Some(contents) {
-                self.problems.state(Reason::RefusedFile, Vec::new());
+                self.problems.state(ProblemReason::RefusedFile, Vec::new());
                 continue;
             }
             // Contents must be the same twice in a row, in case a file is just being written.
@@ -98,7 +98,8 @@ impl Reload {
             match self.take().await {
                 Ok(()) => used = Some(contents),
                 Err(error) if is_settled => {
-                    self.problems.state(Reason::RefusedFile, vec![(String::new(), with_causes(&error).to_string())]);
+                    self.problems
+                        .state(ProblemReason::RefusedFile, vec![(String::new(), with_causes(&error).to_string())]);
                 }
                 Err(_) => {}
             }

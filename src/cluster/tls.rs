@@ -95,9 +95,9 @@ pub type CalledStream = server::TlsStream<TcpStream>;
 
 /// This node's TLS configuration, for calls to peers and from peers. Cheap to clone; clones change together.
 #[derive(Clone)]
-pub struct PeerTls(Arc<Shared>);
+pub struct PeerTls(Arc<CurrentTls>);
 
-struct Shared {
+struct CurrentTls {
     sides: ArcSwap<Sides>,
     /// Counts the times that something was no longer trusted.
     revocations: watch::Sender<u64>,
@@ -123,7 +123,7 @@ impl PeerTls {
     }
 
     fn of(sides: Sides) -> Self {
-        let shared = Shared { sides: ArcSwap::from_pointee(sides), revocations: watch::Sender::new(0) };
+        let shared = CurrentTls { sides: ArcSwap::from_pointee(sides), revocations: watch::Sender::new(0) };
         Self(Arc::new(shared))
     }
 

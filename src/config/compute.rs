@@ -8,7 +8,7 @@ use crate::engine::model::gpu_weights::Quantization;
 use crate::engine::model_runner::{DeviceChoice, KvCacheDType, RunnerConfig};
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct Compute {
+pub struct ComputeConfig {
     /// Default: `auto`, a GPU where there is one.
     pub device: DeviceChoice,
     /// Default: 0.9. Of the GPU's memory, what this process may use.
@@ -31,7 +31,7 @@ pub struct Compute {
     pub threads: Option<usize>,
 }
 
-impl Default for Compute {
+impl Default for ComputeConfig {
     fn default() -> Self {
         Self {
             device: DeviceChoice::Auto,
@@ -55,7 +55,7 @@ const MAX_THREADS: usize = 1024;
 const CPU_STEP: (usize, usize) = (64, 512);
 const GPU_STEP: (usize, usize) = (256, 8192);
 
-impl Compute {
+impl ComputeConfig {
     pub fn validate(&self, problems: &mut Vec<String>) {
         if self.kv_cache_memory == Some(0) {
             problems.push("kv_cache_memory must be greater than 0".into());

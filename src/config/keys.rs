@@ -6,8 +6,8 @@
 use super::Config;
 use super::process::GenerationConfig;
 use super::syntax::{
-    Address, Auto, Choice, Count, List, Location, Notation, Number, Plain, Secrets, Size, Switch, Syntax, Text, Time,
-    Token, choice,
+    Address, Auto, Count, List, Location, Notation, Number, OneOf, Plain, Secrets, Size, Switch, Syntax, Text, Time,
+    Token, one_of,
 };
 use crate::engine::model::LoadFormat;
 use crate::engine::model::decoder::DType;
@@ -113,16 +113,16 @@ macro_rules! keys {
     };
 }
 
-choice!(LogFormat, "text|json" { Text: "text", Json: "json" });
+one_of!(LogFormat, "text|json" { Text: "text", Json: "json" });
 
-choice!(DType, "auto|float32|float16|bfloat16" {
+one_of!(DType, "auto|float32|float16|bfloat16" {
     Auto: "auto",
     Float32: "float32" | "f32" | "float",
     Float16: "float16" | "f16" | "half",
     BFloat16: "bfloat16" | "bf16",
 });
 
-choice!(KvCacheDType, "auto|float32|float16|bfloat16|fp8" {
+one_of!(KvCacheDType, "auto|float32|float16|bfloat16|fp8" {
     Auto: "auto",
     Float32: "float32" | "f32" | "float",
     Float16: "float16" | "f16" | "half",
@@ -130,9 +130,9 @@ choice!(KvCacheDType, "auto|float32|float16|bfloat16|fp8" {
     Fp8: "fp8" | "fp8_e4m3",
 });
 
-choice!(Quantization, "none|fp8" { None: "none", Fp8: "fp8" });
+one_of!(Quantization, "none|fp8" { None: "none", Fp8: "fp8" });
 
-choice!(Strategy, "balanced|least-request|least-latency|least-kv-cache|throughput|prefix-cache|random|power-of-two" {
+one_of!(Strategy, "balanced|least-request|least-latency|least-kv-cache|throughput|prefix-cache|random|power-of-two" {
     Balanced: "balanced",
     LeastRequest: "least-request",
     LeastLatency: "least-latency",
@@ -143,14 +143,14 @@ choice!(Strategy, "balanced|least-request|least-latency|least-kv-cache|throughpu
     PowerOfTwo: "power-of-two",
 });
 
-choice!(LoadFormat, "auto|safetensors|gguf|dummy" {
+one_of!(LoadFormat, "auto|safetensors|gguf|dummy" {
     Auto: "auto",
     Safetensors: "safetensors",
     Gguf: "gguf",
     Dummy: "dummy",
 });
 
-choice!(GenerationConfig, "auto|vllm" { Auto: "auto", Vllm: "vllm" | "none" });
+one_of!(GenerationConfig, "auto|vllm" { Auto: "auto", Vllm: "vllm" | "none" });
 
 /// `cuda:1` among them, which no list of choices can name.
 struct Device;
@@ -207,9 +207,9 @@ keys! {
             "Model to serve: a name from the catalog, a hub id (`owner/name`), a directory, or a `.gguf` file.";
         served_model_name: List => process.served_model_name,
             "Names under which the API serves the model; responses carry the first. Without any, the model's own name.";
-        load_format: Choice<LoadFormat> => process.load_format,
+        load_format: OneOf<LoadFormat> => process.load_format,
             "Which files to load. `dummy` fills the shapes of a `config.json` with random weights, for benchmarks.";
-        generation_config: Choice<GenerationConfig> => process.generation_config,
+        generation_config: OneOf<GenerationConfig> => process.generation_config,
             "Sampling defaults for requests that give no value of their own. `auto` takes those of the model's authors \
              (`generation_config.json`, the GGUF file or the catalog), `vllm` the API's (temperature 1, nothing cut off).";
         chat_template: Auto<Location> => process.chat_template,
@@ -242,11 +242,11 @@ keys! {
             "Device that computes; `auto` is the first GPU if there is one, else the CPU.";
         gpu_memory_utilization: Number => compute.gpu_memory_utilization,
             "Fraction of the GPU's memory that this process may use for weights, activations and the KV cache.";
-        dtype: Choice<DType> => compute.dtype,
+        dtype: OneOf<DType> => compute.dtype,
             "Number type of the weights in memory and of the arithmetic; `auto` is the type in the model's files.";
-        quantization: Choice<Quantization> => compute.quantization,
+        quantization: OneOf<Quantization> => compute.quantization,
             "Quantize dense weights when loading them on a GPU. `fp8` is E4M3, with one scale per row, for weights and activations.";
-        kv_cache_dtype: Choice<KvCacheDType> => compute.kv_cache_dtype,
+        kv_cache_dtype: OneOf<KvCacheDType> => compute.kv_cache_dtype,
             "Number type of the KV cache. `auto` is the same as `dtype`, or float16 if `dtype` is `auto`.";
         kv_cache_memory | kv_cache_memory_bytes: Auto<Size> => compute.kv_cache_memory,
             "Size of the KV cache. `auto` is 1 GiB on a CPU (memory is taken as it is used), and what `gpu_memory_utilization` leaves on a GPU.";
@@ -322,7 +322,7 @@ keys! {
             "Address for `/cluster`, `outrigger status` and metrics; `auto` is none.";
     }
     "Routing" {
-        placement: Choice<Strategy> => router.placement,
+        placement: OneOf<Strategy> => router.placement,
             "How to choose the replica for a request. A request can override it with the header `x-outrigger-placement`.";
         peer_stall_timeout: Time => router.peer_stall_timeout,
             "Continue a stream on another replica when its replica sends nothing for this long.";
@@ -342,7 +342,7 @@ keys! {
             "Delay a stream's first token by at most this long while waiting for another node to hold its journal.";
     }
     "Log" {
-        log_format: Choice<LogFormat> => trace.log_format,
+        log_format: OneOf<LogFormat> => trace.log_format,
             "Format of the log on standard error: `text` for people, `json` for collectors.";
         log_level: Text => trace.log_level,
             "Lowest level to log, or filter directives such as `info,outrigger=debug`.";

@@ -17,10 +17,10 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-pub use compute::Compute;
+pub use compute::ComputeConfig;
 pub use drill::{DrillArguments, DrillTarget};
 pub use keys::{KEYS, Key, markdown_tables};
-pub use process::{GenerationConfig, Process};
+pub use process::{GenerationConfig, ProcessConfig};
 
 use crate::observability::trace;
 use crate::{admission, api, cluster, engine, health, hub, router};
@@ -28,10 +28,10 @@ use crate::{admission, api, cluster, engine, health, hub, router};
 /// Every section. Defaults are the sections' own.
 #[derive(Clone, Debug)]
 pub struct Config {
-    pub process: Process,
+    pub process: ProcessConfig,
     /// Its `home` follows from `process.home` and the environment.
     pub hub: hub::Config,
-    pub compute: Compute,
+    pub compute: ComputeConfig,
     pub engine: engine::Config,
     pub admission: admission::Config,
     pub health: health::Config,
@@ -45,9 +45,9 @@ impl Default for Config {
     /// Without a home: that takes an environment.
     fn default() -> Self {
         Self {
-            process: Process::default(),
+            process: ProcessConfig::default(),
             hub: hub::Config::new(""),
-            compute: Compute::default(),
+            compute: ComputeConfig::default(),
             engine: engine::Config::default(),
             admission: admission::Config::default(),
             health: health::Config::default(),

@@ -16,7 +16,7 @@ pub enum GenerationConfig {
 }
 
 #[derive(Clone, Debug, PartialEq)]
-pub struct Process {
+pub struct ProcessConfig {
     /// Default: the catalog's `smollm2-135m-instruct`.
     pub model: String,
     /// Default: none, which stands for the model's own name.
@@ -41,7 +41,7 @@ pub struct Process {
     pub fault_injection: bool,
 }
 
-impl Default for Process {
+impl Default for ProcessConfig {
     fn default() -> Self {
         Self {
             model: "smollm2-135m-instruct".into(),
@@ -62,7 +62,7 @@ impl Default for Process {
 /// A day: longer than any generation, and far from the edge of the clock's arithmetic.
 const MAX_TIME: Duration = Duration::from_secs(24 * 60 * 60);
 
-impl Process {
+impl ProcessConfig {
     /// The names under which the API serves a model that is known by `own_name`, and as `model` says it; never empty.
     pub fn served_names(&self, own_name: &str) -> Vec<String> {
         if !self.served_model_name.is_empty() {

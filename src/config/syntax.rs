@@ -364,32 +364,32 @@ impl<T, S: Syntax<T>> Syntax<Option<T>> for Auto<S> {
 }
 
 /// One of a few words; the first of each row is the word that is written, the others are understood.
-pub struct Choice<T>(PhantomData<T>);
+pub struct OneOf<T>(PhantomData<T>);
 
-macro_rules! choice {
-    ($choice:ty, $hint:literal { $($variant:ident: $word:literal $(| $alias:literal)*),+ $(,)? }) => {
-        impl $crate::config::syntax::Notation for $crate::config::syntax::Choice<$choice> {
+macro_rules! one_of {
+    ($value:ty, $hint:literal { $($variant:ident: $word:literal $(| $alias:literal)*),+ $(,)? }) => {
+        impl $crate::config::syntax::Notation for $crate::config::syntax::OneOf<$value> {
             const HINT: &'static str = $hint;
         }
 
-        impl $crate::config::syntax::Syntax<$choice> for $crate::config::syntax::Choice<$choice> {
-            fn read(text: &str) -> Result<$choice, String> {
+        impl $crate::config::syntax::Syntax<$value> for $crate::config::syntax::OneOf<$value> {
+            fn read(text: &str) -> Result<$value, String> {
                 match text.trim().to_ascii_lowercase().as_str() {
-                    $($word $(| $alias)* => Ok(<$choice>::$variant),)+
+                    $($word $(| $alias)* => Ok(<$value>::$variant),)+
                     _ => Err(format!("must be one of {}, got `{text}`", [$($word),+].join(", "))),
                 }
             }
 
-            fn write(value: &$choice) -> toml::Value {
+            fn write(value: &$value) -> toml::Value {
                 match value {
-                    $(<$choice>::$variant => toml::Value::String($word.into()),)+
+                    $(<$value>::$variant => toml::Value::String($word.into()),)+
                 }
             }
         }
     };
 }
 
-pub(super) use choice;
+pub(super) use one_of;
 
 #[cfg(test)]
 mod tests {

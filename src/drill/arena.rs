@@ -23,7 +23,7 @@ const POLL: Duration = Duration::from_millis(20);
 
 /// What can be done to a node from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Action {
+pub enum NodeAction {
     /// `kill -9`
     Kill,
     /// `kill -STOP`
@@ -35,25 +35,25 @@ pub enum Action {
     Restart,
 }
 
-impl Action {
+impl NodeAction {
     /// The action's name as passed to the hook.
     pub fn name(self) -> &'static str {
         match self {
-            Action::Kill => "kill",
-            Action::Pause => "pause",
-            Action::Resume => "resume",
-            Action::Terminate => "terminate",
-            Action::Restart => "restart",
+            NodeAction::Kill => "kill",
+            NodeAction::Pause => "pause",
+            NodeAction::Resume => "resume",
+            NodeAction::Terminate => "terminate",
+            NodeAction::Restart => "restart",
         }
     }
 
     fn signal(self) -> Option<Signal> {
         match self {
-            Action::Kill => Some(Signal::SIGKILL),
-            Action::Pause => Some(Signal::SIGSTOP),
-            Action::Resume => Some(Signal::SIGCONT),
-            Action::Terminate => Some(Signal::SIGTERM),
-            Action::Restart => None,
+            NodeAction::Kill => Some(Signal::SIGKILL),
+            NodeAction::Pause => Some(Signal::SIGSTOP),
+            NodeAction::Resume => Some(Signal::SIGCONT),
+            NodeAction::Terminate => Some(Signal::SIGTERM),
+            NodeAction::Restart => None,
         }
     }
 }
@@ -115,7 +115,7 @@ impl ArenaNode {
         Self { url, admin, control: Control::Foreign { may_kill, hook } }
     }
 
-    pub fn allows(&self, action: Action) -> bool {
+    pub fn allows(&self, action: NodeAction) -> bool {
         match &self.control {
             Control::Own(_) => true,
             Control::Foreign { hook: Some(_), .. } => true,
@@ -132,7 +132,7 @@ impl ArenaNode {
     }
 
     /// Carries out the action, or returns why it cannot.
-    pub async fn act(&mut self, action: Action) -> Result<(), ArenaError> {
+    pub async fn act(&mut self, action: NodeAction) -> Result<(), ArenaError> {
         let node = self.url.clone();
         let name = action.name();
         if !self.allows(action) {
@@ -147,7 +147,7 @@ impl ArenaNode {
     }
 }
 
-fn act_on_own(process: &mut NodeProcess, action: Action) -> io::Result<()> {
+fn act_on_own(process: &mut NodeProcess, action: NodeAction) -> io::Result<()> {
     match action.signal() {
         Some(Signal::SIGKILL) => process.kill(),
         Some(signal) => process.signal(signal),
@@ -155,10 +155,10 @@ fn act_on_own(process: &mut NodeProcess, action: Action) -> io::Result<()> {
     }
 }
 
-fn act_on_foreign(may_kill: &mut Option<u32>, action: Action) -> io::Result<()> {
+fn act_on_foreign(may_kill: &mut Option<u32>, action: NodeAction) -> io::Result<()> {
     let forbidden = || io::Error::from(io::ErrorKind::PermissionDenied);
     let (id, signal) = (may_kill.ok_or_else(forbidden)?, action.signal().ok_or_else(forbidden)?);
-    if matches!(action, Action::Kill | Action::Terminate) {
+    if matches!(action, NodeAction::Kill | NodeAction::Terminate) {
         // After this process exits, the system may give its id to another one.
         *may_kill = None;
     }
@@ -179,7 +179,7 @@ impl Arena {
         let mut arena = Self { nodes, client };
         for node in &mut arena.nodes {
             if node.process().is_some() {
-                node.act(Action::Restart).await?;
+                node.act(NodeAction::Restart).await?;
             }
         }
         arena.wait_until_whole().await?;
@@ -279,7 +279,9 @@ mod tests {
     #[tokio::test]
     async fn nothing_is_done_to_a_target_that_was_not_allowed() {
         let mut node = ArenaNode::foreign(target(None), None);
-        for action in [Action::Kill, Action::Pause, Action::Resume, Action::Terminate, Action::Restart] {
+        for action in
+            [NodeAction::Kill, NodeAction::Pause, NodeAction::Resume, NodeAction::Terminate, NodeAction::Restart]
+        {
             assert!(!node.allows(action));
             assert!(matches!(node.act(action).await, Err(ArenaError::Forbidden { .. })), "{action:?}");
         }
@@ -289,11 +291,11 @@ mod tests {
     async fn a_process_that_may_die_dies_once_and_its_id_is_forgotten() {
         let mut victim = std::process::Command::new("sleep").arg("1000").spawn().expect("it starts");
         let mut node = ArenaNode::foreign(target(Some(victim.id())), None);
-        assert!(!node.allows(Action::Restart), "a process id does not tell how to start it again");
-        node.act(Action::Kill).await.expect("allowed");
+        assert!(!node.allows(NodeAction::Restart), "a process id does not tell how to start it again");
+        node.act(NodeAction::Kill).await.expect("allowed");
         let status = victim.wait().expect("it ends");
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(Signal::SIGKILL as i32));
-        assert!(matches!(node.act(Action::Kill).await, Err(ArenaError::Forbidden { .. })));
+        assert!(matches!(node.act(NodeAction::Kill).await, Err(ArenaError::Forbidden { .. })));
     }
 
     #[tokio::test]
@@ -304,8 +306,8 @@ mod tests {
         std::fs::write(&hook, script).expect("written");
         std::fs::set_permissions(&hook, std::os::unix::fs::PermissionsExt::from_mode(0o700)).expect("executable");
         let mut node = ArenaNode::foreign(target(None), Some(hook));
-        node.act(Action::Restart).await.expect("the hook agrees");
-        assert!(matches!(node.act(Action::Resume).await, Err(ArenaError::Failed { .. })), "the hook refuses");
+        node.act(NodeAction::Restart).await.expect("the hook agrees");
+        assert!(matches!(node.act(NodeAction::Resume).await, Err(ArenaError::Failed { .. })), "the hook refuses");
         let told = std::fs::read_to_string(told).expect("called");
         assert_eq!(told, "restart http://127.0.0.1:1\nresume http://127.0.0.1:1\n");
     }

@@ -271,7 +271,7 @@ mod tests {
     use tokio::net::TcpListener;
 
     use super::*;
-    use crate::drill::workload::{COMPLETIONS, Kind};
+    use crate::drill::workload::{COMPLETIONS, RequestKind};
 
     fn chunk(id: &str, token: u32, finish: Option<&str>) -> String {
         let tokens = if finish.is_some() { json!([]) } else { json!([token]) };
@@ -305,7 +305,7 @@ mod tests {
     }
 
     fn planned() -> PlannedStream {
-        PlannedStream { kind: Kind::Greedy, path: COMPLETIONS, body: json!({"prompt": "x"}) }
+        PlannedStream { kind: RequestKind::Greedy, path: COMPLETIONS, body: json!({"prompt": "x"}) }
     }
 
     async fn play(urls: &[String], may_reconnect: bool) -> StreamRecord {

@@ -1,6 +1,6 @@
 //! The exercises: what each does to the cluster, when, and through which node its clients connect.
 
-use super::arena::Action;
+use super::arena::NodeAction;
 
 /// One game day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,13 +25,13 @@ pub enum Exercise {
 pub enum Injury {
     None,
     /// Hits the node, other than the entry, that computes most streams.
-    Generator(Action),
+    Generator(NodeAction),
     /// Its engine breaks; see `app::fault_injection`.
     GeneratorFault(&'static str),
-    Entry(Action),
+    Entry(NodeAction),
     EntryFault(&'static str),
     /// Hits all nodes but the entry at once.
-    AllButEntry(Action),
+    AllButEntry(NodeAction),
     /// Every node in turn is stopped with SIGTERM and started again.
     Rolling,
 }
@@ -96,16 +96,16 @@ impl Exercise {
     pub fn injury(self) -> Injury {
         match self {
             Exercise::Calm => Injury::None,
-            Exercise::KillInDecode | Exercise::KillInPrefill => Injury::Generator(Action::Kill),
-            Exercise::Pause => Injury::Generator(Action::Pause),
+            Exercise::KillInDecode | Exercise::KillInPrefill => Injury::Generator(NodeAction::Kill),
+            Exercise::Pause => Injury::Generator(NodeAction::Pause),
             Exercise::EnginePanic => Injury::GeneratorFault("panic"),
             Exercise::DeviceError => Injury::GeneratorFault("device"),
             Exercise::EngineHang => Injury::GeneratorFault("hang"),
             Exercise::NanLogits => Injury::GeneratorFault("nan_logits"),
             Exercise::RollingRestart => Injury::Rolling,
-            Exercise::KillEntry => Injury::Entry(Action::Kill),
+            Exercise::KillEntry => Injury::Entry(NodeAction::Kill),
             Exercise::EntryEnginePanic => Injury::EntryFault("panic"),
-            Exercise::AllButOne => Injury::AllButEntry(Action::Kill),
+            Exercise::AllButOne => Injury::AllButEntry(NodeAction::Kill),
         }
     }
 
@@ -125,12 +125,12 @@ impl Exercise {
     }
 
     /// The action that must be allowed on the nodes that it may hit. `None` if it needs no permission.
-    pub fn needs(self) -> Option<Action> {
+    pub fn needs(self) -> Option<NodeAction> {
         match self.injury() {
             Injury::None | Injury::GeneratorFault(_) | Injury::EntryFault(_) => None,
             Injury::Generator(action) | Injury::Entry(action) | Injury::AllButEntry(action) => Some(action),
             // A node that may be restarted may also be stopped.
-            Injury::Rolling => Some(Action::Restart),
+            Injury::Rolling => Some(NodeAction::Restart),
         }
     }
 }

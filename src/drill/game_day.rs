@@ -7,7 +7,7 @@ use serde_json::json;
 use tokio::time::{Instant, sleep};
 
 use super::DrillError;
-use super::arena::{Action, Arena, ArenaError, EXIT_PATIENCE};
+use super::arena::{Arena, ArenaError, EXIT_PATIENCE, NodeAction};
 use super::client::{DrillClient, StreamRecord};
 use super::exercise::{Clients, Exercise, Injury, Moment};
 use super::flight::Flight;
@@ -15,7 +15,7 @@ use super::measure::{Gaps, Outcome, seen_by_moved};
 use super::moves::{Moves, Watch, total_of_others};
 use super::served_model::ServedModel;
 use super::transcript::Transcript;
-use super::workload::{COMPLETIONS, Kind, PlannedStream, Shape, plan, with_stop_string};
+use super::workload::{COMPLETIONS, PlannedStream, RequestKind, Shape, plan, with_stop_string};
 use crate::types::{NodeId, with_causes};
 
 /// The node that clients connect to if they do not spread.
@@ -79,7 +79,7 @@ impl GameDay {
     }
 
     async fn references(&self, mut streams: Vec<PlannedStream>) -> Result<Vec<Rehearsed>, DrillError> {
-        let is_stopped = |stream: &&mut PlannedStream| stream.kind == Kind::StopString;
+        let is_stopped = |stream: &&mut PlannedStream| stream.kind == RequestKind::StopString;
         let unstopped: Vec<PlannedStream> =
             streams.iter_mut().filter(is_stopped).map(|stream| stream.clone()).collect();
         let transcripts = self.play_calmly(&unstopped).await?;
@@ -262,9 +262,9 @@ impl GameDay {
                 for &victim in &victims {
                     self.arena.nodes[victim].act(action).await?;
                 }
-                if action == Action::Pause {
+                if action == NodeAction::Pause {
                     sleep(PAUSE).await;
-                    self.arena.nodes[victims[0]].act(Action::Resume).await?;
+                    self.arena.nodes[victims[0]].act(NodeAction::Resume).await?;
                 }
             }
             Injury::Rolling => harvested = self.roll(outcome).await?,
@@ -341,18 +341,18 @@ impl GameDay {
             let seen = self.arena.overview(index).await;
             harvested.add(&seen.map(|overview| Moves::of(&overview)).unwrap_or_default());
             let node = &mut self.arena.nodes[index];
-            node.act(Action::Terminate).await?;
+            node.act(NodeAction::Terminate).await?;
             if let Some(process) = node.process() {
                 match process.exit(EXIT_PATIENCE).await {
                     Some(status) if status.success() => {}
                     Some(status) => outcome.problem(format!("{} ended with {status} after SIGTERM", process.name)),
                     None => {
                         outcome.problem(format!("{} did not end within {EXIT_PATIENCE:?} of SIGTERM", process.name));
-                        node.act(Action::Kill).await?;
+                        node.act(NodeAction::Kill).await?;
                     }
                 }
             }
-            self.arena.nodes[index].act(Action::Restart).await?;
+            self.arena.nodes[index].act(NodeAction::Restart).await?;
             self.arena.wait_until_whole().await?;
         }
         Ok(harvested)
@@ -374,14 +374,14 @@ impl GameDay {
                     None => outcome.problem(format!("{} did not end after its engine had died", process.name)),
                 }
             }
-            if !node.allows(Action::Restart) {
+            if !node.allows(NodeAction::Restart) {
                 // Somebody else may; the next exercise waits for it.
                 return Ok(());
             }
             if node.process().is_some_and(|process| process.is_running()) {
-                node.act(Action::Kill).await?;
+                node.act(NodeAction::Kill).await?;
             }
-            node.act(Action::Restart).await?;
+            node.act(NodeAction::Restart).await?;
         }
         self.arena.wait_until_whole().await?;
         Ok(())

@@ -10,14 +10,14 @@ pub const COMPLETIONS: &str = "/v1/completions";
 /// A request that asks for a stream with token ids.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PlannedStream {
-    pub kind: Kind,
+    pub kind: RequestKind,
     pub path: &'static str,
     pub body: Value,
 }
 
 /// What is special about a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum RequestKind {
     Greedy,
     Sampled,
     Penalised,
@@ -26,21 +26,27 @@ pub enum Kind {
     Logprobs,
 }
 
-impl Kind {
-    pub const ALL: [Kind; 6] =
-        [Kind::Greedy, Kind::Sampled, Kind::Penalised, Kind::StopString, Kind::ManyChoices, Kind::Logprobs];
+impl RequestKind {
+    pub const ALL: [RequestKind; 6] = [
+        RequestKind::Greedy,
+        RequestKind::Sampled,
+        RequestKind::Penalised,
+        RequestKind::StopString,
+        RequestKind::ManyChoices,
+        RequestKind::Logprobs,
+    ];
 
     fn sampling(self, seed: u64) -> Value {
         match self {
-            Kind::Greedy => json!({"temperature": 0}),
-            Kind::Sampled => json!({"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": seed}),
-            Kind::Penalised => json!({
+            RequestKind::Greedy => json!({"temperature": 0}),
+            RequestKind::Sampled => json!({"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": seed}),
+            RequestKind::Penalised => json!({
                 "temperature": 0.8, "repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.3,
                 "seed": seed
             }),
-            Kind::StopString => json!({"temperature": 0.7, "min_p": 0.02, "seed": seed}),
-            Kind::ManyChoices => json!({"temperature": 1.0, "n": 3, "seed": seed}),
-            Kind::Logprobs => json!({"temperature": 0.6, "seed": seed}),
+            RequestKind::StopString => json!({"temperature": 0.7, "min_p": 0.02, "seed": seed}),
+            RequestKind::ManyChoices => json!({"temperature": 1.0, "n": 3, "seed": seed}),
+            RequestKind::Logprobs => json!({"temperature": 0.6, "seed": seed}),
         }
     }
 }
@@ -67,8 +73,8 @@ pub fn plan(shape: &Shape) -> Vec<PlannedStream> {
 }
 
 fn planned(shape: &Shape, number: usize) -> PlannedStream {
-    let kind = Kind::ALL[number % Kind::ALL.len()];
-    let is_chat = shape.has_chat && (number / Kind::ALL.len()).is_multiple_of(2);
+    let kind = RequestKind::ALL[number % RequestKind::ALL.len()];
+    let is_chat = shape.has_chat && (number / RequestKind::ALL.len()).is_multiple_of(2);
     let prompt = prompt(shape, number as u64);
     let mut body = match is_chat {
         true => json!({"messages": [{"role": "user", "content": prompt}]}),
@@ -79,7 +85,7 @@ fn planned(shape: &Shape, number: usize) -> PlannedStream {
     });
     merge(&mut body, common);
     merge(&mut body, kind.sampling(shape.salt * 1000 + number as u64));
-    if kind == Kind::Logprobs {
+    if kind == RequestKind::Logprobs {
         merge(&mut body, if is_chat { json!({"logprobs": true, "top_logprobs": 3}) } else { json!({"logprobs": 3}) });
     }
     PlannedStream { kind, path: if is_chat { CHAT } else { COMPLETIONS }, body }
@@ -153,7 +159,7 @@ mod tests {
     fn every_kind_is_there_in_chat_and_in_completions() {
         let streams = plan(&shape());
         assert_eq!(streams.len(), 32);
-        for kind in Kind::ALL {
+        for kind in RequestKind::ALL {
             for path in [CHAT, COMPLETIONS] {
                 assert!(streams.iter().any(|stream| stream.kind == kind && stream.path == path), "{kind:?} {path}");
             }

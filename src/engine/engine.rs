@@ -34,7 +34,7 @@ pub(super) struct Submission {
     pub(super) slot: RequestSlot,
 }
 
-pub(super) struct Request {
+pub(super) struct RunningRequest {
     pub(super) request: GenerateRequest,
     events: mpsc::UnboundedSender<GenerationEvent>,
     /// Of the choices that are not finished.
@@ -48,7 +48,7 @@ pub(super) struct Request {
 }
 
 /// The choice behind a sequence.
-pub(super) struct Choice {
+pub(super) struct RunningChoice {
     pub(super) serial: Serial,
     pub(super) index: u32,
     /// Made when the choice is first computed, or when it is resumed.
@@ -63,9 +63,9 @@ pub(super) struct Engine {
     rules: EndRules,
     uses_prefix_cache: bool,
     /// In order of arrival.
-    pub(super) requests: BTreeMap<Serial, Request>,
+    pub(super) requests: BTreeMap<Serial, RunningRequest>,
     /// By the index of the sequence.
-    pub(super) choices: Vec<Option<Choice>>,
+    pub(super) choices: Vec<Option<RunningChoice>>,
     deadlines: BTreeSet<(Instant, Serial)>,
     drain: Option<Drain>,
     pub(super) drain_meter: DrainMeter,
@@ -133,7 +133,7 @@ impl Engine {
             self.deadlines.insert((deadline, serial));
         }
         let has_tokens = request.choices.iter().any(|choice| !choice.emitted.is_empty());
-        let request = Request {
+        let request = RunningRequest {
             request,
             events,
             sequences: SmallVec::new(),
@@ -276,7 +276,7 @@ impl Engine {
                 false => self.scheduler.add(new),
             };
             sibling = sibling.or(Some(id));
-            self.add_choice(id, Choice { serial, index: start.index, generation, row: 0 });
+            self.add_choice(id, RunningChoice { serial, index: start.index, generation, row: 0 });
         }
         Ok(())
     }
@@ -290,7 +290,7 @@ impl Engine {
         }
     }
 
-    fn add_choice(&mut self, id: SequenceId, choice: Choice) {
+    fn add_choice(&mut self, id: SequenceId, choice: RunningChoice) {
         if self.choices.len() <= id.index() {
             self.choices.resize_with(id.index() + 1, || None);
         }
@@ -402,7 +402,7 @@ impl Engine {
 
     /// One choice has ended; with the last one its request has.
     pub(super) fn finish(&mut self, id: SequenceId, reason: FinishReason) {
-        let Choice { serial, index, .. } = self.choices[id.index()].take().expect("a sequence has a choice");
+        let RunningChoice { serial, index, .. } = self.choices[id.index()].take().expect("a sequence has a choice");
         self.scheduler.remove(id);
         self.send(serial, GenerationEvent::Finished { choice: index, reason });
         let request = self.requests.get_mut(&serial).expect("the request is known");

@@ -127,7 +127,7 @@ impl Value {
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq)]
-pub struct TensorEntry {
+pub struct GgufTensor {
     pub ty: TensorType,
     /// Outermost dimension first (`[out, in]` for a matrix): the reverse of the order in the file.
     pub shape: Vec<usize>,
@@ -140,7 +140,7 @@ pub struct TensorEntry {
 pub struct Header {
     pub version: u32,
     pub metadata: BTreeMap<String, Value>,
-    pub tensors: BTreeMap<String, TensorEntry>,
+    pub tensors: BTreeMap<String, GgufTensor>,
 }
 
 /// An open file.
@@ -189,7 +189,7 @@ impl Gguf {
         &self.header.metadata
     }
 
-    pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
+    pub fn tensors(&self) -> &BTreeMap<String, GgufTensor> {
         &self.header.tensors
     }
 
@@ -252,7 +252,7 @@ impl<'a> RawEntry<'a> {
         Ok(Self { name, dimensions, type_id: reader.u32()?, offset: reader.u64()? })
     }
 
-    fn locate(&self, data_start: u64, alignment: u64, file_len: usize) -> Result<TensorEntry, GgufError> {
+    fn locate(&self, data_start: u64, alignment: u64, file_len: usize) -> Result<GgufTensor, GgufError> {
         let name = || self.name.to_owned();
         let ty = TensorType::from_ggml(self.type_id)
             .ok_or_else(|| GgufError::UnsupportedTensorType { name: name(), id: self.type_id })?;
@@ -269,7 +269,7 @@ impl<'a> RawEntry<'a> {
         if end > file_len as u64 {
             return Err(GgufError::OutsideFile { name: name(), end, file: file_len as u64 });
         }
-        Ok(TensorEntry { ty, shape, range: start as usize..end as usize })
+        Ok(GgufTensor { ty, shape, range: start as usize..end as usize })
     }
 
     /// Shape, outermost dimension first, and size; `None` when a dimension is 0, blocks are broken, or it overflows.

@@ -43,7 +43,7 @@ pub enum SafetensorsError {
 
 /// One tensor of a file.
 #[derive(Clone, Debug, PartialEq)]
-pub struct TensorEntry {
+pub struct SafetensorsTensor {
     /// As the header spells it. A file may hold tensors of unsupported types, as long as they are not read.
     pub dtype: String,
     pub shape: Vec<usize>,
@@ -55,7 +55,7 @@ pub struct TensorEntry {
 #[derive(Debug)]
 pub struct Safetensors {
     file: MappedFile,
-    tensors: BTreeMap<String, TensorEntry>,
+    tensors: BTreeMap<String, SafetensorsTensor>,
 }
 
 impl Safetensors {
@@ -66,7 +66,7 @@ impl Safetensors {
     }
 
     /// Parses the bytes of a whole file.
-    pub fn parse(bytes: &[u8]) -> Result<BTreeMap<String, TensorEntry>, SafetensorsError> {
+    pub fn parse(bytes: &[u8]) -> Result<BTreeMap<String, SafetensorsTensor>, SafetensorsError> {
         let (length, rest) = bytes.split_first_chunk::<LENGTH_BYTES>().ok_or(SafetensorsError::TooShort)?;
         let header = u64::from_le_bytes(*length);
         if header > MAX_HEADER_BYTES || header > rest.len() as u64 {
@@ -82,7 +82,7 @@ impl Safetensors {
         located.collect()
     }
 
-    pub fn tensors(&self) -> &BTreeMap<String, TensorEntry> {
+    pub fn tensors(&self) -> &BTreeMap<String, SafetensorsTensor> {
         &self.tensors
     }
 
@@ -117,7 +117,7 @@ struct TensorJson {
 }
 
 impl TensorJson {
-    fn locate(self, name: &str, data_start: usize, available: usize) -> Result<TensorEntry, SafetensorsError> {
+    fn locate(self, name: &str, data_start: usize, available: usize) -> Result<SafetensorsTensor, SafetensorsError> {
         let bytes = dtype_bits(&self.dtype).and_then(|bits| {
             let elements = self.shape.iter().try_fold(1u64, |product, n| product.checked_mul(*n))?;
             elements.checked_mul(bits).filter(|bits| bits % 8 == 0).map(|bits| bits / 8)
@@ -133,7 +133,7 @@ impl TensorJson {
         // An empty tensor may have a huge dimension beside the zero. It is never read.
         let shape = self.shape.iter().map(|n| usize::try_from(*n).unwrap_or(usize::MAX)).collect();
         let range = data_start + begin as usize..data_start + end as usize;
-        Ok(TensorEntry { dtype: self.dtype, shape, range })
+        Ok(SafetensorsTensor { dtype: self.dtype, shape, range })
     }
 }
 

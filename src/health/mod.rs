@@ -38,7 +38,7 @@ pub use memory::{HostMemory, MemoryLimit, MemoryProbe, MemoryProbeError};
 use memory::{MemoryLevel, MemoryMarks, MemoryPlace, MemoryReading, MemoryState};
 pub use monitor::{watch_device, watch_engine, watch_memory};
 use stall_watch::StallWatch;
-use verdict::{Bounds, EngineView, MemoryView, ProbeView};
+use verdict::{EngineView, MemoryView, ProbeView, VerdictBounds};
 pub use verdict::{HealthSnapshot, Liveness, LoadPhase, LoadProgress, QueueView, Readiness, Reason, Startup};
 
 /// Why the node has failed.
@@ -143,7 +143,7 @@ impl Health {
             probe: observed.probe_view(),
             memory: observed.memory_view(),
             queue,
-            bounds: Bounds {
+            bounds: VerdictBounds {
                 stall_timeout: config.stall_timeout,
                 liveness_timeout: config.liveness_timeout,
                 memory_removal_mark: config.memory_removal_mark,

@@ -25,7 +25,7 @@ pub struct HealthSnapshot {
     pub probe: ProbeView,
     pub memory: MemoryView,
     pub queue: QueueView,
-    pub bounds: Bounds,
+    pub bounds: VerdictBounds,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,7 +63,7 @@ pub struct QueueView {
 
 /// The limits that apply.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Bounds {
+pub struct VerdictBounds {
     pub stall_timeout: Duration,
     pub liveness_timeout: Duration,
     pub memory_removal_mark: f64,
@@ -256,7 +256,7 @@ mod tests {
             probe: ProbeView { has_passed: true, fault: None },
             memory: MemoryView { pressure: Some(0.5), ..Default::default() },
             queue: QueueView::default(),
-            bounds: Bounds {
+            bounds: VerdictBounds {
                 stall_timeout: STALL,
                 liveness_timeout: HANG,
                 memory_removal_mark: 0.95,

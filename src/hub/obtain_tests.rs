@@ -7,7 +7,7 @@ use crate::types::SamplingDefaults;
 
 const CONTENT: &[u8] = b"the weights of a model";
 
-fn entry(sources: Vec<Source>) -> CatalogEntry {
+fn entry(sources: Vec<ModelSource>) -> CatalogEntry {
     let checksum = Checksum::of(CONTENT).unwrap();
     CatalogEntry {
         id: "tiny".to_owned(),
@@ -20,8 +20,8 @@ fn entry(sources: Vec<Source>) -> CatalogEntry {
     }
 }
 
-fn hub_source(repository: &str) -> Source {
-    Source::Hub { repository: repository.to_owned(), revision: "main".to_owned(), path: "tiny.gguf".to_owned() }
+fn hub_source(repository: &str) -> ModelSource {
+    ModelSource::Hub { repository: repository.to_owned(), revision: "main".to_owned(), path: "tiny.gguf".to_owned() }
 }
 
 async fn hub(content: &[u8]) -> FakeHub {
@@ -87,7 +87,8 @@ async fn every_source_that_fails_says_why() {
 async fn the_second_source_serves_when_the_first_is_away() {
     let home = tempfile::tempdir().unwrap();
     let hub = hub(CONTENT).await;
-    let away = Source::Hub { repository: "o/n".to_owned(), revision: "main".to_owned(), path: "absent".to_owned() };
+    let away =
+        ModelSource::Hub { repository: "o/n".to_owned(), revision: "main".to_owned(), path: "absent".to_owned() };
     let entry = entry(vec![away, hub_source("owner/name")]);
     assert!(catalog_file(&config(&home, &hub), &entry, &Progress::Log).await.is_ok());
 }

@@ -12,7 +12,7 @@ use tokio::process::{ChildStderr, Command};
 
 use super::checksum::Checksum;
 use super::error::SourceError;
-use super::progress::{Progress, Task};
+use super::progress::{Progress, ProgressTask};
 use super::store::{PartialDirectory, Store, unblock};
 use crate::types::tasks;
 
@@ -169,7 +169,7 @@ fn unpack(
     expected: &Checksum,
     store: &Store,
     file: &str,
-    mut task: Task,
+    mut task: ProgressTask,
 ) -> Result<(), SourceError> {
     let disk = |error| SourceError::disk(error, expected.size);
     let broken = |source| SourceError::Wheel { member: member.to_owned(), source };

@@ -33,7 +33,7 @@ impl Progress {
     }
 
     /// Starts a step of `total` bytes. `what` describes it, such as "downloading …".
-    pub fn start(&self, what: impl Into<String>, total: u64) -> Task {
+    pub fn start(&self, what: impl Into<String>, total: u64) -> ProgressTask {
         let what = what.into();
         let bar = match self {
             Progress::Observed(inner, observer) => {
@@ -48,7 +48,7 @@ impl Progress {
                 ProgressBar::hidden()
             }
         };
-        Task {
+        ProgressTask {
             bar,
             what,
             total,
@@ -70,7 +70,7 @@ fn bar(what: &str, total: u64) -> ProgressBar {
 }
 
 /// A running step. Dropping it removes the bar.
-pub struct Task {
+pub struct ProgressTask {
     bar: ProgressBar,
     what: String,
     total: u64,
@@ -80,7 +80,7 @@ pub struct Task {
     observer: Option<Observer>,
 }
 
-impl Task {
+impl ProgressTask {
     pub fn advance(&mut self, bytes: u64) {
         self.set(self.done + bytes);
     }
@@ -99,7 +99,7 @@ impl Task {
     }
 }
 
-impl Drop for Task {
+impl Drop for ProgressTask {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

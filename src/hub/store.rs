@@ -146,10 +146,10 @@ impl Store {
         }
     }
 
-    pub fn partial(&self) -> io::Result<Partial> {
+    pub fn partial(&self) -> io::Result<PartialFile> {
         let path = self.path(&format!("{PARTIAL_PREFIX}{}", Uuid::new_v4()));
         let file = OpenOptions::new().write(true).create_new(true).open(&path)?;
-        Ok(Partial { store: self.clone(), path, file, checksum: RunningChecksum::default() })
+        Ok(PartialFile { store: self.clone(), path, file, checksum: RunningChecksum::default() })
     }
 
     /// A folder for another program's temporary files, on the same disk.
@@ -161,14 +161,14 @@ impl Store {
 }
 
 /// A file being written. Removed if dropped without `commit`.
-pub(super) struct Partial {
+pub(super) struct PartialFile {
     store: Store,
     path: PathBuf,
     file: File,
     checksum: RunningChecksum,
 }
 
-impl Partial {
+impl PartialFile {
     pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         self.checksum.update(bytes);
@@ -201,7 +201,7 @@ impl Partial {
     }
 }
 
-impl Drop for Partial {
+impl Drop for PartialFile {
     fn drop(&mut self) {
         // After `commit` the path no longer exists; names are unique, so this removes nothing else.
         let _ = std::fs::remove_file(&self.path);

@@ -25,10 +25,10 @@ pub type OnDropped = Box<dyn Fn(u64) + Send>;
 
 /// A handle; cheap to clone. Each `write` is one line, and always succeeds.
 #[derive(Clone)]
-pub struct Sink(Arc<Shared>);
+pub struct Sink(Arc<SinkState>);
 
-struct Shared {
-    queue: Mutex<Queue>,
+struct SinkState {
+    queue: Mutex<QueuedLines>,
     /// A line was queued.
     queued: Condvar,
     /// Nothing is queued or being written any more.
@@ -37,7 +37,7 @@ struct Shared {
 }
 
 #[derive(Default)]
-struct Queue {
+struct QueuedLines {
     lines: VecDeque<Vec<u8>>,
     bytes: usize,
     is_writing: bool,
@@ -46,7 +46,7 @@ struct Queue {
 impl Sink {
     /// Starts the thread that writes to `stream`; it lives as long as the process.
     pub fn start(name: &str, stream: impl Write + Send + 'static, on_dropped: Option<OnDropped>) -> io::Result<Self> {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SinkState {
             queue: Mutex::default(),
             queued: Condvar::new(),
             idle: Condvar::new(),
@@ -98,7 +98,7 @@ impl Write for Sink {
     }
 }
 
-impl Shared {
+impl SinkState {
     fn write_forever(&self, mut stream: impl Write, on_dropped: Option<OnDropped>) -> ! {
         let mut reported = 0;
         let mut last_report: Option<Instant> = None;

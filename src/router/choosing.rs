@@ -3,29 +3,29 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::dispatch::{Choice, Want};
+use super::dispatch::{Destination, Want};
 use super::failover::now;
 use super::pace::ReplicaPace;
 use super::placement::{Candidate, Placement, PlacementRequest, place};
-use super::shared::Shared;
+use super::shared::RouterState;
 use super::source::Replica;
 use crate::cluster::{ModelReport, Peer};
 use crate::types::{Failure, FailureKind, NodeState};
 
-impl Shared {
+impl RouterState {
     /// Chooses where the request goes, among the replicas for which `is_free` holds. A node that is shutting down serves a
     /// request itself only if no other node takes it.
-    pub(super) fn choose(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Choice {
+    pub(super) fn choose(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Destination {
         let choice = self.choose_placed(want, is_free, is_continuation);
-        let is_last_resort = matches!(choice, Choice::Shed(_) | Choice::Nowhere(_)) && self.leaves();
+        let is_last_resort = matches!(choice, Destination::Shed(_) | Destination::Nowhere(_)) && self.leaves();
         let suits = || self.local().is_some_and(|local| self.suits(want, &local.model));
         match is_last_resort && self.can_serve_here() && is_free(&Replica::Here) && suits() {
-            true => Choice::Here,
+            true => Destination::Here,
             false => choice,
         }
     }
 
-    fn choose_placed(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Choice {
+    fn choose_placed(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Destination {
         let (view, now) = (self.view.borrow().clone(), now());
         let here = self.local().filter(|local| self.suits(want, &local.model));
         let peers: Vec<(&Arc<Peer>, &ModelReport)> = view
@@ -38,8 +38,8 @@ impl Shared {
             .collect();
         if here.is_some() && peers.is_empty() {
             return match self.may_serve_here() && is_free(&Replica::Here) {
-                true => Choice::Here,
-                false => Choice::Nowhere(self.unavailable()),
+                true => Destination::Here,
+                false => Destination::Nowhere(self.unavailable()),
             };
         }
         let own_report = here.map(|_| self.own_report_now());
@@ -93,16 +93,16 @@ impl Shared {
             placement = place(want.strategy, &request, &candidates, self.draw());
         }
         match placement {
-            Placement::Serve(index) if index < num_here => Choice::Here,
+            Placement::Serve(index) if index < num_here => Destination::Here,
             Placement::Serve(index) => {
                 let (peer, model) = peers[index - num_here];
-                Choice::Peer(peer.clone(), model.fingerprint.clone())
+                Destination::Peer(peer.clone(), model.fingerprint.clone())
             }
             Placement::Shed { retry_after } => {
                 let message = "Every node is busy: the queues of all replicas of the model are full.";
-                Choice::Shed(Failure::new(FailureKind::Overloaded, message).with_retry_after(retry_after))
+                Destination::Shed(Failure::new(FailureKind::Overloaded, message).with_retry_after(retry_after))
             }
-            Placement::Nowhere => Choice::Nowhere(self.unavailable()),
+            Placement::Nowhere => Destination::Nowhere(self.unavailable()),
         }
     }
 

@@ -4,12 +4,12 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::Shared;
+use super::RouterState;
 use super::failover::{Beginning, FailoverStream, now};
 use super::hot_prefixes::{self, PrefixHashes};
 use super::recall::Recalled;
 use super::shared::bounded;
-use super::source::{Replica, Source};
+use super::source::{Replica, StreamSource};
 use super::stream_log::{Cursor, StreamFingerprint, StreamLog};
 use super::{Router, Strategy};
 use crate::admission::Demand;
@@ -87,7 +87,7 @@ pub(super) struct Want {
 }
 
 /// The result of choosing a replica.
-pub(super) enum Choice {
+pub(super) enum Destination {
     Here,
     Peer(Arc<Peer>, Fingerprint),
     /// All replicas are above their queue limits.
@@ -97,7 +97,7 @@ pub(super) enum Choice {
 }
 
 impl Want {
-    fn new(dispatch: &Dispatch, shared: &Shared) -> Self {
+    fn new(dispatch: &Dispatch, shared: &RouterState) -> Self {
         Self {
             id: dispatch.id.clone(),
             model: dispatch.model.clone(),
@@ -209,7 +209,7 @@ impl Router {
         let shared = &self.shared;
         let mut want = Want::new(dispatch, shared);
         let mut hold = self.hold(dispatch.deadline);
-        let is_placeable = |want: &Want| !matches!(shared.choose(want, &|_| true, false), Choice::Nowhere(_));
+        let is_placeable = |want: &Want| !matches!(shared.choose(want, &|_| true, false), Destination::Nowhere(_));
         if hold.is_on() {
             while !is_placeable(&want) && hold.waits().await {}
             hold.check_deadline()?;
@@ -278,7 +278,7 @@ impl Router {
     }
 
     /// Follows the stream at its entry node, if it is still running there.
-    async fn follow(&self, record: &JournalRecord, known: &[ChoiceProgress]) -> Option<Source> {
+    async fn follow(&self, record: &JournalRecord, known: &[ChoiceProgress]) -> Option<StreamSource> {
         let shared = &self.shared;
         if record.is_finished() || record.entry == shared.own {
             return None;
@@ -289,7 +289,7 @@ impl Router {
         let call = shared.transport.follow(&peer, call);
         let stream = bounded(call, shared.answer_limit(false)).await.ok()?;
         let cursor = Cursor::behind(known.iter());
-        Some(Source::peer(peer.id.clone(), stream, None, (), cursor, None, now()))
+        Some(StreamSource::peer(peer.id.clone(), stream, None, (), cursor, None, now()))
     }
 
     /// Joins a stream that runs on this node. Returns none if it has just ended.
@@ -331,12 +331,12 @@ impl Router {
     }
 }
 
-impl Shared {
+impl RouterState {
     /// Opens the first source or chooses a place for it, and returns its fingerprint.
     fn begin(&self, want: &Want) -> Result<(Beginning, Fingerprint), Failure> {
         let everywhere = |_: &Replica| true;
         match self.choose(want, &everywhere, false) {
-            Choice::Here => {
+            Destination::Here => {
                 let starts = ChoiceStart::fresh(want.sampling.n);
                 let cursor = Cursor::fresh(want.sampling.n);
                 let refusal = match self.open_here(want, starts, cursor, false) {
@@ -350,15 +350,15 @@ impl Shared {
                 let is_load = matches!(refusal.kind, FailureKind::Overloaded | FailureKind::EngineFailed);
                 let elsewhere = |replica: &Replica| *replica != Replica::Here;
                 match self.choose(want, &elsewhere, false) {
-                    Choice::Peer(peer, fingerprint) if is_load => Ok(self.begin_at(peer, fingerprint)),
-                    Choice::Here | Choice::Peer(..) | Choice::Shed(_) | Choice::Nowhere(_) => {
+                    Destination::Peer(peer, fingerprint) if is_load => Ok(self.begin_at(peer, fingerprint)),
+                    Destination::Here | Destination::Peer(..) | Destination::Shed(_) | Destination::Nowhere(_) => {
                         self.metrics.placements.with(["shed"]).inc();
                         Err(refusal)
                     }
                 }
             }
-            Choice::Peer(peer, fingerprint) => Ok(self.begin_at(peer, fingerprint)),
-            Choice::Shed(failure) | Choice::Nowhere(failure) => {
+            Destination::Peer(peer, fingerprint) => Ok(self.begin_at(peer, fingerprint)),
+            Destination::Shed(failure) | Destination::Nowhere(failure) => {
                 self.metrics.placements.with(["shed"]).inc();
                 Err(failure)
             }
@@ -367,7 +367,7 @@ impl Shared {
 
     fn begin_at(&self, peer: Arc<Peer>, fingerprint: Fingerprint) -> (Beginning, Fingerprint) {
         self.metrics.placements.with(["peer"]).inc();
-        (Beginning::Place(Choice::Peer(peer, fingerprint.clone())), fingerprint)
+        (Beginning::Place(Destination::Peer(peer, fingerprint.clone())), fingerprint)
     }
 }
 

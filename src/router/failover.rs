@@ -20,9 +20,9 @@ use tokio::time::{Sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::breaker::Attempt;
-use super::dispatch::{Choice, NOT_SERVING, Want};
-use super::shared::{Departure, Shared, has_left};
-use super::source::{Replica, Sign, Source};
+use super::dispatch::{Destination, NOT_SERVING, Want};
+use super::shared::{Departure, RouterState, has_left};
+use super::source::{Replica, Sign, StreamSource};
 use super::stream_log::{News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
@@ -39,12 +39,12 @@ const HAND_OVER_INTERVAL: Duration = Duration::from_millis(500);
 const RACE_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) struct FailoverStream {
-    shared: Arc<Shared>,
+    shared: Arc<RouterState>,
     log: Arc<StreamLog>,
     want: Want,
-    primary: Option<Source>,
+    primary: Option<StreamSource>,
     /// Takes over with its first token.
-    successor: Option<Source>,
+    successor: Option<StreamSource>,
     opening: Option<Opening>,
     /// Why a successor is wanted while the primary is still alive.
     relief: Option<Relief>,
@@ -105,18 +105,18 @@ enum Step {
 
 /// How a stream begins.
 pub(super) enum Beginning {
-    Source(Source),
+    Source(StreamSource),
     /// Follow a stream that another node answers for.
-    Follow(Source),
+    Follow(StreamSource),
     /// At a place that has already been chosen.
-    Place(Choice),
+    Place(Destination),
     /// Continue the known tokens, at any replica.
     Anywhere,
 }
 
 impl FailoverStream {
     pub(super) fn new(
-        shared: Arc<Shared>,
+        shared: Arc<RouterState>,
         log: Arc<StreamLog>,
         want: Want,
         gate: Option<BoxFuture<'static, ()>>,
@@ -260,7 +260,7 @@ impl FailoverStream {
                     return self.look_around();
                 }
             }
-            next = self.primary.as_mut().and_then(Source::try_next);
+            next = self.primary.as_mut().and_then(StreamSource::try_next);
         }
     }
 
@@ -387,13 +387,14 @@ impl FailoverStream {
             return self.set_alarm();
         }
         let (now, stall) = (now(), self.shared.config.peer_stall_timeout);
-        let is_silent = |source: &Source| now.saturating_duration_since(source.last_sign()) >= stall;
+        let is_silent = |source: &StreamSource| now.saturating_duration_since(source.last_sign()) >= stall;
         let stalled = || Failure::new(FailureKind::PeerStalled, "The replica stopped answering.");
         if self.successor.as_ref().is_some_and(is_silent) {
             let lost = self.successor.take().expect("it is silent");
             self.exclude(lost.replica, lost.attempt, &stalled());
         }
-        let leaves = |source: &Source| source.is_leaving || (source.replica == Replica::Here && self.shared.leaves());
+        let leaves =
+            |source: &StreamSource| source.is_leaving || (source.replica == Replica::Here && self.shared.leaves());
         match &self.primary {
             Some(primary) if primary.replica == Replica::Here && self.shared.only_relays() => {
                 match self.shared.has_peers() {
@@ -452,7 +453,7 @@ impl FailoverStream {
     fn set_alarm(&mut self) {
         let now = now();
         let stall = self.shared.config.peer_stall_timeout;
-        let silence = |source: &Source| (source.last_sign() + stall).max(now + Duration::from_millis(1));
+        let silence = |source: &StreamSource| (source.last_sign() + stall).max(now + Duration::from_millis(1));
         let mut alarm = now + Duration::from_secs(60);
         if let Some(primary) = &self.primary {
             alarm = alarm.min(match self.relief {
@@ -535,7 +536,7 @@ pub(super) fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
 
-async fn next(source: &mut Option<Source>) -> Sign {
+async fn next(source: &mut Option<StreamSource>) -> Sign {
     match source {
         Some(source) => source.next().await,
         None => pending().await,

@@ -9,7 +9,7 @@ use std::time::Instant;
 use tokio::time::timeout_at;
 
 use super::failover::now;
-use super::shared::{Router, Shared};
+use super::shared::{Router, RouterState};
 use crate::cluster::ClusterView;
 use crate::health::NodePhase;
 use crate::types::{Failure, NodeState, watch};
@@ -19,12 +19,12 @@ const MAX_HELD: usize = 1024;
 
 /// The waiting of one request. Consulted after each failed attempt.
 pub struct Hold {
-    shared: Arc<Shared>,
+    shared: Arc<RouterState>,
     /// Present while another node or the model may still become available; usually absent.
     news: Option<News>,
     until: Instant,
     deadline: Option<Instant>,
-    place: Option<Place>,
+    place: Option<HeldPlace>,
 }
 
 /// Changes that may make the next attempt succeed.
@@ -42,7 +42,7 @@ impl Router {
 }
 
 impl Hold {
-    pub(super) fn new(shared: Arc<Shared>, deadline: Option<Instant>) -> Self {
+    pub(super) fn new(shared: Arc<RouterState>, deadline: Option<Instant>) -> Self {
         let patience = now() + shared.config.failover_timeout;
         Self {
             news: shared.may_yet_serve().then(|| News::of(&shared)),
@@ -96,7 +96,7 @@ impl Hold {
 
     fn takes_place(&mut self) -> bool {
         if self.place.is_none() {
-            self.place = Place::take(&self.shared);
+            self.place = HeldPlace::take(&self.shared);
         }
         self.place.is_some()
     }
@@ -110,7 +110,7 @@ impl Hold {
 }
 
 impl News {
-    fn of(shared: &Shared) -> Self {
+    fn of(shared: &RouterState) -> Self {
         Self {
             view: shared.view.clone(),
             phases: shared.health.lifecycle().subscribe(),
@@ -140,7 +140,7 @@ impl News {
     }
 }
 
-impl Shared {
+impl RouterState {
     /// Whether the model may soon be loaded or a peer found, even if the node has been asked to end before it was ready.
     fn may_yet_serve(&self) -> bool {
         let is_loading = matches!(self.health.lifecycle().state(), NodeState::Starting | NodeState::Warming);
@@ -149,13 +149,13 @@ impl Shared {
 }
 
 /// Counts a request that waits.
-struct Place {
-    shared: Arc<Shared>,
+struct HeldPlace {
+    shared: Arc<RouterState>,
     outcome: &'static str,
 }
 
-impl Place {
-    fn take(shared: &Arc<Shared>) -> Option<Self> {
+impl HeldPlace {
+    fn take(shared: &Arc<RouterState>) -> Option<Self> {
         let held = &shared.held;
         if held.fetch_add(1, Ordering::Relaxed) >= MAX_HELD {
             held.fetch_sub(1, Ordering::Relaxed);
@@ -170,7 +170,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for HeldPlace {
     fn drop(&mut self) {
         self.shared.held.fetch_sub(1, Ordering::Relaxed);
         self.shared.metrics.requests_held.dec();

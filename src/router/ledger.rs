@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 
 use super::breaker::{Attempt, Breaker, BreakerState};
-use super::pace::progress::Progress;
+use super::pace::progress::StreamProgress;
 use crate::cluster::Peer;
 use crate::types::{FailureKind, NodeId};
 
@@ -32,7 +32,7 @@ struct Account {
     /// Time from the last call to its acceptance.
     round_trip: Option<Duration>,
     /// What this node's streams observe of the peer.
-    progress: Arc<Progress>,
+    progress: Arc<StreamProgress>,
 }
 
 struct Sent {
@@ -64,7 +64,7 @@ pub struct InFlight {
     ledger: Ledger,
     node: NodeId,
     attempt: Option<Attempt>,
-    pub progress: Arc<Progress>,
+    pub progress: Arc<StreamProgress>,
     is_accepted: bool,
 }
 
@@ -102,14 +102,14 @@ impl Account {
             last_failure: None,
             last_call: now,
             round_trip: None,
-            progress: Arc::new(Progress::new(now)),
+            progress: Arc::new(StreamProgress::new(now)),
         }
     }
 }
 
 impl Ledger {
     /// What this node's streams observe of the peer, if there ever were any.
-    pub fn progress(&self, node: &NodeId) -> Option<Arc<Progress>> {
+    pub fn progress(&self, node: &NodeId) -> Option<Arc<StreamProgress>> {
         self.0.lock().get(node).map(|account| account.progress.clone())
     }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::failover::now;
 use super::pace::progress::FirstTokens;
-use super::shared::{Router, Shared};
+use super::shared::{Router, RouterState};
 use crate::cluster::{LoadReport, PaceReport, Peer};
 use crate::health::QueueView;
 use crate::types::Pace;
@@ -68,7 +68,7 @@ impl Router {
     }
 }
 
-impl Shared {
+impl RouterState {
     pub(super) fn queue(&self) -> QueueView {
         let mark = self.health.config().queue_saturation_mark as f32;
         let is_below = |peer: &Arc<Peer>| peer.report.ready && peer.report.queue_saturation < mark;

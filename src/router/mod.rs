@@ -34,4 +34,4 @@ pub use overview::{ClusterOverview, NodeOverview, PeerOverview, StreamCounts};
 pub use shared::{LocalReplica, NodeIdentity, Router, RouterParts};
 pub use stream_log::StreamFingerprint;
 
-use shared::Shared;
+use shared::RouterState;

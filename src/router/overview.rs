@@ -13,7 +13,7 @@ use super::breaker::BreakerState;
 use super::failover::now;
 use super::pace::ReplicaPace;
 use super::placement::pace_weight;
-use super::shared::Shared;
+use super::shared::RouterState;
 use super::source::Replica;
 use crate::cluster::{LoadReport, ModelReport, Peer, Problem};
 use crate::types::{FailureKind, NodeId};
@@ -200,7 +200,7 @@ impl Router {
     }
 }
 
-impl Shared {
+impl RouterState {
     fn peer_overview(&self, peer: &Peer, pace: Option<&ReplicaPace>, now: Instant) -> PeerOverview {
         let standing = self.ledger.standing(peer, now);
         let description = &peer.description;

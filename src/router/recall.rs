@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::dispatch::StreamName;
 use super::failover::now;
-use super::shared::Shared;
+use super::shared::RouterState;
 use super::stream_log::StreamLog;
 use crate::cluster::{JournalBatch, JournalEntry, JournalHead, JournalKey, JournalRecord, rendezvous};
 use crate::types::{NodeId, tasks};
@@ -30,7 +30,7 @@ pub(super) enum Recalled {
     Nothing,
 }
 
-impl Shared {
+impl RouterState {
     /// Asks this node and then others, in the rendezvous order of the key.
     pub(super) async fn recall(self: &Arc<Self>, name: &StreamName) -> Recalled {
         let running = self.streams.lock().get(&name.key).cloned();

@@ -11,8 +11,8 @@ use super::Router;
 use super::dispatch::NOT_SERVING;
 use super::failover::now;
 use super::hot_prefixes;
-use super::shared::{Departure, Shared};
-use super::source::{Sign, Source};
+use super::shared::{Departure, RouterState};
+use super::source::{Sign, StreamSource};
 use super::stream_log::Cursor;
 use crate::admission::Demand;
 use crate::cluster::{
@@ -128,7 +128,7 @@ impl PeerService for Router {
     }
 }
 
-impl Shared {
+impl RouterState {
     fn heartbeat_interval(&self) -> Duration {
         self.config.peer_stall_timeout / HEARTBEATS_PER_TIMEOUT
     }
@@ -137,8 +137,8 @@ impl Shared {
 /// Forwards the engine's events. While there are none, sends heartbeats as long as its step loop makes progress; if the engine
 /// hangs, the stream goes silent.
 async fn serve(
-    shared: Arc<Shared>,
-    mut source: Source,
+    shared: Arc<RouterState>,
+    mut source: StreamSource,
     frames: UnboundedSender<PeerFrame>,
     mut unfinished: usize,
     mut departure: watch::Receiver<Departure>,

@@ -24,7 +24,7 @@ use super::no_peers::NoPeers;
 use super::pace::Pacing;
 use super::replicator::Replicator;
 use super::retry_budget::{self, RetryBudget};
-use super::source::{Replica, Source};
+use super::source::{Replica, StreamSource};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::admission::{AdmissionController, Demand};
 use crate::cluster::{
@@ -87,10 +87,10 @@ pub(super) enum Departure {
 /// The handle to the router. Cheap to clone.
 #[derive(Clone)]
 pub struct Router {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<RouterState>,
 }
 
-pub struct Shared {
+pub struct RouterState {
     pub(super) config: Config,
     pub(super) own: NodeId,
     pub(super) identity: NodeIdentity,
@@ -131,7 +131,7 @@ impl Router {
             config.journal_ack_timeout,
         ));
         let retry_budget = Mutex::new(RetryBudget::new(config.retry_budget, now()));
-        let shared = Shared {
+        let shared = RouterState {
             config,
             own,
             identity,
@@ -262,7 +262,7 @@ impl Router {
     }
 }
 
-impl Shared {
+impl RouterState {
     pub(super) fn local(&self) -> Option<&LocalReplica> {
         self.local.get()
     }
@@ -300,7 +300,7 @@ impl Shared {
         starts: Vec<ChoiceStart>,
         cursor: Cursor,
         is_continuation: bool,
-    ) -> Result<Source, Failure> {
+    ) -> Result<StreamSource, Failure> {
         let local = self.local.get().filter(|_| self.can_serve_here()).ok_or_else(|| self.unavailable())?;
         let request = want.request(starts, is_continuation);
         self.admit(local, want.demand(), request, &want.prefixes, cursor, is_continuation)
@@ -316,7 +316,7 @@ impl Shared {
         prefixes: &[u32],
         cursor: Cursor,
         is_continuation: bool,
-    ) -> Result<Source, Failure> {
+    ) -> Result<StreamSource, Failure> {
         let engine = local.engine.clone();
         let permit = match is_continuation {
             true => self.admission.admit_continuation(demand),
@@ -329,7 +329,7 @@ impl Shared {
         let meter = Meter::new(self.metrics.clone(), &request, now());
         let stream = engine.generate(request)?;
         self.hot_prefixes.lock().record(prefixes);
-        Ok(Source::engine(stream, engine, permit, meter, cursor, progress, now()))
+        Ok(StreamSource::engine(stream, engine, permit, meter, cursor, progress, now()))
     }
 
     pub(super) fn open_peer(
@@ -354,7 +354,7 @@ impl Shared {
     }
 
     /// The source has started to deliver.
-    pub(super) fn accepted(&self, source: &mut Source) {
+    pub(super) fn accepted(&self, source: &mut StreamSource) {
         let attempt = source.unreported();
         if let (Replica::At(node), Some(attempt)) = (&source.replica, attempt) {
             self.ledger.succeeded(node, attempt, now());

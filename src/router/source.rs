@@ -29,7 +29,7 @@ impl fmt::Display for Replica {
 }
 
 /// A running generation and its position. Dropping it cancels the work.
-pub struct Source {
+pub struct StreamSource {
     pub replica: Replica,
     pub cursor: Cursor,
     /// For reporting the outcome to the peer's breaker.
@@ -61,7 +61,7 @@ pub enum Sign {
     HandOver,
 }
 
-impl Source {
+impl StreamSource {
     pub fn engine(
         stream: GenerationStream,
         engine: Arc<dyn Backend>,

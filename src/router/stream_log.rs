@@ -72,15 +72,15 @@ pub struct StreamLog {
     is_superseded: AtomicBool,
     /// Number of prompt tokens whose log-probabilities are to be sent; 0 if not requested.
     num_scores: usize,
-    state: Mutex<State>,
+    state: Mutex<LogState>,
     /// Notified when a listener leaves.
     departures: Notify,
 }
 
-struct State {
+struct LogState {
     /// The fingerprint of its tokens, and of all that will follow.
     fingerprint: Fingerprint,
-    choices: Vec<Choice>,
+    choices: Vec<ChoiceLog>,
     scheduled: Option<GenerationEvent>,
     /// Log-probabilities of the prompt's tokens so far, from the second one on.
     scores: Vec<TokenLogprobs>,
@@ -93,7 +93,7 @@ struct State {
 }
 
 #[derive(Default)]
-struct Choice {
+struct ChoiceLog {
     progress: ChoiceProgress,
     /// For each token, if requested.
     logprobs: Vec<Option<Box<TokenLogprobs>>>,
@@ -103,10 +103,10 @@ impl StreamLog {
     /// A stream with the tokens that are already known.
     pub fn new(head: Arc<JournalHead>, epoch: u64, known: Vec<ChoiceProgress>, is_named: bool, is_gated: bool) -> Self {
         let choices =
-            known.into_iter().map(|progress| Choice { logprobs: vec![None; progress.tokens.len()], progress });
-        let mut choices: Vec<Choice> = choices.collect();
-        choices.resize_with(head.sampling.n as usize, Choice::default);
-        let state = State {
+            known.into_iter().map(|progress| ChoiceLog { logprobs: vec![None; progress.tokens.len()], progress });
+        let mut choices: Vec<ChoiceLog> = choices.collect();
+        choices.resize_with(head.sampling.n as usize, ChoiceLog::default);
+        let state = LogState {
             fingerprint: head.fingerprint.clone(),
             choices,
             scheduled: None,
@@ -366,7 +366,7 @@ impl StreamLog {
     }
 }
 
-impl State {
+impl LogState {
     fn score(&mut self, start: usize, logprobs: Vec<TokenLogprobs>, num_scores: usize) -> News {
         if num_scores == 0 {
             return News::Known;

@@ -33,11 +33,11 @@ pub struct TokenizerBundle {
 struct Base {
     /// End tokens of the model and the tokenizer.
     eos_token_ids: Vec<TokenId>,
-    source: Source,
+    source: BundleSource,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-enum Source {
+enum BundleSource {
     Gguf(BTreeMap<String, Value>),
     Directory(BTreeMap<String, Vec<u8>>),
 }
@@ -53,12 +53,12 @@ struct Additions {
 impl TokenizerBundle {
     pub fn from_gguf(metadata: &BTreeMap<String, Value>, eos_token_ids: Vec<TokenId>) -> Self {
         let of_tokenizer = metadata.iter().filter(|(key, _)| key.starts_with(PREFIX));
-        let source = Source::Gguf(of_tokenizer.map(|(key, value)| (key.clone(), value.clone())).collect());
+        let source = BundleSource::Gguf(of_tokenizer.map(|(key, value)| (key.clone(), value.clone())).collect());
         Self { base: Base { eos_token_ids, source }, additions: Additions::default() }
     }
 
     pub fn from_files(files: TokenizerFiles, eos_token_ids: Vec<TokenId>) -> Self {
-        let source = Source::Directory(files.into_bundle());
+        let source = BundleSource::Directory(files.into_bundle());
         Self { base: Base { eos_token_ids, source }, additions: Additions::default() }
     }
 
@@ -101,8 +101,8 @@ impl TokenizerBundle {
     /// Builds the tokenizer, with the chat template set by the node. Blocks while it is built.
     pub fn build(&self) -> Result<Tokenizer, BundleError> {
         let tokenizer = match &self.base.source {
-            Source::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
-            Source::Directory(files) => Tokenizer::from_files(&TokenizerFiles::from_bundle(files.clone()))?,
+            BundleSource::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
+            BundleSource::Directory(files) => Tokenizer::from_files(&TokenizerFiles::from_bundle(files.clone()))?,
         };
         Ok(match &self.additions.chat_template {
             Some(template) => tokenizer.with_chat_template(template.clone()),

@@ -50,12 +50,12 @@ use special_tokens::SpecialTokens;
 /// The tokenizer of one model. Cloning is cheap; all methods may be called from any thread.
 #[derive(Clone, Debug)]
 pub struct Tokenizer {
-    shared: Arc<Shared>,
+    shared: Arc<LoadedTokenizer>,
     templates: Arc<TemplateSources>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct LoadedTokenizer {
     encoder: Encoder,
     pieces: Arc<Pieces>,
     special: SpecialTokens,
@@ -85,7 +85,7 @@ impl Tokenizer {
         templates: TemplateSources,
         sampling_defaults: SamplingDefaults,
     ) -> Self {
-        let shared = Shared { encoder, pieces: Arc::new(pieces), special, sampling_defaults };
+        let shared = LoadedTokenizer { encoder, pieces: Arc::new(pieces), special, sampling_defaults };
         Self { shared: Arc::new(shared), templates: Arc::new(templates) }
     }
 

@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 pub struct Closed;
 
 #[derive(Debug)]
-struct Shared<T> {
+struct Watched<T> {
     value: RwLock<T>,
     /// Grows with each change, while the value is locked.
     version: AtomicU64,
@@ -25,12 +25,12 @@ struct Shared<T> {
 
 /// Changes the value.
 #[derive(Debug)]
-pub struct Sender<T>(Arc<Shared<T>>);
+pub struct Sender<T>(Arc<Watched<T>>);
 
 /// Watches the value. A clone has seen as much as its original.
 #[derive(Debug)]
 pub struct Receiver<T> {
-    shared: Arc<Shared<T>>,
+    shared: Arc<Watched<T>>,
     seen: u64,
 }
 
@@ -43,7 +43,7 @@ pub fn channel<T>(value: T) -> (Sender<T>, Receiver<T>) {
 impl<T> Sender<T> {
     pub fn new(value: T) -> Self {
         let (value, version) = (RwLock::new(value), AtomicU64::new(0));
-        Self(Arc::new(Shared { value, version, changes: Notify::new(), senders: AtomicUsize::new(1) }))
+        Self(Arc::new(Watched { value, version, changes: Notify::new(), senders: AtomicUsize::new(1) }))
     }
 
     /// A receiver that has seen the current value.

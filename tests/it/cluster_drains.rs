@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use outrigger::drill::arena::{Action, EXIT_PATIENCE};
+use outrigger::drill::arena::{EXIT_PATIENCE, NodeAction};
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
@@ -83,13 +83,13 @@ async fn nodes_that_restart_in_turn_and_in_pairs_fail_no_request() {
     for nodes in [&[0][..], &[1], &[2], &[0, 1]] {
         let before = turns.load(Ordering::Relaxed);
         for &node in nodes {
-            cluster.nodes[node].act(Action::Terminate).await.expect("it is ours");
+            cluster.nodes[node].act(NodeAction::Terminate).await.expect("it is ours");
         }
         for &node in nodes {
             let process = cluster.nodes[node].process().expect("it is ours");
             let status = process.exit(EXIT_PATIENCE).await.expect("it ends");
             assert!(status.success(), "{status}");
-            cluster.nodes[node].act(Action::Restart).await.expect("it starts");
+            cluster.nodes[node].act(NodeAction::Restart).await.expect("it starts");
         }
         cluster.wait_until_whole().await.expect("all are back");
         requests.push(turns.load(Ordering::Relaxed) - before);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use outrigger::drill::arena::Action;
+use outrigger::drill::arena::NodeAction;
 use outrigger::drill::client::DrillClient;
 use outrigger::drill::transcript::Transcript;
 use outrigger::router::ClusterOverview;
@@ -188,8 +188,8 @@ async fn a_node_that_restarts_in_the_middle_of_a_change_finds_the_others() {
     })
     .await;
     for node in 0..NODES {
-        cluster.nodes[node].act(Action::Kill).await.expect("killed");
-        cluster.nodes[node].act(Action::Restart).await.expect("it starts");
+        cluster.nodes[node].act(NodeAction::Kill).await.expect("killed");
+        cluster.nodes[node].act(NodeAction::Restart).await.expect("it starts");
         cluster.wait_until_whole().await.expect("it is whole again");
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use outrigger::drill::arena::Action;
+use outrigger::drill::arena::NodeAction;
 use outrigger::drill::client::DrillClient;
 use outrigger::drill::process::NodeAddresses;
 use outrigger::drill::transcript::Transcript;
@@ -38,7 +38,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
     assert_eq!(post(cluster.url(0), COMPLETIONS, &unknown, &[]).await.status(), 404);
 
     let mut node = cluster.newcomer("n2", &[model_flag(OTHER_FIXTURE), "--served-model-name=beta".into()]);
-    node.act(Action::Restart).await.expect("it starts");
+    node.act(NodeAction::Restart).await.expect("it starts");
     cluster.nodes.push(node);
     cluster.wait_until_whole().await.expect("it joins");
 
@@ -87,7 +87,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
     assert_ne!(computed, delivered);
 
     // With its only node, the model goes.
-    cluster.nodes[2].act(Action::Kill).await.expect("killed");
+    cluster.nodes[2].act(NodeAction::Kill).await.expect("killed");
     let deadline = Instant::now() + PATIENCE;
     let forgotten = DrillClient::until(deadline, POLL, async || model_names(&cluster, 0).await == ["alpha"]).await;
     assert!(forgotten, "{:?}", model_names(&cluster, 0).await);
@@ -102,7 +102,7 @@ async fn a_node_with_a_wrong_key_is_not_heard_and_all_say_so() {
     std::fs::write(&wrong, [7; 32]).expect("written");
     let flags = [model_flag(FIXTURE), format!("--cluster-key-file={}", wrong.display())];
     let mut stranger = cluster.newcomer("stranger", &flags);
-    stranger.act(Action::Restart).await.expect("it starts");
+    stranger.act(NodeAction::Restart).await.expect("it starts");
     let (url, admin) = (stranger.url.clone(), stranger.admin.clone().expect("its own"));
     let client = cluster.client.clone();
     let is_ready = DrillClient::until(Instant::now() + PATIENCE, POLL, async || client.is_ready(&url).await).await;
@@ -153,7 +153,7 @@ async fn a_node_of_another_cluster_and_peers_that_are_not_there_are_named() {
         "--peers=no-such-host.invalid:7946".into(),
     ];
     let mut stranger = cluster.newcomer("stranger", &flags);
-    stranger.act(Action::Restart).await.expect("it starts");
+    stranger.act(NodeAction::Restart).await.expect("it starts");
     let admin = stranger.admin.clone().expect("its own");
     let client = cluster.client.clone();
     until_problem(&client, &admin, "foreign_cluster", "cluster_id `outrigger`, node_id `n0`").await;
@@ -175,7 +175,7 @@ async fn a_peer_that_gossips_and_cannot_be_called_is_named() {
     let files = own_certificates(certificates.path());
     let mut untrusted = cluster.newcomer("untrusted", &[vec![config], files].concat());
     for node in [&mut unreachable, &mut untrusted] {
-        node.act(Action::Restart).await.expect("it starts");
+        node.act(NodeAction::Restart).await.expect("it starts");
     }
     let client = cluster.client.clone();
     until_problem(&client, cluster.admin(0), "unreachable", "unreachable").await;

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use outrigger::config::DrillTarget;
-use outrigger::drill::arena::{Action, Arena, ArenaNode};
+use outrigger::drill::arena::{Arena, ArenaNode, NodeAction};
 use outrigger::drill::client::DrillClient;
 use outrigger::drill::exercise::Exercise;
 use outrigger::drill::game_day::{GameDay, Load};
@@ -130,7 +130,7 @@ async fn cut(script: impl Fn(&Network) -> String) {
         ArenaNode::foreign(target, Some(hook.clone()))
     };
     let nodes: Vec<ArenaNode> = addresses.iter().map(node).collect();
-    assert!(nodes.iter().all(|node| node.allows(Action::Pause)));
+    assert!(nodes.iter().all(|node| node.allows(NodeAction::Pause)));
     let client = DrillClient::new(None).expect("a client");
     let arena =
         Arena::start(nodes, client).await.unwrap_or_else(|error| panic!("{error}\n{}", processes[0].log_tail()));

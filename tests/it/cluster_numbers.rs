@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use futures::future::join_all;
-use outrigger::drill::arena::Action;
+use outrigger::drill::arena::NodeAction;
 use outrigger::drill::client::DrillClient;
 use serde_json::{Value, json};
 use tokio::time::Instant;
@@ -26,7 +26,7 @@ async fn cluster() -> Cluster {
     let mut flags = slow_model(cluster.folder());
     flags.push("--dtype=float32".into());
     let mut node = cluster.newcomer("n1", &flags);
-    node.act(Action::Restart).await.expect("it starts");
+    node.act(NodeAction::Restart).await.expect("it starts");
     cluster.nodes.push(node);
     cluster.wait_until_whole().await.expect("it joins");
     cluster
@@ -115,7 +115,7 @@ async fn a_stream_without_a_token_begins_anew_where_the_numbers_differ() {
         DrillClient::until(Instant::now() + PATIENCE, POLL, has_some).await,
         "nothing was placed on the other node"
     );
-    cluster.nodes[1].act(Action::Kill).await.expect("killed");
+    cluster.nodes[1].act(NodeAction::Kill).await.expect("killed");
     let answers = join_all(streams).await;
     for (number, (answer, body)) in answers.into_iter().zip(&bodies).enumerate() {
         let (fingerprint, numbers) = answer.expect("no panic");

@@ -4,7 +4,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use outrigger::config::Compute;
+use outrigger::config::ComputeConfig;
 use outrigger::engine::model::gpu_weights::Quantization;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{ComputeDevice, DeviceChoice, GpuModelRunner, KvCacheDType, RunnerConfig};
@@ -75,7 +75,7 @@ fn config(kv_cache_dtype: KvCacheDType) -> RunnerConfig {
         max_num_seqs: 8,
         max_num_batched_tokens: 512,
         threads: 1,
-        ..Compute::default().runner(&engine::Config::default())
+        ..ComputeConfig::default().runner(&engine::Config::default())
     }
 }
 

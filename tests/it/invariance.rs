@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
-use outrigger::config::Compute;
+use outrigger::config::ComputeConfig;
 use outrigger::engine::model::{LoadFormat, ModelConfig, ModelFiles, TensorSource, TokenizerSource};
 use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
 use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling, ModelRunner};
@@ -60,7 +60,7 @@ impl Setup {
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             threads: self.threads,
-            ..Compute::default().runner(&engine::Config::default())
+            ..ComputeConfig::default().runner(&engine::Config::default())
         }
     }
 }

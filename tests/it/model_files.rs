@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use outrigger::drill::arena::Action;
+use outrigger::drill::arena::NodeAction;
 use serde_json::{Value, json};
 
 use crate::cluster::{Cluster, FIXTURE, model_flag, post};
@@ -133,7 +133,7 @@ async fn what_the_files_say_holds_at_every_node() {
     let directory = model(cluster.folder(), &files);
     let flags = [format!("--model={}", directory.display()), "--served-model-name=beta".to_owned()];
     let mut node = cluster.newcomer("n1", &flags);
-    node.act(Action::Restart).await.expect("it starts");
+    node.act(NodeAction::Restart).await.expect("it starts");
     cluster.nodes.push(node);
     cluster.wait_until_whole().await.expect("it joins");
 

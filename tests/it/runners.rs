@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use outrigger::config::Compute;
+use outrigger::config::ComputeConfig;
 use outrigger::engine::model::decoder::DType;
 use outrigger::engine::model::{LoadFormat, ModelFiles};
 use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
@@ -53,7 +53,7 @@ fn load(path: &Path, setup: Setup, kv_cache_memory: u64) -> Box<dyn LogitsRunner
         block_size: setup.block_size,
         max_model_len: Some(files.config.max_position_embeddings.min(2048)),
         threads: setup.threads,
-        ..Compute::default().runner(&engine::Config::default())
+        ..ComputeConfig::default().runner(&engine::Config::default())
     };
     let runner = CpuModelRunner::load(files.config, files.tensors.as_ref(), &config, &|_| ());
     Box::new(runner.unwrap_or_else(|error| panic!("{}: {error}", path.display())))

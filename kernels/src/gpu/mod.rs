@@ -43,10 +43,10 @@ pub const GPU_NUMERICS_VERSION: u32 = 1;
 /// A device and its one stream, cheap to clone. It is used by one thread at a time.
 #[derive(Clone)]
 pub struct Device {
-    shared: Arc<Shared>,
+    shared: Arc<OpenDevice>,
 }
 
-struct Shared {
+struct OpenDevice {
     driver: Box<dyn Driver>,
     functions: Mutex<HashMap<&'static str, Function>>,
 }
@@ -69,7 +69,7 @@ impl Device {
     }
 
     fn new(driver: Box<dyn Driver>) -> Self {
-        Self { shared: Arc::new(Shared { driver, functions: Mutex::default() }) }
+        Self { shared: Arc::new(OpenDevice { driver, functions: Mutex::default() }) }
     }
 
     pub fn driver(&self) -> &dyn Driver {

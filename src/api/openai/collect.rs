@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::generation::{Emitted, Generation, Step, Update};
+use super::generation::{ClientGeneration, Emitted, Step, Update};
 use super::usage::TokenCounts;
 use crate::types::{Failure, FinishReason, TokenId, TokenLogprobs};
 
@@ -21,7 +21,10 @@ pub struct Collected {
 }
 
 /// Waits for all choices. Dropping the future cancels them.
-pub async fn collect(mut generation: Generation, choices: usize) -> Result<(Vec<Collected>, TokenCounts), Failure> {
+pub async fn collect(
+    mut generation: ClientGeneration,
+    choices: usize,
+) -> Result<(Vec<Collected>, TokenCounts), Failure> {
     let mut collected: Vec<Collected> = (0..choices).map(|_| Collected::default()).collect();
     loop {
         match generation.next().await {

@@ -61,13 +61,13 @@ struct Shape {
 struct Completion<'a> {
     #[serde(flatten)]
     head: HeadFields<'a>,
-    choices: &'a [Choice<'a>],
+    choices: &'a [CompletionChoice<'a>],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
 }
 
 #[derive(Serialize)]
-struct Choice<'a> {
+struct CompletionChoice<'a> {
     index: u32,
     text: String,
     logprobs: Option<CompletionLogprobs>,
@@ -81,7 +81,7 @@ struct Choice<'a> {
     prompt_logprobs: Option<PromptLogprobs>,
 }
 
-fn completion<'a>(head: &'a Head, choices: &'a [Choice<'a>], usage: Option<Usage>) -> Completion<'a> {
+fn completion<'a>(head: &'a Head, choices: &'a [CompletionChoice<'a>], usage: Option<Usage>) -> Completion<'a> {
     Completion { head: head.of("text_completion"), choices, usage }
 }
 
@@ -117,7 +117,7 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
             logprobs.push(&head.model.tokenizer, token, of_token, echoed + offset);
         }
         let tokenizer = &head.model.tokenizer;
-        Choice {
+        CompletionChoice {
             index: index as u32,
             text: echo + &choice.text,
             logprobs: shape.num_logprobs.map(|_| logprobs),
@@ -130,7 +130,7 @@ async fn whole(prepared: Prepared, shape: Shape) -> Result<Response, ApiError> {
             prompt_token_ids: shape.wants_ids.then_some(&*prompt.tokens),
         }
     };
-    let choices: Vec<Choice<'_>> = collected.into_iter().enumerate().map(choice).collect();
+    let choices: Vec<CompletionChoice<'_>> = collected.into_iter().enumerate().map(choice).collect();
     let response = Json(completion(&head, &choices, Some(counts.into())));
     Ok(resumption.mark(response.into_response()))
 }
@@ -184,7 +184,7 @@ impl ChunkFormat for CompletionChunks {
             true => self.shape.echo(&self.head.model, prompt, scores),
             false => Default::default(),
         };
-        let mut chunk = Choice {
+        let mut chunk = CompletionChoice {
             index,
             text: echo + &text,
             logprobs: None,

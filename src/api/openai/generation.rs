@@ -1,6 +1,6 @@
 //! A running API request: merges the backend's events for all prompts and turns them into text.
 //!
-//! Dropping a `Generation` cancels all its backend requests.
+//! Dropping a `ClientGeneration` cancels all its backend requests.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -54,7 +54,7 @@ pub struct Emitted {
     pub offset: usize,
 }
 
-pub struct Generation {
+pub struct ClientGeneration {
     parts: Vec<Part>,
     /// The prompt to poll first next time, so that no prompt starves the others.
     turn: usize,
@@ -70,7 +70,7 @@ pub struct Part {
     sampling: Arc<SamplingParams>,
     /// Index of its first choice in the response.
     first_choice: u32,
-    choices: Vec<Choice>,
+    choices: Vec<ChoiceState>,
     unfinished: u32,
     /// Updates that have not been returned yet.
     updates: VecDeque<Update>,
@@ -84,7 +84,7 @@ pub struct Part {
     has_tokens: bool,
 }
 
-struct Choice {
+struct ChoiceState {
     text: ChoiceText,
     /// Tokens received.
     tokens: u32,
@@ -108,7 +108,7 @@ impl Part {
         scores_prompt: bool,
         arrived: Instant,
     ) -> Self {
-        let choice = || Choice {
+        let choice = || ChoiceState {
             text: ChoiceText::new(&model.tokenizer, &sampling),
             tokens: 0,
             has: ChoiceMark::default(),
@@ -247,7 +247,7 @@ impl Part {
     }
 }
 
-impl Generation {
+impl ClientGeneration {
     pub fn new(parts: Vec<Part>, deadline: Option<Instant>, metrics: Arc<Metrics>) -> Self {
         assert!(!parts.is_empty(), "a request has a prompt");
         Self { parts, turn: 0, deadline, ended: false, metrics }
@@ -371,7 +371,7 @@ async fn overdue(deadline: Option<Instant>) {
     }
 }
 
-impl Drop for Generation {
+impl Drop for ClientGeneration {
     fn drop(&mut self) {
         if self.ended {
             return;

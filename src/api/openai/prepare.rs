@@ -7,7 +7,7 @@ use axum::http::HeaderMap;
 
 use super::body::{PromptInput, RequestBody};
 use super::conversation::Conversation;
-use super::generation::{Generation, Part};
+use super::generation::{ClientGeneration, Part};
 use super::head::Head;
 use super::resumption::Resumption;
 use super::sampling::{self, Endpoint, MAX_CHOICES};
@@ -45,7 +45,7 @@ pub struct Prepared {
     pub prompts: Vec<Prompt>,
     /// Choices per prompt.
     pub n: u32,
-    pub generation: Generation,
+    pub generation: ClientGeneration,
     pub resumption: Resumption,
 }
 
@@ -113,7 +113,7 @@ pub async fn prepare(
         first.get_or_insert(head);
     }
     let head = first.expect("a request has a prompt");
-    let mut generation = Generation::new(parts, deadline, state.metrics.clone());
+    let mut generation = ClientGeneration::new(parts, deadline, state.metrics.clone());
     if let Some(marks) = &resumption.has {
         generation.skip(marks);
     }

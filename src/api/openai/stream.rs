@@ -14,7 +14,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 use tokio::time::timeout;
 
-use super::generation::{Generation, Step, Update};
+use super::generation::{ClientGeneration, Step, Update};
 use super::resumption::{Resumption, write_event_id};
 use super::usage::TokenCounts;
 use crate::api::error::ApiError;
@@ -68,7 +68,7 @@ impl EventBuffer {
 /// Sends the stream as the response. The response head waits for the first step (at most for the keep-alive interval), so that
 /// early failures get their own HTTP status.
 pub async fn respond(
-    mut generation: Generation,
+    mut generation: ClientGeneration,
     format: impl ChunkFormat,
     resumption: Resumption,
     keep_alive: Duration,
@@ -102,7 +102,7 @@ impl Ids {
 }
 
 fn events(
-    mut generation: Generation,
+    mut generation: ClientGeneration,
     mut format: impl ChunkFormat,
     mut first: Option<Step>,
     ids: Ids,

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use super::roster::Strangers;
 use super::seeds::Seed;
-use crate::cluster::problems::{Problems, Reason};
+use crate::cluster::problems::{ProblemReason, Problems};
 use crate::cluster::seal::transport::SealedTransport;
 use crate::cluster::{Config, PROTOCOL_VERSION};
 
@@ -148,10 +148,10 @@ impl Diagnosis {
             (node.to_string(), format!("it uses protocol version {protocol}, this node {PROTOCOL_VERSION}"))
         });
         let name_taken = strangers.is_superseded.then(Default::default);
-        self.problems.state(Reason::Alone, alone.into_iter().collect());
-        self.problems.state(Reason::Unheard, unsuited.chain(unheard).collect());
-        self.problems.state(Reason::Unresolved, findings.unresolved.clone());
-        self.problems.state(Reason::ForeignProtocol, of_other_protocols.collect());
-        self.problems.state(Reason::NameTaken, name_taken.into_iter().collect());
+        self.problems.state(ProblemReason::Alone, alone.into_iter().collect());
+        self.problems.state(ProblemReason::Unheard, unsuited.chain(unheard).collect());
+        self.problems.state(ProblemReason::Unresolved, findings.unresolved.clone());
+        self.problems.state(ProblemReason::ForeignProtocol, of_other_protocols.collect());
+        self.problems.state(ProblemReason::NameTaken, name_taken.into_iter().collect());
     }
 }

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use self::task::{Own, Parts, Task};
+use self::task::{MembershipParts, MembershipTask, Own};
 use super::seal::Introduction;
 use super::seal::transport::{Datagrams, NoRandomness, SealedTransport};
 use super::{ClusterView, Config, KeyRing, LoadReport, NodeDescription, Problems};
@@ -103,7 +103,7 @@ impl Membership {
         let (view_sender, view) = watch::channel(Arc::default());
         let (own, own_receiver) = watch::channel(Own::default());
         let (leave, leave_receiver) = tokio::sync::mpsc::channel(1);
-        let parts = Parts {
+        let parts = MembershipParts {
             id: id.clone(),
             incarnation,
             bound,
@@ -114,7 +114,7 @@ impl Membership {
             view: view_sender,
             own: own_receiver,
         };
-        let task = Task::start(parts).await.map_err(MembershipError::Gossip)?;
+        let task = MembershipTask::start(parts).await.map_err(MembershipError::Gossip)?;
         tasks::spawn("keeps the membership", task.run(leave_receiver));
         Ok(Self {
             id,

@@ -71,7 +71,7 @@ pub(super) struct Own {
 }
 
 /// The components of the task.
-pub(super) struct Parts {
+pub(super) struct MembershipParts {
     pub(super) id: NodeId,
     pub(super) incarnation: u64,
     pub(super) bound: SocketAddr,
@@ -83,8 +83,8 @@ pub(super) struct Parts {
     pub(super) own: watch::Receiver<Own>,
 }
 
-pub(super) struct Task {
-    parts: Parts,
+pub(super) struct MembershipTask {
+    parts: MembershipParts,
     seeds: Seeds,
     gossip: Gossip,
     publisher: Publisher,
@@ -102,9 +102,9 @@ struct Gossip {
     news: Arc<Notify>,
 }
 
-impl Task {
-    pub(super) async fn start(parts: Parts) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
-        let Parts { id, incarnation, bound, config, transport, .. } = &parts;
+impl MembershipTask {
+    pub(super) async fn start(parts: MembershipParts) -> Result<Self, Box<dyn std::error::Error + Send + Sync>> {
+        let MembershipParts { id, incarnation, bound, config, transport, .. } = &parts;
         let gossip = Gossip::start(id, *incarnation, *bound, config, transport).await?;
         let (problems, now) = (parts.problems.clone(), Instant::now());
         Ok(Self {

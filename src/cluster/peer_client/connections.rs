@@ -101,12 +101,12 @@ type Sender = SendRequest<Full<Bytes>>;
 type Opening = Shared<BoxFuture<'static, Result<Sender, ConnectError>>>;
 
 /// An open connection. It stays open while a clone exists.
-pub struct Connection {
+pub struct PeerConnection {
     number: u64,
     sender: Sender,
 }
 
-impl Connection {
+impl PeerConnection {
     /// Resolves with the head of the response. Dropping the future, or later the response's body, cancels the call at the peer.
     pub async fn send(&self, path: &'static str, message: Bytes) -> Result<Response<Incoming>, SendError> {
         let uri = Uri::builder().scheme("https").authority(AUTHORITY).path_and_query(path).build();
@@ -156,9 +156,9 @@ impl Connections {
     }
 
     /// The connection to `peer`; opened if there is none. Callers that arrive while it is being opened get the same result.
-    pub async fn get(self: &Arc<Self>, peer: &PeerAddress) -> Result<Connection, ConnectError> {
+    pub async fn get(self: &Arc<Self>, peer: &PeerAddress) -> Result<PeerConnection, ConnectError> {
         let (number, opening) = self.slot(peer)?;
-        Ok(Connection { number, sender: opening.await? })
+        Ok(PeerConnection { number, sender: opening.await? })
     }
 
     fn slot(self: &Arc<Self>, peer: &PeerAddress) -> Result<(u64, Opening), ConnectError> {
@@ -190,7 +190,7 @@ impl Connections {
     }
 
     /// Makes the next call open a new connection, unless that has already happened.
-    pub fn forget(&self, peer: &PeerAddress, connection: &Connection) {
+    pub fn forget(&self, peer: &PeerAddress, connection: &PeerConnection) {
         self.remove(peer, connection.number);
     }
 

@@ -26,7 +26,7 @@
 //!
 //! Messages are compressed before encryption. Their length then shows how well they compress, which is not a secret here.
 //!
-//! `Endpoint` is sans-IO: bytes in, bytes out, time passed in. `transport` moves the bytes.
+//! `SealedEndpoint` is sans-IO: bytes in, bytes out, time passed in. `transport` moves the bytes.
 
 mod fragments;
 mod frame;
@@ -139,7 +139,7 @@ impl Received {
 }
 
 /// This process's side of the encrypted gossip with all nodes.
-pub struct Endpoint {
+pub struct SealedEndpoint {
     keys: Keys,
     introduction: Introduction,
     own: SessionId,
@@ -156,7 +156,7 @@ pub struct Endpoint {
     challenges: ChallengeBudget,
 }
 
-impl Endpoint {
+impl SealedEndpoint {
     /// `session` and `secret` must be random and never used before.
     pub fn new(keys: &KeyRing, introduction: Introduction, session: SessionId, secret: [u8; 32], now: Instant) -> Self {
         let keys = Keys::new(keys, &introduction.cluster_id);

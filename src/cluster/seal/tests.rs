@@ -8,18 +8,23 @@ use crate::cluster::ClusterKey;
 const A: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1)), 1);
 const B: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2)), 2);
 
-fn endpoint(secret: u8, cluster_id: &str, session: u8, now: Instant) -> Endpoint {
+fn endpoint(secret: u8, cluster_id: &str, session: u8, now: Instant) -> SealedEndpoint {
     let key = ClusterKey::from_secret(&[secret; 32]).expect("long enough");
     endpoint_of(&key.into(), cluster_id, session, now)
 }
 
-fn endpoint_of(keys: &KeyRing, cluster_id: &str, session: u8, now: Instant) -> Endpoint {
+fn endpoint_of(keys: &KeyRing, cluster_id: &str, session: u8, now: Instant) -> SealedEndpoint {
     let introduction = Introduction { cluster_id: cluster_id.into(), node_id: format!("n{session}") };
-    Endpoint::new(keys, introduction, [session; 16], [session; 32], now)
+    SealedEndpoint::new(keys, introduction, [session; 16], [session; 32], now)
 }
 
 /// Carries datagrams to and fro until nobody answers, and returns the messages that arrived at `b` and `a`.
-fn exchange(a: &mut Endpoint, b: &mut Endpoint, mut datagrams: Vec<Vec<u8>>, now: Instant) -> [Vec<Vec<u8>>; 2] {
+fn exchange(
+    a: &mut SealedEndpoint,
+    b: &mut SealedEndpoint,
+    mut datagrams: Vec<Vec<u8>>,
+    now: Instant,
+) -> [Vec<Vec<u8>>; 2] {
     let mut arrived = [Vec::new(), Vec::new()];
     let mut is_at_b = true;
     for _ in 0..8 {
@@ -39,14 +44,14 @@ fn exchange(a: &mut Endpoint, b: &mut Endpoint, mut datagrams: Vec<Vec<u8>>, now
 }
 
 /// Two that have met.
-fn acquainted(now: Instant) -> (Endpoint, Endpoint) {
+fn acquainted(now: Instant) -> (SealedEndpoint, SealedEndpoint) {
     let (mut a, mut b) = (endpoint(1, "c", 1, now), endpoint(1, "c", 2, now));
     let first = a.seal(B, b"hello").expect("short");
     assert_eq!(exchange(&mut a, &mut b, first, now), [Vec::<Vec<u8>>::new(), Vec::new()], "nobody is proven yet");
     (a, b)
 }
 
-fn hear(receiver: &mut Endpoint, from: SocketAddr, datagram: &[u8], now: Instant) -> Received {
+fn hear(receiver: &mut SealedEndpoint, from: SocketAddr, datagram: &[u8], now: Instant) -> Received {
     receiver.receive(from, &mut datagram.to_vec(), now)
 }
 

@@ -15,9 +15,9 @@ use tokio::net::UdpSocket;
 use tokio::time::Instant;
 
 use super::squeeze::Squeezer;
-use super::{DropReason, Endpoint, Introduction, MAX_DATAGRAM_BYTES, Received};
+use super::{DropReason, Introduction, MAX_DATAGRAM_BYTES, Received, SealedEndpoint};
 use crate::cluster::KeyRing;
-use crate::cluster::problems::{Problems, Reason};
+use crate::cluster::problems::{ProblemReason, Problems};
 use crate::observability::Metrics;
 
 /// Pause after a socket error, so that a lasting error does not keep a core busy.
@@ -51,7 +51,7 @@ impl Datagrams for UdpSocket {
 #[derive(Clone)]
 pub struct SealedTransport {
     datagrams: Arc<dyn Datagrams>,
-    endpoint: Arc<Mutex<Endpoint>>,
+    endpoint: Arc<Mutex<SealedEndpoint>>,
     metrics: Arc<Metrics>,
     problems: Problems,
 }
@@ -66,7 +66,7 @@ impl SealedTransport {
         problems: Problems,
     ) -> Result<Self, NoRandomness> {
         let (session, secret) = (random()?, random()?);
-        let endpoint = Endpoint::new(keys, introduction, session, secret, Instant::now());
+        let endpoint = SealedEndpoint::new(keys, introduction, session, secret, Instant::now());
         Ok(Self { datagrams, endpoint: Arc::new(Mutex::new(endpoint)), metrics, problems })
     }
 
@@ -88,7 +88,7 @@ impl SealedTransport {
             }
             Err(error) => {
                 self.count_drop(DropReason::Unsent);
-                self.problems.event(Reason::Unsent, to, || error.to_string());
+                self.problems.event(ProblemReason::Unsent, to, || error.to_string());
             }
         }
     }
@@ -103,13 +103,13 @@ impl SealedTransport {
         heard.into_iter().chain(received.answered).for_each(|addr| self.problems.heard(addr));
         if let Some(Introduction { cluster_id, node_id }) = &received.stranger {
             let detail = || format!("cluster_id `{cluster_id}`, node_id `{node_id}`");
-            return self.problems.event(Reason::ForeignCluster, from, detail);
+            return self.problems.event(ProblemReason::ForeignCluster, from, detail);
         }
         let reason = match received.dropped {
-            Some(DropReason::Unauthenticated) => Reason::ForeignKey,
-            Some(DropReason::Malformed) => Reason::Unreadable,
-            Some(DropReason::Unproven) => Reason::Unproven,
-            Some(DropReason::Replayed) => Reason::Replayed,
+            Some(DropReason::Unauthenticated) => ProblemReason::ForeignKey,
+            Some(DropReason::Malformed) => ProblemReason::Unreadable,
+            Some(DropReason::Unproven) => ProblemReason::Unproven,
+            Some(DropReason::Replayed) => ProblemReason::Replayed,
             Some(
                 DropReason::ForeignCluster
                 | DropReason::Own

@@ -11,7 +11,7 @@ const MAX_WIDTH: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 30;
 
 #[derive(Debug, thiserror::Error, PartialEq)]
-pub enum ConfigError {
+pub enum ModelConfigError {
     #[error(
         "architecture {0:?} is not supported (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM and Qwen3ForCausalLM \
          are; in GGUF files, llama, qwen2 and qwen3)"
@@ -29,9 +29,9 @@ pub enum ConfigError {
     Inconsistent(String),
 }
 
-impl ConfigError {
+impl ModelConfigError {
     pub(super) fn unsupported(key: impl Into<String>, value: impl ToString) -> Self {
-        ConfigError::Unsupported { key: key.into(), value: value.to_string(), hint: None }
+        ModelConfigError::Unsupported { key: key.into(), value: value.to_string(), hint: None }
     }
 }
 
@@ -158,9 +158,13 @@ impl ModelConfig {
     }
 
     /// Checks what the decoder relies on. Both parsers end with it.
-    pub(super) fn validated(self) -> Result<Self, ConfigError> {
+    pub(super) fn validated(self) -> Result<Self, ModelConfigError> {
         let within = |key, value, min, max| {
-            if (min..=max).contains(&value) { Ok(()) } else { Err(ConfigError::OutOfRange { key, value, min, max }) }
+            if (min..=max).contains(&value) {
+                Ok(())
+            } else {
+                Err(ModelConfigError::OutOfRange { key, value, min, max })
+            }
         };
         within("vocab_size", self.vocab_size, 1, MAX_WIDTH)?;
         within("hidden_size", self.hidden_size, 1, MAX_WIDTH)?;
@@ -189,7 +193,7 @@ impl ModelConfig {
 }
 
 impl RopeConfig {
-    fn validate(&self, head_dim: usize) -> Result<(), ConfigError> {
+    fn validate(&self, head_dim: usize) -> Result<(), ModelConfigError> {
         let positive = |name: &str, value: f64| match value.is_finite() && value > 0.0 {
             true => Ok(()),
             false => inconsistent(format!("{name} of the rotary positions is {value}, not a positive number")),
@@ -217,6 +221,6 @@ impl RopeConfig {
     }
 }
 
-fn inconsistent<T>(message: String) -> Result<T, ConfigError> {
-    Err(ConfigError::Inconsistent(message))
+fn inconsistent<T>(message: String) -> Result<T, ModelConfigError> {
+    Err(ModelConfigError::Inconsistent(message))
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::config::{Activation, Architecture, ConfigError, ModelConfig, RopeConfig, RopeScaling};
+use super::config::{Activation, Architecture, ModelConfig, ModelConfigError, RopeConfig, RopeScaling};
 use super::hf_config::default_head_dim;
-use crate::formats::gguf::{Gguf, TensorEntry, Value};
+use crate::formats::gguf::{Gguf, GgufTensor, Value};
 
 /// Keys under the architecture's prefix that change the numbers in ways we do not compute.
 const UNSUPPORTED_KEYS: [&str; 7] = [
@@ -25,14 +25,14 @@ pub(super) enum Family {
 }
 
 impl Family {
-    pub fn of(metadata: &BTreeMap<String, Value>) -> Result<Self, ConfigError> {
+    pub fn of(metadata: &BTreeMap<String, Value>) -> Result<Self, ModelConfigError> {
         const KEY: &str = "general.architecture";
-        let value = metadata.get(KEY).ok_or_else(|| ConfigError::Missing(KEY.to_owned()))?;
+        let value = metadata.get(KEY).ok_or_else(|| ModelConfigError::Missing(KEY.to_owned()))?;
         match value.as_str().ok_or_else(|| wrong_type(KEY, "a string", value))? {
             "llama" => Ok(Family::Llama),
             "qwen2" => Ok(Family::Qwen2),
             "qwen3" => Ok(Family::Qwen3),
-            other => Err(ConfigError::Architecture(other.to_owned())),
+            other => Err(ModelConfigError::Architecture(other.to_owned())),
         }
     }
 
@@ -52,7 +52,7 @@ impl Family {
     }
 }
 
-pub(super) fn parse(gguf: &Gguf, family: Family) -> Result<ModelConfig, ConfigError> {
+pub(super) fn parse(gguf: &Gguf, family: Family) -> Result<ModelConfig, ModelConfigError> {
     let keys = Keys { family, metadata: gguf.metadata() };
     refuse_unsupported(&keys)?;
     let hidden_size = keys.usize("embedding_length")?;
@@ -84,7 +84,7 @@ pub(super) fn parse(gguf: &Gguf, family: Family) -> Result<ModelConfig, ConfigEr
 
 /// The ids that end a generation: end of sequence, of turn and of message, as far as a key names them. Those that only their
 /// text gives away, the tokenizer knows.
-pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>) -> Result<Vec<u32>, ConfigError> {
+pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>) -> Result<Vec<u32>, ModelConfigError> {
     /// Converters write it for "none".
     const NONE: u32 = u32::MAX;
     let mut ids = Vec::new();
@@ -101,30 +101,30 @@ pub(super) fn eos_token_ids(metadata: &BTreeMap<String, Value>) -> Result<Vec<u3
     Ok(ids)
 }
 
-fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), ConfigError> {
+fn refuse_unsupported(keys: &Keys<'_>) -> Result<(), ModelConfigError> {
     if let Some(experts) = keys.optional_usize("expert_count")?.filter(|experts| *experts > 0) {
-        return Err(ConfigError::unsupported(keys.key("expert_count"), experts));
+        return Err(ModelConfigError::unsupported(keys.key("expert_count"), experts));
     }
     // What reads Qwen's files knows no such key, and which layers it would mean is nowhere said.
     if keys.family != Family::Llama
         && let Some(window) = keys.optional_usize("attention.sliding_window")?.filter(|window| *window > 0)
     {
-        return Err(ConfigError::unsupported(keys.key("attention.sliding_window"), window));
+        return Err(ModelConfigError::unsupported(keys.key("attention.sliding_window"), window));
     }
     if let Some(count) = keys.metadata.get("split.count").and_then(Value::as_u64).filter(|count| *count > 1) {
-        return Err(ConfigError::Unsupported {
+        return Err(ModelConfigError::Unsupported {
             key: "split.count".to_owned(),
             value: count.to_string(),
             hint: Some("join the parts into one file first"),
         });
     }
     match UNSUPPORTED_KEYS.iter().find(|key| keys.get(key).is_some()) {
-        Some(key) => Err(ConfigError::unsupported(keys.key(key), "a value")),
+        Some(key) => Err(ModelConfigError::unsupported(keys.key(key), "a value")),
         None => Ok(()),
     }
 }
 
-fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
+fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: usize) -> Result<usize, ModelConfigError> {
     let head_dim = match keys.optional_usize("attention.key_length")? {
         Some(length) => length,
         None => default_head_dim(hidden_size, heads)?,
@@ -132,29 +132,29 @@ fn head_dim(keys: &Keys<'_>, hidden_size: usize, heads: usize) -> Result<usize, 
     for (key, what) in [("attention.value_length", "values"), ("rope.dimension_count", "rotated dimensions")] {
         if let Some(length) = keys.optional_usize(key)?.filter(|length| *length != head_dim) {
             let message = format!("{} is {length}: {what} of another length than keys ({head_dim})", keys.key(key));
-            return Err(ConfigError::Inconsistent(message));
+            return Err(ModelConfigError::Inconsistent(message));
         }
     }
     Ok(head_dim)
 }
 
 /// The embedding has a row for every id; `vocab_size` in the metadata is sometimes left out or padded differently.
-fn vocab_size(tensors: &BTreeMap<String, TensorEntry>) -> Result<usize, ConfigError> {
+fn vocab_size(tensors: &BTreeMap<String, GgufTensor>) -> Result<usize, ModelConfigError> {
     let embedding = tensors.get("token_embd.weight").and_then(|tensor| tensor.shape.first());
-    embedding.copied().ok_or_else(|| ConfigError::Missing("tensor token_embd.weight".to_owned()))
+    embedding.copied().ok_or_else(|| ModelConfigError::Missing("tensor token_embd.weight".to_owned()))
 }
 
 /// Whether the projections have biases: all of them in every layer, or none.
-fn has_biases(tensors: &BTreeMap<String, TensorEntry>, projections: &[&str]) -> Result<bool, ConfigError> {
+fn has_biases(tensors: &BTreeMap<String, GgufTensor>, projections: &[&str]) -> Result<bool, ModelConfigError> {
     let present = |name: &&&str| tensors.contains_key(&format!("blk.0.{name}.bias"));
     match projections.iter().filter(present).count() {
         0 => Ok(false),
         count if count == projections.len() => Ok(true),
-        _ => Err(ConfigError::Inconsistent(format!("only some of {} have biases", projections.join(", ")))),
+        _ => Err(ModelConfigError::Inconsistent(format!("only some of {} have biases", projections.join(", ")))),
     }
 }
 
-fn rope(keys: &Keys<'_>, gguf: &Gguf) -> Result<RopeConfig, ConfigError> {
+fn rope(keys: &Keys<'_>, gguf: &Gguf) -> Result<RopeConfig, ModelConfigError> {
     let theta = keys.optional_f64("rope.freq_base")?.unwrap_or(10_000.0);
     let factor = match keys.optional_f64("rope.scaling.factor")? {
         Some(factor) => Some(factor),
@@ -165,26 +165,27 @@ fn rope(keys: &Keys<'_>, gguf: &Gguf) -> Result<RopeConfig, ConfigError> {
         // No change; some converters write it.
         (None | Some("linear"), Some(1.0)) => RopeScaling::None,
         (None | Some("linear"), Some(factor)) => RopeScaling::Linear { factor },
-        (Some(other), _) => return Err(ConfigError::unsupported(keys.key("rope.scaling.type"), other)),
+        (Some(other), _) => return Err(ModelConfigError::unsupported(keys.key("rope.scaling.type"), other)),
     };
     let scaling = match (rope_factors(gguf)?, linear) {
         (None, linear) => linear,
         (Some(factors), RopeScaling::None) => RopeScaling::Factors(factors),
         (Some(_), _) => {
             let message = "both rope_freqs.weight and a linear scaling of the rotary positions".to_owned();
-            return Err(ConfigError::Inconsistent(message));
+            return Err(ModelConfigError::Inconsistent(message));
         }
     };
     Ok(RopeConfig { theta, scaling })
 }
 
 /// The factors of `rope_freqs.weight`, which is f32.
-fn rope_factors(gguf: &Gguf) -> Result<Option<Vec<f32>>, ConfigError> {
+fn rope_factors(gguf: &Gguf) -> Result<Option<Vec<f32>>, ModelConfigError> {
     let Some(entry) = gguf.tensors().get("rope_freqs.weight") else { return Ok(None) };
     if entry.ty != crate::formats::TensorType::F32 {
-        return Err(ConfigError::unsupported("rope_freqs.weight of type", entry.ty));
+        return Err(ModelConfigError::unsupported("rope_freqs.weight of type", entry.ty));
     }
-    let bytes = gguf.tensor_data("rope_freqs.weight").map_err(|error| ConfigError::Inconsistent(error.to_string()))?;
+    let bytes =
+        gguf.tensor_data("rope_freqs.weight").map_err(|error| ModelConfigError::Inconsistent(error.to_string()))?;
     Ok(Some(bytes.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()))
 }
 
@@ -208,33 +209,33 @@ impl<'a> Keys<'a> {
         key: &str,
         expected: &'static str,
         read: impl FnOnce(&'a Value) -> Option<T>,
-    ) -> Result<Option<T>, ConfigError> {
+    ) -> Result<Option<T>, ModelConfigError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| wrong_type(&self.key(key), expected, value))
     }
 
-    fn optional_usize(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+    fn optional_usize(&self, key: &str) -> Result<Option<usize>, ModelConfigError> {
         self.optional(key, "a count", |value| value.as_u64().and_then(|value| usize::try_from(value).ok()))
     }
 
-    fn optional_f64(&self, key: &str) -> Result<Option<f64>, ConfigError> {
+    fn optional_f64(&self, key: &str) -> Result<Option<f64>, ModelConfigError> {
         self.optional(key, "a number", Value::as_f64)
     }
 
-    fn optional_str(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
+    fn optional_str(&self, key: &str) -> Result<Option<&'a str>, ModelConfigError> {
         self.optional(key, "a string", Value::as_str)
     }
 
-    fn usize(&self, key: &str) -> Result<usize, ConfigError> {
-        self.optional_usize(key)?.ok_or_else(|| ConfigError::Missing(self.key(key)))
+    fn usize(&self, key: &str) -> Result<usize, ModelConfigError> {
+        self.optional_usize(key)?.ok_or_else(|| ModelConfigError::Missing(self.key(key)))
     }
 
-    fn f64(&self, key: &str) -> Result<f64, ConfigError> {
-        self.optional_f64(key)?.ok_or_else(|| ConfigError::Missing(self.key(key)))
+    fn f64(&self, key: &str) -> Result<f64, ModelConfigError> {
+        self.optional_f64(key)?.ok_or_else(|| ModelConfigError::Missing(self.key(key)))
     }
 }
 
-fn wrong_type(key: &str, expected: &'static str, found: &Value) -> ConfigError {
+fn wrong_type(key: &str, expected: &'static str, found: &Value) -> ModelConfigError {
     let found = match found {
         Value::U64(value) => value.to_string(),
         Value::I64(value) => value.to_string(),
@@ -243,5 +244,5 @@ fn wrong_type(key: &str, expected: &'static str, found: &Value) -> ConfigError {
         Value::String(_) => "a string".to_owned(),
         Value::Array(_) => "a list".to_owned(),
     };
-    ConfigError::WrongType { key: key.to_owned(), expected, found }
+    ModelConfigError::WrongType { key: key.to_owned(), expected, found }
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::config::{ConfigError, ModelConfig, RopeScaling};
+use super::config::{ModelConfig, ModelConfigError, RopeScaling};
 use super::load::{LoadError, LoadFormat, ModelFiles};
 use super::weights::TensorType;
 use crate::formats::gguf_builder::GgufBuilder;
@@ -66,7 +66,7 @@ fn open(builder: &GgufBuilder) -> Result<ModelFiles, LoadError> {
     ModelFiles::open(&path, LoadFormat::Auto)
 }
 
-fn config(builder: GgufBuilder) -> Result<ModelConfig, ConfigError> {
+fn config(builder: GgufBuilder) -> Result<ModelConfig, ModelConfigError> {
     match open(&with_tensors(builder)) {
         Ok(files) => Ok(files.config),
         Err(LoadError::Config { source, .. }) => Err(source),
@@ -168,7 +168,7 @@ fn biases_of_q_and_k_are_put_back_too() {
     assert_eq!(row_order(&files, "model.layers.0.self_attn.k_proj.bias"), [0.0, 2.0, 1.0, 3.0]);
     assert_eq!(row_order(&files, "model.layers.0.self_attn.v_proj.bias"), [0.0, 1.0, 2.0, 3.0]);
     let only_q = with_tensors(metadata()).f32_tensor("blk.0.attn_q.bias", &[8], &[0.0; 8]);
-    assert!(matches!(open(&only_q), Err(LoadError::Config { source: ConfigError::Inconsistent(_), .. })));
+    assert!(matches!(open(&only_q), Err(LoadError::Config { source: ModelConfigError::Inconsistent(_), .. })));
 }
 
 #[test]
@@ -213,11 +213,11 @@ fn rotary_scaling_is_read() {
     assert_eq!(scaling(metadata().f32("llama.rope.scale_linear", 2.0)), Ok(RopeScaling::Linear { factor: 2.0 }));
     assert_eq!(scaling(metadata().f32("llama.rope.scale_linear", 1.0)), Ok(RopeScaling::None));
     let yarn = metadata().string("llama.rope.scaling.type", "yarn").f32("llama.rope.scaling.factor", 4.0);
-    assert!(matches!(scaling(yarn), Err(ConfigError::Unsupported { .. })));
+    assert!(matches!(scaling(yarn), Err(ModelConfigError::Unsupported { .. })));
     let factors = metadata().f32_tensor("rope_freqs.weight", &[2], &[1.0, 8.0]);
     assert_eq!(scaling(factors), Ok(RopeScaling::Factors(vec![1.0, 8.0])));
     let too_many = metadata().f32_tensor("rope_freqs.weight", &[3], &[1.0; 3]);
-    assert!(matches!(scaling(too_many), Err(ConfigError::Inconsistent(_))));
+    assert!(matches!(scaling(too_many), Err(ModelConfigError::Inconsistent(_))));
 }
 
 #[test]
@@ -229,8 +229,8 @@ fn what_is_not_computed_is_refused_by_name() {
     assert!(refused(metadata().u32("llama.attention.value_length", 8)).contains("value_length"));
     assert!(refused(metadata().strings("llama.attention.sliding_window", &["x"])).contains("sliding_window"));
     let other = GgufBuilder::default().string("general.architecture", "qwen2moe");
-    assert_eq!(config(other), Err(ConfigError::Architecture("qwen2moe".to_owned())));
-    assert!(matches!(config(GgufBuilder::default()), Err(ConfigError::Missing(_))));
+    assert_eq!(config(other), Err(ModelConfigError::Architecture("qwen2moe".to_owned())));
+    assert!(matches!(config(GgufBuilder::default()), Err(ModelConfigError::Missing(_))));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use serde_json::{Map, Value};
 
-use super::config::{Activation, Architecture, ConfigError, ModelConfig, RopeConfig, RopeScaling};
+use super::config::{Activation, Architecture, ModelConfig, ModelConfigError, RopeConfig, RopeScaling};
 
 /// The window of `MistralConfig` when the key is absent; `null` means none.
 const MISTRAL_DEFAULT_WINDOW: usize = 4096;
@@ -27,7 +27,7 @@ enum Family {
 }
 
 /// Parses the content of a `config.json`.
-pub(super) fn parse(json: &Value) -> Result<ModelConfig, ConfigError> {
+pub(super) fn parse(json: &Value) -> Result<ModelConfig, ModelConfigError> {
     let fields = Fields::of(json, "")?;
     let family = family(&fields)?;
     refuse_unsupported(&fields)?;
@@ -64,7 +64,7 @@ pub(super) fn parse(json: &Value) -> Result<ModelConfig, ConfigError> {
 }
 
 /// End-of-sequence ids: those of `generation_config.json` where it names any, else those of `config.json`.
-pub(super) fn eos_token_ids(config: &Value, generation_config: Option<&Value>) -> Result<Vec<u32>, ConfigError> {
+pub(super) fn eos_token_ids(config: &Value, generation_config: Option<&Value>) -> Result<Vec<u32>, ModelConfigError> {
     let named = generation_config.and_then(|json| json.get("eos_token_id")).filter(|ids| !ids.is_null());
     let Some(ids) = named.or_else(|| config.get("eos_token_id").filter(|ids| !ids.is_null())) else {
         return Ok(Vec::new());
@@ -79,16 +79,16 @@ pub(super) fn eos_token_ids(config: &Value, generation_config: Option<&Value>) -
     }
 }
 
-pub(super) fn default_head_dim(hidden_size: usize, heads: usize) -> Result<usize, ConfigError> {
+pub(super) fn default_head_dim(hidden_size: usize, heads: usize) -> Result<usize, ModelConfigError> {
     match heads > 0 && hidden_size.is_multiple_of(heads) {
         true => Ok(hidden_size / heads),
-        false => Err(ConfigError::Inconsistent(format!(
+        false => Err(ModelConfigError::Inconsistent(format!(
             "hidden_size ({hidden_size}) is no multiple of num_attention_heads ({heads}), and head_dim is not given"
         ))),
     }
 }
 
-fn family(fields: &Fields<'_>) -> Result<Family, ConfigError> {
+fn family(fields: &Fields<'_>) -> Result<Family, ModelConfigError> {
     let named = match fields.get("architectures") {
         Some(Value::Array(names)) => names.first().and_then(Value::as_str),
         _ => None,
@@ -98,32 +98,32 @@ fn family(fields: &Fields<'_>) -> Result<Family, ConfigError> {
         Some("MistralForCausalLM" | "mistral") => Ok(Family::Mistral),
         Some("Qwen2ForCausalLM" | "qwen2") => Ok(Family::Qwen2),
         Some("Qwen3ForCausalLM" | "qwen3") => Ok(Family::Qwen3),
-        Some(other) => Err(ConfigError::Architecture(other.to_owned())),
-        None => Err(ConfigError::Missing("architectures".to_owned())),
+        Some(other) => Err(ModelConfigError::Architecture(other.to_owned())),
+        None => Err(ModelConfigError::Missing("architectures".to_owned())),
     }
 }
 
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ConfigError> {
+fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ModelConfigError> {
     if let Some(quantization) = fields.get("quantization_config") {
         let method = quantization.get("quant_method").and_then(Value::as_str).unwrap_or("unknown").to_owned();
         let hint = Some("quantized safetensors are not read; use the model's plain weights or a GGUF file");
-        return Err(ConfigError::Unsupported { key: "quantization_config".to_owned(), value: method, hint });
+        return Err(ModelConfigError::Unsupported { key: "quantization_config".to_owned(), value: method, hint });
     }
     for key in ["num_local_experts", "num_experts"] {
         if let Some(experts) = fields.optional_usize(key)?.filter(|experts| *experts > 0) {
-            return Err(ConfigError::unsupported(key, experts));
+            return Err(ModelConfigError::unsupported(key, experts));
         }
     }
     if let Some(types) = fields.get("layer_types").and_then(Value::as_array)
         && types.windows(2).any(|pair| pair[0] != pair[1])
     {
-        return Err(ConfigError::unsupported("layer_types", "a mixture of layer types"));
+        return Err(ModelConfigError::unsupported("layer_types", "a mixture of layer types"));
     }
     Ok(())
 }
 
 /// `None` means as many as query heads.
-fn num_key_value_heads(fields: &Fields<'_>, family: Family) -> Result<Option<usize>, ConfigError> {
+fn num_key_value_heads(fields: &Fields<'_>, family: Family) -> Result<Option<usize>, ModelConfigError> {
     const KEY: &str = "num_key_value_heads";
     match family {
         Family::Mistral if fields.is_absent(KEY) => Ok(Some(MISTRAL_DEFAULT_KV_HEADS)),
@@ -141,7 +141,7 @@ struct Biases {
 
 /// Qwen 2 has the biases of q, k and v and no others, whatever its configuration says; neither generation has biases in
 /// its MLP.
-fn biases(fields: &Fields<'_>, family: Family) -> Result<Biases, ConfigError> {
+fn biases(fields: &Fields<'_>, family: Family) -> Result<Biases, ModelConfigError> {
     let attention = fields.optional_bool("attention_bias")?.unwrap_or(false);
     let mlp = fields.optional_bool("mlp_bias")?.unwrap_or(false);
     Ok(match family {
@@ -151,7 +151,7 @@ fn biases(fields: &Fields<'_>, family: Family) -> Result<Biases, ConfigError> {
     })
 }
 
-fn sliding_window(fields: &Fields<'_>, family: Family, num_layers: usize) -> Result<Option<usize>, ConfigError> {
+fn sliding_window(fields: &Fields<'_>, family: Family, num_layers: usize) -> Result<Option<usize>, ModelConfigError> {
     match family {
         Family::Llama => Ok(None),
         Family::Mistral if fields.is_absent("sliding_window") => Ok(Some(MISTRAL_DEFAULT_WINDOW)),
@@ -162,7 +162,7 @@ fn sliding_window(fields: &Fields<'_>, family: Family, num_layers: usize) -> Res
 
 /// Off unless `use_sliding_window` says so; then the layers from `max_window_layers` on have it, or those that
 /// `layer_types` names. All layers or none is what we compute.
-fn qwen_sliding_window(fields: &Fields<'_>, num_layers: usize) -> Result<Option<usize>, ConfigError> {
+fn qwen_sliding_window(fields: &Fields<'_>, num_layers: usize) -> Result<Option<usize>, ModelConfigError> {
     let window = match fields.is_absent("sliding_window") {
         true => Some(QWEN_DEFAULT_WINDOW),
         false => fields.optional_usize("sliding_window")?,
@@ -174,14 +174,14 @@ fn qwen_sliding_window(fields: &Fields<'_>, num_layers: usize) -> Result<Option<
         return match ty.as_str() {
             Some("full_attention") => Ok(None),
             Some("sliding_attention") => Ok(Some(window)),
-            _ => Err(ConfigError::unsupported("layer_types", ty)),
+            _ => Err(ModelConfigError::unsupported("layer_types", ty)),
         };
     }
     let first = fields.optional_usize("max_window_layers")?.unwrap_or(QWEN_DEFAULT_MAX_WINDOW_LAYERS);
     match first {
         0 => Ok(Some(window)),
         _ if first >= num_layers => Ok(None),
-        _ => Err(ConfigError::Unsupported {
+        _ => Err(ModelConfigError::Unsupported {
             key: "max_window_layers".to_owned(),
             value: first.to_string(),
             hint: Some("with use_sliding_window, a window in all layers or in none is"),
@@ -189,17 +189,17 @@ fn qwen_sliding_window(fields: &Fields<'_>, num_layers: usize) -> Result<Option<
     }
 }
 
-fn activation(name: &str) -> Result<Activation, ConfigError> {
+fn activation(name: &str) -> Result<Activation, ModelConfigError> {
     match name {
         "silu" | "swish" => Ok(Activation::Silu),
         "gelu" => Ok(Activation::Gelu),
         "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
-        other => Err(ConfigError::unsupported("hidden_act", other)),
+        other => Err(ModelConfigError::unsupported("hidden_act", other)),
     }
 }
 
 /// The rotary positions: `rope_parameters` since transformers 5, `rope_theta` and `rope_scaling` before.
-fn rope(fields: &Fields<'_>) -> Result<RopeConfig, ConfigError> {
+fn rope(fields: &Fields<'_>) -> Result<RopeConfig, ModelConfigError> {
     let section = match fields.get("rope_parameters") {
         Some(parameters) => Some(Fields::of(parameters, "rope_parameters.")?),
         None => fields.get("rope_scaling").map(|scaling| Fields::of(scaling, "rope_scaling.")).transpose()?,
@@ -210,16 +210,16 @@ fn rope(fields: &Fields<'_>) -> Result<RopeConfig, ConfigError> {
     };
     for fields in section.iter().chain([fields]) {
         if let Some(factor) = fields.optional_f64("partial_rotary_factor")?.filter(|factor| *factor != 1.0) {
-            return Err(ConfigError::unsupported(fields.key("partial_rotary_factor"), factor));
+            return Err(ModelConfigError::unsupported(fields.key("partial_rotary_factor"), factor));
         }
     }
     let scaling = section.as_ref().map_or(Ok(RopeScaling::None), rope_scaling)?;
     Ok(RopeConfig { theta, scaling })
 }
 
-fn rope_scaling(section: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
+fn rope_scaling(section: &Fields<'_>) -> Result<RopeScaling, ModelConfigError> {
     if section.map.values().any(Value::is_object) {
-        return Err(ConfigError::unsupported(section.key("…"), "different rotary positions for different layers"));
+        return Err(ModelConfigError::unsupported(section.key("…"), "different rotary positions for different layers"));
     }
     let named = section.optional_str("rope_type")?.or(section.optional_str("type")?);
     match named {
@@ -231,14 +231,14 @@ fn rope_scaling(section: &Fields<'_>) -> Result<RopeScaling, ConfigError> {
             high_freq_factor: section.f64("high_freq_factor")?,
             original_max_position_embeddings: section.usize("original_max_position_embeddings")?,
         }),
-        Some(other) => Err(ConfigError::Unsupported {
+        Some(other) => Err(ModelConfigError::Unsupported {
             key: section.key("rope_type"),
             value: other.to_owned(),
             hint: Some("default, linear and llama3 are"),
         }),
         // Only the theta, which transformers 5 writes for unscaled models.
         None if section.is_absent("factor") => Ok(RopeScaling::None),
-        None => Err(ConfigError::Missing(section.key("rope_type"))),
+        None => Err(ModelConfigError::Missing(section.key("rope_type"))),
     }
 }
 
@@ -250,7 +250,7 @@ struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    fn of(json: &'a Value, prefix: &'static str) -> Result<Self, ConfigError> {
+    fn of(json: &'a Value, prefix: &'static str) -> Result<Self, ModelConfigError> {
         let named = if prefix.is_empty() { "config.json" } else { prefix.trim_end_matches('.') };
         let map = json.as_object().ok_or_else(|| wrong_type(named, "an object", json))?;
         Ok(Self { map, prefix })
@@ -273,37 +273,37 @@ impl<'a> Fields<'a> {
         key: &str,
         expected: &'static str,
         read: impl FnOnce(&'a Value) -> Option<T>,
-    ) -> Result<Option<T>, ConfigError> {
+    ) -> Result<Option<T>, ModelConfigError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| wrong_type(&self.key(key), expected, value))
     }
 
-    fn optional_usize(&self, key: &str) -> Result<Option<usize>, ConfigError> {
+    fn optional_usize(&self, key: &str) -> Result<Option<usize>, ModelConfigError> {
         self.optional(key, "a count", |value| value.as_u64().and_then(|value| usize::try_from(value).ok()))
     }
 
-    fn optional_f64(&self, key: &str) -> Result<Option<f64>, ConfigError> {
+    fn optional_f64(&self, key: &str) -> Result<Option<f64>, ModelConfigError> {
         self.optional(key, "a number", Value::as_f64)
     }
 
-    fn optional_bool(&self, key: &str) -> Result<Option<bool>, ConfigError> {
+    fn optional_bool(&self, key: &str) -> Result<Option<bool>, ModelConfigError> {
         self.optional(key, "true or false", Value::as_bool)
     }
 
-    fn optional_str(&self, key: &str) -> Result<Option<&'a str>, ConfigError> {
+    fn optional_str(&self, key: &str) -> Result<Option<&'a str>, ModelConfigError> {
         self.optional(key, "a string", Value::as_str)
     }
 
-    fn usize(&self, key: &str) -> Result<usize, ConfigError> {
-        self.optional_usize(key)?.ok_or_else(|| ConfigError::Missing(self.key(key)))
+    fn usize(&self, key: &str) -> Result<usize, ModelConfigError> {
+        self.optional_usize(key)?.ok_or_else(|| ModelConfigError::Missing(self.key(key)))
     }
 
-    fn f64(&self, key: &str) -> Result<f64, ConfigError> {
-        self.optional_f64(key)?.ok_or_else(|| ConfigError::Missing(self.key(key)))
+    fn f64(&self, key: &str) -> Result<f64, ModelConfigError> {
+        self.optional_f64(key)?.ok_or_else(|| ModelConfigError::Missing(self.key(key)))
     }
 }
 
-fn wrong_type(key: &str, expected: &'static str, found: &Value) -> ConfigError {
+fn wrong_type(key: &str, expected: &'static str, found: &Value) -> ModelConfigError {
     let found = match found {
         Value::Null => "null".to_owned(),
         Value::Bool(value) => value.to_string(),
@@ -312,7 +312,7 @@ fn wrong_type(key: &str, expected: &'static str, found: &Value) -> ConfigError {
         Value::Array(_) => "a list".to_owned(),
         Value::Object(_) => "an object".to_owned(),
     };
-    ConfigError::WrongType { key: key.to_owned(), expected, found }
+    ModelConfigError::WrongType { key: key.to_owned(), expected, found }
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ fn without(key: &str) -> Value {
 
 fn unsupported_key(json: Value) -> String {
     match parse(&json) {
-        Err(ConfigError::Unsupported { key, .. }) => key,
+        Err(ModelConfigError::Unsupported { key, .. }) => key,
         other => panic!("{other:?} instead of an unsupported key"),
     }
 }
@@ -73,7 +73,7 @@ fn keys_left_out_mean_what_they_mean_to_the_reference() {
     assert!(!parse(&without("tie_word_embeddings")).unwrap().tie_word_embeddings);
     assert_eq!(parse(&without("rms_norm_eps")).unwrap().rms_norm_eps, 1e-6);
     assert_eq!(parse(&without("rope_theta")).unwrap().rope.theta, 10_000.0);
-    assert_eq!(parse(&without("hidden_size")), Err(ConfigError::Missing("hidden_size".to_owned())));
+    assert_eq!(parse(&without("hidden_size")), Err(ModelConfigError::Missing("hidden_size".to_owned())));
     assert_eq!(parse(&with(json!({"head_dim": 128}))).unwrap().head_dim, 128);
     assert_eq!(parse(&with(json!({"head_dim": null}))).unwrap().head_dim, 64);
 }
@@ -190,7 +190,7 @@ fn rotary_scaling_is_read_in_both_spellings() {
 fn what_is_not_computed_is_refused_by_name() {
     assert_eq!(
         parse(&with(json!({"architectures": ["Qwen2MoeForCausalLM"]}))),
-        Err(ConfigError::Architecture("Qwen2MoeForCausalLM".to_owned()))
+        Err(ModelConfigError::Architecture("Qwen2MoeForCausalLM".to_owned()))
     );
     assert_eq!(unsupported_key(with(json!({"quantization_config": {"quant_method": "gptq"}}))), "quantization_config");
     assert_eq!(unsupported_key(with(json!({"hidden_act": "relu"}))), "hidden_act");

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde_json::Value;
 
-use super::config::{ConfigError, ModelConfig};
+use super::config::{ModelConfig, ModelConfigError};
 use super::dummy::DummySource;
 use super::expected::expected_tensors;
 use super::gguf_source::GgufSource;
@@ -41,7 +41,7 @@ pub enum LoadError {
         source: serde_json::Error,
     },
     #[error("{path}: this model cannot be served")]
-    Config { path: PathBuf, source: ConfigError },
+    Config { path: PathBuf, source: ModelConfigError },
     #[error("cannot open {path}")]
     OpenGguf { path: PathBuf, source: GgufError },
     #[error(transparent)]

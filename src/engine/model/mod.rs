@@ -19,7 +19,7 @@ mod reader;
 mod safetensors_source;
 pub mod weights;
 
-pub use config::{Activation, Architecture, ConfigError, ModelConfig, RopeConfig, RopeScaling};
+pub use config::{Activation, Architecture, ModelConfig, ModelConfigError, RopeConfig, RopeScaling};
 pub use expected::expected_tensors;
 pub use load::{LoadError, LoadFormat, ModelFiles, TokenizerSource};
 pub use weights::{RawTensor, TensorSource, TensorType};

@@ -8,9 +8,9 @@ use tracing::info;
 use super::{FailoverStream, SEARCH_INTERVAL, is_survivable, now};
 use crate::cluster::PeerStream;
 use crate::router::breaker::Attempt;
-use crate::router::dispatch::{Choice, NOT_SERVING};
+use crate::router::dispatch::{Destination, NOT_SERVING};
 use crate::router::ledger::InFlight;
-use crate::router::source::{Replica, Source};
+use crate::router::source::{Replica, StreamSource};
 use crate::router::stream_log::Cursor;
 use crate::types::{Failure, FailureKind, Fingerprint, NodeId};
 
@@ -34,7 +34,7 @@ impl FailoverStream {
         let (excluded, now) = (&self.excluded, now());
         let is_free = |replica: &Replica| excluded.get(replica).is_none_or(|until| *until <= now);
         let mut choice = self.shared.choose(&self.want, &is_free, self.is_continuation());
-        if matches!(choice, Choice::Nowhere(_)) && self.is_unbound() {
+        if matches!(choice, Destination::Nowhere(_)) && self.is_unbound() {
             choice = self.choose_other_numbers(choice, &is_free);
         }
         self.open_chosen(choice);
@@ -46,9 +46,9 @@ impl FailoverStream {
     }
 
     /// If no replica with the stream's fingerprint is left, any replica of the model will do.
-    fn choose_other_numbers(&self, nowhere: Choice, is_free: &dyn Fn(&Replica) -> bool) -> Choice {
+    fn choose_other_numbers(&self, nowhere: Destination, is_free: &dyn Fn(&Replica) -> bool) -> Destination {
         match self.shared.choose(&self.want.without_fingerprint(), is_free, self.is_continuation()) {
-            Choice::Nowhere(_) | Choice::Shed(_) => nowhere,
+            Destination::Nowhere(_) | Destination::Shed(_) => nowhere,
             found => found,
         }
     }
@@ -63,11 +63,11 @@ impl FailoverStream {
     }
 
     /// Notes the fingerprint of the chosen replica.
-    fn note_numbers(&mut self, choice: &Choice) {
+    fn note_numbers(&mut self, choice: &Destination) {
         let fingerprint = match choice {
-            Choice::Here => self.shared.local().map(|local| local.model.fingerprint.clone()),
-            Choice::Peer(_, fingerprint) => Some(fingerprint.clone()),
-            Choice::Shed(_) | Choice::Nowhere(_) => None,
+            Destination::Here => self.shared.local().map(|local| local.model.fingerprint.clone()),
+            Destination::Peer(_, fingerprint) => Some(fingerprint.clone()),
+            Destination::Shed(_) | Destination::Nowhere(_) => None,
         };
         let Some(fingerprint) = fingerprint else { return };
         let differs = self.want.fingerprint.as_ref().is_some_and(|wanted| *wanted != fingerprint);
@@ -83,7 +83,7 @@ impl FailoverStream {
         self.failovers > 0 || self.was_accepted || self.primary.is_some() || self.log.has_begun()
     }
 
-    pub(super) fn open_chosen(&mut self, choice: Choice) {
+    pub(super) fn open_chosen(&mut self, choice: Destination) {
         self.note_numbers(&choice);
         let is_continuation = self.is_continuation();
         let (starts, cursor) = self.log.continuation();
@@ -92,11 +92,11 @@ impl FailoverStream {
         }
         self.attempts += 1;
         match choice {
-            Choice::Here => match self.shared.open_here(&self.want, starts, cursor, is_continuation) {
+            Destination::Here => match self.shared.open_here(&self.want, starts, cursor, is_continuation) {
                 Ok(source) => self.entered(source),
                 Err(failure) => self.refused(Replica::Here, None, failure),
             },
-            Choice::Peer(peer, fingerprint) => {
+            Destination::Peer(peer, fingerprint) => {
                 let choices = u32::try_from(starts.len()).unwrap_or(u32::MAX);
                 let call = self.want.call(starts, &fingerprint, is_continuation, now());
                 let (attempt, in_flight) = self.shared.send_to(&peer, &self.want);
@@ -106,8 +106,8 @@ impl FailoverStream {
                 self.opening = Some(Opening { node, cursor, attempt, since, choices, stream, in_flight });
             }
             // The client should learn that all queues are full, whatever else went wrong.
-            Choice::Shed(failure) if !is_continuation => self.log.fail(failure),
-            Choice::Shed(failure) | Choice::Nowhere(failure) => {
+            Destination::Shed(failure) if !is_continuation => self.log.fail(failure),
+            Destination::Shed(failure) | Destination::Nowhere(failure) => {
                 if !is_continuation {
                     return self.log.fail(self.last_failure.take().unwrap_or(failure));
                 }
@@ -124,14 +124,14 @@ impl FailoverStream {
             Ok(stream) => {
                 in_flight.accepted(now() - since);
                 let progress = in_flight.progress.part(choices, now());
-                self.entered(Source::peer(node, stream, attempt, in_flight, cursor, Some(progress), now()));
+                self.entered(StreamSource::peer(node, stream, attempt, in_flight, cursor, Some(progress), now()));
             }
             Err(failure) => self.refused(Replica::At(node), attempt, failure),
         }
         self.set_alarm();
     }
 
-    fn entered(&mut self, source: Source) {
+    fn entered(&mut self, source: StreamSource) {
         self.searching_since = None;
         self.not_before = None;
         if self.primary.is_some() {

@@ -3,7 +3,7 @@
 use tracing::debug;
 
 use super::{FailoverStream, Relief, now};
-use crate::router::dispatch::{Choice, Want};
+use crate::router::dispatch::{Destination, Want};
 use crate::router::pace::Paces;
 use crate::router::pace::rescue::Race;
 use crate::router::source::Replica;
@@ -43,7 +43,7 @@ impl FailoverStream {
     }
 
     /// A replica from which the rest would come much sooner than from the primary, if there is one.
-    fn faster_replica(&self) -> Option<Choice> {
+    fn faster_replica(&self) -> Option<Destination> {
         let (primary, now) = (self.primary.as_ref()?, now());
         let (paces, excluded) = (self.shared.pacing.found(), &self.excluded);
         let is_free = |replica: &Replica| {
@@ -54,9 +54,9 @@ impl FailoverStream {
         let want = Want { allows_other_fingerprint: false, ..self.want.clone() };
         let choice = self.shared.choose(&want, &is_free, true);
         let chosen = match &choice {
-            Choice::Here => Replica::Here,
-            Choice::Peer(peer, _) => Replica::At(peer.id.clone()),
-            Choice::Shed(_) | Choice::Nowhere(_) => return None,
+            Destination::Here => Replica::Here,
+            Destination::Peer(peer, _) => Replica::At(peer.id.clone()),
+            Destination::Shed(_) | Destination::Nowhere(_) => return None,
         };
         let speed = |replica: &Replica| Some(paces.get(replica)?.speed(&self.shared.report_of(replica)?));
         let emitted = self.log.longest();

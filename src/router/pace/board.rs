@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::detector::{Change, Detector, EntryHold};
-use super::progress::{Progress, ProgressWindow};
+use super::progress::{ProgressWindow, StreamProgress};
 use crate::router::source::Replica;
 use crate::types::Fingerprint;
 
@@ -28,7 +28,7 @@ pub struct Sight<'a> {
     pub fingerprint: &'a Fingerprint,
     pub reported: Option<Reported>,
     /// What this node's streams observe; none for this node's own engine, which is measured directly.
-    pub progress: Option<&'a Progress>,
+    pub progress: Option<&'a StreamProgress>,
 }
 
 /// What a replica reports about its pace.

@@ -21,7 +21,7 @@ struct Node {
     claim: Option<f64>,
     /// Time since its last step.
     idle: Duration,
-    progress: Arc<Progress>,
+    progress: Arc<StreamProgress>,
     stream: Option<ProgressPart>,
     owed: f64,
 }
@@ -53,7 +53,7 @@ impl Scene {
             slowness: 1.0,
             claim: None,
             idle: Duration::ZERO,
-            progress: Arc::new(Progress::new(now)),
+            progress: Arc::new(StreamProgress::new(now)),
             stream: None,
             owed: 0.0,
         };

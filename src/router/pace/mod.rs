@@ -18,11 +18,11 @@ use tracing::{info, warn};
 pub(super) use board::ReplicaPace;
 use board::{Findings, PaceBoard, Reported, Sight};
 use detector::Change;
-use progress::Progress;
+use progress::StreamProgress;
 use rescue::Speed;
 
 use super::failover::now;
-use super::shared::Shared;
+use super::shared::RouterState;
 use super::source::Replica;
 use crate::cluster::{LoadReport, Peer};
 use crate::health::DegradedBy;
@@ -33,7 +33,7 @@ pub(super) type Paces = Arc<BTreeMap<Replica, ReplicaPace>>;
 /// What this node knows about the pace of all replicas.
 pub(super) struct Pacing {
     /// For streams that this node's engine computes.
-    pub(super) own: Arc<Progress>,
+    pub(super) own: Arc<StreamProgress>,
     board: Mutex<PaceBoard>,
     found: RwLock<Paces>,
     /// Notified when a replica becomes slow or recovers.
@@ -43,7 +43,7 @@ pub(super) struct Pacing {
 impl Pacing {
     pub(super) fn new(now: Instant) -> Self {
         let (board, found) = (Mutex::default(), RwLock::default());
-        Self { own: Arc::new(Progress::new(now)), board, found, changes: watch::Sender::new(()) }
+        Self { own: Arc::new(StreamProgress::new(now)), board, found, changes: watch::Sender::new(()) }
     }
 
     pub(super) fn found(&self) -> Paces {
@@ -67,12 +67,12 @@ impl ReplicaPace {
     }
 }
 
-impl Shared {
+impl RouterState {
     /// Compares the replicas, and acts on changes. `own` is this node's new report.
     pub(super) fn compare_paces(&self, own: &LoadReport) {
         let (view, now) = (self.view.borrow().clone(), now());
         let is_up = |peer: &&Arc<Peer>| matches!(peer.report.state, NodeState::Ready | NodeState::Degraded);
-        let peers: Vec<(&Arc<Peer>, Option<Arc<Progress>>)> =
+        let peers: Vec<(&Arc<Peer>, Option<Arc<StreamProgress>>)> =
             view.peers.values().filter(is_up).map(|peer| (peer, self.ledger.progress(&peer.id))).collect();
         let here = self.local().map(|local| Sight {
             replica: Replica::Here,

@@ -14,7 +14,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(600);
 
 /// Plain atomics: a token costs one addition and one store.
 #[derive(Debug)]
-pub struct Progress {
+pub struct StreamProgress {
     epoch: Instant,
     /// Sources that are open at the replica.
     sources: AtomicU32,
@@ -30,7 +30,7 @@ pub struct Progress {
 /// One source's share of the counts. It is taken back however the source ends.
 #[derive(Debug)]
 pub struct ProgressPart {
-    progress: Arc<Progress>,
+    progress: Arc<StreamProgress>,
     choices: u32,
     speaking: u32,
 }
@@ -43,7 +43,7 @@ pub struct FirstTokens {
     pub time: Duration,
 }
 
-impl Progress {
+impl StreamProgress {
     pub fn new(now: Instant) -> Self {
         Self {
             epoch: now,
@@ -129,7 +129,7 @@ struct Sample {
 
 impl ProgressWindow {
     /// Reads the counts. Call it several times a second.
-    pub fn look(&mut self, progress: &Progress, now: Instant) {
+    pub fn look(&mut self, progress: &StreamProgress, now: Instant) {
         let tokens = progress.tokens.load(Ordering::Relaxed);
         let speaking = progress.speaking.load(Ordering::Relaxed);
         let Some((last, tokens_before)) = self.last.replace((now, tokens)) else { return };
@@ -162,7 +162,7 @@ mod tests {
     const TICK: Duration = Duration::from_millis(100);
 
     /// Streams that each get a token per this interval, observed for this long.
-    fn watch(window: &mut ProgressWindow, progress: &Progress, now: &mut Instant, per_tick: u64, ticks: u32) {
+    fn watch(window: &mut ProgressWindow, progress: &StreamProgress, now: &mut Instant, per_tick: u64, ticks: u32) {
         for _ in 0..ticks {
             progress.tokens.fetch_add(per_tick, Ordering::Relaxed);
             *now += TICK;
@@ -173,7 +173,7 @@ mod tests {
     #[test]
     fn the_time_from_token_to_token_follows_within_the_window() {
         let mut now = Instant::now();
-        let progress = Arc::new(Progress::new(now));
+        let progress = Arc::new(StreamProgress::new(now));
         let mut window = ProgressWindow::default();
         let mut parts: Vec<ProgressPart> = (0..4).map(|_| progress.part(1, now)).collect();
         parts.iter_mut().for_each(|part| part.first_token(TICK));
@@ -190,7 +190,7 @@ mod tests {
     #[test]
     fn a_pause_of_this_process_says_nothing_of_others() {
         let mut now = Instant::now();
-        let progress = Arc::new(Progress::new(now));
+        let progress = Arc::new(StreamProgress::new(now));
         let mut window = ProgressWindow::default();
         let mut part = progress.part(2, now);
         part.first_token(TICK);
@@ -205,7 +205,7 @@ mod tests {
     #[test]
     fn what_a_source_counted_goes_with_it() {
         let now = Instant::now();
-        let progress = Arc::new(Progress::new(now));
+        let progress = Arc::new(StreamProgress::new(now));
         let mut part = progress.part(3, now);
         let speaking = || progress.speaking.load(Ordering::Relaxed);
         part.finished();
@@ -224,7 +224,7 @@ mod tests {
     #[test]
     fn silence_is_that_of_all_sources_and_of_none_without_any() {
         let start = Instant::now();
-        let progress = Arc::new(Progress::new(start));
+        let progress = Arc::new(StreamProgress::new(start));
         let after = |ticks| start + TICK * ticks;
         assert_eq!(progress.silence(after(100)), None, "nothing should be heard");
         let first = progress.part(1, after(100));
