@@ -1,0 +1,139 @@
+//! What holds for sources of every language, and across files: lengths, clocks, and names that mean one thing.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::{FoundPath, assert_none, paths, root, rust_files};
+
+/// Longer files hold more than one thing.
+const MAX_LINES: usize = 600;
+/// Of source files. Scripts have none, and open with `#!`.
+const EXTENSIONS: &[&str] = &["cpp", "cu", "cuh", "h", "mjs", "py", "rs", "sh"];
+/// Not ours, or not written by hand.
+const FOREIGN: &[&str] = &[".git", "shared", "target"];
+
+/// What the simulator runs on its own clock: time is passed in, or read from tokio's clock.
+const SIMULATED: &[&str] = &["admission/", "app/life.rs", "cluster/", "engine/", "router/"];
+/// The engine's thread, which the simulator replaces, and the engine that only benches use.
+const REAL_TIME: &[&str] = &["engine/handle.rs", "engine/null.rs"];
+
+fn length_finding(file: &str, source: &str) -> Option<String> {
+    let lines = source.lines().count();
+    (lines > MAX_LINES).then(|| format!("{file}: {lines} lines; split it below {MAX_LINES}"))
+}
+
+/// Every source file of the repository, relative to its root, and its text.
+fn sources() -> Vec<(String, String)> {
+    fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).expect("a readable folder").map(|entry| entry.expect("an entry").path()) {
+            let name = entry.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if entry.is_dir() && !FOREIGN.contains(&name) {
+                collect(&entry, files);
+            } else if entry.is_file() {
+                files.push(entry);
+            }
+        }
+    }
+    let mut files = Vec::new();
+    collect(&root(), &mut files);
+    let read = |path: PathBuf| {
+        let relative = path.strip_prefix(root()).expect("below the root").to_str()?.to_owned();
+        let is_source = match path.extension() {
+            Some(extension) => EXTENSIONS.iter().any(|known| extension == *known),
+            None => fs::read(&path).is_ok_and(|bytes| bytes.starts_with(b"#!")),
+        };
+        is_source.then(|| (relative, fs::read_to_string(&path).expect("text")))
+    };
+    files.into_iter().filter_map(read).collect()
+}
+
+/// Lines before the first test module.
+fn production(source: &str) -> usize {
+    source.lines().position(|line| line.trim() == "#[cfg(test)]").unwrap_or(usize::MAX)
+}
+
+/// Reads of the machine's clock in one file of `src/`, where the simulator's should be read.
+fn clock_findings(file: &str, source: &str) -> Vec<String> {
+    let is_simulated = SIMULATED.iter().any(|home| file.starts_with(home)) && !REAL_TIME.contains(&file);
+    if !is_simulated || file.ends_with("tests.rs") {
+        return Vec::new();
+    }
+    let paths = paths(source);
+    let ends_with =
+        |path: &FoundPath, wanted: &[&str]| path.segments.iter().map(String::as_str).eq(wanted.iter().copied());
+    let imports_std = paths.iter().any(|path| ends_with(path, &["std", "time", "Instant"]));
+    let reads = |path: &&FoundPath| {
+        ends_with(path, &["std", "time", "Instant", "now"]) || (imports_std && ends_with(path, &["Instant", "now"]))
+    };
+    let here = paths.iter().filter(|path| path.line <= production(source)).filter(reads);
+    here.map(|path| {
+        format!("src/{file}:{}: the simulator's clock does not move this: use tokio's, or pass time in", path.line)
+    })
+    .collect()
+}
+
+/// Public types of `src/` that share a name. Each module's configuration is its `Config`.
+fn name_findings<'a>(files: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<String> {
+    let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for (file, source) in files {
+        for (line, text) in source.lines().enumerate().take(production(source)) {
+            let mut words = text.split_whitespace();
+            let is_type = words.next() == Some("pub")
+                && matches!(words.next(), Some("struct" | "enum" | "trait" | "type" | "union"));
+            let Some(name) = words.next().filter(|_| is_type) else { continue };
+            let name: String = name.chars().take_while(|c| c.is_alphanumeric()).collect();
+            places.entry(name).or_default().push(format!("src/{file}:{}", line + 1));
+        }
+    }
+    let many = places.into_iter().filter(|(name, places)| places.len() > 1 && name != "Config");
+    many.map(|(name, places)| format!("`{name}` means {} things: {}", places.len(), places.join(", "))).collect()
+}
+
+#[test]
+fn source_files_are_short() {
+    let sources = sources();
+    for kind in [".rs", ".cu", ".py", ".ci/run"] {
+        assert!(sources.iter().any(|(file, _)| file.ends_with(kind)), "no {kind} found");
+    }
+    assert_none(sources.iter().filter_map(|(file, source)| length_finding(file, source)).collect());
+}
+
+#[test]
+fn what_the_simulator_runs_reads_its_clock() {
+    assert_none(rust_files("src").iter().flat_map(|(file, source)| clock_findings(file, source)).collect());
+}
+
+#[test]
+fn public_types_have_names_of_their_own() {
+    let files = rust_files("src");
+    assert_none(name_findings(files.iter().map(|(file, source)| (file.as_str(), source.as_str()))));
+}
+
+#[test]
+fn the_checks_find_what_is_wrong() {
+    assert!(length_finding("x.cu", &"\n".repeat(MAX_LINES)).is_none());
+    assert!(length_finding("x.cu", &"\n".repeat(MAX_LINES + 1)).is_some());
+
+    let read = "use std::time::{Duration, Instant};\nfn f() { let now = Instant::now(); }\n";
+    assert_eq!(clock_findings("router/x.rs", read).len(), 1);
+    assert_eq!(clock_findings("router/x.rs", "fn f() { std::time::Instant::now(); }").len(), 1);
+    for (file, source) in [
+        ("hub/x.rs", read),
+        ("engine/handle.rs", read),
+        ("router/x_tests.rs", read),
+        ("router/x.rs", "use tokio::time::Instant;\nfn f() { Instant::now(); }"),
+        ("router/x.rs", "use std::time::Instant;\n#[cfg(test)]\nmod tests { fn f() { Instant::now(); } }"),
+    ] {
+        assert_eq!(clock_findings(file, source), Vec::<String>::new(), "{file}: {source}");
+    }
+
+    let twice = [("a.rs", "pub struct Shared<T> {"), ("b/c.rs", "pub enum Shared {"), ("d.rs", "pub struct Config {")];
+    assert_eq!(name_findings(twice), ["`Shared` means 2 things: src/a.rs:1, src/b/c.rs:1"]);
+    let once = [
+        ("a.rs", "pub struct Config {"),
+        ("b.rs", "pub struct Config;"),
+        ("c.rs", "#[cfg(test)]\npub struct Config2;"),
+    ];
+    assert_eq!(name_findings(once), Vec::<String>::new());
+}
