@@ -1,5 +1,7 @@
 //! Calls between nodes over real sockets: the endpoint and its client together.
 
+mod refusals;
+
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -7,10 +9,6 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::join_all;
-use http_body_util::{BodyExt, Full};
-use hyper::client::conn::http2;
-use hyper::{Method, Request};
-use hyper_util::rt::{TokioExecutor, TokioIo};
 use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::UnboundedSender;
@@ -25,7 +23,6 @@ use crate::cluster::tls::PeerTls;
 use crate::cluster::{
     ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalHead, JournalKey, JournalRecord,
     JournalRefusal, LoadReport, NodeDescription, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
-    wire,
 };
 use crate::observability::Metrics;
 use crate::types::{
@@ -558,46 +555,4 @@ async fn shutdown_lets_streams_end_and_takes_no_new_ones() {
     assert_eq!((next(&mut stream).await, next(&mut stream).await), (token(1), finished()));
     drop(opened);
     in_time("the server to end", callee.server).await.expect("no panic");
-}
-
-#[tokio::test]
-async fn a_call_that_is_too_large_is_refused_on_either_side() {
-    let callee = Callee::start(1, FakeService::counting()).await;
-    let (caller, peer) = (Caller::new(1, &[&callee.peer(1)]), callee.peer(1));
-    let large = GenerateCall { prompt: vec![u32::MAX; wire::MAX_MESSAGE_BYTES / 5 + 1].into(), ..call(1) };
-    let refused = caller.generate(&peer, large).await.err().expect("refused");
-    assert_eq!(refused.kind, FailureKind::InvalidRequest);
-
-    let refused = post(&callee, wire::GENERATE_PATH, vec![0; wire::MAX_MESSAGE_BYTES + 1].into()).await;
-    assert_eq!((refused.0, refused.1.kind), (413, FailureKind::InvalidRequest));
-    let large = GenerateCall { prompt: vec![u32::MAX; 2_000_000].into(), ..call(2) };
-    assert_counts(caller.accepted(&peer, large).await, 2).await;
-}
-
-#[tokio::test]
-async fn what_is_no_call_is_refused() {
-    let callee = Callee::start(1, FakeService::counting()).await;
-    let noise = || Bytes::from_static(&[0xff; 100]);
-    for path in [wire::GENERATE_PATH, wire::FOLLOW_PATH, wire::JOURNAL_PATH, wire::LOOKUP_PATH, wire::TOKENIZER_PATH] {
-        let (status, failure) = post(&callee, path, noise()).await;
-        assert_eq!((status, failure.kind), (400, FailureKind::Internal), "{path}");
-    }
-    let (status, failure) = post(&callee, "/outrigger/v1/nothing", noise()).await;
-    assert_eq!((status, failure.kind), (404, FailureKind::Internal));
-}
-
-/// What a client that is not ours may send: the answer's status and failure.
-async fn post(callee: &Callee, path: &str, body: Bytes) -> (u16, Failure) {
-    let stream = TcpStream::connect(callee.addr).await.expect("a connection");
-    let stream = TokioIo::new(tls(1).connect(stream).await.expect("a peer"));
-    let (mut sender, connection) = http2::handshake(TokioExecutor::new(), stream).await.expect("HTTP/2");
-    let driver = tokio::spawn(connection);
-    let mut request = Request::new(Full::new(body));
-    *request.method_mut() = Method::POST;
-    *request.uri_mut() = format!("https://x{path}").parse().expect("a URI");
-    let response = in_time("an answer", sender.send_request(request)).await.expect("answered");
-    let status = response.status().as_u16();
-    let body = in_time("a body", response.into_body().collect()).await.expect("a body").to_bytes();
-    driver.abort();
-    (status, wire::decode_failure(&body).expect("a failure"))
 }
