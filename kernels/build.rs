@@ -1,5 +1,5 @@
-//! Compiles the CUDA kernels when a build wants them: for devices (feature `cuda`), and for the host (feature `emulator`).
-//! A build with neither needs no compiler but Rust's.
+//! Compiles the CUDA kernels if a build needs them: for devices (feature `cuda`), and for the host (feature `emulator`).
+//! Without these features, no compiler but Rust's is needed.
 
 #[path = "build/emulator.rs"]
 mod emulator;

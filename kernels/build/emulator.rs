@@ -1,8 +1,8 @@
-//! Kernels for the host, under the emulation in `cuda/emulation`.
+//! Compiles the kernels for the host, for the emulation in `cuda/emulation`.
 //!
-//! Each source is included by a small generated file, inside an unnamed namespace: two sources may use a name for
-//! different things. Kernels register themselves when the program starts; a generated table names a function of every
-//! source, so that no linker drops one.
+//! Each source is included by a small generated file, inside an unnamed namespace, so that two sources may use the same name
+//! for different things. Kernels register themselves when the program starts. A generated table names a function of every
+//! source, so that the linker drops none.
 
 use std::env;
 use std::fs;
@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 
 use crate::sources::{self, Source};
 
-/// What a device would notice or silently get wrong; `cuda/emulation/traps.cpp` has the functions that are called then.
+/// Checks for errors that a device would report, or silently ignore. The functions in `cuda/emulation/traps.cpp` are then
+/// called.
 const CHECKS: &str = "-fsanitize=bounds,alignment,shift-exponent,integer-divide-by-zero";
 
 pub fn compile_kernels() {
@@ -40,7 +41,7 @@ pub fn compile_kernels() {
     build.compile("outrigger_emulation");
 }
 
-/// What the machine itself is made of.
+/// The files of the emulation itself.
 fn machine_files(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
     let paths = entries.map(|entry| entry.expect("the emulation's folder can be read").path());
@@ -73,7 +74,7 @@ fn write_table(out: &Path, kernels: &[Source]) -> PathBuf {
     )
 }
 
-/// Writes a file, unless it is there as it should be.
+/// Writes a file, unless it already has this content.
 fn write(path: &Path, text: &str) -> PathBuf {
     if fs::read_to_string(path).ok().as_deref() != Some(text) {
         fs::write(path, text).unwrap_or_else(|error| panic!("{}: {error}", path.display()));

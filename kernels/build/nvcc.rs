@@ -1,5 +1,5 @@
-//! Kernels for devices: every source becomes one compressed fatbin with machine code for each generation that we tune for
-//! and PTX for those to come, and a table of them that the library embeds.
+//! Compiles the kernels for devices. Each source becomes one compressed fatbin, with machine code for each generation that we
+//! tune for and PTX for later ones. The library embeds a table of them.
 
 use std::env;
 use std::fmt::Write as _;
@@ -11,9 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::sources::{self, Source};
 
-/// Machine code runs on its own generation only, at the same minor version or a later one: sm_80 serves 8.6, too. `90a` has
-/// Hopper's own instructions (wgmma) and runs on 9.0 alone, so the PTX of 9.0 is what later generations compile. It must not
-/// be older than that: launches overlap from 9.0 on, and in older PTX a kernel's wait for the one before it is empty.
+/// Machine code runs only on its own generation, at the same or a later minor version: sm_80 also serves 8.6. `90a` has
+/// Hopper's own instructions (wgmma) and runs on 9.0 alone, so later generations compile the PTX of 9.0. The PTX must not be
+/// older than that: launches overlap from 9.0 on, and in older PTX a kernel's wait for its predecessor does nothing.
 const TARGETS: &[&str] = &[
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_89,code=sm_89",
@@ -22,7 +22,7 @@ const TARGETS: &[&str] = &[
 ];
 const HOPPER: &[&str] = &["-gencode=arch=compute_90a,code=sm_90a"];
 
-/// Products and sums stay apart (`-fmad=false`), so that a result does not depend on what the compiler fuses.
+/// Multiplication and addition are not fused (`-fmad=false`), so that results do not depend on the compiler's choices.
 const FLAGS: &[&str] =
     &["-std=c++17", "-O3", "-fmad=false", "-fatbin", "--compress-mode=size", "-Werror=all-warnings", "-lineinfo"];
 
@@ -38,7 +38,7 @@ pub fn compile_kernels() {
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo tells where outputs go"));
     let Some(nvcc) = find_nvcc(&manifest, &out) else { fail(NO_COMPILER) };
     if let Some(home) = nvcc.parent().and_then(Path::parent) {
-        // Tests compile a stand-in for the driver with its header.
+        // Tests compile a stand-in for the driver with this header.
         println!("cargo::rustc-env=OUTRIGGER_CUDA_INCLUDE={}", home.join("include").display());
     }
     let sources = sources::all(&manifest.join("cuda"));
@@ -50,14 +50,14 @@ pub fn compile_kernels() {
 
 struct Compiler {
     nvcc: PathBuf,
-    /// What it says of itself: part of what decides whether an output is up to date.
+    /// The compiler's version text. Part of what decides whether an output is up to date.
     version: String,
-    /// Where images are kept under a name that says what they were made of, so that profiles, features and checks share them.
+    /// Where images are cached, by a name derived from their inputs, so that profiles, features and checks share them.
     cache: PathBuf,
 }
 
 impl Compiler {
-    /// As many at a time as cargo grants this build.
+    /// Compiles as many at a time as cargo allows.
     fn compile_all(&self, sources: &[Source]) {
         let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
         let next = AtomicUsize::new(0);
@@ -77,13 +77,13 @@ impl Compiler {
         }
     }
 
-    /// Leaves what is there: cargo runs this when any kernel has changed, and one can take a minute.
+    /// Keeps existing images: cargo runs this when any kernel has changed, and compiling one can take a minute.
     fn compile(&self, source: &Source) -> Result<(), String> {
         let image = self.image(source);
         if image.exists() {
             return Ok(());
         }
-        // Renamed when complete: another build may be looking for it.
+        // Renamed when complete, since another build may be waiting for it.
         let unfinished = image.with_extension(format!("{}.unfinished", std::process::id()));
         let output = Command::new(&self.nvcc)
             .args(FLAGS)
@@ -110,7 +110,7 @@ impl Compiler {
     fn table(&self, sources: &[Source]) -> String {
         let mut table = "&[\n".to_owned();
         for source in sources {
-            // Should it be cleared away, this runs again.
+            // If the image is removed, this runs again.
             println!("cargo::rerun-if-changed={}", self.image(source).display());
             let (name, hopper_only, image) = (&source.name, source.is_hopper_only(), self.image(source));
             let bytes = format!("&Aligned(*include_bytes!({image:?})).0");
@@ -137,7 +137,7 @@ fn cache_folder(out: &Path) -> PathBuf {
 fn find_nvcc(manifest: &Path, out: &Path) -> Option<PathBuf> {
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).map(PathBuf::from);
     let path = env::var_os("PATH").unwrap_or_default();
-    // The target folder may be elsewhere; it holds OUT_DIR.
+    // The target folder may be elsewhere; OUT_DIR is inside it.
     let targets = out.ancestors().map(|folder| folder.join("cuda/home"));
     let workspace = manifest.parent().map(|folder| folder.join("target/cuda/home"));
     homes

@@ -1,4 +1,4 @@
-//! The kernel sources: which there are, and what each depends on.
+//! The kernel sources, and what each depends on.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,12 +13,12 @@ pub struct Source {
 }
 
 impl Source {
-    /// Files of this name hold kernels that use the instructions of one generation, and are compiled for no other.
+    /// Files with this name contain kernels with instructions of one generation, and are compiled only for it.
     pub fn is_hopper_only(&self) -> bool {
         self.name.ends_with("_sm90")
     }
 
-    /// A number that changes when the file, or anything that it includes from the kernels' folder, does.
+    /// Changes when the file, or any file that it includes from the kernels' folder, changes.
     pub fn content_hash(&self) -> u64 {
         let mut files = BTreeSet::new();
         with_includes(&self.path, &mut files);
@@ -44,7 +44,7 @@ pub fn all(folder: &Path) -> Vec<Source> {
     sources
 }
 
-/// Quoted includes are ours; those in angle brackets belong to the compiler.
+/// Includes in quotes are ours; those in angle brackets belong to the compiler.
 fn with_includes(path: &Path, files: &mut BTreeSet<PathBuf>) {
     if !path.exists() || !files.insert(path.to_path_buf()) {
         return;

@@ -1,9 +1,9 @@
 //! Paged attention, the same for prefill and decode.
 //!
-//! A row's scores are taken over *stretches* of 64 absolute positions, whatever the block size. Each stretch gives a partial
-//! result (maximum, sum, weighted values) of its own; partials are merged in ascending order (online softmax, arXiv
-//! 1805.02867, 2205.14135). So a row's result depends neither on how its sequence was chunked, nor on its neighbours, nor on
-//! which thread took which stretch.
+//! A row's scores are computed over *stretches* of 64 absolute positions, whatever the block size. Each stretch gives a partial
+//! result (maximum, sum, weighted values), and partials are merged in ascending order (online softmax, arXiv 1805.02867,
+//! 2205.14135). So a row's result does not depend on how its sequence was split into chunks, on its neighbours, or on which
+//! thread computed which stretch.
 
 mod cache;
 mod stretch;
@@ -37,11 +37,11 @@ pub struct AttentionEntry<'a> {
     pub block_table: &'a [u32],
 }
 
-/// Shape of the queries of a layer.
+/// The shape of a layer's queries.
 #[derive(Clone, Copy, Debug)]
 pub struct QueryShape {
     pub num_heads: usize,
-    /// A position sees itself and the `window - 1` before it.
+    /// A position sees itself and the `window - 1` positions before it.
     pub sliding_window: Option<usize>,
 }
 
@@ -51,7 +51,7 @@ struct Item {
     entry: usize,
     kv_head: usize,
     tokens: Range<usize>,
-    /// The stretches it computes, and, when it is one of several pieces, where its partials go.
+    /// The stretches to compute and, if the row is split into several pieces, where the partials are stored.
     stretches: Range<usize>,
     partials: Option<usize>,
 }
@@ -60,15 +60,15 @@ struct Item {
 #[derive(Default)]
 pub struct Attention {
     items: Vec<Item>,
-    /// Rows that were split: entry, KV head, all stretches, first partial.
+    /// Split rows: entry, KV head, all stretches, first partial.
     splits: Vec<Item>,
     partials: Vec<f32>,
-    /// Floats a partial.
+    /// Floats per partial.
     partial_len: usize,
 }
 
 impl Attention {
-    /// Divides the work of a batch into tasks, once for all its layers.
+    /// Divides the work of a batch into tasks, once for all layers.
     pub fn plan(&mut self, threads: usize, cache: &KvCache, shape: QueryShape, entries: &[AttentionEntry<'_>]) {
         self.items.clear();
         self.splits.clear();
@@ -151,7 +151,7 @@ impl Attention {
     }
 }
 
-/// Stretches that positions `first..=last` see.
+/// The stretches that positions `first..=last` see.
 fn visible(first: usize, last: usize, shape: QueryShape) -> Range<usize> {
     let oldest = shape.sliding_window.map_or(0, |window| (first + 1).saturating_sub(window));
     oldest / STRETCH..last / STRETCH + 1
@@ -189,7 +189,7 @@ impl Job<'_> {
         }
     }
 
-    /// Writes `o / l` of row `row` of `item`.
+    /// Writes `o / l` for row `row` of `item`.
     unsafe fn finish(&self, item: &Item, row: usize, state: &[f32]) {
         let dim = self.cache.head_dim();
         let entry = &self.entries[item.entry];
@@ -208,7 +208,7 @@ impl Job<'_> {
 }
 
 thread_local! {
-    /// Stretches as f32, running states and partials of the task at hand.
+    /// Stretches as f32, running states and partials of the current task.
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 

@@ -1,5 +1,5 @@
-//! Large, aligned, zeroed memory for weights and the KV pool, on huge pages where the system gives them: weights are read
-//! from end to end for every token, which small pages slow by misses of the translation buffer.
+//! Large, aligned, zeroed memory for weights and the KV pool, on huge pages if the system provides them. Weights are read from
+//! end to end for every token; with small pages, misses of the translation buffer would slow this down.
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::ptr::NonNull;
@@ -71,7 +71,7 @@ impl<T: Plain> std::ops::DerefMut for Buffer<T> {
     }
 }
 
-/// The mapping that small buffers are cut from.
+/// The mapping from which small buffers are allocated.
 static SMALL_BUFFERS: Mutex<SmallBuffers> = Mutex::new(SmallBuffers { mapping: None, used: 0 });
 
 struct SmallBuffers {
@@ -95,7 +95,7 @@ impl SmallBuffers {
     }
 }
 
-/// Zeroed memory of its own, aligned to a huge page. Pages cost nothing until they are touched.
+/// Zeroed memory, aligned to a huge page. Pages are allocated when they are first used.
 #[cfg(unix)]
 struct Mapping {
     start: NonNull<u8>,
@@ -136,7 +136,7 @@ impl Drop for Mapping {
     }
 }
 
-/// Where there is no `mmap`: the heap.
+/// On systems without `mmap`: heap memory.
 #[cfg(not(unix))]
 struct Mapping {
     start: NonNull<u8>,
@@ -169,7 +169,7 @@ unsafe impl Send for Mapping {}
 // SAFETY: as above.
 unsafe impl Sync for Mapping {}
 
-/// A raw pointer that tasks on several threads write through, each to its own elements.
+/// A raw pointer through which tasks on several threads write, each to its own elements.
 #[derive(Clone, Copy)]
 pub(crate) struct SharedOut<T>(pub *mut T);
 // SAFETY: the user guarantees disjoint writes.
@@ -178,7 +178,7 @@ unsafe impl<T> Send for SharedOut<T> {}
 unsafe impl<T> Sync for SharedOut<T> {}
 
 impl<T> SharedOut<T> {
-    /// A method, so that closures capture the whole wrapper and not the pointer in it.
+    /// A method, so that closures capture the whole wrapper and not just the pointer inside it.
     #[inline(always)]
     pub fn get(self) -> *mut T {
         self.0

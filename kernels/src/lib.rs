@@ -1,10 +1,10 @@
 //! The numeric kernels of Outrigger: slices in, slices out, with one arithmetic.
 //!
-//! **Batch invariance.** Each output row is a function of its own input row and the weights. No reduction order depends
-//! on how many rows there are, how they were split over calls or threads, where the KV cache keeps them, or which
-//! instruction set computes them. [`NUMERICS_VERSION`] names this arithmetic; it is part of the model's fingerprint.
+//! **Batch invariance.** Each output row is a function of its own input row and the weights. No order of addition depends on
+//! how many rows there are, how they were split over calls or threads, where the KV cache stores them, or which instruction set
+//! computes them. [`NUMERICS_VERSION`] identifies this arithmetic; it is part of the model's fingerprint.
 //!
-//! This crate owns all `unsafe` of the project, behind safe functions that check shapes. It knows nothing of models,
+//! This crate contains all `unsafe` code of the project, behind safe functions that check shapes. It knows nothing of models,
 //! sequences or requests.
 
 #![expect(

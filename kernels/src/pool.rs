@@ -1,7 +1,7 @@
-//! Fork and join over a fixed set of threads, cheap enough for a few hundred times a millisecond-long step.
+//! Fork and join over a fixed set of threads, cheap enough to be used hundreds of times in a step of a millisecond.
 //!
-//! A general work-stealing pool costs several microseconds a join because its workers sleep; here they spin for a while
-//! first. Which thread runs a task never matters for its result.
+//! A general work-stealing pool costs several microseconds per join because its workers sleep; here they spin for a while
+//! first. Which thread runs a task never affects its result.
 
 use std::hint::spin_loop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -9,11 +9,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// Busy polls before a waiting thread lets others run. One poll is some 10 to 40 ns.
+/// Polls before a waiting thread yields. One poll takes about 10 to 40 ns.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
 /// Polls (the later ones with a yield each) before an idle worker sleeps.
 const SPINS_BEFORE_PARK: u32 = 6_000;
-/// The ticket keeps the index and the number of tasks in 16 bits each.
+/// The ticket stores the index and the number of tasks in 16 bits each.
 const MAX_TASKS: usize = 0xffff;
 
 type Task<'a> = dyn Fn(usize) + Sync + 'a;
@@ -22,13 +22,13 @@ type Task<'a> = dyn Fn(usize) + Sync + 'a;
 pub struct Pool {
     shared: Arc<JobBoard>,
     workers: Vec<JoinHandle<()>>,
-    /// One job at a time. A second caller waits.
+    /// One job at a time; a second caller waits.
     caller: Mutex<()>,
 }
 
 struct JobBoard {
-    /// `epoch << 32 | tasks << 16 | next index`. A task is claimed by a compare-and-swap on the whole, so a claim made for
-    /// an earlier job fails.
+    /// `epoch << 32 | tasks << 16 | next index`. A task is claimed by a compare-and-swap of the whole value, so a claim made
+    /// for an earlier job fails.
     ticket: AtomicU64,
     /// The current job, a `*const Task` in two words. Written only between jobs, when no task can be claimed.
     job: [AtomicUsize; 2],
@@ -137,7 +137,7 @@ impl JobBoard {
             if index >= tasks {
                 return false;
             }
-            // Possibly of different jobs, if the ticket is outdated; then the claim fails.
+            // If the ticket is outdated, the two words may belong to different jobs; then the claim fails.
             let words = [self.job[0].load(Ordering::Relaxed), self.job[1].load(Ordering::Relaxed)];
             match self.ticket.compare_exchange_weak(ticket, ticket + 1, Ordering::AcqRel, Ordering::Acquire) {
                 Err(now) => ticket = now,

@@ -1,4 +1,4 @@
-//! Operations on activation rows, each row for itself.
+//! Operations on activation rows, each row independently.
 
 mod norm;
 
@@ -9,10 +9,10 @@ use crate::matrix::Matrix;
 use crate::pool::Pool;
 use crate::simd::{Kernel, LANES, Level, Simd, dispatch, exp};
 
-/// Rows a task takes at least, so that a single row never leaves its thread.
+/// Minimum number of rows per task, so that a single row stays on its thread.
 const ROW_GRAIN: usize = 4;
 
-/// Inputs that share a scale; the groups of every packed weight type.
+/// Inputs that share a scale; the group size of every packed weight type.
 const GROUP: usize = 32;
 
 /// A group whose values are all at most this large counts as zero; its inverse scale would overflow.
@@ -21,7 +21,7 @@ const NEGLIGIBLE: f32 = 1e-30;
 /// Rows of the largest tile.
 pub(crate) const MAX_TILE: usize = 12;
 
-/// Rows of the next tile when `left` rows are left.
+/// Rows of the next tile when `left` rows remain.
 #[inline(always)]
 pub(crate) fn tile_rows(left: usize) -> usize {
     match left {
@@ -308,7 +308,8 @@ impl RopeTable {
         let (mut cos, mut sin) = (Vec::with_capacity(positions * half), Vec::with_capacity(positions * half));
         for position in 0..positions {
             for frequency in inverse_frequencies {
-                // Angles are rounded to f32 as the reference implementation does, then taken exactly.
+                // Angles are rounded to f32 as in the reference implementation, then their sines and cosines are computed
+                // exactly.
                 let angle = f64::from(position as f32 * *frequency as f32);
                 let (s, c) = libm::sincos(angle);
                 cos.push(c as f32);

@@ -1,4 +1,4 @@
-//! Reductions over one row of logits, for the sampler. Same bits at every level.
+//! Reductions over one row of logits, for the sampler. The bits are the same at every level.
 
 use std::sync::OnceLock;
 

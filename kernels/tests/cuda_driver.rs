@@ -1,4 +1,4 @@
-//! What we ask of the CUDA driver, tried on a stand-in for its library (stand_in/libcuda.cpp).
+//! Tests our use of the CUDA driver, on a stand-in for its library (stand_in/libcuda.cpp).
 
 #![expect(unsafe_code, reason = "the stand-in is a library like the driver's")]
 #![expect(clippy::disallowed_types, reason = "its lock is taken even when poisoned")]

@@ -1,4 +1,4 @@
-//! The emulated device: that it does what a device does, and that it notices what a device would not tell.
+//! Tests the emulated device: that it behaves like a device, and that it detects errors that a device would not report.
 
 #![expect(unsafe_code, reason = "launching a kernel is unsafe")]
 

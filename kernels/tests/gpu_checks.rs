@@ -1,6 +1,6 @@
-//! Every check of the device kernels on the emulated device, with threads in different orders.
+//! Runs every check of the device kernels on the emulated device, with threads in different orders.
 //!
-//! `CHECK=name` runs those whose name contains it, `SEED=number` with other inputs.
+//! `CHECK=name` runs the checks whose name contains it; `SEED=number` changes the inputs.
 
 use std::time::Instant;
 

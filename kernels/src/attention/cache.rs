@@ -1,7 +1,7 @@
 //! The paged pool of keys and values.
 //!
-//! Keys stand transposed within a block, `[layer][block][kv_head][dim][position]`, so that sixteen scores come from one
-//! vector; values stand `[layer][block][kv_head][position][dim]`. Heads are padded with zeros to a multiple of sixteen.
+//! Keys are stored transposed within a block, `[layer][block][kv_head][dim][position]`, so that sixteen scores come from one
+//! vector. Values are stored as `[layer][block][kv_head][position][dim]`. Heads are padded with zeros to a multiple of sixteen.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -13,7 +13,7 @@ use crate::pool::Pool;
 use crate::rows::RopeTable;
 use crate::simd::{LANES, Simd};
 
-/// Rows from which a stretch is first widened to f32, to be read many times.
+/// With at least this many rows, a stretch is converted to f32 once, before it is read many times.
 const GATHER_ROWS: usize = 13;
 
 /// Number type of stored keys and values.
@@ -38,7 +38,7 @@ impl KvType {
 pub struct KvShape {
     pub num_layers: usize,
     pub num_blocks: usize,
-    /// Positions a block, a multiple of 16.
+    /// Positions per block, a multiple of 16.
     pub block_size: usize,
     pub num_kv_heads: usize,
     pub head_dim: usize,
@@ -104,7 +104,7 @@ impl KvCache {
         self.shape.head_dim
     }
 
-    /// Head size rounded up to sixteen; that of queries as well.
+    /// Head size rounded up to a multiple of sixteen; also that of queries.
     pub fn padded_dim(&self) -> usize {
         self.shape.padded_dim()
     }
@@ -200,12 +200,12 @@ impl KvCache {
         });
     }
 
-    /// Floats that `view` may need to widen a stretch.
+    /// Floats that `view` may need to convert a stretch.
     pub(super) fn gather_len(&self) -> usize {
         2 * STRETCH * self.padded_dim()
     }
 
-    /// The keys and values of one stretch of one head. Lanes beyond the block table repeat the first ones; scores there are
+    /// The keys and values of one stretch of one head. Lanes beyond the block table repeat the first ones; their scores are
     /// masked.
     #[inline(always)]
     pub(super) fn view<S: Simd>(

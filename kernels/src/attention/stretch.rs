@@ -5,9 +5,9 @@ use half::{bf16, f16};
 use super::STRETCH;
 use crate::simd::{LANES, Simd, exp};
 
-/// Vectors of scores a row.
+/// Vectors of scores per row.
 const PARTS: usize = STRETCH / LANES;
-/// Rows that are computed together at most: their sums, four vectors each, and the operands fit 32 registers.
+/// Maximum number of rows computed together: their sums, four vectors each, and the operands fit into 32 registers.
 pub(super) const MAX_TILE: usize = 5;
 
 /// A stored key or value element.
@@ -41,13 +41,13 @@ impl Element for bf16 {
     }
 }
 
-/// Where a stretch's keys and values lie: sixteen positions a pointer.
+/// Where a stretch's keys and values are stored: one pointer per sixteen positions.
 pub(super) struct View<E> {
     pub keys: [*const E; PARTS],
-    /// Elements from one dimension of a key to the next.
+    /// Elements between two dimensions of a key.
     pub key_stride: usize,
     pub values: [*const E; PARTS],
-    /// Padded head size; elements from one value to the next.
+    /// Padded head size; elements between two values.
     pub dim: usize,
 }
 

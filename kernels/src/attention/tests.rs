@@ -1,4 +1,4 @@
-//! Attention against a plain reference in f64, and its promise: the same bits however a sequence was cut.
+//! Compares attention with a plain reference in f64, and checks that the bits do not depend on how a sequence was split.
 
 use super::cache::{KvShape, Slot};
 use super::*;
@@ -17,7 +17,7 @@ fn noise(len: usize, salt: u32) -> Vec<f32> {
         .collect()
 }
 
-/// How one run is set up; the result must not depend on any of it but `dim`, `ty` and `window`.
+/// The setup of a run. The result must depend only on `dim`, `ty` and `window`.
 #[derive(Clone, Copy)]
 struct Setup {
     dim: usize,
@@ -56,7 +56,7 @@ fn run(setup: Setup, qkv: &[f32], chunks: &[usize]) -> Vec<f32> {
     let mut result = Vec::new();
     let mut start = 0;
     for &chunk in chunks {
-        // The second sequence has the same rows, one token at a time later in the batch.
+        // The second sequence has the same rows, each at a later place in the batch.
         let rows: Vec<f32> = qkv[start * width..(start + chunk) * width]
             .iter()
             .chain(&qkv[start * width..(start + 1) * width])
@@ -85,7 +85,7 @@ fn run(setup: Setup, qkv: &[f32], chunks: &[usize]) -> Vec<f32> {
     result
 }
 
-/// The textbook, in f64.
+/// The textbook formula, in f64.
 fn truth(setup: Setup, qkv: &[f32], tokens: usize) -> Vec<f64> {
     let (dim, width) = (setup.dim, (HEADS + 2 * KV_HEADS) * setup.dim);
     let rope = rope(dim);

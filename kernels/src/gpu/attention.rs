@@ -1,9 +1,9 @@
-//! Paged attention on a GPU, one arithmetic for prefill and decode; the kernels are in `kernels/cuda/attention_*.cu`.
+//! Paged attention on a GPU, with the same arithmetic for prefill and decode. The kernels are in `kernels/cuda/attention_*.cu`.
 //!
-//! Scores are taken over stretches of 64 absolute positions, stretches add up to splits of 256 from a fresh state, and splits
-//! are merged in ascending order (`kernels/cuda/attention.cuh`). Two kernels do exactly this: one takes few rows over many
-//! positions and may give each split to another block, one takes tiles of many rows. Which of them computes a row, with
-//! which neighbours, is the [`AttentionPlan`]'s choice and leaves no trace in the result.
+//! Scores are computed over stretches of 64 absolute positions, stretches are combined into splits of 256 starting from a fresh
+//! state, and splits are merged in ascending order (`kernels/cuda/attention.cuh`). Two kernels implement this: one handles few
+//! rows over many positions and can give each split to another block, the other handles tiles of many rows. The
+//! [`AttentionPlan`] chooses which kernel computes a row, and with which neighbours; the choice does not affect the result.
 
 mod append;
 mod cache;
@@ -18,32 +18,32 @@ pub use plan::{AttentionEntry, AttentionLimits, AttentionPlan};
 use super::{Activations, Address, Device, DeviceBuffer, DeviceError, Element, Launch, View};
 use geometry::Geometry;
 
-/// Threads of a block of the kernel for few rows.
+/// Threads per block of the kernel for few rows.
 const SPLIT_THREADS: u32 = 128;
-/// Bytes of partial results that are kept at most. Rows that find no room are not split.
+/// Maximum size of partial results, in bytes. Rows for which there is no space are not split.
 const PARTIAL_BYTES: usize = 32 << 20;
-/// Splits that are items of their own, at most.
+/// Maximum number of splits that are separate items.
 const MAX_SPLITS: usize = 8192;
 /// Floats of a partial before its values: maximum, sum, and padding to 16 bytes.
 const PARTIAL_HEADER: usize = 4;
 
-/// What the queries of a layer are. Layers that differ in it (windows, mostly) have a plan each.
+/// The properties of a layer's queries. Layers that differ in them (usually in their windows) have separate plans.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct QueryShape {
     pub num_heads: usize,
-    /// A position sees itself and the `window - 1` before it.
+    /// A position sees itself and the `window - 1` positions before it.
     pub sliding_window: Option<usize>,
     /// Scores become `cap * tanh(score / cap)`.
     pub soft_cap: Option<f32>,
-    /// Of a score, before the cap; usually `1 / sqrt(head_dim)`.
+    /// Factor of a score before the cap; usually `1 / sqrt(head_dim)`.
     pub scale: f32,
 }
 
-/// Where splits leave their partial results for the block that merges them. One serves all layers and plans of a device.
+/// Memory in which splits store partial results for the block that merges them. One serves all layers and plans of a device.
 pub struct AttentionWorkspace {
     /// Rows of four floats and `head_dim` values.
     partials: DeviceBuffer<f32>,
-    /// How many splits of a tile are done; zero between launches.
+    /// How many splits of a tile are finished; zero between launches.
     counters: DeviceBuffer<u32>,
 }
 
@@ -58,7 +58,7 @@ impl AttentionWorkspace {
     }
 }
 
-/// Rows that the workspace has room for.
+/// Number of rows for which the workspace has space.
 fn partial_rows(head_dim: usize) -> usize {
     PARTIAL_BYTES / ((head_dim + PARTIAL_HEADER) * size_of::<f32>())
 }
@@ -67,13 +67,13 @@ fn partial_rows(head_dim: usize) -> usize {
 pub struct AttentionOperands<'a> {
     pub cache: &'a GpuKvCache,
     pub layer: usize,
-    /// Of all entries, as they were when the batch was planned.
+    /// The block tables of all entries, as when the batch was planned.
     pub block_tables: View<u32>,
-    /// [`AttentionPlan::words`], at a multiple of 16 bytes.
+    /// [`AttentionPlan::words`], aligned to 16 bytes.
     pub plan: View<u32>,
     /// `[rows, num_heads * head_dim]`, rotated, not scaled.
     pub queries: Activations,
-    /// The same shape and type. Rows of no entry are not written.
+    /// Same shape and type as the queries. Rows that belong to no entry are not written.
     pub out: Activations,
 }
 
@@ -104,14 +104,14 @@ struct AttentionParams {
 }
 
 impl AttentionPlan {
-    /// Attention of one layer over the planned batch, whose keys and values are already in the cache.
+    /// Attention of one layer over the planned batch. The keys and values are already in the cache.
     ///
-    /// The launch for few rows depends on nothing but the device and the shapes, so it may be recorded and replayed with
-    /// other plans at the same address; it is there even when the plan has no work for it. A plan with
-    /// [`num_tiles`](Self::num_tiles) above zero takes a second launch, which depends on it.
+    /// The launch for few rows depends only on the device and the shapes, so it can be recorded and replayed with other plans
+    /// at the same address; it is made even if the plan has no work for it. A plan with [`num_tiles`](Self::num_tiles) above
+    /// zero needs a second launch, which depends on that number.
     ///
     /// # Panics
-    /// When a shape or type does not fit, or the operands are smaller than what was planned.
+    /// When a shape or type does not fit, or the operands are smaller than planned.
     pub fn run(
         &self,
         device: &Device,

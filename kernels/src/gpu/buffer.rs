@@ -41,7 +41,7 @@ pub struct DeviceBuffer<T: DeviceType> {
 }
 
 impl<T: DeviceType> DeviceBuffer<T> {
-    /// The content is undefined.
+    /// The content of the new buffer is undefined.
     pub fn new(device: &Device, len: usize) -> Result<Self, DeviceError> {
         let bytes = len * size_of::<T>();
         let address = if bytes == 0 { Address::NULL } else { device.driver().allocate(bytes)? };
@@ -140,8 +140,8 @@ impl<T: DeviceType> Drop for DeviceBuffer<T> {
     }
 }
 
-/// Part of a device buffer, as a kernel's operand. It does not keep the buffer alive: views are made where a kernel is
-/// launched, and a buffer that goes away waits for queued work.
+/// Part of a device buffer, used as a kernel's operand. It does not keep the buffer alive: views are created where a kernel is
+/// launched, and dropping a buffer waits for queued work.
 #[derive(Clone, Copy, Debug)]
 pub struct View<T: DeviceType> {
     address: Address,
@@ -150,7 +150,7 @@ pub struct View<T: DeviceType> {
 }
 
 impl<T: DeviceType> View<T> {
-    /// No memory at all; its address is null.
+    /// An empty view with a null address.
     pub const NONE: Self = Self { address: Address::NULL, len: 0, elements: PhantomData };
 
     pub fn address(&self) -> Address {
@@ -196,14 +196,14 @@ impl<T: DeviceType> HostBuffer<T> {
         Ok(Self { device: device.clone(), memory, len })
     }
 
-    /// Queues a copy of the first `len` elements to the device. The caller leaves them alone until it has been done.
+    /// Queues a copy of the first `len` elements to the device. The caller must not change them until the copy is done.
     pub fn upload(&self, to: &mut DeviceBuffer<T>, len: usize) -> Result<(), DeviceError> {
         assert!(len <= self.len && len <= to.len(), "an upload must fit both buffers");
         // SAFETY: both ranges are valid.
         unsafe { self.device.driver().upload(to.address(), self.memory.cast(), len * size_of::<T>()) }
     }
 
-    /// Queues a copy of the first `len` elements from the device. They are there once the caller has waited for it.
+    /// Queues a copy of the first `len` elements from the device. The caller must wait for it before reading them.
     pub fn download(&mut self, from: &DeviceBuffer<T>, len: usize) -> Result<(), DeviceError> {
         assert!(len <= self.len && len <= from.len(), "a download must fit both buffers");
         // SAFETY: both ranges are valid.

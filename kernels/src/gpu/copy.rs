@@ -1,11 +1,11 @@
-//! Copies of blocks of the KV cache, for sequences that part after a shared beginning.
+//! Copies blocks of the KV cache, for sequences that diverge after a shared beginning.
 
 use super::{Address, Device, DeviceBuffer, DeviceError, Launch};
 
 const THREADS: usize = 256;
-/// Copies in one launch; more take several.
+/// Copies per launch; more need several launches.
 const MAX_COPIES: usize = 64;
-/// Bytes that a thread copies.
+/// Bytes that each thread copies.
 const WORD: usize = 16;
 
 /// As `CopyBlocksParams` in copy.cu.

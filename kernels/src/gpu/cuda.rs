@@ -1,7 +1,7 @@
 //! The CUDA driver: one device, its primary context and one stream.
 //!
-//! Memory is allocated a few times in a process's life (weights, the KV pool, work space), so plain allocation serves. It
-//! synchronizes, as does freeing; neither happens in a step.
+//! Memory is allocated a few times in the process's life (weights, the KV pool, work space), so there is no allocator of our
+//! own. Allocating and freeing synchronize with the device; neither happens during a step.
 
 mod library;
 mod modules;
@@ -25,7 +25,7 @@ use modules::{LoadedFunction, Modules};
 use opening::{PrimaryContext, succeed};
 use staging::Staging;
 
-/// Up to this the driver's own staging is as good.
+/// For uploads up to this size the driver's own staging is as fast.
 const SMALL_UPLOAD_BYTES: usize = 64 << 10;
 
 pub(super) fn open(index: u32) -> Result<Box<dyn Driver>, DeviceError> {
@@ -39,7 +39,7 @@ struct CudaDriver {
     modules: Modules,
     functions: Mutex<Vec<LoadedFunction>>,
     events: Mutex<Vec<Event>>,
-    /// Dropped graphs leave a hole.
+    /// Dropped graphs leave an empty entry.
     graphs: Mutex<Vec<Option<GraphExec>>>,
     /// Page-locked ranges, start to length.
     locked: Mutex<BTreeMap<usize, usize>>,
@@ -147,7 +147,7 @@ unsafe impl Driver for CudaDriver {
 
     unsafe fn free(&self, address: Address) {
         if !self.is_capturing() {
-            // An error is sticky and will be reported by what comes next.
+            // Errors are sticky and will be reported by the next call.
             let _ = self.synchronize();
         }
         // SAFETY: the caller's promise.
@@ -357,7 +357,7 @@ unsafe impl Driver for CudaDriver {
         let mut graphs = lock(&self.graphs);
         graphs.push(Some(exec));
         let id = GraphId(graphs.len() - 1);
-        // The first launch would do it otherwise, in a step.
+        // Otherwise the first launch would do this, during a step.
         // SAFETY: as above.
         self.call("cuGraphUpload", 0, |cuda| unsafe { cuda.graph_upload(exec, self.stream) })?;
         Ok(id)
@@ -371,15 +371,15 @@ unsafe impl Driver for CudaDriver {
 
     fn drop_graph(&self, graph: GraphId) {
         if let Some(exec) = lock(&self.graphs)[graph.0].take() {
-            // A graph that still runs is released when it has ended.
-            // SAFETY: instantiated once, and launched no more.
+            // A graph that is still running is released when it has ended.
+            // SAFETY: instantiated once, and not launched any more.
             let _ = self.call("cuGraphExecDestroy", 0, |cuda| unsafe { cuda.graph_exec_destroy(exec) });
         }
     }
 }
 
 impl Drop for CudaDriver {
-    /// Buffers hold the device, so they have gone before. Errors mean that the context is lost, and with it everything in it.
+    /// All buffers are gone by now, since they hold the device. Errors mean that the context is lost, and everything in it.
     fn drop(&mut self) {
         let _ = self.synchronize();
         if self.context.enter() != Status::SUCCESS {
@@ -413,7 +413,7 @@ fn failure(library: &Library, operation: &'static str, status: Status, bytes: us
     DeviceError::Failed { operation, message: format!("{}{consequence}", library.describe(status)) }
 }
 
-/// A panic while a table is locked leaves it whole.
+/// A panic while a table is locked leaves it consistent.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

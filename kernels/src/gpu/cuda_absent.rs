@@ -1,4 +1,4 @@
-//! The CUDA driver of builds without the feature `cuda`: none.
+//! Replaces the CUDA driver in builds without the feature `cuda`.
 
 use super::{DeviceError, Driver};
 

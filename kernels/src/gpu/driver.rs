@@ -1,8 +1,8 @@
-//! What a GPU must do for us, in the driver's own terms: memory, kernel launches, events, graphs.
+//! The interface to a GPU, in the driver's terms: memory, kernel launches, events, graphs.
 //!
-//! Two implementations: the CUDA driver, and an emulator that runs the same kernel sources on the host, so that
-//! everything above this line is tested where there is no GPU. Work is queued on one stream, in order; methods are
-//! called by one thread at a time, whichever.
+//! There are two implementations: the CUDA driver, and an emulator that runs the same kernel sources on the host, so that
+//! everything above this interface can be tested without a GPU. Work is queued on one stream, in order. Methods may be called
+//! from any thread, but not concurrently.
 
 use std::ops::Add;
 
@@ -34,7 +34,7 @@ pub struct Properties {
     pub shared_memory_per_block: usize,
     pub l2_bytes: usize,
     pub memory_bytes: u64,
-    /// PCI bus id, by which the driver's management library knows the device; empty on the emulator.
+    /// PCI bus id, which the driver's management library uses; empty on the emulator.
     pub pci_bus_id: String,
 }
 
@@ -47,10 +47,10 @@ pub struct DeviceMemory {
 
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceError {
-    /// This machine has none for us, and a later start finds none either.
+    /// This machine has no usable device, and a restart would not find one either.
     #[error("{0}")]
     Unavailable(String),
-    /// There should be one: it is broken, taken or not set up.
+    /// There is a device, but it is broken, in use or not set up.
     #[error("{0}")]
     Unusable(String),
     #[error("the device has no memory left for {bytes} bytes")]
@@ -71,8 +71,8 @@ pub struct Launch {
     pub shared_bytes: u32,
     /// Blocks that form a cluster (along x); 1 for none.
     pub cluster: u32,
-    /// May begin while the kernel before it ends (programmatic dependent launch). The kernel must call
-    /// `grid_dependency_wait` before it touches what that kernel writes.
+    /// May begin before the previous kernel has ended (programmatic dependent launch). The kernel must call
+    /// `grid_dependency_wait` before it accesses what that kernel writes.
     pub overlap: bool,
 }
 
@@ -89,7 +89,7 @@ impl Launch {
     }
 }
 
-/// A kernel of this device, by the order in which it was first asked for.
+/// A kernel of this device, numbered in the order of first use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Function(pub usize);
 
@@ -140,8 +140,8 @@ pub unsafe trait Driver: Send + Sync {
     /// `memory` came from `allocate_host` and is used no more.
     unsafe fn free_host(&self, memory: *mut u8, bytes: usize);
 
-    /// Queues a copy to the device. From pageable memory it returns when the memory may be changed again; page-locked
-    /// memory must stay as it is until the copy has been done.
+    /// Queues a copy to the device. From pageable memory, it returns when the memory may be changed again; page-locked memory
+    /// must not be changed until the copy is done.
     ///
     /// # Safety
     /// Both ranges are valid.
@@ -189,10 +189,10 @@ pub unsafe trait Driver: Send + Sync {
     /// Seconds between two recorded events that are done.
     fn elapsed(&self, from: EventId, to: EventId) -> Result<f64, DeviceError>;
 
-    /// From now on work is recorded rather than run.
+    /// From now on work is recorded instead of run.
     fn begin_capture(&self) -> Result<(), DeviceError>;
 
-    /// Ends the recording; the graph can be launched again and again.
+    /// Ends the recording. The graph can be launched repeatedly.
     fn end_capture(&self) -> Result<GraphId, DeviceError>;
 
     fn launch_graph(&self, graph: GraphId) -> Result<(), DeviceError>;

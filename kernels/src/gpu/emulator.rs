@@ -1,7 +1,7 @@
-//! The emulated device: what a test chooses about it. Builds without the feature `emulator` have none.
+//! The options of the emulated device. Builds without the feature `emulator` have none.
 //!
-//! It runs the kernels' own sources, compiled for the host, and is stricter than a device: queued work is done only when
-//! somebody waits for it, fresh memory is poison, and memory that is not the kernel's faults or is found changed.
+//! The emulated device runs the kernels' own sources, compiled for the host, and is stricter than a real device: queued work
+//! runs only when somebody waits for it, new memory is poisoned, and accesses outside a kernel's memory fault or are detected.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -11,7 +11,7 @@ mod device;
 
 pub(super) use device::open;
 
-/// What an emulated device is like.
+/// The properties of an emulated device.
 #[derive(Clone, Debug)]
 pub struct EmulatorOptions {
     /// Compute capability: 80, 89 or 90.
@@ -37,13 +37,13 @@ impl Default for EmulatorOptions {
     }
 }
 
-/// The order in which the threads of a block run between the points where they wait for one another, and blocks one after
-/// the other. A kernel without races gives the same in each.
+/// The order in which threads of a block run between barriers, and in which blocks run. A kernel without races gives the same
+/// result for each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadOrder {
     /// In turn, lowest first.
     Forward,
-    /// The highest first, as far as it gets.
+    /// Highest first, each as far as it gets.
     Backward,
     /// Random, from this seed.
     Shuffled(u64),
@@ -58,7 +58,7 @@ pub enum LaunchFault {
     OutOfMemory,
 }
 
-/// Launches that are to fail, shared by a device and the test that made it.
+/// Launches that will fail, shared by a device and the test that created it.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     planned: Arc<Mutex<Vec<(u64, LaunchFault)>>>,
@@ -70,7 +70,7 @@ impl Faults {
         self.planned.lock().unwrap_or_else(PoisonError::into_inner).push((launches, fault));
     }
 
-    /// Counts a launch, and says how it is to fail.
+    /// Counts a launch, and returns how it should fail.
     #[cfg_attr(not(feature = "emulator"), expect(dead_code, reason = "only the emulated device launches"))]
     fn next_launch(&self) -> Option<LaunchFault> {
         let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);

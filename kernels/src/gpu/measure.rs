@@ -1,10 +1,10 @@
-//! How long work takes on a device, for the GPU suite.
+//! Measures how long work takes on a device, for the GPU suite.
 
 use super::{Device, DeviceBuffer, DeviceError, GraphId};
 
-/// Timed replays, of which the median counts.
+/// Number of timed replays; the median counts.
 const REPLAYS: usize = 7;
-/// A replay is at least this long where that takes no more than `MAX_RUNS` runs: events tell half a microsecond apart.
+/// Minimum duration of a replay, unless that takes more than `MAX_RUNS` runs. Events have a resolution of half a microsecond.
 const REPLAY_SECONDS: f64 = 2e-3;
 const MAX_RUNS: usize = 400;
 
@@ -56,7 +56,7 @@ fn once(device: &Device, queue: impl FnOnce() -> Result<(), DeviceError>) -> Res
 fn record(device: &Device, queue: impl FnOnce() -> Result<(), DeviceError>) -> Result<GraphId, DeviceError> {
     device.driver().begin_capture()?;
     let queued = queue();
-    // The recording is ended in any case: a stream that records runs nothing.
+    // The recording must be ended in any case, since a recording stream runs nothing.
     let graph = device.driver().end_capture();
     if queued.is_err()
         && let Ok(graph) = graph

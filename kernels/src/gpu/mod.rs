@@ -1,13 +1,11 @@
-//! Kernels on a GPU: the operations of this crate over device memory.
+//! Kernels on a GPU: the operations of this crate on device memory.
 //!
-//! The CUDA sources are in `kernels/cuda`. Built with the feature `cuda` they are compiled by nvcc and run on NVIDIA
-//! devices; built with the feature `emulator` the same sources are compiled for the host, where blocks, warps and
-//! barriers are emulated, and tests run them against the CPU kernels. Everything here is compiled in every build; a
-//! build without either feature finds no device.
+//! The CUDA sources are in `kernels/cuda`. With the feature `cuda` they are compiled by nvcc and run on NVIDIA devices. With
+//! the feature `emulator` the same sources are compiled for the host, where blocks, warps and barriers are emulated, and tests
+//! compare them with the CPU kernels. Everything here is compiled in every build; a build with neither feature finds no device.
 //!
-//! The invariant of the crate holds here as well: a row's result depends neither on the number of rows nor on how
-//! they were cut into launches. It does differ from the CPU's in the last bits, so the device generation is part of
-//! the fingerprint.
+//! The crate's invariant holds here too: a row's result depends neither on the number of rows nor on how they were split into
+//! launches. It differs from the CPU's in the last bits, so the device generation is part of the fingerprint.
 
 pub mod attention;
 mod buffer;
@@ -40,7 +38,7 @@ pub use operand::{Activations, Element, Output, Write};
 /// Changes whenever the result of a device kernel may change for some input.
 pub const GPU_NUMERICS_VERSION: u32 = 1;
 
-/// A device and its one stream, cheap to clone. It is used by one thread at a time.
+/// A device and its only stream. Cheap to clone. Must be used by one thread at a time.
 #[derive(Clone)]
 pub struct Device {
     shared: Arc<OpenDevice>,
@@ -52,8 +50,8 @@ struct OpenDevice {
 }
 
 impl Device {
-    /// Opens the CUDA device of this number, as the CUDA runtime counts. Without a driver, or in a build without the
-    /// feature `cuda`, it says why not.
+    /// Opens the CUDA device with this number, as the CUDA runtime counts. Without a driver, or in a build without the feature
+    /// `cuda`, returns an error that says why.
     pub fn cuda(index: u32) -> Result<Self, DeviceError> {
         cuda::open(index).map(Self::new)
     }
@@ -63,7 +61,7 @@ impl Device {
         Self::emulator_with(EmulatorOptions::default())
     }
 
-    /// An emulated device as a test wants it.
+    /// An emulated device with the options of a test.
     pub fn emulator_with(options: EmulatorOptions) -> Result<Self, DeviceError> {
         emulator::open(options).map(Self::new)
     }
@@ -99,7 +97,7 @@ impl Device {
 
     /// Finds a kernel, once.
     fn function(&self, name: &'static str) -> Result<Function, DeviceError> {
-        // A panic between lookup and insertion leaves the map as it was.
+        // A panic between lookup and insertion leaves the map unchanged.
         let mut functions = self.shared.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = functions.get(name) {
             return Ok(*function);

@@ -1,4 +1,4 @@
-//! What the products read and write: activation rows of a number type, and how a result is stored.
+//! The operands of products: activation rows of a number type, and how a result is stored.
 
 use super::{Address, DeviceBuffer, DeviceType, View};
 
@@ -57,12 +57,12 @@ impl Activations {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Write {
     Store,
-    /// Adds to what is there; only where the output is f32 (the residual stream).
+    /// Adds to the existing values. Only for f32 outputs (the residual stream).
     Add,
 }
 
-/// Where a product `[m, n]` goes: rows of `row_stride` elements, of which it writes `n` from `address` on. So the parts of
-/// a projection whose weights differ in type (Q4_K queries, Q6_K values) write side by side into one row.
+/// Where a product `[m, n]` is stored: rows of `row_stride` elements, of which it writes `n` starting at `address`. This lets
+/// the parts of a projection whose weights differ in type (Q4_K queries, Q6_K values) write side by side into one row.
 #[derive(Clone, Copy, Debug)]
 pub struct Output {
     pub element: Element,

@@ -1,7 +1,7 @@
-//! Products of activation rows with GGUF-quantized weights; the kernels are in `kernels/cuda/quantized.cu`.
+//! Products of activation rows with GGUF-quantized weights. The kernels are in `kernels/cuda/quantized.cu`.
 //!
-//! The arithmetic of a group is that of the CPU (see [`crate::matrix`]); the order of groups differs, so that a result is
-//! the CPU's but for its last bits. [`QuantizedRows`] of f32 rows hold the CPU's very numbers.
+//! The arithmetic of a group is the CPU's (see [`crate::matrix`]); the order of groups differs, so results differ from the
+//! CPU's in the last bits. [`QuantizedRows`] made from f32 rows equal the CPU's exactly.
 
 mod activations;
 mod packing;
@@ -15,7 +15,7 @@ use crate::matrix::{PackError, QuantType};
 use crate::pool::Pool;
 
 const THREADS: u32 = 256;
-/// Host memory in which weights are packed before they are copied, a piece at a time.
+/// Host memory for packing weights before they are copied, piece by piece.
 const PIECE_BYTES: usize = 32 << 20;
 
 #[derive(Debug, thiserror::Error)]
@@ -100,7 +100,7 @@ fn pack_tiles(pool: &Pool, ty: QuantType, rows: &[&[u8]], bytes: usize, packed: 
     let tiles: Vec<_> =
         packed.chunks_exact_mut(bytes).zip(rows.chunks(TILE_FEATURES)).map(std::sync::Mutex::new).collect();
     pool.run(tiles.len(), &|index| {
-        // Each tile is one task's, so nobody waits here.
+        // Each tile belongs to one task, so this lock is never contended.
         let mut tile = tiles[index].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (tile, rows) = &mut *tile;
         pack_tile(ty, rows, tile);
@@ -116,10 +116,10 @@ pub fn multiply(device: &Device, weights: &QuantMatrix, x: &QuantizedRows, out: 
     multiply_with(device, kernel, weights, x, out)
 }
 
-/// The kernels of a product. All compute the same.
+/// The kernels of a product. All give the same result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kernel {
-    /// Blocks of a tile of features and so many rows.
+    /// Blocks of one tile of features and 8 rows.
     Rows8,
     Rows16,
     Rows32,
@@ -132,7 +132,7 @@ impl Kernel {
     #[cfg(any(test, feature = "testing"))]
     pub(crate) const ALL: [Kernel; 5] = [Kernel::Rows8, Kernel::Rows16, Kernel::Rows32, Kernel::Rows64, Kernel::Wide];
 
-    /// The least block that takes all rows; the wide one where it gives every multiprocessor a block.
+    /// The smallest block that takes all rows; the wide one if it gives every multiprocessor a block.
     fn choose(multiprocessors: u32, rows: usize, features: usize) -> Self {
         let wide_blocks = rows.div_ceil(Kernel::Wide.rows()) * features.div_ceil(Kernel::Wide.features());
         match rows {
@@ -179,7 +179,7 @@ impl Kernel {
     }
 }
 
-/// [`multiply`] by a kernel of choice.
+/// [`multiply`] with a chosen kernel.
 pub(crate) fn multiply_with(
     device: &Device,
     kernel: Kernel,

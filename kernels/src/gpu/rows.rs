@@ -9,10 +9,10 @@
 use super::{Activations, Address, Device, DeviceError, Element, Launch, View};
 use crate::rows::Activation;
 
-/// Elements of a row are a multiple of this: kernels read and write eight at a time.
+/// Rows must have a multiple of this many elements, since kernels read and write eight at a time.
 pub const ROW_MULTIPLE: usize = 8;
 
-/// In `sources` of [`next_tokens`]: the row's token is there already.
+/// In `sources` of [`next_tokens`]: the row already has its token.
 pub const NO_SOURCE: u32 = u32::MAX;
 
 const ROW_THREADS: u32 = 256;

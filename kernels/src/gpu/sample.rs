@@ -23,30 +23,30 @@ use super::{Address, Device, DeviceBuffer, DeviceError, EventId, HostBuffer, Lau
 use crate::sample::{InvalidRow, MAX_VOCAB_SIZE, RawRow, RowLogprobs, RowParams, SampledRow};
 use staging::{HEADER_WORDS, ROW_WORDS, RowList, row_words};
 
-/// Tokens that one block looks at, and its threads. As in sample.cuh, like all that follows.
+/// Tokens that one block processes; also its number of threads. This and the following are as in sample.cuh.
 const SLICE: usize = 4096;
 const SLICE_THREADS: usize = 256;
 const PICK_THREADS: usize = 512;
-/// Candidates kept for a row; rows with more are searched whole.
+/// Candidates listed for a row. Rows with more are searched completely.
 const LISTED: usize = 4096;
 const STATE_WORDS: usize = 14;
 const RESULT_WORDS: usize = 8;
 const TOP_WORDS: usize = 2;
-/// Words of lists (biases, occurrences, masks) that there is room for at first. The room doubles when it is too small.
+/// Initial space for lists (biases, occurrences, masks), in words. It doubles when it is too small.
 const FIRST_WORDS: usize = 1 << 14;
 
-/// What is asked of one row.
+/// The parameters of one row.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceRow<'a> {
-    /// At most `max_logprobs` log-probabilities are given, whatever is asked for.
+    /// At most `max_logprobs` log-probabilities are returned, even if more are requested.
     pub params: RowParams<'a>,
-    /// A slot that the step before sampled into ([`Ticket::slot`]): its token counts as emitted once more than the
-    /// occurrences say, because the host has not seen it yet.
+    /// The slot into which the previous step sampled this row's token ([`Ticket::slot`]). The token counts as emitted once more
+    /// than the occurrences say, because the host has not seen it yet.
     pub pending: Option<u32>,
 }
 
 impl DeviceRow<'_> {
-    /// For the rows by which a graph has more than a step: whatever their logits, they disturb nobody.
+    /// For rows that only pad a graph: whatever their logits, they have no effect.
     pub const PADDING: Self = Self { params: RowParams::GREEDY, pending: None };
 }
 
@@ -62,7 +62,7 @@ pub struct Passes {
     pub logprobs: bool,
 }
 
-/// A step whose parameters are on their way.
+/// A step whose parameters are being uploaded.
 #[derive(Debug)]
 #[must_use]
 pub struct Staged {
@@ -87,7 +87,7 @@ impl Staged {
     }
 }
 
-/// A step whose results will be on the host.
+/// A step whose results are being copied to the host.
 #[derive(Debug)]
 #[must_use]
 pub struct Ticket {
@@ -101,15 +101,15 @@ impl Ticket {
         self.rows
     }
 
-    /// Where in [`DeviceSampler::sampled`] this step puts the token of its `row`-th row. It stays there until the step
-    /// after the next.
+    /// The index in [`DeviceSampler::sampled`] of the token of this step's `row`-th row. It stays valid until the step after
+    /// the next.
     pub fn slot(&self, row: usize) -> u32 {
         assert!(row < self.rows, "row {row} of a step of {}", self.rows);
         self.first_slot + row as u32
     }
 }
 
-/// One of the two steps that may be under way: its page-locked memory.
+/// The page-locked memory of one of the two steps that may be running.
 struct Turn {
     head: HostBuffer<u32>,
     words: HostBuffer<u32>,
@@ -125,7 +125,7 @@ struct Turn {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Progress {
-    /// The device has done with the memory.
+    /// The device does not use the memory.
     Idle,
     Staged,
     Collected,
@@ -349,7 +349,7 @@ impl DeviceSampler {
         ((number % 2) as usize * self.max_rows + row) as u32
     }
 
-    /// Waits until the device has done with the memory of the step that had this turn before.
+    /// Waits until the device no longer uses the memory of the step that had this turn before.
     fn free_turn(&mut self, number: u64) -> Result<(), DeviceError> {
         let turn = &mut self.turns[(number % 2) as usize];
         match turn.progress {

@@ -1,4 +1,4 @@
-//! Dense panels: for each input, sixteen weights side by side. One fused multiply-add an input, inputs ascending.
+//! Dense panels: for each input, sixteen weights side by side. One fused multiply-add per input, in ascending order.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use super::format::LANES;
 use super::{DenseType, Section, Target, panel_block};
 use crate::simd::{Kernel, Level, Simd, dispatch};
 
-/// A stored weight that widens exactly to f32.
+/// A stored weight type that converts exactly to f32.
 pub(super) trait Element: 'static {
     /// # Safety
     /// Sixteen elements lie at `from`.
@@ -62,7 +62,7 @@ pub(super) fn read_lane(ty: DenseType, panel: &[u8], lane: usize, out: &mut [f32
 /// Rows of the largest tile.
 const MAX_TILE: usize = 8;
 
-/// Rows of the next tile when `left` rows are left.
+/// Rows of the next tile when `left` rows remain.
 fn tile_rows(left: usize) -> usize {
     match left {
         MAX_TILE.. => MAX_TILE,
@@ -94,7 +94,7 @@ pub(super) fn multiply<E: Element>(
         fn run<S: Simd>(self) {
             let tile = Tile { section: self.section, cols: self.cols, x: self.rows.as_ptr(), target: self.target };
             let (start, end, m) = (self.panels.start, self.panels.end, self.target.m);
-            // Eight panels at once hide the latency of a lone row's sums.
+            // Eight panels at once hide the latency of a single row's sums.
             let block = panel_block(self.section.panel_bytes).max(8);
             for first in (start..end).step_by(block) {
                 let panels = first..(first + block).min(end);

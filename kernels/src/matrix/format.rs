@@ -7,7 +7,7 @@
 
 use half::f16;
 
-/// Inputs a group.
+/// Inputs per group.
 pub const GROUP: usize = 32;
 pub const LANES: usize = crate::simd::LANES;
 
@@ -42,17 +42,17 @@ impl QuantType {
     }
 }
 
-/// How one packed type is laid out and computed.
+/// The layout and arithmetic of one packed type.
 pub(crate) trait Format: 'static {
-    /// Two quants a byte, else one.
+    /// Whether two quants share a byte.
     const NIBBLES: bool;
-    /// Scales and minimums are f32, else f16.
+    /// Whether scales and minimums are f32 (else f16).
     const WIDE_SCALES: bool;
     const HAS_MIN: bool;
-    /// Each half of a group (16 inputs) has its own scale.
+    /// Whether each half of a group (16 inputs) has its own scale.
     const HALVES: bool;
     const ZERO: i32;
-    /// Quants are below 128.
+    /// Whether quants are below 128.
     const SEVEN_BITS: bool;
 
     const QUANT_BYTES: usize = if Self::NIBBLES { GROUP * LANES / 2 } else { GROUP * LANES };
@@ -62,7 +62,7 @@ pub(crate) trait Format: 'static {
     const BLOCK_BYTES: usize;
     const GROUPS_PER_BLOCK: usize;
 
-    /// The quads of one group of a block, a quant a byte, unsigned.
+    /// The quads of one group of a block, one unsigned quant per byte.
     fn quads(block: &[u8], group: usize) -> [u32; GROUP / 4];
 
     /// Writes one block of one row into `lane` of its groups. `groups` starts at the block's first group.

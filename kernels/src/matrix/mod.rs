@@ -118,8 +118,8 @@ impl std::fmt::Display for PackError {
 
 impl std::error::Error for PackError {}
 
-/// Panels that all tiles of rows pass before the next ones are read, so that they come from memory once, in one long
-/// stream, and from the second-level cache after that. A tile's activations stay in the first-level cache meanwhile.
+/// Panels that all tiles of rows process before the next panels are read. So panels are read from memory once, in one long
+/// stream, and then from the second-level cache, while a tile's activations stay in the first-level cache.
 fn panel_block(panel_bytes: usize) -> usize {
     const BLOCK_BYTES: usize = 192 << 10;
     (BLOCK_BYTES / panel_bytes).max(1)

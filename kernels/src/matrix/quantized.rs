@@ -12,7 +12,7 @@ use super::{Section, Target, panel_block};
 use crate::rows::{MAX_TILE, QuantizedRows, tile_rows};
 use crate::simd::{Kernel, Level, Simd, dispatch};
 
-/// Quads a group.
+/// Quads per group.
 const QUADS: usize = GROUP / 4;
 
 pub(super) fn pack_panel<T: Format>(rows: &[u8], row_bytes: usize, panel: &mut [u8]) {
@@ -116,7 +116,7 @@ impl Tile<'_> {
     }
 
     /// `R` rows by one panel. Each quad of weights is used for all rows before the next one is unpacked, which leaves the
-    /// registers to the sums.
+    /// registers free for the sums.
     #[inline(always)]
     unsafe fn run<S: Simd, T: Format, const R: usize>(&self, row: usize, panel: usize) {
         // SAFETY: the caller has `R` rows from `row` and this panel; both hold `groups` groups.

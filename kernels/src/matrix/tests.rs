@@ -1,4 +1,5 @@
-//! Packed matrices against plain products, and their promise: the same bits on every instruction set and for any number of rows.
+//! Compares packed matrices with plain products, and checks that the bits are the same for every instruction set and any number
+//! of rows.
 
 use candle_core::Device;
 use candle_core::quantized::{GgmlDType, QStorage, QTensor};
@@ -53,7 +54,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|value| value.to_bits()).collect()
 }
 
-/// Every level, thread count and number of rows gives the same bits, and they are near the truth.
+/// Every level, thread count and number of rows must give the same bits, close to the exact result.
 fn check(matrix: &Matrix, weights: &[f32], tolerance: f64) {
     let cols = matrix.cols();
     let x = noise(21 * cols, 3);

@@ -59,7 +59,7 @@ fn inverse_rms<S: Simd>(x: &[f32], epsilon: f32) -> f32 {
     1.0 / (squares / x.len() as f32 + epsilon).sqrt()
 }
 
-/// Norms of the heads of queries and keys, the same for all heads of a kind.
+/// Weights of the norms of query and key heads, the same for all heads of a kind.
 #[derive(Clone, Copy)]
 pub struct HeadNorms<'a> {
     /// `[head_dim]`

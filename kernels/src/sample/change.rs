@@ -1,26 +1,26 @@
-//! How a request changes its logits before a token is chosen.
+//! Changes a row of logits as a request asks for, before a token is chosen.
 //!
-//! The order is vLLM's (V1): logit bias, the ban on stop tokens, then repetition, frequency and presence penalties; what a
-//! grammar does not allow is ruled out last. Ids outside the vocabulary have no effect.
+//! The order is vLLM's (V1): logit bias, the ban on stop tokens, then repetition, frequency and presence penalties; tokens that
+//! a grammar forbids are removed last. Ids outside the vocabulary have no effect.
 
 use super::TokenId;
 
-/// A token that the sequence holds already.
+/// A token that already occurs in the sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Occurrence {
     pub token: TokenId,
-    /// How often it was emitted; 0 when it stands in the prompt only.
+    /// How often it was emitted; 0 if it occurs only in the prompt.
     pub count: u32,
 }
 
-/// What a token that occurs already loses.
+/// Penalties for tokens that already occur.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Penalties {
-    /// Over prompt and output; 1 is off (CTRL, arXiv 1909.05858).
+    /// For tokens in prompt and output; 1 is off (CTRL, arXiv 1909.05858).
     pub repetition: f32,
-    /// Over output, for each time the token was emitted; 0 is off.
+    /// For tokens in the output, per occurrence; 0 is off.
     pub frequency: f32,
-    /// Over output, once; 0 is off.
+    /// For tokens in the output, once; 0 is off.
     pub presence: f32,
 }
 
@@ -40,15 +40,15 @@ impl Penalties {
     }
 }
 
-/// All that changes one row. Every list names a token at most once.
+/// All changes of one row. Every list contains a token at most once.
 #[derive(Clone, Copy, Debug)]
 pub struct Changes<'a> {
     /// Added to the raw logits.
     pub bias: &'a [(TokenId, f32)],
-    /// May not be chosen.
+    /// Tokens that must not be chosen.
     pub barred: &'a [TokenId],
     pub penalties: Penalties,
-    /// What the penalties are for; without any they may be left out.
+    /// Tokens to which the penalties apply. May be empty if there are no penalties.
     pub occurrences: &'a [Occurrence],
     /// One bit a token, the lowest first: only tokens whose bit is set may be chosen. Covers the vocabulary.
     pub allowed: Option<&'a [u32]>,
@@ -61,7 +61,7 @@ impl Changes<'_> {
         self.bias.is_empty() && self.barred.is_empty() && self.penalties.is_off() && self.allowed.is_none()
     }
 
-    /// Changes a row without NaN or +inf, and leaves it so: what a request asks for can never look like broken weights.
+    /// Changes a row without NaN or +inf, and introduces none: a request's parameters can never look like broken weights.
     ///
     /// # Panics
     /// When `allowed` does not cover the row.
@@ -83,7 +83,8 @@ impl Changes<'_> {
     }
 }
 
-/// Changes one logit. A result too large for f32 becomes the largest; a NaN (only from parameters that are none) the least.
+/// Changes one logit. A result too large for f32 becomes the largest finite value; NaN (only from invalid parameters) becomes
+/// the smallest.
 fn change(logits: &mut [f32], token: TokenId, f: impl Fn(f32) -> f32) {
     if let Some(logit) = logits.get_mut(token as usize) {
         let changed = f(*logit);

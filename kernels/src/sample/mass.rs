@@ -16,9 +16,9 @@ const UNIT_BITS: u32 = 44;
 const ID_BITS: u32 = 20;
 pub const MAX_VOCAB_SIZE: usize = (1 << ID_BITS) - 1;
 
-/// Tokens whose masses are summed before the draw looks closer.
+/// Tokens whose masses are summed as a unit, before the draw examines single tokens.
 const CHUNK: usize = 512;
-/// Tokens that share one maximum in the search for the top k, and that a scan for candidates skips together.
+/// Tokens that share one maximum in the search for the top k, and that a scan for candidates can skip together.
 const GROUP: usize = 64;
 /// Below this many candidates, sorting is faster than further partitioning.
 const SORT_BELOW: usize = 48;
@@ -49,14 +49,14 @@ impl Candidate {
     }
 }
 
-/// How a distribution is cut before the draw.
+/// Truncation of a distribution before the draw.
 #[derive(Clone, Copy, Debug)]
 pub struct Truncation {
     /// Keep the k highest logits, ties by lower id; 0 is off.
     pub top_k: u32,
     /// Keep what is at least this fraction of the most likely token; 0 is off.
     pub min_p: f32,
-    /// Of what the other two left, keep the fewest most likely tokens that reach this share; 1 is off.
+    /// Of what the other two leave, keep the fewest most likely tokens that reach this share; 1 is off.
     pub top_p: f32,
 }
 
@@ -74,7 +74,7 @@ pub fn ln_sum_exp(total: u64) -> f64 {
     vocab::ln(total as f64 / UNIT as f64)
 }
 
-/// Scratch memory for rows of one vocabulary, so that a step allocates nothing.
+/// Scratch memory for rows of one vocabulary, so that a step does not allocate.
 pub struct Masses {
     weights: Vec<f32>,
     chunk_masses: Vec<u64>,
@@ -114,7 +114,8 @@ impl Masses {
             self.gather(min_mass);
         } else if truncation.top_p < 1.0 {
             let total = self.sum_chunks();
-            // What is dropped here has less than the tail's share in all, so the cut lies among what is gathered.
+            // All tokens dropped here together have less mass than the tail that top-p cuts off, so the cut lies among the
+            // gathered ones.
             let tail = total - top_p_mass(truncation.top_p, total);
             self.gather(tail / logits.len() as u64 + 1);
             self.cut_top_p(top_p_mass(truncation.top_p, total));
@@ -211,7 +212,7 @@ impl Masses {
         }
     }
 
-    /// Keeps the fewest most likely candidates whose mass reaches `target`, which all together do.
+    /// Keeps the fewest most likely candidates whose mass reaches `target`. All candidates together reach it.
     fn cut_top_p(&mut self, target: u64) {
         self.partition.clear();
         self.partition.extend_from_slice(&self.candidates);
@@ -305,7 +306,7 @@ mod tests {
 
     use super::*;
 
-    /// The definition, by a full sort.
+    /// The definition, implemented by a full sort.
     fn reference(logits: &[f32], scale: f32, truncation: Truncation, bits: u64) -> TokenId {
         let max = vocab::max(logits).unwrap();
         let mut weights = vec![0.0; logits.len()];

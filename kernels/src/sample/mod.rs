@@ -20,12 +20,12 @@ pub type TokenId = u32;
 /// Below this temperature the most likely token is taken, as vLLM does.
 const GREEDY_BELOW: f32 = 1e-5;
 
-/// The logits are no numbers, or every token is ruled out: the weights or the device cannot be trusted.
+/// The logits are NaN or +inf, or every token is ruled out: the weights or the device cannot be trusted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the logits hold NaN or +inf, or no finite value at all")]
 pub struct InvalidRow;
 
-/// What is asked of one row.
+/// The parameters of one row.
 #[derive(Clone, Copy, Debug)]
 pub struct RowParams<'a> {
     /// Not NaN, not negative; 0 is greedy.
@@ -39,7 +39,7 @@ pub struct RowParams<'a> {
 }
 
 impl RowParams<'_> {
-    /// The most likely token of the row as it is.
+    /// Takes the most likely token of the unchanged row.
     pub const GREEDY: Self =
         Self { temperature: 0.0, truncation: Truncation::OFF, bits: 0, logprobs: None, changes: Changes::NONE };
 
@@ -68,7 +68,7 @@ pub struct RowLogprobs {
     pub top: Vec<(TokenId, f32)>,
 }
 
-/// The sums over a raw row from which log-probabilities follow.
+/// The sums over an unchanged row from which log-probabilities are computed.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RawRow {
     max: f64,
@@ -86,7 +86,7 @@ impl RawRow {
     }
 }
 
-/// Which of two equal zeros is a row's maximum depends on how the row was searched: their sign must not show.
+/// Which of two equal zeros is found as a row's maximum depends on how the row was searched, so their sign must not show.
 fn positive_zero(logit: f32) -> f32 {
     logit + 0.0
 }
@@ -95,7 +95,7 @@ fn positive_zero(logit: f32) -> f32 {
 pub struct RowSampler {
     vocab_size: usize,
     masses: Masses,
-    /// The row as the model gave it, when log-probabilities are wanted of a row that is changed.
+    /// The unchanged row, if log-probabilities of a changed row are requested.
     raw: Vec<f32>,
     top: Vec<TokenId>,
 }
@@ -134,8 +134,8 @@ impl RowSampler {
     }
 }
 
-/// The index of the first logit equal to `max`, which is in the row. Looks at groups first, because their comparison is
-/// vector code and an early exit is not.
+/// The index of the first logit equal to `max`, which must be in the row. Searches group by group, because a comparison of a
+/// whole group is vector code and a loop with an early exit is not.
 fn first_equal(logits: &[f32], max: f32) -> TokenId {
     const GROUP: usize = 256;
     let holds_max = |group: &[f32]| group.iter().fold(false, |any, &logit| any | (logit == max));

@@ -1,14 +1,14 @@
-//! Counter-based randomness: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3",
-//! SC 2011). The random bits of a position are a function of (seed, position); no generator has a state to lose.
+//! Counter-based randomness: Philox4x32-10 (Salmon, Moraes, Dror and Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC
+//! 2011). The random bits of a position are a function of (seed, position); there is no generator state.
 
 const MULTIPLIER_0: u32 = 0xD251_1F53;
 const MULTIPLIER_1: u32 = 0xCD9E_8D57;
-/// The golden ratio and the square root of three less one, as fractions of 2^32.
+/// The golden ratio and the square root of three minus one, as fractions of 2^32.
 const WEYL_0: u32 = 0x9E37_79B9;
 const WEYL_1: u32 = 0xBB67_AE85;
 const ROUNDS: u32 = 10;
 
-/// The last counter word keeps what the generator is used for apart: positions of a stream, and seeds of choices.
+/// The last counter word separates the uses of the generator: positions of a stream, and seeds of choices.
 const DOMAIN_POSITION: u32 = 0;
 const DOMAIN_CHOICE: u32 = 1;
 

@@ -27,7 +27,7 @@ pub enum Level {
 }
 
 impl Level {
-    /// The best level that this processor has.
+    /// The best level that this processor supports.
     pub fn detect() -> Self {
         *Self::available().last().unwrap_or(&Self::Portable)
     }

@@ -1,4 +1,4 @@
-//! Every check of the device kernels, with fresh inputs.
+//! Runs every check of the device kernels, with fresh inputs.
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 

@@ -1,8 +1,8 @@
-//! The GPU suite's program: every check of the device kernels on a real device, and what share of the device's limits each
-//! kernel reaches. `kernels/tests/gpu/suite` packs it for machines that have a GPU and nothing else of ours.
+//! The GPU suite's program: runs every check of the device kernels on a real device, and measures what share of the device's
+//! limits each kernel reaches. `kernels/tests/gpu/suite` packs it for machines that have a GPU and no build tools.
 //!
-//! `cargo test` runs it, too: without a device it says that it is skipped; in builds with the feature `emulator` it goes
-//! through everything in tiny shapes.
+//! `cargo test` runs it too: without a device it reports that it is skipped; in builds with the feature `emulator` it runs
+//! everything with tiny shapes.
 
 #![expect(clippy::print_stdout, reason = "its result")]
 

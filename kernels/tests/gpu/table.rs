@@ -1,4 +1,4 @@
-//! The table of kernels, and the ceilings that it is judged by.
+//! The table of kernels, and the limits with which they are compared.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;

@@ -1,5 +1,5 @@
-//! The way of new tokens' projections into the cache: rotation, with the norm of each head before it where the model has
-//! one (Qwen3). The kernel is in `kernels/cuda/rope.cu`.
+//! Stores the projections of new tokens in the cache: optional norm of each head (Qwen3), then rotation. The kernel is in
+//! `kernels/cuda/rope.cu`.
 
 use crate::gpu::{Activations, Address, Device, DeviceBuffer, DeviceError, Element, Launch, View};
 use crate::rows::RopeTable;

@@ -1,7 +1,7 @@
 //! The paged pool of keys and values in device memory.
 //!
-//! Keys and values stand alike, `[layer][block][kv_head][position in block][head_dim]`. What has not been written is
-//! never read.
+//! Keys and values have the same layout, `[layer][block][kv_head][position in block][head_dim]`. Elements that have not been
+//! written are never read.
 
 use crate::attention::{KvShape, STRETCH};
 use crate::gpu::copy::{BlockPoolShape, copy_blocks};
@@ -9,7 +9,7 @@ use crate::gpu::{Address, Device, DeviceBuffer, DeviceError};
 
 use super::geometry::UnsupportedAttention;
 
-/// The slot of a row that only fills up a batch: nothing is written for it.
+/// The slot of a row that only pads a batch: nothing is written for it.
 pub const NO_SLOT: u32 = u32::MAX;
 
 /// Largest head of a GPU cache.
@@ -80,7 +80,7 @@ impl GpuKvCache {
         &self.values
     }
 
-    /// Positions of all blocks: slots are below it.
+    /// Number of positions in all blocks. Slots are below it.
     pub fn num_slots(&self) -> usize {
         self.shape.num_blocks * self.shape.block_size
     }
@@ -91,7 +91,7 @@ impl GpuKvCache {
         (self.keys.at(first), self.values.at(first))
     }
 
-    /// Sets every byte: poison, where a check wants to see that nothing else is read.
+    /// Sets every byte. Checks use this to see that nothing unwritten is read.
     pub fn fill(&mut self, device: &Device, byte: u8) -> Result<(), DeviceError> {
         for buffer in [&self.keys, &self.values] {
             // SAFETY: the whole buffer, which is borrowed mutably.
@@ -114,7 +114,7 @@ impl GpuKvCache {
     }
 }
 
-/// What the kernels can work with.
+/// Checks that the kernels support this shape.
 pub(super) fn check_shape(shape: &KvShape) -> Result<(), UnsupportedAttention> {
     let (dim, size) = (shape.head_dim, shape.block_size);
     if dim == 0 || !dim.is_multiple_of(MULTIPLE) || dim > MAX_HEAD_DIM {

@@ -1,4 +1,4 @@
-//! How the attention kernels are launched on a device: a function of its properties and of the shapes alone.
+//! How the attention kernels are launched on a device. Depends only on its properties and the shapes.
 
 use crate::attention::{KvShape, STRETCH};
 use crate::gpu::Properties;
@@ -8,10 +8,10 @@ use super::{GpuKvType, QueryShape, cache::check_shape};
 /// Rows of a matrix instruction, and of a tile of the kernel for few rows.
 pub(super) const TILE_ROWS: usize = 16;
 const SPLIT_WARPS: usize = 4;
-/// Blocks of the kernel for few rows that share a multiprocessor, where their memory allows it.
+/// Blocks of the kernel for few rows per multiprocessor, if memory allows it.
 const SPLIT_OCCUPANCY: usize = 2;
 const MAX_SPLIT_STAGES: usize = 4;
-/// Bytes of shared memory that the system takes of each block.
+/// Bytes of shared memory that the system reserves per block.
 const RESERVED_BYTES: usize = 1024;
 /// Warps and stages of the kernel for tiles, in order of preference.
 const TILE_CHOICES: [(u32, u32); 5] = [(4, 2), (4, 1), (2, 2), (2, 1), (1, 1)];
@@ -20,7 +20,7 @@ const MAX_REGISTER_DIM: usize = 128;
 /// Activations have 16 bits.
 const ACTIVATION_BYTES: usize = 2;
 
-/// Attention that the device kernels do not cover.
+/// Attention that the device kernels do not support.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum UnsupportedAttention {
     #[error("heads of {0} dimensions: the GPU's attention takes multiples of 16 up to 256")]
@@ -72,7 +72,7 @@ impl Geometry {
         Ok(geometry)
     }
 
-    /// The most blocks a multiprocessor, then the deepest pipeline. A single stage is only for where nothing else fits.
+    /// Chooses the most blocks per multiprocessor, then the deepest pipeline. A single stage is only used if nothing else fits.
     fn choose_split(&mut self, properties: &Properties) -> Result<(), UnsupportedAttention> {
         let available = properties.shared_memory_per_block;
         let choices = (1..=SPLIT_OCCUPANCY)

@@ -1,9 +1,9 @@
-//! Divides a batch's attention into items for the two kernels. Pure: lengths in, words out, which the host uploads with
-//! the rest of the batch's description.
+//! Divides a batch's attention into items for the two kernels. Pure: its input is lengths, its output is words that the host
+//! uploads with the rest of the batch's description.
 //!
-//! Entries of few rows go to the kernel that walks items on a fixed grid. An item takes sixteen rows over all that they see;
-//! only where such an item would keep its block busy much longer than the others, each split becomes an item. Entries of
-//! many rows go to the kernel for tiles. Neither choice changes a result.
+//! Entries with few rows go to the kernel that processes items on a fixed grid. An item covers sixteen rows over all positions
+//! that they see; if such an item would keep its block busy much longer than the others, each of its splits becomes an item.
+//! Entries with many rows go to the kernel for tiles. Neither choice affects a result.
 
 use std::ops::Range;
 
@@ -15,14 +15,14 @@ use super::{GpuKvType, MAX_SPLITS, QueryShape, partial_rows};
 
 /// As in attention.cuh.
 const SPLIT_STRETCHES: usize = 4;
-/// Entries of more than one token and at most this many rows a KV head are taken sixteen rows at a time.
+/// Entries of more than one token with at most this many rows per KV head are processed sixteen rows at a time.
 const FEW_ROWS: usize = 64;
-/// Blocks get this many items of the longest kind, so that their shares come out even.
+/// Each block gets about this many of the longest items, so that the blocks' shares are even.
 const ITEMS_PER_BLOCK: usize = 4;
 /// As `WHOLE` in attention.cuh.
 const WHOLE: u32 = u32::MAX;
 const ITEM_WORDS: usize = size_of::<Item>() / size_of::<u32>();
-/// Where among them `table` stands.
+/// Index of `table` among the words of an item.
 const TABLE_WORD: usize = std::mem::offset_of!(Item, table) / size_of::<u32>();
 
 /// New tokens of one sequence in a batch.
@@ -38,7 +38,7 @@ pub struct AttentionEntry {
     pub table_offset: u32,
 }
 
-/// The largest batch that is planned.
+/// The largest batch that can be planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AttentionLimits {
     pub max_rows: usize,
@@ -95,9 +95,9 @@ pub struct AttentionPlan {
     geometry: Geometry,
     items: Vec<Item>,
     tiles: Vec<Item>,
-    /// For each block of the fixed grid its first item, and the end; then items, then tiles.
+    /// For each block of the fixed grid its first item, then the end; then the items; then the tiles.
     words: Vec<u32>,
-    /// Tiles that are split, and the rows that their partials take.
+    /// Number of split tiles, and of the rows for their partials.
     num_counters: usize,
     num_partials: usize,
     num_splits: usize,
@@ -136,7 +136,7 @@ impl AttentionPlan {
         plan
     }
 
-    /// The most words that a plan within the limits has.
+    /// The maximum number of words of a plan within the limits.
     pub fn max_words(&self) -> usize {
         let group = self.group();
         let tiles_an_entry = group.max(FEW_ROWS).div_ceil(TILE_ROWS);
@@ -145,12 +145,12 @@ impl AttentionPlan {
         self.first_item() as usize + (items + tiles) * ITEM_WORDS
     }
 
-    /// What the device must have when the plan is run.
+    /// The words that the device needs when the plan is run.
     pub fn words(&self) -> &[u32] {
         &self.words
     }
 
-    /// Tiles of many rows. Zero in a step that only decodes.
+    /// Number of tiles of many rows. Zero in a step that only decodes.
     pub fn num_tiles(&self) -> u32 {
         self.tiles.len() as u32
     }
@@ -171,17 +171,17 @@ impl AttentionPlan {
         &self.geometry
     }
 
-    /// Rows of the batch that the entries cover.
+    /// Number of rows of the batch that belong to entries.
     pub(super) fn num_rows(&self) -> usize {
         self.num_rows
     }
 
-    /// Entries of the block tables that are read.
+    /// Number of block table entries that are read.
     pub(super) fn table_len(&self) -> usize {
         self.table_len
     }
 
-    /// Items stand at a multiple of 16 bytes.
+    /// Index of the first item, aligned to 16 bytes.
     pub(super) fn first_item(&self) -> u32 {
         (self.geometry.split_blocks + 1).next_multiple_of(4)
     }
@@ -205,7 +205,7 @@ impl AttentionPlan {
         self.plan_with(entries, block_tables, share / ITEMS_PER_BLOCK);
     }
 
-    /// The same where items of more than `longest` stretches are split.
+    /// The same, with items of more than `longest` stretches split.
     pub(crate) fn plan_with(&mut self, entries: &[AttentionEntry], block_tables: &[u32], longest: usize) {
         assert!(entries.len() <= self.limits.max_entries, "{} entries are beyond the limit", entries.len());
         self.items.clear();
@@ -221,12 +221,12 @@ impl AttentionPlan {
                 self.tiles.extend(tiles);
             }
         }
-        // Long ones first, so that the last to finish are short.
+        // Long ones first, so that the last ones to finish are short.
         self.tiles.sort_by_key(|tile| std::cmp::Reverse(tile.stretches()));
         self.write_words();
     }
 
-    /// Says that on the device the block tables that were planned with stand behind `offset` other words.
+    /// Sets where the block tables are on the device: after `offset` other words.
     pub fn place_tables(&mut self, offset: usize) {
         let first_item = self.first_item() as usize;
         let shift = u32::try_from(offset).expect("a step is described in less than 2^32 words");
@@ -312,9 +312,9 @@ impl AttentionPlan {
         self.num_counters += 1;
     }
 
-    /// Gives each block of the fixed grid consecutive items, of about the same length together.
+    /// Gives each block of the fixed grid consecutive items of about the same total length.
     fn write_words(&mut self) {
-        // A stretch more for what an item costs besides.
+        // One more stretch, for the fixed cost of an item.
         let cost = |item: &Item| item.stretches() as u64 + 1;
         let blocks = u64::from(self.geometry.split_blocks);
         let total: u64 = self.items.iter().map(cost).sum();
@@ -323,7 +323,7 @@ impl AttentionPlan {
         self.words.resize(first_item, self.items.len() as u32);
         let (mut before, mut next_block) = (0, 0);
         for (index, item) in self.items.iter().enumerate() {
-            // The block in whose share the item's middle lies.
+            // The block in whose share the middle of the item lies.
             let block = ((2 * before + cost(item)) * blocks / (2 * total)) as usize;
             while next_block <= block {
                 self.words[next_block] = index as u32;

@@ -1,4 +1,4 @@
-//! What a plan promises: everything once, within its bounds, and blocks of the grid evenly laden.
+//! Checks that a plan covers everything once and within its limits, and that the blocks of the grid have even shares.
 
 use proptest::prelude::*;
 

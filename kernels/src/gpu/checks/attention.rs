@@ -1,4 +1,4 @@
-//! Paged attention and the way into the cache, against the textbook, against the CPU, and against itself.
+//! Checks paged attention and the writing of the cache: against the textbook formula, against the CPU, and for invariance.
 
 mod cpu;
 mod harness;
@@ -22,7 +22,7 @@ pub const CHECKS: &[Check] = &[
 
 const BLOCK_SIZES: [usize; 4] = [16, 32, 64, 128];
 
-/// Error of attention in which weights and outputs are rounded to the type, queries and stored values being given.
+/// Allowed error of attention whose weights and outputs are rounded to this type.
 fn bound(element: Element) -> f64 {
     match element {
         Element::F32 => 1e-5,
@@ -126,7 +126,7 @@ fn against_the_cpu(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     Ok(())
 }
 
-/// The promise of this crate: the same bits, whatever shares the batch, however it was cut, wherever its blocks lie.
+/// The invariant: the same bits whatever shares the batch, however the sequence was split, and wherever its blocks are.
 fn the_same_however_it_is_run(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     for (index, (element, ty)) in TYPES.into_iter().enumerate() {
@@ -162,7 +162,7 @@ fn the_same_however_it_is_run(device: &Device, seed: u64) -> Result<(), CheckFai
 }
 
 /// Many splits, merged within a tile, within an item, and by the block that finishes last. Enough values are compared that
-/// another order would show through their rounding.
+/// another order of addition would show in the rounding.
 fn the_same_wherever_splits_are_merged(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     let model = Model::random(&mut random, Element::F16, GpuKvType::F16, 64);

@@ -1,5 +1,5 @@
-//! Dense products against exact sums, by every kernel there is for the device, and the invariant: a row's bits are the same
-//! by every tile and in every company.
+//! Checks dense products against exact sums, for every kernel that the device supports; and the invariant: a row's bits are the
+//! same for every tile and in every batch.
 
 use half::{bf16, f16};
 
@@ -46,7 +46,7 @@ impl Inputs {
             Err(MatrixError::Device(error)) => return Err(error.into()),
             Err(error) => panic!("a check's own shape: {error}"),
         };
-        // As stored tensors come: in parts.
+        // Tensors are stored in several parts.
         let part = n / 3;
         weights.upload_rows(part, &w.bytes[part * k * ty.bytes()..])?;
         weights.upload_rows(0, &w.bytes[..part * k * ty.bytes()])?;
@@ -179,7 +179,7 @@ impl super::Value for f64 {
     }
 }
 
-/// Every kernel by itself: more than one tile either way, and the last ones cut off.
+/// Every kernel alone, with more than one tile in each direction, and incomplete last tiles.
 fn every_tile_is_right(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     for arithmetic in arithmetics(device) {
@@ -202,7 +202,7 @@ fn every_tile_is_right(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     Ok(())
 }
 
-/// Shapes at which something begins or ends, by the tile that a product of theirs takes.
+/// Shapes at boundaries, with the tile that a product chooses for them.
 fn awkward_shapes_are_right(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     let shapes =
@@ -290,7 +290,7 @@ impl Target<'_> {
     }
 }
 
-/// Rows in batches of many sizes, at other places and by every tile, bit for bit as each is alone.
+/// Rows in batches of many sizes, at different places and with every tile, compared bit for bit with each row alone.
 fn rows_do_not_depend_on_company(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     let (m, n, k) = (140, 70, 256 + 72);

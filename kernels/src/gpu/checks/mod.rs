@@ -67,7 +67,7 @@ impl Value for half::f16 {
     }
 }
 
-/// Compares by ‖out − reference‖ / ‖reference‖, and names the element that is off the most. NaN is never near anything.
+/// Compares by ‖out − reference‖ / ‖reference‖, and names the element with the largest error. NaN is never equal to anything.
 pub fn near<T: Value, R: Value>(what: &str, out: &[T], reference: &[R], bound: f64) -> Result<(), CheckFailure> {
     same_length(what, out.len(), reference.len())?;
     let (mut difference, mut norm) = (0.0, 0.0);
@@ -93,7 +93,7 @@ pub fn near<T: Value, R: Value>(what: &str, out: &[T], reference: &[R], bound: f
     Err(CheckFailure::Inexact { what: what.to_owned(), error, bound, index: worst, got, expected })
 }
 
-/// Compares element by element. Floats compare as numbers, so that NaN differs from itself.
+/// Compares element by element. Floats are compared as numbers, so NaN differs from itself.
 pub fn equal<T: PartialEq + std::fmt::Debug>(what: &str, out: &[T], expected: &[T]) -> Result<(), CheckFailure> {
     same_length(what, out.len(), expected.len())?;
     match out.iter().zip(expected).position(|(got, expected)| got != expected) {

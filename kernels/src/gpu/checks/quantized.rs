@@ -1,4 +1,4 @@
-//! Quantized products against the CPU's.
+//! Checks quantized products against the CPU's.
 
 use half::f16;
 
@@ -106,7 +106,7 @@ fn quantize_rows(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     Ok(())
 }
 
-/// Compares with `rows` quantized from f32, and a product of both, which reads what pads the last pair as well.
+/// Compares `rows` with rows quantized from f32, and the products of both, which also read the padding of the last pair.
 fn same_as_quantized(
     device: &Device,
     random: &mut Random,

@@ -1,4 +1,4 @@
-//! Row kernels against the CPU's of the same names.
+//! Checks row kernels against the CPU's functions of the same names.
 
 use super::operands::{ELEMENTS, Rows, bits, bound, rounded};
 use super::{Check, CheckFailure, Random, equal, near};
@@ -20,7 +20,7 @@ pub const CHECKS: &[Check] = &[
 
 const EPSILON: f32 = 1e-5;
 
-/// Lengths of rows: less than a vector a thread, several, and more than a thread keeps in registers.
+/// Row lengths: less than one vector per thread, several, and more than a thread keeps in registers.
 fn lengths(random: &mut Random) -> [usize; 3] {
     [
         ROW_MULTIPLE * (1 + random.below(100)),

@@ -1,4 +1,4 @@
-//! The device sampler against the CPU's: the same tokens and the same bits of every log-probability.
+//! Checks the device sampler against the CPU's: the same tokens, and the same bits of every log-probability.
 
 use half::bf16;
 
@@ -20,7 +20,7 @@ pub const CHECKS: &[Check] = &[
 
 const MAX_LOGPROBS: usize = 20;
 
-/// What is asked of a row, with its lists.
+/// The parameters of a row, with its lists.
 #[derive(Clone, Debug)]
 struct Asked {
     temperature: f32,
@@ -118,7 +118,7 @@ impl Asked {
         DeviceRow { params: self.params(), pending: None }
     }
 
-    /// As after emitting one more token.
+    /// The same row after one more emitted token.
     fn after(&self, token: u32) -> Self {
         let mut after = self.clone();
         match after.occurrences.iter_mut().find(|occurrence| occurrence.token == token) {
@@ -140,7 +140,7 @@ fn ids(random: &mut Random, vocab: usize, len: usize) -> Vec<u32> {
 
 const SHAPES: usize = 9;
 
-/// Rows as models give them, and rows that are hard to tell apart.
+/// Rows as models produce them, and rows whose values are hard to distinguish.
 fn logits(random: &mut Random, vocab: usize, shape: usize) -> Vec<f32> {
     let mut row: Vec<f32> = (0..vocab).map(|_| random.normal() * 3.0).collect();
     match shape {
@@ -154,7 +154,7 @@ fn logits(random: &mut Random, vocab: usize, shape: usize) -> Vec<f32> {
         7 => row[random.below(vocab)] = 60.0,
         _ => row.iter_mut().for_each(|logit| *logit = if *logit < 1.0 { -0.0 } else { 0.0 }),
     }
-    // Never without a finite value: that is for the check of invalid rows.
+    // At least one value is finite: rows without any belong to the check of invalid rows.
     let finite = random.below(vocab);
     row[finite] = if row[finite].is_finite() { row[finite] } else { 0.5 };
     row
@@ -270,7 +270,7 @@ fn wide(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     Ok(())
 }
 
-/// What must be noticed: NaN and +inf, wherever they stand, and rows in which nothing is left; beside rows that are fine.
+/// Invalid rows must be reported: NaN and +inf anywhere, and rows without any allowed token; valid rows beside them must not.
 fn invalid(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     let vocab = 5000;
@@ -281,7 +281,7 @@ fn invalid(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut asked: Vec<Asked> = (0..num_rows).map(|_| Asked::cut(&mut random, vocab)).collect();
     for row in 0..2 * bad.len() {
         rows[row * vocab + random.below(vocab)] = bad[row / 2];
-        // A change of the token must not hide it.
+        // Changing the token must not hide it.
         asked[row].logprobs = (row % 2 == 0).then_some(3);
         asked[row].allowed = (row % 2 == 1).then(|| vec![1; vocab.div_ceil(32)]);
     }
@@ -289,13 +289,14 @@ fn invalid(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     rows[nothing * vocab..][..vocab].fill(f32::NEG_INFINITY);
     asked[nothing + 1].allowed = Some(vec![0; vocab.div_ceil(32)]);
     step(device, &mut sampler, &rows, &asked)?;
-    // The step after is not touched by it.
+    // The next step is not affected by it.
     let asked: Vec<Asked> = (0..num_rows).map(|_| Asked::random(&mut random, vocab)).collect();
     let rows: Vec<f32> = (0..num_rows).flat_map(|_| logits(&mut random, vocab, 0)).collect();
     step(device, &mut sampler, &rows, &asked)
 }
 
-/// Steps that are queued before the one before is read: each row's penalties count the token that is still on the device.
+/// Steps that are queued before the previous one is read: each row's penalties must count the token that is still on the
+/// device.
 fn pending(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     let (vocab, num_rows) = (4200, 6);
@@ -311,10 +312,10 @@ fn pending(device: &Device, seed: u64) -> Result<(), CheckFailure> {
         .collect();
     let mut before: Option<(Ticket, Vec<f32>, Vec<Asked>)> = None;
     for _ in 0..5 {
-        // One row likes the same few tokens again and again, so that what is pending is listed already.
+        // One row prefers the same few tokens, so that the pending token is already in its list.
         let rows: Vec<f32> = (0..num_rows).flat_map(|row| logits(&mut random, vocab, [7, 0, 3][row % 3])).collect();
         let buffer = DeviceBuffer::from_slice(device, &rows)?;
-        // Rows move up a place from step to step.
+        // Rows move up one place per step.
         let place_before = |at: usize| (at + num_rows - 1) % num_rows;
         let known = before.as_ref().map_or(&asked, |(_, _, asked)| asked);
         let mut by_place: Vec<Asked> = (0..num_rows).map(|at| known[place_before(at)].clone()).collect();
@@ -336,7 +337,7 @@ fn pending(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     compare(&read(&mut sampler, ticket)?, &on_host(&rows, &asked), &asked)
 }
 
-/// Lists that outgrow the first room for them, between steps that do not need any.
+/// Lists that exceed their initial space, between steps without lists.
 fn growing(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     let (vocab, num_rows) = (9000, 3);
@@ -358,8 +359,8 @@ fn growing(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     Ok(())
 }
 
-/// A step that is staged while one is under way, and then given up: the one before is still to be read, and the next has
-/// its place.
+/// A step that is staged while another one runs, and is then abandoned: the earlier one can still be read, and the next step
+/// takes its place.
 fn given_up(device: &Device, seed: u64) -> Result<(), CheckFailure> {
     let mut random = Random::new(seed);
     let (vocab, num_rows) = (700, 3);

@@ -24,10 +24,10 @@ use sys::{
 };
 
 pub const STREAM_NON_BLOCKING: c_uint = CUstream_flags::CU_STREAM_NON_BLOCKING as c_uint;
-/// Whoever waits sleeps: the engine's thread must not burn a core while the device computes.
+/// Waiting threads sleep, so that the engine's thread does not use a core while the device computes.
 pub const EVENT_BLOCKING_SYNC: c_uint = CUevent_flags::CU_EVENT_BLOCKING_SYNC as c_uint;
 
-/// What every call answers.
+/// The result of every call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(transparent)]
 pub struct Status(pub c_uint);
@@ -63,7 +63,7 @@ impl Status {
         Self(result as c_uint)
     }
 
-    /// After these, every later call in this process fails the same way.
+    /// Whether every later call in this process will fail with the same error.
     pub fn loses_the_context(self) -> bool {
         matches!(
             self,
@@ -203,13 +203,13 @@ functions! {
 }
 
 impl Library {
-    /// The driver's library, loaded once. The error says what to do about it.
+    /// The driver's library, loaded once. The error says what the operator can do.
     pub fn get() -> Result<&'static Self, String> {
         static LIBRARY: OnceLock<Result<Library, String>> = OnceLock::new();
         LIBRARY.get_or_init(Self::load).as_ref().map_err(String::clone)
     }
 
-    /// `CUDA_ERROR_…: what it means`, as the driver words it.
+    /// `CUDA_ERROR_…: explanation`, in the driver's words.
     pub fn describe(&self, status: Status) -> String {
         let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
         // SAFETY: both get a static string, or null for a status that the driver does not know.

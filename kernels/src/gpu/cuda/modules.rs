@@ -1,4 +1,4 @@
-//! The embedded kernels: loaded when the device is opened, looked up by name.
+//! The embedded kernels: loaded when the device is opened, found by name.
 
 use std::ffi::{CStr, CString, c_int, c_void};
 
@@ -15,7 +15,7 @@ struct Image {
     bytes: &'static [u8],
 }
 
-/// As the toolkit's own programs lay fatbins out; the driver is promised nothing less.
+/// Aligned as in the toolkit's own programs, since the driver may rely on it.
 #[repr(C, align(16))]
 struct Aligned<T>(T);
 
@@ -35,7 +35,7 @@ pub struct Modules {
 }
 
 impl Modules {
-    /// Takes long only where there is no machine code for the device, and the driver compiles (and keeps) the PTX.
+    /// Fast, unless there is no machine code for the device and the driver has to compile the PTX, which it caches.
     pub fn load(context: &PrimaryContext, properties: &Properties) -> Result<Self, DeviceError> {
         let mut loaded = Self { modules: Vec::new(), shared_memory_per_block: properties.shared_memory_per_block };
         for image in IMAGES.iter().filter(|image| properties.capability == 90 || !image.hopper_only) {
@@ -57,7 +57,7 @@ impl Modules {
         }
     }
 
-    /// Finds a kernel, loads its code now rather than at its first launch (which a recording might be), and allows it as much
+    /// Finds a kernel and loads its code now, not at its first launch, which might be part of a recording. Allows it as much
     /// dynamic shared memory as the device has.
     pub fn function(&self, library: &Library, name: &str) -> Result<LoadedFunction, DeviceError> {
         let unknown = || DeviceError::UnknownKernel(name.to_owned());

@@ -1,4 +1,4 @@
-//! From a device's number to its context, or to the reason why there is none, in words that say what to do.
+//! Opens a device by its number. Errors say what the operator can do.
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int};
@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::super::{DeviceError, Properties};
 use super::library::{Context, DeviceAttribute, DeviceOrdinal, Library, Status};
 
-/// CUDA 13.0: what compiled our kernels.
+/// CUDA 13.0, which compiled our kernels.
 const MIN_DRIVER_VERSION: c_int = 13_000;
 const MIN_DRIVER: &str = "580";
 const MIN_CAPABILITY: u32 = 80;
 
 thread_local! {
-    /// Which of this process's opened contexts the thread has made current; 0 for none.
+    /// The context that this thread has made current, of those opened by this process; 0 for none.
     static CURRENT: Cell<u64> = const { Cell::new(0) };
 }
 
@@ -22,7 +22,7 @@ pub struct PrimaryContext {
     pub library: &'static Library,
     device: DeviceOrdinal,
     context: Context,
-    /// Its number among all that were opened: addresses of contexts may come again.
+    /// A unique number, since addresses of contexts can be reused.
     serial: u64,
 }
 
@@ -41,8 +41,8 @@ impl PrimaryContext {
         Ok((Self { library, device, context, serial }, properties))
     }
 
-    /// Makes it the calling thread's context. Nothing else in this process sets contexts, so that a thread that has done
-    /// this need not again.
+    /// Makes it the calling thread's context. Nothing else in this process sets contexts, so this is needed only once per
+    /// thread.
     pub fn enter(&self) -> Status {
         if CURRENT.get() == self.serial {
             return Status::SUCCESS;

@@ -1,7 +1,7 @@
-//! Uploads from memory that is not page-locked: weights, mostly, straight from a mapped file.
+//! Uploads from memory that is not page-locked: mostly weights from a mapped file.
 //!
-//! The device can fetch page-locked memory only. Two such buffers take turns: while one is being fetched the other is
-//! filled, by several threads, since one alone neither reads a page cache nor faults pages in as fast as the bus takes them.
+//! The device can only read page-locked memory. Two page-locked buffers alternate: while the device reads one, several threads
+//! fill the other. A single thread could not read the page cache, or fault pages in, as fast as the bus transfers them.
 
 use std::ffi::c_void;
 
@@ -9,10 +9,10 @@ use super::library::Status;
 use super::opening::succeed;
 use super::{CudaDriver, Event};
 
-/// Long enough that starting threads does not count.
+/// Large enough that the cost of starting threads is negligible.
 const BUFFER_BYTES: usize = 16 << 20;
 const MAX_THREADS: usize = 4;
-/// Not worth a thread.
+/// Smaller parts do not get a thread of their own.
 const MIN_BYTES_PER_THREAD: usize = 1 << 20;
 
 pub struct Staging {
@@ -23,7 +23,7 @@ pub struct Staging {
 
 struct Buffer {
     memory: *mut u8,
-    /// Recorded behind the copy that reads the buffer.
+    /// Recorded after the copy that reads the buffer.
     fetched: Event,
 }
 
@@ -35,7 +35,7 @@ impl Staging {
         Ok(Self { buffers: [first, second], next: 0, threads: (available / 2).clamp(1, MAX_THREADS) })
     }
 
-    /// Copies `bytes` to the device. When it returns the source is no longer needed; the last copies may still be under way.
+    /// Copies `bytes` to the device. When it returns, the source is no longer needed; the last copies may still be running.
     ///
     /// # Safety
     /// Both ranges are valid.

@@ -1,4 +1,4 @@
-//! In place of the emulated device, in builds without it.
+//! Replaces the emulated device in builds without the feature.
 
 use super::EmulatorOptions;
 use crate::gpu::{DeviceError, Driver};

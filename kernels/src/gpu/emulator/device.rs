@@ -1,7 +1,7 @@
-//! The emulated device: a queue of operations that are done when somebody waits for them.
+//! The emulated device: a queue of operations that run when somebody waits for them.
 //!
-//! Nothing is done early, so code that reads a result before waiting for it finds poison. From page-locked memory an
-//! upload is read when it is done, as by a device; so it shows when the caller changed that memory too early.
+//! Nothing runs early, so code that reads a result without waiting for it finds poison. An upload from page-locked memory reads
+//! the memory when it runs, as on a device, so changing the memory too early shows.
 
 mod memory;
 mod native;
@@ -75,7 +75,7 @@ struct State {
     order: ThreadOrder,
     kernels: Vec<(String, NativeKernel)>,
     names: HashMap<String, Function>,
-    /// Page-locked memory: its address and bytes.
+    /// Page-locked memory, by address.
     host: HashMap<usize, Vec<u64>>,
     queue: queue::Queue,
     events: Vec<Event>,
@@ -91,13 +91,13 @@ struct Event {
     recorded: u64,
     reached: u64,
     at: Option<Instant>,
-    /// `is_done` said no since the last record.
+    /// `is_done` has returned false since the last record.
     asked: bool,
 }
 
 impl Emulator {
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic inside left the queue as it was or the context lost.
+        // After a panic the queue is unchanged or the context is lost.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -194,7 +194,7 @@ unsafe impl Driver for Emulator {
 
     unsafe fn free(&self, address: Address) {
         let mut state = self.state();
-        // The memory stays until queued work is done; what goes wrong there is told to whoever waits next.
+        // The memory stays allocated until queued work is done. Errors there are reported to the next caller that waits.
         let _ = state.run_all();
         state.memory.free(address);
     }
@@ -330,7 +330,7 @@ unsafe impl Driver for Emulator {
         if entry.reached == entry.recorded {
             return state.check_alive().map(|()| true);
         }
-        // Asked once, it is not done yet; asked again, it is.
+        // The first query says that it is not done yet, the second that it is.
         if !std::mem::replace(&mut entry.asked, true) {
             return state.check_alive().map(|()| false);
         }

@@ -1,4 +1,4 @@
-//! Device memory of the emulated device: every allocation between addresses that fault, filled with poison.
+//! The emulated device's memory: each allocation is filled with poison and surrounded by addresses that fault.
 
 use std::collections::BTreeMap;
 use std::ptr::null_mut;
@@ -9,20 +9,20 @@ use crate::gpu::{Address, DeviceError, DeviceMemory};
 /// As the driver aligns allocations.
 const ALIGNMENT: usize = 256;
 const PAGE: usize = 4096;
-/// Addresses on each side of an allocation that fault: reach of a wrong index that is sure to be noticed.
+/// Size of the faulting range on each side of an allocation. A wrong index within it is certain to be detected.
 const FENCE: usize = 4 << 20;
-/// Larger allocations are not watched for kernels' writes: changing the protection of so many pages takes too long.
+/// Larger allocations are not watched for writes by kernels, since changing the protection of so many pages takes too long.
 const MAX_WATCHED: usize = 16 << 20;
-/// What memory holds before it is written: NaN as f32, f16, bf16 and e4m3.
+/// Initial content of memory: NaN as f32, f16, bf16 and e4m3.
 pub const POISON: u8 = 0xff;
-/// What surrounds an allocation on its own pages.
+/// Fills the rest of an allocation's pages.
 const GUARD: u8 = 0xdb;
 
 pub struct Memory {
     total: u64,
     used: u64,
     allocations: BTreeMap<u64, Allocation>,
-    /// What was found wrong when memory was freed.
+    /// Damage found when memory was freed.
     damage: Option<String>,
 }
 
@@ -31,7 +31,7 @@ struct Allocation {
     /// Of the whole mapping, the two fences included.
     mapped: usize,
     bytes: usize,
-    /// What its pages allow, if it is watched.
+    /// The protection of its pages, if it is watched.
     state: Option<RegionState>,
 }
 
@@ -74,7 +74,7 @@ impl Memory {
         below.is_some_and(|(start, allocation)| address.0 - start + bytes as u64 <= allocation.bytes as u64)
     }
 
-    /// Lets the host write to a range, by `write`, while kernels' writes to it are watched.
+    /// Lets the host write to a range while kernels' writes to it are being watched.
     pub fn write(&mut self, address: Address, write: impl FnOnce(*mut u8)) {
         let allocation = self.allocations.range_mut(..=address.0).next_back();
         let watched = allocation.filter(|(_, it)| it.state == Some(RegionState::Unwritten)).map(|(_, it)| it);
@@ -101,7 +101,7 @@ impl Memory {
         self.allocations.values_mut().filter_map(region).collect()
     }
 
-    /// Remembers what the launch wrote, and reveals what it did not get to.
+    /// Remembers what the launch wrote, and reveals hidden memory that it did not reach.
     pub fn after_launch(&mut self, regions: &[Region]) {
         let watched = self.allocations.values_mut().filter(|allocation| allocation.state.is_some());
         for (allocation, region) in watched.zip(regions) {
@@ -113,7 +113,7 @@ impl Memory {
         }
     }
 
-    /// All kernels have ended: whatever they wrote may be read by the next at any time.
+    /// All kernels have ended, so the next one may read everything they wrote.
     pub fn settle(&mut self) {
         for allocation in self.allocations.values_mut() {
             if allocation.state == Some(RegionState::Written) {
@@ -123,7 +123,7 @@ impl Memory {
         }
     }
 
-    /// Says where an address is that a kernel may not touch.
+    /// Describes an address that a kernel must not access.
     pub fn describe(&self, address: u64) -> String {
         if self.contains(Address(address), 1) {
             return "which kernels before it may read or write, before grid_dependency_wait".to_owned();
@@ -141,7 +141,7 @@ impl Memory {
         }
     }
 
-    /// Says what has been written that belongs to nobody.
+    /// Describes writes outside all allocations.
     pub fn take_damage(&mut self) -> Option<String> {
         let live = self.allocations.values().find_map(Allocation::damage);
         self.damage.take().or(live)
@@ -189,7 +189,7 @@ impl Allocation {
         assert_eq!(result, 0, "the protection of mapped pages can be changed");
     }
 
-    /// As near to the fence behind it as its alignment allows.
+    /// The address: as close to the end of the pages as the alignment allows.
     fn address(&self) -> Address {
         let end = self.mapping as usize + self.mapped - FENCE;
         Address((end - self.bytes.next_multiple_of(ALIGNMENT)) as u64)

@@ -1,4 +1,4 @@
-//! The interface to the machine that runs kernels (`cuda/emulation/machine.cpp`).
+//! The interface to the emulation that runs kernels (`cuda/emulation/machine.cpp`).
 
 use std::ffi::{CString, c_char};
 use std::sync::Mutex;
@@ -58,12 +58,12 @@ unsafe extern "C" {
     ) -> bool;
 }
 
-/// What ended a kernel.
+/// The error that ended a kernel.
 #[derive(Debug, Default)]
 pub struct KernelFault {
     /// Names the kernel, the block and the thread.
     pub message: String,
-    /// The address that it touched and that is not its own.
+    /// The address outside its memory that it accessed.
     pub touched: Option<usize>,
 }
 

@@ -1,4 +1,4 @@
-//! Operations that wait to be done, and the doing of them.
+//! Queued operations, and their execution.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -36,7 +36,7 @@ unsafe impl Send for Operation {}
 #[derive(Default)]
 pub struct Queue {
     operations: VecDeque<Operation>,
-    /// The operation done last was a kernel.
+    /// Whether the last operation was a kernel launch.
     last_was_launch: bool,
 }
 
@@ -51,14 +51,14 @@ impl Queue {
 }
 
 impl State {
-    /// Does all that is queued.
+    /// Runs everything that is queued.
     pub fn run_all(&mut self) -> Result<(), DeviceError> {
         while self.run_next()? {}
         self.memory.settle();
         self.check_alive()
     }
 
-    /// Does what was queued before the event's last record.
+    /// Runs what was queued before the event's last record.
     pub fn run_to_event(&mut self, event: usize) -> Result<(), DeviceError> {
         while self.events[event].reached != self.events[event].recorded {
             let any = self.run_next()?;
@@ -70,7 +70,7 @@ impl State {
         self.check_alive()
     }
 
-    /// Does the oldest operation. Once one fails the context is lost, and the rest with it.
+    /// Runs the oldest operation. If it fails, the context is lost and the remaining operations with it.
     fn run_next(&mut self) -> Result<bool, DeviceError> {
         self.check_alive()?;
         let Some(operation) = self.queue.operations.pop_front() else { return Ok(false) };
@@ -118,7 +118,7 @@ impl State {
                 return Err(failed("launch", "a fault that a test asked for"));
             }
             Operation::Launch { kernel, launch, params, fails: false } => {
-                // Copies are never overlapped, only kernels by kernels.
+                // Kernels overlap only with kernels, never with copies.
                 let mut regions = self.memory.regions(launch.overlap && self.queue.last_was_launch);
                 // SAFETY: as the caller says.
                 let result = unsafe { kernel.run(launch, params, &mut regions, self.order, self.pool.as_ref()) };

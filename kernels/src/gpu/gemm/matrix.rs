@@ -3,7 +3,7 @@
 use crate::gpu::rows::{Fp8Rows, quantize_fp8};
 use crate::gpu::{Activations, Address, Device, DeviceBuffer, DeviceError, Element, View};
 
-/// Rows start at multiples of this, as the copy engine wants them.
+/// Alignment of rows, as the copy engine requires it.
 const ROW_ALIGNMENT: usize = 16;
 
 /// Number type of dense weights and of the activations that they multiply.
@@ -45,7 +45,7 @@ pub struct DenseMatrix {
 }
 
 impl DenseMatrix {
-    /// Room for the weights, to be filled by [`DenseMatrix::upload_rows`].
+    /// Allocates memory for the weights, to be filled by [`DenseMatrix::upload_rows`].
     pub fn new(device: &Device, ty: DenseType, n: usize, k: usize) -> Result<Self, MatrixError> {
         let bytes = k * ty.bytes();
         if n == 0 || k == 0 {

@@ -19,22 +19,22 @@ use super::{Activations, Address, Device, DeviceError, Element, Launch, Output, 
 
 /// Bytes of a row that are copied at a time.
 const SLICE_BYTES: usize = 128;
-/// Tokens that are multiplied by all weights before the next are begun: with k = 4096 their 16 MiB stay in the cache.
+/// Tokens that are multiplied by all weights before the next ones: with k = 4096, their 16 MiB stay in the cache.
 const TOKENS_TOGETHER: usize = 2048;
-/// Tensor maps that are kept; a server has a few fixed buffers and some tens of batch sizes.
+/// Maximum number of cached tensor maps. A server has a few fixed buffers and some tens of batch sizes.
 const MAX_MAPS: usize = 4096;
 
-/// Which instruction makes the sums, and so their last bits. Part of the model's fingerprint.
+/// The instruction that computes the sums, which determines their last bits. Part of the model's fingerprint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Arithmetic {
     /// `mma.sync`, Ampere and later: 16 elements of k a step (32 of fp8).
     Mma,
-    /// `wgmma`, Hopper only: as many.
+    /// `wgmma`, Hopper only: the same number of elements per step.
     Wgmma,
 }
 
 impl Arithmetic {
-    /// What products on this device use.
+    /// The arithmetic that products on this device use.
     pub fn of(device: &Device) -> Self {
         if device.properties().capability == 90 { Arithmetic::Wgmma } else { Arithmetic::Mma }
     }
@@ -60,7 +60,7 @@ impl Arithmetic {
 pub struct Gemm {
     device: Device,
     arithmetic: Arithmetic,
-    /// Activations live in fixed buffers, so their tensor maps come up again and again.
+    /// Activations are in fixed buffers, so the same tensor maps are needed again and again.
     maps: Mutex<HashMap<TensorMapShape, TensorMap>>,
 }
 
@@ -69,7 +69,7 @@ impl Gemm {
         Self::with_arithmetic(device, Arithmetic::of(device))
     }
 
-    /// By instructions of our choice, which the device must have; the checks compare both.
+    /// With a chosen instruction, which the device must support. The checks compare both.
     pub fn with_arithmetic(device: &Device, arithmetic: Arithmetic) -> Self {
         Self { device: device.clone(), arithmetic, maps: Mutex::default() }
     }
@@ -94,7 +94,7 @@ impl Gemm {
         self.multiply_fp8_tiled(weights, x, out, self.tile(weights, x.rows))
     }
 
-    /// The tiles that there are.
+    /// The available tiles.
     pub fn tiles(&self) -> &'static [Tile] {
         tiles::of(self.arithmetic)
     }
@@ -104,7 +104,7 @@ impl Gemm {
         tiles::choose(self.tiles(), weights.n(), rows, weights.row_bytes(), multiprocessors)
     }
 
-    /// [`Gemm::multiply`] by a tile of our choice: the result is the same.
+    /// [`Gemm::multiply`] with a chosen tile; the result is the same.
     pub fn multiply_tiled(
         &self,
         weights: &DenseMatrix,
@@ -122,7 +122,7 @@ impl Gemm {
         self.launch(weights, rows, out, tile)
     }
 
-    /// [`Gemm::multiply_fp8`] by a tile of our choice: the result is the same.
+    /// [`Gemm::multiply_fp8`] with a chosen tile; the result is the same.
     pub fn multiply_fp8_tiled(
         &self,
         weights: &DenseMatrix,
@@ -170,7 +170,7 @@ impl Gemm {
             token_tiles_together: to_u32(TOKENS_TOGETHER / tile.tokens),
             unused: [0; 14],
         };
-        // A block stays on its multiprocessor and takes tile after tile.
+        // Each block stays on its multiprocessor and processes one tile after the other.
         let blocks = (token_tiles * feature_tiles).min(self.device.properties().multiprocessors as usize);
         let launch = launch([to_u32(blocks), 1, 1], tile);
         // SAFETY: the maps are of m rows of x and n of w; the kernel writes n elements of m rows.
@@ -194,7 +194,7 @@ impl Gemm {
             box_rows: to_u32(box_rows),
             box_cols: to_u32(SLICE_BYTES / weights.ty().bytes()),
         };
-        // A panic in between leaves the table as it was.
+        // A panic in between leaves the table unchanged.
         let mut maps = self.maps.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(map) = maps.get(&shape) {
             return Ok(*map);
@@ -208,7 +208,7 @@ impl Gemm {
     }
 }
 
-/// Rows of activations of whichever type.
+/// Rows of activations of any type.
 #[derive(Clone, Copy)]
 struct Rows {
     address: Address,

@@ -1,4 +1,4 @@
-//! The tiles of the dense kernels, and which one a product takes. Nothing here decides any bit of a result.
+//! The tiles of the dense kernels, and the choice of one for a product. Nothing here affects the bits of a result.
 
 use super::{Arithmetic, DenseType, SLICE_BYTES};
 
@@ -9,7 +9,7 @@ pub struct Tile {
     pub tokens: usize,
     pub threads: usize,
     pub shared_bytes: usize,
-    /// Features that the instructions multiply, used or not.
+    /// Features that the instructions compute, including unused ones.
     computed_features: usize,
     costs: &'static Costs,
     kernels: [&'static str; 3],
@@ -25,18 +25,19 @@ impl Tile {
     }
 }
 
-/// What a device generation does in a cycle of one multiprocessor. Rough figures from data sheets: they only rank tiles.
+/// What one multiprocessor of a device generation can do per cycle. These are rough figures from data sheets, used only to rank
+/// tiles.
 #[derive(Debug, PartialEq)]
 struct Costs {
     /// Products of 16-bit numbers.
     products: f64,
-    /// Bytes from the cache to one multiprocessor, and to each when all ask at once.
+    /// Bytes from the cache to one multiprocessor alone, and to each when all read at once.
     cache_bytes: f64,
     shared_cache_bytes: f64,
-    /// Bytes from memory to one multiprocessor, and to each when all ask at once.
+    /// Bytes from memory to one multiprocessor alone, and to each when all read at once.
     memory_bytes: f64,
     shared_memory_bytes: f64,
-    /// Cycles that a slice of 128 bytes takes however small the tile, and to write the sums.
+    /// Minimum cycles for a slice of 128 bytes, however small the tile, and for writing the sums.
     slice: f64,
     write: f64,
 }
@@ -153,7 +154,7 @@ pub(super) fn of(arithmetic: Arithmetic) -> &'static [Tile] {
     }
 }
 
-/// The tile that should take the least time for `m` rows by `n` features of `row_bytes`.
+/// The tile with the least estimated time for `m` rows by `n` features of `row_bytes`.
 pub(super) fn choose(
     tiles: &'static [Tile],
     n: usize,
@@ -174,7 +175,7 @@ struct Product {
 }
 
 impl Product {
-    /// Every multiprocessor takes a tile at a time; in the last round some may be idle.
+    /// Each multiprocessor processes one tile at a time; in the last round some may be idle.
     fn cycles(&self, tile: &Tile) -> f64 {
         let tiles = self.n.div_ceil(tile.features) * self.m.div_ceil(tile.tokens);
         let (rounds, last) = (tiles / self.multiprocessors, tiles % self.multiprocessors);
@@ -185,7 +186,7 @@ impl Product {
         cycles
     }
 
-    /// One tile on each of `busy` multiprocessors. Copies go on while sums are written, products do not.
+    /// One tile on each of `busy` multiprocessors. Copies continue while sums are written, products do not.
     fn round(&self, tile: &Tile, busy: usize) -> f64 {
         let costs = tile.costs;
         let share = self.multiprocessors as f64 / busy as f64;
@@ -213,7 +214,7 @@ mod tests {
         (tile.features, tile.tokens)
     }
 
-    /// Products that memory limits: weights on all multiprocessors, evenly.
+    /// Products limited by memory should spread the weights evenly over all multiprocessors.
     #[test]
     fn few_tokens_spread_the_weights() {
         for (n, k) in [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128_256, 4096)] {

@@ -1,5 +1,5 @@
-//! Activation rows in eight bits: quantized from rows of any type, or where the residual stream is normed and the gates are
-//! applied, without a pass over f32 rows in between. The layout is told in `kernels/cuda/quantize.cuh`.
+//! Activation rows in eight bits: quantized from rows of any type, or directly where the residual stream is normed and the
+//! gates are applied, which saves a pass over f32 rows. `kernels/cuda/quantize.cuh` describes the layout.
 
 use super::super::rows::{GATED_THREADS, GatedParams, ROW_MULTIPLE, RmsNormParams, row_blocks};
 use super::super::{Activations, Address, Device, DeviceBuffer, DeviceError, Element, View};
@@ -57,7 +57,7 @@ impl QuantizedRows {
         unsafe { device.launch(name, &overlapped([pairs.div_ceil(WARPS as u32), tiles, 1]), &params) }
     }
 
-    /// Gives room to `rows` rows that a kernel is about to write.
+    /// Reserves `rows` rows for a kernel that is about to write them.
     fn take(&mut self, rows: usize, cols: usize) -> QuantizedTarget {
         assert!(cols > 0 && cols.is_multiple_of(GROUP), "{cols} columns are not groups of {GROUP}");
         let (tiles, pairs) = (rows.div_ceil(TILE_ROWS), cols.div_ceil(PAIR));
@@ -72,7 +72,7 @@ impl QuantizedRows {
         }
     }
 
-    /// Waits for the device, and puts the content in the order of its columns.
+    /// Waits for the device, and returns the content in the order of its columns.
     pub fn to_host(&self) -> Result<Vec<HostRow>, DeviceError> {
         let (quants, scales, sums) = (self.quants.to_vec()?, self.scales.to_vec()?, self.scaled_sums.to_vec()?);
         let tiles = self.rows.div_ceil(TILE_ROWS);

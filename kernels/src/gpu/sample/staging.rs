@@ -1,4 +1,4 @@
-//! Rows' parameters as the words that the kernels read; `SampleRow` of sample.cuh.
+//! Converts the rows' parameters to the words that the kernels read: `SampleRow` of sample.cuh.
 
 use super::{DeviceRow, Passes};
 use crate::sample::{Changes, Occurrence};
@@ -29,7 +29,7 @@ impl<'a> RowList<'a> {
         self.len
     }
 
-    /// Where what is pushed next will stand.
+    /// The index of the next pushed word.
     fn place(&self) -> u32 {
         u32::try_from(self.len).expect("the lists of a step have less than 2^32 words")
     }
@@ -104,7 +104,7 @@ pub(super) fn row_words(
     (words, passes)
 }
 
-/// How the row is drawn, and its top-k if that cuts anything.
+/// How the row is drawn, and its top-k if that has an effect.
 fn draw_flags(row: &DeviceRow<'_>, vocab_size: usize) -> (u32, u32) {
     let truncation = &row.params.truncation;
     if row.params.is_greedy() {
@@ -120,7 +120,7 @@ fn draw_flags(row: &DeviceRow<'_>, vocab_size: usize) -> (u32, u32) {
     }
 }
 
-/// A share of 1 when there is no cut, and not below nothing, which the CPU takes it for.
+/// 1 if there is no cut, and at least 0, as on the CPU.
 fn share(top_p: f32) -> f32 {
     if top_p < 1.0 { top_p.max(0.0) } else { 1.0 }
 }

@@ -1,4 +1,4 @@
-//! Attention over the paged cache: decoding at several contexts, and whole prompts.
+//! Measures attention over the paged cache: decoding at several context lengths, and whole prompts.
 
 use outrigger_kernels::attention::KvShape;
 use outrigger_kernels::gpu::attention::{

@@ -1,5 +1,5 @@
-//! Dense products: the projections of a layer and the head. On request (`--only "dense tiles"`) by every tile there is, which
-//! is how the figures that rank them are found.
+//! Measures dense products: the projections of a layer, and the head. With `--only "dense tiles"` measures every tile, to find
+//! the figures that rank them.
 
 use outrigger_kernels::gpu::gemm::{DenseMatrix, DenseType, Gemm, MatrixError, Tile};
 use outrigger_kernels::gpu::rows::Fp8Rows;

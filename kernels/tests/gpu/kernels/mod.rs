@@ -1,4 +1,4 @@
-//! How near each kernel comes to the device's limits, at the shapes of Llama-3.1-8B.
+//! Measures how close each kernel comes to the device's limits, with the shapes of Llama-3.1-8B.
 
 mod attention;
 mod gemm;

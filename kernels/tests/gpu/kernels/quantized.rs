@@ -1,4 +1,4 @@
-//! Products with GGUF's quantized weights: the gate and up projection of a layer, as wide as it is.
+//! Measures products with GGUF-quantized weights: the gate and up projection of a layer, at full width.
 
 use outrigger_kernels::Pool;
 use outrigger_kernels::gpu::quantized::{QuantMatrix, QuantMatrixError, QuantizedRows, multiply};

@@ -1,4 +1,4 @@
-//! Kernels that work row by row: norms and gated activations.
+//! Measures row kernels: norms and gated activations.
 
 use outrigger_kernels::gpu::rows::{gated_activation, rms_norm};
 use outrigger_kernels::gpu::{Activations, DeviceBuffer, DeviceError, Element};

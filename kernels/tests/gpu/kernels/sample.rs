@@ -1,4 +1,4 @@
-//! Sampling: greedy, and with everything that cuts the distribution.
+//! Measures sampling: greedy, and with every kind of truncation.
 
 use outrigger_kernels::gpu::DeviceError;
 use outrigger_kernels::gpu::sample::{DeviceRow, DeviceSampler};

@@ -1,4 +1,4 @@
-//! Sequences in a paged cache on a device, fed a batch at a time.
+//! Sequences in a paged cache on a device, processed in batches.
 
 use half::{bf16, f16};
 
@@ -129,7 +129,7 @@ pub struct Harness {
 }
 
 impl Harness {
-    /// The sequences' blocks lie anywhere in the pool, between poisoned ones.
+    /// The sequences' blocks are anywhere in the pool, between poisoned ones.
     pub fn new(
         device: &Device,
         model: Model,
@@ -176,8 +176,8 @@ impl Harness {
         &self.sequences[index]
     }
 
-    /// Feeds the next tokens of some sequences, as one batch; gives the output rows of each. A row beyond them, which only
-    /// fills up the batch, must leave no trace.
+    /// Processes the next tokens of some sequences as one batch, and returns the output rows of each. An additional padding row
+    /// must have no effect.
     pub fn step(&mut self, feeds: &[(usize, usize)], splitting: Splitting) -> Result<Vec<Vec<u16>>, CheckFailure> {
         let (rows, cols) =
             (feeds.iter().map(|feed| feed.1).sum::<usize>() + 1, self.model.num_heads * self.model.head_dim);
@@ -213,14 +213,14 @@ impl Harness {
         Ok(result)
     }
 
-    /// Feeds tokens into the cache and computes no attention.
+    /// Stores tokens in the cache without computing attention.
     pub fn append_only(&mut self, sequence: usize, tokens: usize) -> Result<(), CheckFailure> {
         self.append(&[(sequence, tokens)])?;
         self.sequences[sequence].fed += tokens;
         Ok(())
     }
 
-    /// Forgets a sequence's last tokens, to feed them again.
+    /// Drops a sequence's last tokens, so that they can be processed again.
     pub fn rewind(&mut self, sequence: usize, tokens: usize) {
         self.sequences[sequence].fed -= tokens;
     }
@@ -287,7 +287,7 @@ impl Harness {
         Ok(queries)
     }
 
-    /// Moves a sequence to other blocks, and poisons nothing.
+    /// Moves a sequence to other blocks.
     pub fn move_blocks(&mut self, sequence: usize) -> Result<(), CheckFailure> {
         let table = &mut self.sequences[sequence].table;
         let copies: Vec<(usize, usize)> =

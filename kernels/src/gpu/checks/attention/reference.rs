@@ -1,4 +1,4 @@
-//! What the cache and the output rows should be, in f64 where they are computed.
+//! The expected contents of the cache and of the output rows, computed in f64.
 
 #![expect(
     clippy::disallowed_methods,
@@ -49,7 +49,7 @@ fn reorder([keys, unused_keys, values, unused_values]: [Vec<f32>; 4]) -> [Vec<f3
     [keys, values, unused_keys, unused_values]
 }
 
-/// Exactly without a norm, whose sum has its own order.
+/// Exactly, unless there is a norm, whose sum has its own order.
 fn compare(
     what: &str,
     model: &Model,
@@ -122,7 +122,7 @@ pub fn check_rows(
     near(what, &model.widen(rows), &expected, bound)
 }
 
-/// A query as `rope_append` gives it; that it gives it right is another check.
+/// A query as `rope_append` computes it, which another check verifies.
 fn query(harness: &Harness, sequence: usize, position: usize, head: usize) -> Vec<f32> {
     let model = &harness.model;
     let row = &harness.sequence(sequence).qkv[position * model.width()..][..model.width()];
@@ -130,7 +130,7 @@ fn query(harness: &Harness, sequence: usize, position: usize, head: usize) -> Ve
     rotated.into_iter().map(|x| widen(model.element, narrow(model.element, x))).collect()
 }
 
-/// The textbook.
+/// The textbook formula.
 fn attend(
     model: &Model,
     query: &[f32],
