@@ -1,6 +1,7 @@
 //! Tests the emulated device: that it behaves like a device, and that it detects errors that a device would not report.
 
 #![expect(unsafe_code, reason = "launching a kernel is unsafe")]
+#![expect(clippy::unwrap_used, reason = "a test may fail without words")]
 
 use half::{bf16, f16};
 use outrigger_kernels::gpu::checks::{Random, near};

@@ -64,6 +64,7 @@ impl Drop for PrimaryContext {
 }
 
 fn find_device(library: &Library, index: u32) -> Result<(DeviceOrdinal, Properties), DeviceError> {
+    // SAFETY: `number` gives a place for one number.
     let version = number(|to| unsafe { library.driver_version(to) }).unwrap_or(0);
     if version < MIN_DRIVER_VERSION {
         return Err(DeviceError::Unavailable(format!(
