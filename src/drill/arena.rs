@@ -262,7 +262,8 @@ impl Arena {
 fn lacks_peers(overview: &ClusterOverview, wanted: usize) -> Option<String> {
     use crate::router::overview::BreakerPosition;
     let is_well = |peer: &&crate::router::PeerOverview| {
-        peer.node.report.ready && !peer.node.models.is_empty() && peer.breaker != BreakerPosition::Open
+        let is_slow = peer.pace.as_ref().is_some_and(|pace| pace.is_slow);
+        peer.node.report.ready && !peer.node.models.is_empty() && peer.breaker != BreakerPosition::Open && !is_slow
     };
     let well = overview.peers.iter().filter(is_well).count();
     (well < wanted).then(|| format!("it sees {well} of {wanted} others that are well"))

@@ -10,6 +10,7 @@ pub enum Exercise {
     KillInDecode,
     KillInPrefill,
     Pause,
+    SlowNode,
     EnginePanic,
     DeviceError,
     EngineHang,
@@ -26,6 +27,8 @@ pub enum Injury {
     None,
     /// Hits the node, other than the entry, that computes most streams.
     Generator(NodeAction),
+    /// The same node is paused again and again, with moments in between: it is slow, and never silent for long.
+    SlowGenerator,
     /// Its engine breaks; see `app::fault_injection`.
     GeneratorFault(&'static str),
     Entry(NodeAction),
@@ -57,11 +60,12 @@ pub enum Clients {
 }
 
 impl Exercise {
-    pub const ALL: [Exercise; 12] = [
+    pub const ALL: [Exercise; 13] = [
         Exercise::Calm,
         Exercise::KillInDecode,
         Exercise::KillInPrefill,
         Exercise::Pause,
+        Exercise::SlowNode,
         Exercise::EnginePanic,
         Exercise::DeviceError,
         Exercise::EngineHang,
@@ -78,6 +82,7 @@ impl Exercise {
             Exercise::KillInDecode => "kill-in-decode",
             Exercise::KillInPrefill => "kill-in-prefill",
             Exercise::Pause => "pause",
+            Exercise::SlowNode => "slow-node",
             Exercise::EnginePanic => "engine-panic",
             Exercise::DeviceError => "device-error",
             Exercise::EngineHang => "engine-hang",
@@ -98,6 +103,7 @@ impl Exercise {
             Exercise::Calm => Injury::None,
             Exercise::KillInDecode | Exercise::KillInPrefill => Injury::Generator(NodeAction::Kill),
             Exercise::Pause => Injury::Generator(NodeAction::Pause),
+            Exercise::SlowNode => Injury::SlowGenerator,
             Exercise::EnginePanic => Injury::GeneratorFault("panic"),
             Exercise::DeviceError => Injury::GeneratorFault("device"),
             Exercise::EngineHang => Injury::GeneratorFault("hang"),
@@ -129,6 +135,7 @@ impl Exercise {
         match self.injury() {
             Injury::None | Injury::GeneratorFault(_) | Injury::EntryFault(_) => None,
             Injury::Generator(action) | Injury::Entry(action) | Injury::AllButEntry(action) => Some(action),
+            Injury::SlowGenerator => Some(NodeAction::Pause),
             // A node that may be restarted may also be stopped.
             Injury::Rolling => Some(NodeAction::Restart),
         }

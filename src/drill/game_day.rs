@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures::future::join_all;
 use serde_json::json;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::DrillError;
 use super::arena::{Arena, ArenaError, EXIT_PATIENCE, NodeAction};
@@ -30,6 +30,13 @@ const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
 const MOMENT_PATIENCE: Duration = Duration::from_secs(60);
 /// For which a paused node is paused: longer than the default `peer_stall_timeout`.
 const PAUSE: Duration = Duration::from_secs(3);
+/// A slow node stands still for so long, less than the default `peer_stall_timeout`, and runs for a moment in between.
+const STANDSTILL: Duration = Duration::from_millis(1500);
+const RUN: Duration = Duration::from_millis(100);
+/// For the entry to find the node slow.
+const SLOWNESS_PATIENCE: Duration = Duration::from_secs(20);
+/// For the entry to find that it has recovered.
+const RECOVERY_PATIENCE: Duration = Duration::from_secs(20);
 /// In a rolling restart, for load to be there before the next node goes.
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(500);
 const DECODE_PROMPT_WORDS: usize = 24;
@@ -153,7 +160,8 @@ impl GameDay {
         let mut moves = total_of_others(&self.moves_of_each().await, &watch.silent);
         moves.add(&harvested);
         let moves = moves.since(&watch.before);
-        (outcome.failovers, outcome.hand_overs, outcome.resumed) = (moves.failovers, moves.hand_overs, moves.resumed);
+        (outcome.failovers, outcome.hand_overs) = (moves.failovers, moves.hand_overs);
+        (outcome.resumed, outcome.rescued) = (moves.resumed, moves.rescued);
         outcome.time(&records, fault);
         if is_rolling {
             // There were as many faults as nodes; a time since the first says nothing.
@@ -267,6 +275,10 @@ impl GameDay {
                     self.arena.nodes[victims[0]].act(NodeAction::Resume).await?;
                 }
             }
+            Injury::SlowGenerator => {
+                let node = before.ids[victims[0]].clone();
+                self.slow_down(victims[0], node.as_ref(), flight, outcome).await?;
+            }
             Injury::Rolling => harvested = self.roll(outcome).await?,
         }
         Ok(Injured { fault: Some(fault), victims, watch, harvested })
@@ -314,7 +326,7 @@ impl GameDay {
                 Some(_) => others().collect(),
                 None => Vec::new(),
             },
-            Injury::Generator(_) | Injury::GeneratorFault(_) => {
+            Injury::Generator(_) | Injury::SlowGenerator | Injury::GeneratorFault(_) => {
                 self.busiest_generator(ids, enough).await.into_iter().collect()
             }
         }
@@ -331,6 +343,38 @@ impl GameDay {
             return None;
         }
         (0..ids.len()).find(|&index| index != ENTRY && ids[index].as_ref() == Some(&busiest.node.id))
+    }
+
+    /// Lets the node run for a moment now and then, until the entry has found it slow and all streams are over.
+    async fn slow_down(
+        &mut self,
+        victim: usize,
+        node: Option<&NodeId>,
+        flight: &Flight,
+        outcome: &mut Outcome,
+    ) -> Result<(), DrillError> {
+        let deadline = Instant::now() + SLOWNESS_PATIENCE;
+        // Without an admin address the entry does not tell.
+        let mut is_found = self.arena.nodes[ENTRY].admin.is_none();
+        while Instant::now() < deadline && !(is_found && flight.is_over()) {
+            self.arena.nodes[victim].act(NodeAction::Pause).await?;
+            let end = Instant::now() + STANDSTILL;
+            is_found |= DrillClient::until(end, WATCH_POLL, async || self.is_slow(node).await).await;
+            sleep_until(end).await;
+            self.arena.nodes[victim].act(NodeAction::Resume).await?;
+            sleep(RUN).await;
+        }
+        if !is_found {
+            outcome.problem(format!("no node found it slow within {SLOWNESS_PATIENCE:?}"));
+        }
+        Ok(())
+    }
+
+    /// Whether the entry finds the node slow, as far as it tells.
+    async fn is_slow(&self, node: Option<&NodeId>) -> bool {
+        let Some(overview) = self.arena.overview(ENTRY).await else { return false };
+        let peer = overview.peers.iter().find(|peer| Some(&peer.node.id) == node);
+        peer.and_then(|peer| peer.pace.as_ref()).is_some_and(|pace| pace.is_slow)
     }
 
     /// Ends and starts every node in turn; gives the counts of those that ended.
@@ -360,6 +404,14 @@ impl GameDay {
 
     /// Restarts and resumes nodes until the cluster is whole again.
     async fn repair(&mut self, exercise: Exercise, victims: &[usize], outcome: &mut Outcome) -> Result<(), DrillError> {
+        if exercise == Exercise::SlowNode {
+            let node = self.arena.ids().await[victims[0]].clone();
+            let deadline = Instant::now() + RECOVERY_PATIENCE;
+            if !DrillClient::until(deadline, WATCH_POLL, async || !self.is_slow(node.as_ref()).await).await {
+                outcome.problem(format!("it is still held for slow {RECOVERY_PATIENCE:?} after it ran again"));
+            }
+            return Ok(());
+        }
         if matches!(exercise.injury(), Injury::None | Injury::Rolling) || exercise == Exercise::Pause {
             return Ok(());
         }

@@ -39,6 +39,8 @@ pub struct Outcome {
     pub failovers: BTreeMap<String, u64>,
     pub hand_overs: u64,
     pub resumed: u64,
+    /// Streams that moved because their replica was slow.
+    pub rescued: u64,
     /// Reconnections by clients.
     pub reconnects: u64,
     pub failed_requests: u64,
@@ -85,7 +87,7 @@ impl Outcome {
 
     /// Streams that changed their node.
     pub fn moved(&self) -> u64 {
-        self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed
+        self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed + self.rescued
     }
 
     /// Reads the times off all streams; `fault` is when it was done. How many streams moved is known already.

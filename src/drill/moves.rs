@@ -20,16 +20,23 @@ pub(super) struct Moves {
     pub(super) failovers: BTreeMap<String, u64>,
     pub(super) hand_overs: u64,
     pub(super) resumed: u64,
+    /// From slow nodes.
+    pub(super) rescued: u64,
 }
 
 impl Moves {
     pub(super) fn of(overview: &ClusterOverview) -> Self {
         let streams = &overview.streams;
-        Self { failovers: streams.failovers.clone(), hand_overs: streams.hand_overs, resumed: streams.resumed }
+        Self {
+            failovers: streams.failovers.clone(),
+            hand_overs: streams.hand_overs,
+            resumed: streams.resumed,
+            rescued: streams.rescued,
+        }
     }
 
     fn total(&self) -> u64 {
-        self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed
+        self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed + self.rescued
     }
 
     pub(super) fn add(&mut self, other: &Self) {
@@ -38,6 +45,7 @@ impl Moves {
         }
         self.hand_overs += other.hand_overs;
         self.resumed += other.resumed;
+        self.rescued += other.rescued;
     }
 
     /// What has come since `before`. Counters that went backwards are of a new process: nothing is taken away then.
@@ -51,6 +59,7 @@ impl Moves {
             failovers: self.failovers.iter().filter_map(of_kind).collect(),
             hand_overs: since(self.hand_overs, before.hand_overs),
             resumed: since(self.resumed, before.resumed),
+            rescued: since(self.rescued, before.rescued),
         }
     }
 }

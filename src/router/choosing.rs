@@ -12,6 +12,9 @@ use super::source::Replica;
 use crate::cluster::{ModelReport, Peer};
 use crate::types::{Failure, FailureKind, NodeState};
 
+/// A peer's report is repeated every second. When it is older than this, the peer is out of reach, or this node is.
+const LATE_REPORT: Duration = Duration::from_secs(3);
+
 impl RouterState {
     /// Chooses where the request goes, among the replicas for which `is_free` holds. A node that is shutting down serves a
     /// request itself only if no other node takes it.
@@ -45,6 +48,8 @@ impl RouterState {
         let own_report = here.map(|_| self.own_report_now());
         let paces = self.pacing.found();
         let slowness = |replica: &Replica| paces.get(replica).and_then(ReplicaPace::slowness);
+        // A stream that has lost its replica is in a hurry, and what took one peer out of reach may have taken others.
+        let late_report = if is_continuation { self.silence_limit() } else { LATE_REPORT };
         let mut candidates = Vec::with_capacity(peers.len() + 1);
         candidates.extend(own_report.as_ref().map(|report| Candidate {
             report,
@@ -61,17 +66,18 @@ impl RouterState {
         let num_here = candidates.len();
         candidates.extend(peers.iter().map(|(peer, _)| {
             let standing = self.ledger.standing(peer, now);
-            let replica = Replica::At(peer.id.clone());
+            let (replica, age) = (Replica::At(peer.id.clone()), peer.report_age(now));
             Candidate {
                 report: &peer.report,
-                age: peer.report_age(now),
+                age,
                 is_here: false,
                 is_same_zone: peer.description.zone == self.identity.zone,
                 sent_choices: standing.sent_choices,
                 sent_tokens: standing.sent_tokens,
                 weight: standing.weight * peer.stability,
                 slowness: slowness(&replica),
-                is_silent: standing.silence.is_some_and(|silence| silence >= self.silence_limit()),
+                is_silent: age >= late_report
+                    || standing.silence.is_some_and(|silence| silence >= self.silence_limit()),
                 may_serve: standing.allows && is_free(&replica),
             }
         }));

@@ -458,7 +458,8 @@ impl FailoverStream {
         if let Some(primary) = &self.primary {
             alarm = alarm.min(match self.relief {
                 None => silence(primary),
-                Some(Relief::Stall) => now + SEARCH_INTERVAL,
+                // A refusal asks for a short pause before the next replica is tried.
+                Some(Relief::Stall) => self.not_before.filter(|at| *at > now).unwrap_or(now + SEARCH_INTERVAL),
                 Some(Relief::HandOver) => silence(primary).min(now + HAND_OVER_INTERVAL),
                 Some(Relief::Slow) => silence(primary).min(now + RACE_INTERVAL),
             });

@@ -48,6 +48,12 @@ async fn a_generator_may_be_paused_and_come_back() {
 }
 
 #[tokio::test]
+async fn a_generator_may_be_slow() {
+    let outcome = exercise(Exercise::SlowNode).await;
+    assert!(outcome.rescued > 0, "its streams should move before they look silent: {outcome:#?}");
+}
+
+#[tokio::test]
 async fn an_engine_may_panic() {
     exercise(Exercise::EnginePanic).await;
 }

@@ -13,7 +13,9 @@ use outrigger::drill::arena::{Arena, ArenaNode, NodeAction};
 use outrigger::drill::client::DrillClient;
 use outrigger::drill::exercise::Exercise;
 use outrigger::drill::game_day::{GameDay, Load};
+use outrigger::drill::measure::Outcome;
 use outrigger::drill::process::{NodeAddresses, plan_nodes};
+use outrigger::drill::report;
 
 use crate::cluster::{Folder, plan, slow_model};
 use crate::real_server::every_place;
@@ -103,12 +105,12 @@ fn hook(folder: &std::path::Path, body: &str) -> PathBuf {
     path
 }
 
-/// Cuts what `script` cuts while streams are in flight; the goals are reached.
-async fn cut(script: impl Fn(&Network) -> String) {
+/// Cuts what `script` cuts while streams are in flight; the goals are reached. None where networks cannot be made.
+async fn cut(script: impl Fn(&Network) -> String) -> Option<Outcome> {
     let _places = every_place().await;
     let Some(network) = Network::build() else {
         println!("skipped: network namespaces cannot be made here (that takes root and `ip`)");
-        return;
+        return None;
     };
     let folder = Folder::new();
     let flags = slow_model(folder.path());
@@ -138,6 +140,7 @@ async fn cut(script: impl Fn(&Network) -> String) {
     let outcome = day.run(Exercise::Pause).await.unwrap_or_else(|error| panic!("{error}"));
     assert!(outcome.is_good() && outcome.skipped.is_none(), "{outcome:#?}");
     day.arena.wait_until_whole().await.expect("the cluster heals");
+    Some(outcome)
 }
 
 #[tokio::test]
@@ -163,4 +166,28 @@ async fn the_way_between_two_nodes_may_be_cut_while_a_third_sees_both() {
         )
     })
     .await;
+}
+
+/// The clients' own node hears nobody, for longer than any stream may wait: it computes all their streams itself.
+#[tokio::test]
+async fn a_node_that_is_cut_off_from_all_others_goes_on_with_its_clients_streams() {
+    let outcome = cut(|network| {
+        let Network { tag, prefix } = network;
+        let ways = |verb: &str| {
+            let way = |other: u8| {
+                format!(
+                    "ip -n ot{tag}n0 route {verb} blackhole {prefix}.{}/32\n\
+                     ip -n ot{tag}n{other} route {verb} blackhole {prefix}.1/32\n",
+                    other + 1
+                )
+            };
+            (1..NODES).map(way).collect::<String>()
+        };
+        format!("case $1 in\n  pause)\n{}  ;;\n  resume)\nsleep 5\n{}  ;;\nesac\n", ways("add"), ways("del"))
+    })
+    .await;
+    let Some(outcome) = outcome else { return };
+    println!("{}", report::table(std::slice::from_ref(&outcome)));
+    // The simulator bounds the gaps; here they depend on the machine.
+    assert!(outcome.moved() > 0, "{outcome:#?}");
 }

@@ -1,4 +1,5 @@
-//! A node that is slow, not dead: its engine's steps take twenty times as long, and nothing else is wrong with it.
+//! Nodes that are neither well nor dead: one whose engine's steps take twenty times as long, and one that is cut off from all
+//! others.
 //!
 //! Unlike the seeds, these are stories of one kind, so that more can be asked of them: how soon the others notice, what
 //! clients feel, that nothing moves when all are slow, and that the node is used again once it has recovered.
@@ -19,7 +20,7 @@ use crate::engine::EngineSize;
 use crate::gossip::Gossip;
 use crate::node::{Node, NodeConfig};
 use crate::oracle::Reference;
-use crate::plan::{ClientPlan, prompt};
+use crate::plan::{ClientPlan, Fault, prompt};
 use crate::random::Random;
 use crate::run::within_a_runtime;
 use crate::trace::Trace;
@@ -33,6 +34,15 @@ const TOKENS: u32 = 60;
 const SLOW_AT: Duration = Duration::from_secs(8);
 const RELIEVED_AT: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(30);
+
+/// What happens for a while.
+#[derive(Clone, Copy)]
+enum Trouble {
+    /// These nodes are slow.
+    Slow(&'static [usize]),
+    /// Nothing passes between the first node and the others.
+    CutOff,
+}
 
 /// What is told of a run.
 struct Told {
@@ -68,8 +78,8 @@ fn config(placement: Strategy) -> NodeConfig {
     }
 }
 
-/// Clients come this often until the end; these nodes are slow for a while.
-fn tell(placement: Strategy, seed: u64, every: Duration, slow: &'static [usize]) -> Told {
+/// Clients come this often until the end.
+fn tell(placement: Strategy, seed: u64, every: Duration, trouble: Trouble) -> Told {
     within_a_runtime(async move {
         let mut random = Random::new(seed);
         let (trace, start) = (Arc::new(Trace::new(false)), Instant::now());
@@ -94,9 +104,17 @@ fn tell(placement: Strategy, seed: u64, every: Duration, slow: &'static [usize])
         tokio::spawn({
             let world = world.clone();
             async move {
-                for (at, slowness) in [(SLOW_AT, SLOWNESS), (RELIEVED_AT, 1)] {
-                    sleep_until(start + at).await;
-                    slow.iter().for_each(|node| world.set_slowness(*node, slowness));
+                sleep_until(start + SLOW_AT).await;
+                match trouble {
+                    Trouble::CutOff => {
+                        let lasts = RELIEVED_AT - SLOW_AT;
+                        world.suffer(Fault::Partition { members: vec![0], lasts }).await;
+                    }
+                    Trouble::Slow(nodes) => {
+                        nodes.iter().for_each(|node| world.set_slowness(*node, SLOWNESS));
+                        sleep_until(start + RELIEVED_AT).await;
+                        nodes.iter().for_each(|node| world.set_slowness(*node, 1));
+                    }
                 }
             }
         });
@@ -167,7 +185,7 @@ impl Told {
 #[test]
 fn clients_hardly_notice_a_slow_node_whatever_the_placement() {
     for (seed, placement) in Strategy::ALL.into_iter().enumerate() {
-        let told = tell(placement, seed as u64 + 1, Duration::from_millis(60), &[1]);
+        let told = tell(placement, seed as u64 + 1, Duration::from_millis(60), Trouble::Slow(&[1]));
         let healthy = told.percentile(95, Duration::from_secs(3), Duration::from_secs(7));
         // Those that came shortly before had most of their stream before them.
         let troubled = told.percentile(95, SLOW_AT - healthy, RELIEVED_AT);
@@ -192,10 +210,24 @@ fn clients_hardly_notice_a_slow_node_whatever_the_placement() {
 #[test]
 fn nothing_moves_when_all_nodes_are_equally_slow() {
     for (seed, placement) in Strategy::ALL.into_iter().enumerate() {
-        let told = tell(placement, seed as u64 + 100, Duration::from_millis(900), &[0, 1, 2]);
+        let told = tell(placement, seed as u64 + 100, Duration::from_millis(900), Trouble::Slow(&[0, 1, 2]));
         assert_eq!((told.rescued, told.failovers), (0, 0), "{placement:?}");
         assert_eq!([0, 1, 2].map(|node| told.changes(node)), [0, 0, 0], "{placement:?}: nobody is worse than another");
         let slowest = told.percentile(100, SLOW_AT, RELIEVED_AT);
         assert!(slowest > Duration::from_secs(5), "{placement:?}: they were slow: {slowest:?}");
+    }
+}
+
+/// Its clients' streams come home: after the silence of their replica, without as long a wait for the next one.
+#[test]
+fn a_node_that_is_cut_off_from_all_others_soon_computes_its_clients_streams_itself() {
+    let stall = router::Config::default().peer_stall_timeout;
+    for (seed, placement) in Strategy::ALL.into_iter().enumerate() {
+        let told = tell(placement, seed as u64 + 200, Duration::from_millis(60), Trouble::CutOff);
+        let healthy = told.percentile(95, Duration::from_secs(3), Duration::from_secs(7));
+        let slowest = told.percentile(100, SLOW_AT - healthy, RELIEVED_AT);
+        assert!(slowest <= healthy * 2 + stall * 3 / 2, "{placement:?}: {slowest:?}, {healthy:?} undisturbed");
+        // Strategies that compute a request where it arrives have nothing to bring home.
+        assert!(slowest > stall || placement != Strategy::Random, "no stream lost its replica");
     }
 }

@@ -5,6 +5,9 @@ use std::time::{Duration, Instant};
 
 /// A replica is slow after bad evidence for this long.
 const ENTRY_HOLD: Duration = Duration::from_millis(400);
+/// Siblings must have been measured this long after the evidence became bad: what slows all of them at once, such as a
+/// throttled machine, shows a little sooner in one than in another.
+const SETTLING: Duration = Duration::from_millis(300);
 /// It has recovered after good evidence for this long. The time doubles with each relapse, up to the limit.
 const EXIT_HOLD: Duration = Duration::from_millis(500);
 const MAX_EXIT_HOLD: Duration = Duration::from_secs(16);
@@ -50,7 +53,7 @@ impl Default for Detector {
 
 impl Detector {
     /// `ratio`: how many times as long as its siblings it takes, if known. It is slow from `factor` on, if siblings measured
-    /// since the given time, when it began to look slow, confirm that.
+    /// since the given time, soon after it began to look slow, confirm that.
     pub fn observe(
         &mut self,
         ratio: Option<f64>,
@@ -65,8 +68,12 @@ impl Detector {
                 let is_bad = ratio? >= factor;
                 *bad_since = if is_bad { bad_since.or(Some(now)) } else { None };
                 let since = (*bad_since)?;
-                let is_long = hold == EntryHold::None || now.saturating_duration_since(since) >= ENTRY_HOLD;
-                (is_long && confirmed(since)? >= factor).then(|| self.enter(now))
+                let (hold, settling) = match hold {
+                    EntryHold::None => (Duration::ZERO, Duration::ZERO),
+                    EntryHold::Usual => (ENTRY_HOLD, SETTLING),
+                };
+                let is_long = now.saturating_duration_since(since) >= hold;
+                (is_long && confirmed(since + settling)? >= factor).then(|| self.enter(now))
             }
             State::Slow { good_since, heard, .. } => {
                 match ratio {
@@ -185,7 +192,7 @@ mod tests {
             let old = detector.observe(Some(20.0), FACTOR, EntryHold::Usual, |_| None, start + TICK * tick);
             assert_eq!(old, None, "the siblings' evidence is older");
         }
-        let since = |asked| (asked == start).then_some(20.0);
+        let since = |asked| (asked == start + SETTLING).then_some(20.0);
         let change = detector.observe(Some(20.0), FACTOR, EntryHold::Usual, since, start + TICK * 20);
         assert_eq!(change, Some(Change::BecameSlow));
         let mut confessing = Detector::default();
