@@ -9,7 +9,7 @@
 //! | serving | accepted | here or to peers | a signal, or a failed engine |
 //! | lingering | accepted | to peers; here only if no peer can | `drain_linger` or `failure_linger` |
 //! | closing | refused | as before; each connection ends after its answer | all have ended, or the deadline |
-//! | relaying | refused | to peers; what peers compute is passed on, and nothing is computed here | the streams have ended, or `relay_timeout` |
+//! | relaying | refused | to peers; what peers compute is passed on, and nothing is computed here | the streams and connections have ended, or `relay_timeout` |
 //! | stopping | refused | what is left is told to go on elsewhere | all have ended, or `STOP_GRACE` |
 //! | parting | refused | none is left | the peers have been told |
 //!
@@ -94,8 +94,10 @@ enum Phase {
         until: Instant,
     },
     Closing,
+    /// `last_stream`: when there was last one.
     Relaying {
         until: Instant,
+        last_stream: Instant,
     },
     /// `progress`: the engine's, when this began.
     Stopping {
@@ -221,11 +223,17 @@ impl Life {
                 Some(Action::StopAccepting)
             }
             Phase::Closing if is_late && !is_quiet => {
-                self.phase = Phase::Relaying { until: now + self.bounds.relay_timeout };
+                self.phase = Phase::Relaying { until: now + self.bounds.relay_timeout, last_stream: now };
                 Some(Action::StopComputing)
             }
             Phase::Closing if is_quiet => Some(self.stop(seen, now)),
-            Phase::Relaying { until } if !seen.has_streams || until <= now => Some(self.stop(seen, now)),
+            Phase::Relaying { until, last_stream } => {
+                let last_stream = if seen.has_streams { now } else { last_stream };
+                self.phase = Phase::Relaying { until, last_stream };
+                // A request that has just come is a stream soon; a client that does not read is not waited for.
+                let is_over = !seen.has_streams && (!seen.has_connections || now >= last_stream + STOP_GRACE);
+                (is_over || until <= now).then(|| self.stop(seen, now))
+            }
             Phase::Stopping { until, progress } if (is_quiet && !has_engine) || until <= now => {
                 // One that is only in a long step ends with the process.
                 if has_engine && seen.progress == progress {
@@ -242,7 +250,6 @@ impl Life {
             | Phase::Serving
             | Phase::Lingering { .. }
             | Phase::Closing
-            | Phase::Relaying { .. }
             | Phase::Stopping { .. }
             | Phase::Parting { .. }
             | Phase::Ended => None,
@@ -337,11 +344,14 @@ mod tests {
         life.look(BUSY, start + seconds(5));
         let relaying = Seen { has_work: false, ..BUSY };
         assert_eq!(life.look(relaying, start + seconds(30)), [Action::StopComputing]);
-        assert_eq!(life.look(relaying, start + seconds(89)), [], "a peer still computes");
-        // A client that does not read its answer is waited for no longer than the engine.
+        assert_eq!(life.look(relaying, start + seconds(60)), [], "a peer still computes");
+        // Its client has not read the end yet, or asks for something else.
         let sent = Seen { has_streams: false, ..relaying };
-        assert_eq!(life.look(sent, start + seconds(89)), [Action::Stop]);
-        assert_eq!(life.look(GONE, start + seconds(90)), [Action::SayGoodbye, Action::Exit(Exit::Success)]);
+        assert_eq!(life.look(sent, start + seconds(62)), []);
+        assert_eq!(life.look(relaying, start + seconds(64)), []);
+        assert_eq!(life.look(sent, start + seconds(66)), []);
+        assert_eq!(life.look(sent, start + seconds(67)), [Action::Stop]);
+        assert_eq!(life.look(GONE, start + seconds(68)), [Action::SayGoodbye, Action::Exit(Exit::Success)]);
     }
 
     #[test]

@@ -354,7 +354,7 @@ impl FailoverStream {
             true => _ = self.shared.metrics.hand_overs.inc(),
             false => _ = self.shared.metrics.failovers.with([failure.kind.label()]).inc(),
         }
-        info!(from = %lost.replica, cause = failure.kind.label(), "a stream lost its replica");
+        info!(from = %lost.replica, cause = failure.code.unwrap_or(failure.kind.label()), "a stream lost its replica");
         self.last_failure = Some(failure);
         match self.successor.take() {
             Some(successor) => self.primary = Some(successor),
