@@ -259,7 +259,7 @@ def bodies_of(kind, args):
     tokens = {'prefill': 4, 'streams': 48}.get(kind, 24)
     streams = kind in ('streams', 'prefill')
     return [{'prompt': [(i * 31 + k * 7919) % 200 + 20 for k in range(prompt)], 'max_tokens': tokens, 'ignore_eos': True, 'seed': i,
-             'temperature': 0.8 * (i % 2), 'return_token_ids': True, 'stream': streams} for i in range(12)]
+             'temperature': 0.8 * (i % 2), 'return_token_ids': True, 'stream': streams} for i in range(args.bodies)]
 
 
 def restart(nodes):
@@ -330,6 +330,7 @@ def main():
     parser.add_argument('--clients', type=int, default=8)
     parser.add_argument('--prefill-clients', type=int, default=6)
     parser.add_argument('--prefill-tokens', type=int, default=1900)
+    parser.add_argument('--bodies', type=int, default=12, help='different requests; each is computed once before, as the reference')
     parser.add_argument('--size', choices=SIZES, default='small')
     parser.add_argument('--keep-logs', metavar='FOLDER')
     parser.add_argument('--flags', default='', help='further flags of the nodes, in one string')
