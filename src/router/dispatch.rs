@@ -297,7 +297,7 @@ impl Router {
         check_body(&log.head, dispatch)?;
         let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
         let lacks_logprobs = log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(have);
-        if lacks_logprobs || (dispatch.scores_prompt() && !log.is_scoring()) {
+        if lacks_logprobs || (dispatch.scores_prompt() && !log.tells_scores_first()) {
             // The stream was resumed from a journal, at a position beyond this client's. The client gets its own generation,
             // which is identical.
             let record = log.record(&self.shared.own);

@@ -135,8 +135,14 @@ impl StreamLog {
         Self { num_scores: if is_scoring { self.head.prompt.len() - 1 } else { 0 }, ..self }
     }
 
-    pub fn is_scoring(&self) -> bool {
-        self.num_scores > 0
+    /// Whether who listens from the first token on hears how the prompt scored, and before any token. One that was taken up
+    /// with tokens from a journal tells these first.
+    pub fn tells_scores_first(&self) -> bool {
+        let state = self.state.lock();
+        let is_scored = state.scores.len() == self.num_scores;
+        let knows_nothing =
+            |choice: &ChoiceLog| choice.progress.tokens.is_empty() && choice.progress.finished.is_none();
+        self.num_scores > 0 && (is_scored || state.choices.iter().all(knows_nothing))
     }
 
     /// Whether all of the prompt has been scored.

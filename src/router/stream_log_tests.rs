@@ -96,6 +96,20 @@ fn a_prompt_is_scored_once_whoever_does_it_and_before_any_token() {
 }
 
 #[test]
+fn a_stream_that_knows_tokens_before_its_scores_is_not_for_those_who_want_both() {
+    let head = || Arc::new(JournalHead { prompt: Arc::from([1, 2]), ..(*log(1, false).head).clone() });
+    let fresh = StreamLog::new(head(), 1, Vec::new(), true, false);
+    assert!(!fresh.tells_scores_first(), "it tells none");
+    assert!(fresh.scoring(true).tells_scores_first());
+    let known = || vec![ChoiceProgress { tokens: vec![5], finished: None }];
+    let resumed = StreamLog::new(head(), 1, known(), true, false).scoring(true);
+    assert!(!resumed.tells_scores_first());
+    let mut cursor = resumed.continuation().1;
+    assert_eq!(resumed.take(&mut cursor, scored(0, &[-1.0])), News::Taken);
+    assert!(resumed.tells_scores_first(), "they are there now");
+}
+
+#[test]
 fn late_listeners_hear_everything_or_what_they_lack() {
     let log = log(1, false);
     let mut cursor = log.continuation().1;
