@@ -57,7 +57,21 @@ struct Cost {
 struct Slot {
     number: u64,
     kinds: Vec<KindSum>,
-    longest: Longest,
+    longest: LongStep,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct LongStep {
+    kind: Kind,
+    scale: f64,
+    seconds: f64,
+}
+
+/// What a step computes: so many tokens, which together attend to so many positions.
+#[derive(Clone, Copy, Debug)]
+struct Work {
+    tokens: f64,
+    attended: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -95,6 +109,8 @@ pub(super) struct PaceMeter {
     before_break: Option<Measured>,
     last_end: Instant,
     last_units: f64,
+    /// The steps that are under way, the oldest first.
+    launched: VecDeque<Work>,
     /// The step that ended when the present one began.
     before: Option<StepBefore>,
     /// Since when the engine has had work and has ended no step.
@@ -125,6 +141,7 @@ impl PaceMeter {
             before_break: None,
             last_end: now,
             last_units: 1.0,
+            launched: VecDeque::new(),
             before: None,
             busy_since: None,
         }
@@ -146,20 +163,32 @@ impl PaceMeter {
     pub(super) fn rest(&mut self) {
         self.busy_since = None;
         self.before = None;
+        self.launched.clear();
     }
 
-    /// A step of this many tokens has ended; together they attend to this many positions.
-    pub(super) fn step(&mut self, tokens: usize, attended: usize, now: Instant) {
+    /// A step of this many tokens begins, after those that are under way; together its tokens attend to this many positions.
+    pub(super) fn launch(&mut self, tokens: usize, attended: usize) {
+        let attended = attended.max(tokens * SHORT_CONTEXT);
+        self.launched.push_back(Work { tokens: tokens.max(1) as f64, attended: attended.max(1) as f64 });
+    }
+
+    /// The step that was launched last is not computed.
+    pub(super) fn cancel(&mut self) {
+        self.launched.pop_back();
+    }
+
+    /// The oldest step that is under way has ended.
+    pub(super) fn step(&mut self, now: Instant) {
         let begin = self.busy_since.replace(now).unwrap_or(now);
         let seconds = now.saturating_duration_since(begin).as_secs_f64();
+        let Some(work) = self.launched.pop_front() else { return };
         // Without a duration nothing is measured: a simulated step after an idle time.
-        if seconds == 0.0 || tokens == 0 {
+        if seconds == 0.0 {
             return;
         }
-        let attended = attended.max(tokens * SHORT_CONTEXT);
-        let kind = Kind { tokens: tokens.ilog2(), attended: attended.ilog2() };
-        if let Some(cost) = self.cost(kind, tokens as f64, attended as f64, seconds, now) {
-            self.record(kind, cost, cost.scale(tokens as f64, attended as f64), seconds, now);
+        let kind = work.kind();
+        if let Some(cost) = self.cost(kind, work.tokens, work.attended, seconds, now) {
+            self.record(kind, cost, cost.scale(work.tokens, work.attended), seconds, now);
         }
     }
 
@@ -168,16 +197,27 @@ impl PaceMeter {
         let measured = self.measured(now)?;
         let age = now.saturating_duration_since(measured.at);
         let pending = self.busy_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
-        let at_least = pending.as_secs_f64() / self.last_units;
+        // Streams wait for the step that is under way, however much work it is.
+        let step_seconds = measured.step_seconds.max(pending.as_secs_f64());
+        let units = self.launched.front().map_or(self.last_units, |work| self.expected_units(*work));
+        let at_least = pending.as_secs_f64() / units;
         Some(match pending >= LATE && at_least > measured.unit_seconds {
             true => {
-                let step_seconds = measured.step_seconds.max(pending.as_secs_f64());
                 let sum = self.sum(LONG_SLOTS, now);
-                let unit_seconds = (sum.seconds + pending.as_secs_f64()) / (sum.units + self.last_units);
+                let unit_seconds = (sum.seconds + pending.as_secs_f64()) / (sum.units + units);
                 Pace { unit_seconds: unit_seconds.max(measured.unit_seconds), step_seconds, age: Duration::ZERO }
             }
-            false => Pace { unit_seconds: measured.unit_seconds, step_seconds: measured.step_seconds, age },
+            false => Pace { unit_seconds: measured.unit_seconds, step_seconds, age },
         })
+    }
+
+    /// What a step costs that has not ended: at most, if no step of its kind was measured.
+    fn expected_units(&self, work: Work) -> f64 {
+        let kind = work.kind();
+        match self.costs.get(&kind) {
+            Some(cost) => cost.units * cost.scale(work.tokens, work.attended),
+            None => self.bounded(kind, f64::INFINITY, work.tokens, work.attended),
+        }
     }
 
     /// What the steps that have ended say.
@@ -255,13 +295,13 @@ impl PaceMeter {
     }
 
     fn record(&mut self, kind: Kind, cost: Cost, scale: f64, seconds: f64, now: Instant) {
-        let units = cost.units * scale;
         let number = self.number(now);
         if self.slots.back().is_none_or(|slot| slot.number != number) {
             while self.slots.front().is_some_and(|slot| slot.number + LONG_SLOTS < number) {
                 self.slots.pop_front();
             }
-            self.slots.push_back(Slot { number, kinds: Vec::new(), longest: Longest::default() });
+            let longest = LongStep { kind, scale, seconds: 0.0 };
+            self.slots.push_back(Slot { number, kinds: Vec::new(), longest });
         }
         let slot = self.slots.back_mut().expect("just made sure");
         match slot.kinds.iter_mut().find(|sum| sum.kind == kind) {
@@ -273,8 +313,9 @@ impl PaceMeter {
             None => slot.kinds.push(KindSum { kind, steps: 1, scale, seconds }),
         }
         if seconds > slot.longest.seconds {
-            slot.longest = Longest { seconds, units };
+            slot.longest = LongStep { kind, scale, seconds };
         }
+        let units = cost.units * scale;
         self.last_end = now;
         self.last_units = units;
         self.before = Some(StepBefore { kind, seconds, units });
@@ -310,13 +351,23 @@ impl PaceMeter {
         for kind_sum in &slot.kinds {
             sum.steps += kind_sum.steps;
             sum.seconds += kind_sum.seconds;
-            // A kind for which there was no room counts as a unit.
-            let cost = self.costs.get(&kind_sum.kind).map_or(1.0, |cost| cost.units);
-            sum.units += kind_sum.scale * cost;
+            sum.units += kind_sum.scale * self.units_of(kind_sum.kind);
         }
-        if slot.longest.seconds > sum.longest.seconds {
-            sum.longest = slot.longest;
+        let LongStep { kind, scale, seconds } = slot.longest;
+        if seconds > sum.longest.seconds {
+            sum.longest = Longest { seconds, units: scale * self.units_of(kind) };
         }
+    }
+
+    /// A kind for which there was no room counts as a unit.
+    fn units_of(&self, kind: Kind) -> f64 {
+        self.costs.get(&kind).map_or(1.0, |cost| cost.units)
+    }
+}
+
+impl Work {
+    fn kind(self) -> Kind {
+        Kind { tokens: (self.tokens as u32).ilog2(), attended: (self.attended as u64).ilog2() }
     }
 }
 

@@ -30,8 +30,9 @@ impl Bench {
 
     fn step(&mut self, tokens: usize, attended: usize) {
         self.meter.begin(self.now);
+        self.meter.launch(tokens, attended);
         self.now += STEP.mul_f64(true_cost(tokens, attended) * self.slowness);
-        self.meter.step(tokens, attended, self.now);
+        self.meter.step(self.now);
     }
 
     fn probe(&mut self) {
@@ -68,9 +69,11 @@ fn nothing_is_known_before_a_single_token_was_computed() {
     let mut meter = PaceMeter::new(now);
     assert_eq!(meter.pace(now), None);
     meter.begin(now);
-    meter.step(8, 36, now + STEP);
+    meter.launch(8, 36);
+    meter.step(now + STEP);
     assert_eq!(meter.pace(now + STEP), None, "a prompt may be of any length");
-    meter.step(1, 9, now + STEP * 2);
+    meter.launch(1, 9);
+    meter.step(now + STEP * 2);
     let pace = meter.pace(now + STEP * 3).expect("measured");
     assert!((pace.unit_seconds - STEP.as_secs_f64()).abs() < 1e-9 && pace.age == STEP, "{pace:?}");
 }
@@ -198,6 +201,33 @@ fn a_step_that_does_not_end_counts_while_it_lasts() {
 }
 
 #[test]
+fn a_step_of_much_work_may_take_long() {
+    for was_busy in [false, true] {
+        let mut bench = Bench::new(1.0);
+        if was_busy {
+            bench.decode(4, seconds(3.0));
+        } else {
+            bench.meter.rest();
+            bench.now += seconds(5.0);
+        }
+        // A prompt in one step, of a kind that was never seen.
+        let (tokens, attended) = (4096, 4096 * 2048);
+        bench.meter.begin(bench.now);
+        bench.meter.launch(tokens, attended);
+        let took = STEP.mul_f64(true_cost(tokens, attended));
+        assert!(took > LATE * 5);
+        let end = bench.now + took;
+        while bench.now < end {
+            bench.now += seconds(0.1);
+            assert!(bench.apparent() < 1.6, "busy {was_busy}, {:?} to go: {}", end - bench.now, bench.apparent());
+            assert!(bench.pace().step_seconds >= 0.1, "streams wait for it");
+        }
+        bench.now += took * 20;
+        assert!(bench.apparent() > 5.0, "it does not end: {}", bench.apparent());
+    }
+}
+
+#[test]
 fn minutes_of_slowness_in_bursts_do_not_bend_the_costs() {
     let mut bench = Bench::new(1.0);
     bench.decode(8, seconds(1.0));
@@ -244,8 +274,9 @@ proptest! {
         let mut meter = PaceMeter::new(now);
         for (millis, tokens, attended, rests) in steps {
             meter.begin(now);
+            meter.launch(tokens, attended);
             now += Duration::from_millis(millis);
-            meter.step(tokens, attended, now);
+            meter.step(now);
             if rests {
                 meter.rest();
             }

@@ -76,6 +76,10 @@ impl Engine {
         // Before a step that may take long: an engine that computes must not look idle.
         self.publish_status();
         let stays_filled = !plan.entries.is_empty() && !plan.is_starved;
+        if !plan.entries.is_empty() {
+            let attended = plan.entries.iter().map(|entry| entry.len * (2 * entry.start + entry.len + 1) / 2).sum();
+            self.board.pace_meter.lock().launch(plan.num_tokens, attended);
+        }
         match self.timed(|engine| engine.launch(&plan)) {
             Ok(()) => self.take_off(Flight { plan, begin }),
             Err(RunnerError::OutOfMemory { tokens }) => return self.shrink(plan, tokens),
@@ -234,8 +238,7 @@ impl Engine {
         add(&counters.batch_sequences, plan.entries.len());
         add(&counters.batch_tokens, plan.num_tokens);
         self.drain_meter.record(plan.num_tokens, took);
-        let attended = plan.entries.iter().map(|entry| entry.len * (2 * entry.start + entry.len + 1) / 2).sum();
-        self.board.pace_meter.lock().step(plan.num_tokens, attended, self.board.now());
+        self.board.pace_meter.lock().step(self.board.now());
         if let Some(on_step) = &mut self.on_step {
             on_step(took, plan.num_tokens);
         }
@@ -245,6 +248,7 @@ impl Engine {
     /// not fit alone. What is in flight comes down first, because fewer slots may mean preemption.
     fn shrink(&mut self, plan: Plan, tokens: usize) -> Result<(), Failure> {
         add(&self.board.counters.out_of_memory, 1);
+        self.board.pace_meter.lock().cancel();
         self.steps_since_shrink = 0;
         let budget = (plan.num_tokens / 2).max(1);
         warn!(tokens, budget, "out of memory; continuing with smaller batches");

@@ -14,6 +14,8 @@ use crate::types::{Failure, FailureKind, NodeState};
 
 /// A peer's report is repeated every second. When it is older than this, the peer is out of reach, or this node is.
 const LATE_REPORT: Duration = Duration::from_secs(3);
+/// For a stream that has lost its replica. An idle peer repeats its report every second, and it is then passed on in rounds.
+const LATE_REPORT_IN_HURRY: Duration = Duration::from_millis(1800);
 
 impl RouterState {
     /// Chooses where the request goes, among the replicas for which `is_free` holds. A node that is shutting down serves a
@@ -49,7 +51,7 @@ impl RouterState {
         let paces = self.pacing.found();
         let slowness = |replica: &Replica| paces.get(replica).and_then(ReplicaPace::slowness);
         // A stream that has lost its replica is in a hurry, and what took one peer out of reach may have taken others.
-        let late_report = if is_continuation { self.silence_limit() } else { LATE_REPORT };
+        let late_report = if is_continuation { LATE_REPORT_IN_HURRY } else { LATE_REPORT };
         let mut candidates = Vec::with_capacity(peers.len() + 1);
         candidates.extend(own_report.as_ref().map(|report| Candidate {
             report,

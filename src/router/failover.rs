@@ -270,6 +270,8 @@ impl FailoverStream {
             Sign::Event(event) => {
                 let speaks = matches!(event, GenerationEvent::Token { .. } | GenerationEvent::Finished { .. });
                 match self.shared.judge(&self.log, &mut successor.cursor, event) {
+                    // In a race the successor is behind until it has brought a token that the stream did not have.
+                    Ok(News::Known) if self.relief == Some(Relief::Slow) => {}
                     Ok(News::Taken | News::Known) if speaks => self.promote(),
                     Ok(_) => {}
                     Err(failure) => {

@@ -325,7 +325,7 @@ impl RouterState {
                 self.admission.try_admit(demand, rate).map_err(Failure::from)?
             }
         };
-        let progress = self.pacing.own.part(u32::try_from(request.choices.len()).unwrap_or(u32::MAX), now());
+        let progress = self.pacing.own.part(now());
         let meter = Meter::new(self.metrics.clone(), &request, now());
         let stream = engine.generate(request)?;
         self.hot_prefixes.lock().record(prefixes);
@@ -346,6 +346,13 @@ impl RouterState {
     pub(super) fn answer_limit(&self, is_continuation: bool) -> Duration {
         let stall = self.config.peer_stall_timeout;
         if is_continuation { (stall / 4).max(LEAST_ANSWER_LIMIT).min(stall) } else { stall }
+    }
+
+    /// Choices that were sent to the peer since it last reported its load. This node's own load is always known.
+    pub(super) fn sent_since_report(&self, replica: &Replica) -> u32 {
+        let Replica::At(node) = replica else { return 0 };
+        let view = self.view.borrow().clone();
+        view.peers.get(node).map_or(0, |peer| self.ledger.standing(peer, now()).sent_choices)
     }
 
     /// Counts a request as on its way to the peer.

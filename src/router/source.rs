@@ -169,16 +169,18 @@ impl StreamSource {
                 }
             }
             Sign::Event(GenerationEvent::PromptLogprobs { .. }) => self.has_scored = true,
-            Sign::Event(GenerationEvent::Token { .. }) => {
+            Sign::Event(GenerationEvent::Token { choice, .. }) => {
                 let is_first = !std::mem::replace(&mut self.has_token, true);
                 if let Some(progress) = &mut self.progress {
                     if is_first {
                         progress.first_token(self.last_sign.saturating_duration_since(self.opened_at));
                     }
-                    progress.token();
+                    progress.token(*choice);
                 }
             }
-            Sign::Event(GenerationEvent::Finished { .. }) => self.progress.iter_mut().for_each(ProgressPart::finished),
+            Sign::Event(GenerationEvent::Finished { choice, .. }) => {
+                self.progress.iter_mut().for_each(|progress| progress.finished(*choice));
+            }
             Sign::Event(GenerationEvent::Failed(_)) | Sign::Heartbeat | Sign::HandOver => {}
         }
     }

@@ -20,7 +20,6 @@ pub(super) struct Opening {
     pub(super) cursor: Cursor,
     pub(super) attempt: Option<Attempt>,
     pub(super) since: Instant,
-    pub(super) choices: u32,
     pub(super) stream: BoxFuture<'static, Result<PeerStream, Failure>>,
     pub(super) in_flight: InFlight,
 }
@@ -97,13 +96,12 @@ impl FailoverStream {
                 Err(failure) => self.refused(Replica::Here, None, failure),
             },
             Destination::Peer(peer, fingerprint) => {
-                let choices = u32::try_from(starts.len()).unwrap_or(u32::MAX);
                 let call = self.want.call(starts, &fingerprint, is_continuation, now());
                 let (attempt, in_flight) = self.shared.send_to(&peer, &self.want);
                 let limit = self.shared.answer_limit(is_continuation);
                 let stream = self.shared.open_peer(&peer, call, limit);
                 let (node, since) = (peer.id.clone(), now());
-                self.opening = Some(Opening { node, cursor, attempt, since, choices, stream, in_flight });
+                self.opening = Some(Opening { node, cursor, attempt, since, stream, in_flight });
             }
             // The client should learn that all queues are full, whatever else went wrong.
             Destination::Shed(failure) if !is_continuation => self.log.fail(failure),
@@ -119,12 +117,19 @@ impl FailoverStream {
 
     pub(super) fn opened(&mut self, result: Result<PeerStream, Failure>) {
         let opening = self.opening.take().expect("it was opened");
-        let Opening { node, cursor, attempt, since, choices, mut in_flight, .. } = opening;
+        let Opening { node, cursor, attempt, since, mut in_flight, .. } = opening;
         match result {
             Ok(stream) => {
                 in_flight.accepted(now() - since);
-                let progress = in_flight.progress.part(choices, now());
+                let progress = in_flight.progress.part(now());
                 self.entered(StreamSource::peer(node, stream, attempt, in_flight, cursor, Some(progress), now()));
+            }
+            // A stream in a hurry does not wait for it, but another one that asks without a hurry may still be answered.
+            Err(failure)
+                if failure.kind == FailureKind::PeerStalled
+                    && now() - since < self.shared.config.peer_stall_timeout =>
+            {
+                self.refused(Replica::At(node), None, failure);
             }
             Err(failure) => self.refused(Replica::At(node), attempt, failure),
         }

@@ -70,12 +70,15 @@ impl FailoverStream {
         race.is_worth_it().then_some(choice)
     }
 
-    /// Whether it was measured recently, is not slow, and has a free seat for every choice.
+    /// Whether it was measured recently, is not slow, and has a free seat for every choice: all streams of a slow replica look
+    /// for another one at the same moment.
     fn has_room(&self, paces: &Paces, replica: &Replica) -> bool {
         let is_well = paces.get(replica).is_some_and(|pace| pace.is_fresh && pace.slow_since.is_none());
         let report = self.shared.report_of(replica).filter(|_| is_well);
         report.is_some_and(|report| {
-            let occupied = report.running.saturating_add(report.waiting).saturating_add(self.want.sampling.n);
+            let sent = self.shared.sent_since_report(replica);
+            let occupied =
+                [report.waiting, sent, self.want.sampling.n].into_iter().fold(report.running, u32::saturating_add);
             occupied <= report.seats
         })
     }

@@ -197,7 +197,7 @@ fn is_fresh(reported: &Reported, now: Instant) -> bool {
     now.saturating_duration_since(reported.measured_at) < FRESH
 }
 
-/// The pace of the siblings measured since then: the lower median. So of two different ones the faster one counts, and one
+/// The pace of the siblings measured since then: the upper median. So of two different ones the slower one counts, and one
 /// exceptionally fast replica makes no other slow.
 fn siblings(
     sight: &Sight<'_>,
@@ -210,7 +210,7 @@ fn siblings(
     let mut paces: Vec<f64> =
         measured.filter_map(|other| paces.get(&other.replica)).map(|pace| pace.unit_seconds).collect();
     paces.sort_by(f64::total_cmp);
-    paces.get(paces.len().checked_sub(1)? / 2).copied()
+    paces.get(paces.len() / 2).copied()
 }
 
 #[cfg(test)]

@@ -70,8 +70,8 @@ impl Scene {
     /// A stream of this node runs at each of the others.
     fn with_streams(mut self) -> Self {
         for node in &mut self.nodes[1..] {
-            let mut part = node.progress.part(1, self.now);
-            part.first_token(TICK);
+            let mut part = node.progress.part(self.now);
+            part.token(0);
             node.stream = Some(part);
         }
         self
@@ -85,9 +85,9 @@ impl Scene {
         while self.now.saturating_duration_since(start) < time {
             self.now += TICK;
             for node in &mut self.nodes {
-                let Some(stream) = &node.stream else { continue };
+                let Some(stream) = &mut node.stream else { continue };
                 node.owed += TICK.as_secs_f64() / (UNIT * node.slowness);
-                (0..node.owed as u64).for_each(|_| stream.token());
+                (0..node.owed as u64).for_each(|_| stream.token(0));
                 node.owed -= node.owed.floor();
             }
             let sight = |node: &'_ Node| {

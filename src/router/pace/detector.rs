@@ -13,7 +13,7 @@ const EXIT_HOLD: Duration = Duration::from_millis(500);
 const MAX_EXIT_HOLD: Duration = Duration::from_secs(16);
 /// Becoming slow again within this time after recovering is a relapse.
 const RELAPSE: Duration = Duration::from_secs(60);
-/// After this long without evidence, a slow replica gets another chance.
+/// After this long without evidence, a slow replica gets another chance, and bad evidence is forgotten.
 const SILENCE: Duration = Duration::from_secs(20);
 /// A replica has recovered below this fraction of the factor above which it is slow.
 const WELL: f64 = 0.5;
@@ -34,8 +34,15 @@ pub enum EntryHold {
 
 #[derive(Clone, Copy, Debug)]
 enum State {
-    AtPace { bad_since: Option<Instant> },
+    AtPace { bad: Option<Bad> },
     Slow { since: Instant, good_since: Option<Instant>, heard: Instant },
+}
+
+/// Evidence that is bad.
+#[derive(Clone, Copy, Debug)]
+struct Bad {
+    since: Instant,
+    last: Instant,
 }
 
 #[derive(Clone, Debug)]
@@ -47,7 +54,7 @@ pub struct Detector {
 
 impl Default for Detector {
     fn default() -> Self {
-        Self { state: State::AtPace { bad_since: None }, recovered_at: None, exit_hold: EXIT_HOLD }
+        Self { state: State::AtPace { bad: None }, recovered_at: None, exit_hold: EXIT_HOLD }
     }
 }
 
@@ -63,11 +70,12 @@ impl Detector {
         now: Instant,
     ) -> Option<Change> {
         match &mut self.state {
-            State::AtPace { bad_since } => {
-                // Without evidence the time of bad evidence continues, since a replica that hangs gives none.
+            State::AtPace { bad } => {
+                // Without evidence the time of bad evidence continues for a while, since a replica that hangs gives none.
+                bad.take_if(|bad| now.saturating_duration_since(bad.last) >= SILENCE);
                 let is_bad = ratio? >= factor;
-                *bad_since = if is_bad { bad_since.or(Some(now)) } else { None };
-                let since = (*bad_since)?;
+                *bad = is_bad.then(|| Bad { since: bad.map_or(now, |bad| bad.since), last: now });
+                let since = (*bad)?.since;
                 let (hold, settling) = match hold {
                     EntryHold::None => (Duration::ZERO, Duration::ZERO),
                     EntryHold::Usual => (ENTRY_HOLD, SETTLING),
@@ -98,7 +106,7 @@ impl Detector {
 
     /// Whether the last evidence was bad, though not for long enough.
     pub fn is_suspicious(&self) -> bool {
-        matches!(self.state, State::AtPace { bad_since: Some(_) })
+        matches!(self.state, State::AtPace { bad: Some(_) })
     }
 
     fn enter(&mut self, now: Instant) -> Change {
@@ -110,7 +118,7 @@ impl Detector {
 
     fn leave(&mut self, now: Instant) -> Change {
         self.recovered_at = Some(now);
-        self.state = State::AtPace { bad_since: None };
+        self.state = State::AtPace { bad: None };
         Change::Recovered
     }
 }
@@ -168,6 +176,9 @@ mod tests {
         assert_eq!(show(&mut detector, &mut now, Some(20.0), TICK), [(Change::BecameSlow, TICK)]);
         let changes = show(&mut detector, &mut now, None, seconds(60.0));
         assert_eq!(changes, [(Change::Recovered, SILENCE)]);
+        show(&mut detector, &mut now, Some(20.0), TICK);
+        show(&mut detector, &mut now, None, SILENCE);
+        assert_eq!(show(&mut detector, &mut now, Some(20.0), TICK), [], "the first bad evidence is forgotten");
     }
 
     #[test]

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
+
 /// Length of the window that is evaluated.
 const WINDOW: Duration = Duration::from_millis(1500);
 /// Minimum total time of streams that receive tokens, for a meaningful result.
@@ -31,8 +33,8 @@ pub struct StreamProgress {
 #[derive(Debug)]
 pub struct ProgressPart {
     progress: Arc<StreamProgress>,
-    choices: u32,
-    speaking: u32,
+    /// Choices that have received a token and have not ended.
+    speaking: SmallVec<[u32; 1]>,
 }
 
 /// The first tokens since the last look.
@@ -56,10 +58,10 @@ impl StreamProgress {
         }
     }
 
-    /// A source with this many choices was opened.
-    pub fn part(self: &Arc<Self>, choices: u32, now: Instant) -> ProgressPart {
+    /// A source was opened.
+    pub fn part(self: &Arc<Self>, now: Instant) -> ProgressPart {
         self.sources.fetch_add(1, Ordering::Relaxed);
-        let part = ProgressPart { progress: self.clone(), choices, speaking: 0 };
+        let part = ProgressPart { progress: self.clone(), speaking: SmallVec::new() };
         part.heard(now);
         part
     }
@@ -85,22 +87,25 @@ impl ProgressPart {
         self.progress.heard.store(u64::try_from(micros).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
-    pub fn first_token(&mut self, after: Duration) {
-        self.speaking = self.choices;
-        self.progress.speaking.fetch_add(self.choices, Ordering::Relaxed);
+    /// The source's first token has arrived, this long after its opening.
+    pub fn first_token(&self, after: Duration) {
         let micros = u64::try_from(after.as_micros()).unwrap_or(u64::MAX);
         self.progress.first_token_micros.fetch_add(micros, Ordering::Relaxed);
         self.progress.first_tokens.fetch_add(1, Ordering::Relaxed);
     }
 
-    pub fn token(&self) {
+    pub fn token(&mut self, choice: u32) {
+        if !self.speaking.contains(&choice) {
+            self.speaking.push(choice);
+            self.progress.speaking.fetch_add(1, Ordering::Relaxed);
+        }
         self.progress.tokens.fetch_add(1, Ordering::Relaxed);
     }
 
     /// One choice has ended.
-    pub fn finished(&mut self) {
-        if self.speaking > 0 {
-            self.speaking -= 1;
+    pub fn finished(&mut self, choice: u32) {
+        if let Some(at) = self.speaking.iter().position(|speaking| *speaking == choice) {
+            self.speaking.swap_remove(at);
             self.progress.speaking.fetch_sub(1, Ordering::Relaxed);
         }
     }
@@ -108,7 +113,8 @@ impl ProgressPart {
 
 impl Drop for ProgressPart {
     fn drop(&mut self) {
-        self.progress.speaking.fetch_sub(self.speaking, Ordering::Relaxed);
+        let speaking = u32::try_from(self.speaking.len()).unwrap_or(u32::MAX);
+        self.progress.speaking.fetch_sub(speaking, Ordering::Relaxed);
         self.progress.sources.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -175,8 +181,9 @@ mod tests {
         let mut now = Instant::now();
         let progress = Arc::new(StreamProgress::new(now));
         let mut window = ProgressWindow::default();
-        let mut parts: Vec<ProgressPart> = (0..4).map(|_| progress.part(1, now)).collect();
-        parts.iter_mut().for_each(|part| part.first_token(TICK));
+        let mut parts: Vec<ProgressPart> = (0..4).map(|_| progress.part(now)).collect();
+        parts.iter_mut().for_each(|part| part.token(0));
+        window.look(&progress, now);
         assert_eq!(window.token_seconds(), None);
         watch(&mut window, &progress, &mut now, 40, 20);
         assert!((window.token_seconds().expect("measured") - 0.01).abs() < 1e-9);
@@ -192,8 +199,9 @@ mod tests {
         let mut now = Instant::now();
         let progress = Arc::new(StreamProgress::new(now));
         let mut window = ProgressWindow::default();
-        let mut part = progress.part(2, now);
-        part.first_token(TICK);
+        let mut part = progress.part(now);
+        (0..2).for_each(|choice| part.token(choice));
+        window.look(&progress, now);
         watch(&mut window, &progress, &mut now, 20, 20);
         now += Duration::from_secs(2);
         window.look(&progress, now);
@@ -206,13 +214,14 @@ mod tests {
     fn what_a_source_counted_goes_with_it() {
         let now = Instant::now();
         let progress = Arc::new(StreamProgress::new(now));
-        let mut part = progress.part(3, now);
+        let mut part = progress.part(now);
         let speaking = || progress.speaking.load(Ordering::Relaxed);
-        part.finished();
+        part.finished(0);
         assert_eq!(speaking(), 0, "it had not begun");
         part.first_token(Duration::from_millis(20));
-        part.token();
-        part.finished();
+        [4, 2, 2, 7].into_iter().for_each(|choice| part.token(choice));
+        assert_eq!(speaking(), 3, "choices that wait for a seat do not count");
+        part.finished(2);
         assert_eq!(speaking(), 2);
         drop(part);
         assert_eq!(speaking(), 0);
@@ -227,8 +236,8 @@ mod tests {
         let progress = Arc::new(StreamProgress::new(start));
         let after = |ticks| start + TICK * ticks;
         assert_eq!(progress.silence(after(100)), None, "nothing should be heard");
-        let first = progress.part(1, after(100));
-        let second = progress.part(1, after(110));
+        let first = progress.part(after(100));
+        let second = progress.part(after(110));
         assert_eq!(progress.silence(after(115)), Some(TICK * 5));
         first.heard(after(120));
         assert_eq!(progress.silence(after(121)), Some(TICK), "one source speaks for the replica");
