@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
 use outrigger::config::{Command, ConfigError, Invocation};
+use outrigger::drill::DrillError;
 use outrigger::observability::trace::last_words;
 use outrigger::types::with_causes;
 use outrigger::{app, drill};
@@ -33,10 +33,21 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Command::ShowConfig => print!("{}", invocation.effective()),
         Command::CheckHealth => app::healthcheck::run(&api.host, api.port)?,
         Command::ShowStatus { as_json } => {
-            let address = api.admin_addr.context("no node to ask: --admin-addr is missing")?;
+            let Some(address) = api.admin_addr else {
+                last_words("outrigger: no node to ask: --admin-addr is missing");
+                return Ok(ExitCode::from(EXIT_USAGE));
+            };
             print!("{}", app::status::run(address, api.plain_key(), *as_json)?);
         }
-        Command::Drill(arguments) => return Ok(drill::run(arguments, api.plain_key())?),
+        Command::Drill(arguments) => {
+            return match drill::run(arguments, api.plain_key()) {
+                Err(unknown @ DrillError::UnknownExercise { .. }) => {
+                    last_words(&format!("outrigger: {unknown}"));
+                    Ok(ExitCode::from(EXIT_USAGE))
+                }
+                outcome => Ok(outcome?),
+            };
+        }
         Command::Serve => return app::serve(invocation),
     }
     Ok(ExitCode::SUCCESS)

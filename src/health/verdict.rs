@@ -77,10 +77,10 @@ pub enum LoadPhase {
     #[default]
     Starting,
     Downloading,
-    LoadingTokenizer,
     LoadingWeights,
     /// The model is being tried.
     Warming,
+    Done,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
@@ -190,7 +190,7 @@ pub fn startup(snapshot: &HealthSnapshot) -> Startup {
         reasons.extend(state_trouble(snapshot));
     }
     let loading = if snapshot.has_started {
-        LoadProgress { phase: LoadPhase::Warming, fraction: 1.0 }
+        LoadProgress { phase: LoadPhase::Done, fraction: 1.0 }
     } else {
         LoadProgress { fraction: snapshot.loading.fraction.clamp(0.0, 1.0), ..snapshot.loading }
     };

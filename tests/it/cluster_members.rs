@@ -249,3 +249,18 @@ async fn operators_see_the_cluster_as_a_table_and_as_json() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains(&nobody));
 }
+
+#[tokio::test]
+async fn a_command_line_that_is_wrong_ends_with_two() {
+    for (arguments, reason) in [
+        (&["status"][..], "--admin-addr is missing"),
+        (&["drill", "--exercise=nope"], "there is no exercise `nope`"),
+        (&["serve", "--port=no"], "port"),
+    ] {
+        let mut command = outrigger();
+        command.args(arguments);
+        let output = tokio::task::spawn_blocking(move || command.output().expect("it runs")).await.expect("no panic");
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains(reason), "{arguments:?}: {output:?}");
+    }
+}
