@@ -180,7 +180,6 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
     use std::sync::LazyLock;
-    use std::time::{Duration, Instant};
 
     const NAMES: [&str; 43] = [
         "gpt-2",
@@ -257,10 +256,10 @@ mod tests {
         }
     }
 
-    /// Texts of 200 kB that repeat one thing. No pattern may hit a limit of the regular expression library or take too long.
+    /// Texts of 200 kB that repeat one thing. No pattern may hit a limit of the regular expression library, and with one that
+    /// takes quadratic time this test would take hours.
     #[test]
-    fn monotonous_texts_are_split_in_time() {
-        let started = Instant::now();
+    fn monotonous_texts_are_split() {
         for unit in ["a", "A", "日", " ", "\n", " \n", "'", "'s", "1", "Aa", "aA", "\u{301}", "! ", "😀"] {
             let text = format!("{}x", unit.repeat(200_000 / unit.len()));
             for name in NAMES {
@@ -268,7 +267,6 @@ mod tests {
                 assert_eq!(length, text.len(), "{name}: {unit:?}");
             }
         }
-        assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
     }
 
     proptest! {
