@@ -1,34 +1,34 @@
-//! The order in which a node serves and ends: a pure machine. What has happened goes in, what is to be done comes out, and
-//! time is passed in. `app` runs it with sockets, signals and an engine, the simulator with its own.
+//! The phases of a node's life, from loading to its exit, as a pure state machine: its input is what has happened and the
+//! time, its output is what to do next. `app` runs it with real sockets, signals and an engine, the simulator with simulated ones.
 //!
-//! A node listens before this begins. From there:
+//! The node listens before the first phase begins.
 //!
-//! | phase | new connections | requests on those that exist | left by |
+//! | phase | new connections | requests | ends when |
 //! |---|---|---|---|
-//! | loading | accepted | to peers; held while no peer is known | the model is loaded |
-//! | serving | accepted | here or to peers | a signal, or a failed engine |
-//! | lingering | accepted | to peers; here only if no peer can | `drain_linger` or `failure_linger` |
-//! | closing | refused | as before; each connection ends after its answer | all have ended, or the deadline |
-//! | relaying | refused | to peers; what peers compute is passed on, and nothing is computed here | the streams and connections have ended, or `relay_timeout` |
-//! | stopping | refused | what is left is told to go on elsewhere | all have ended, or `STOP_GRACE` |
-//! | parting | refused | none is left | the peers have been told |
+//! | loading | accepted | passed to peers; held while no peer is known | the model is loaded |
+//! | serving | accepted | served here or passed to peers | a signal arrives, or the engine fails |
+//! | lingering | accepted | passed to peers; served here only if no peer can | `drain_linger` or `failure_linger` is over |
+//! | closing | refused | as before; each open connection is closed after its answer | everything has ended, or at the deadline |
+//! | relaying | refused | passed to peers; the engine is stopped | all streams and connections have ended, or `relay_timeout` is over |
+//! | stopping | refused | remaining streams end with an error that allows the client to resume elsewhere | everything has ended, or `STOP_GRACE` is over |
+//! | parting | refused | none are left | the peers know that this node leaves |
 //!
-//! The deadline is `shutdown_timeout` after the signal or the failure; `relay_timeout` counts from there.
+//! The deadline is `shutdown_timeout` after the signal or the failure. `relay_timeout` starts at the deadline.
 
 use std::time::{Duration, Instant};
 
-/// For an engine to end its streams, and for their last words to reach the clients.
+/// Time for the engine to end its streams, and for their last events to reach the clients.
 const STOP_GRACE: Duration = Duration::from_secs(3);
-/// For a goodbye.
+/// Time to tell the peers that this node leaves.
 const PART_GRACE: Duration = Duration::from_secs(3);
-/// From one look at what still runs to the next.
+/// How often to check what still runs.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How long the phases may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
     pub shutdown_timeout: Duration,
-    /// After `shutdown_timeout`.
+    /// Starts when `shutdown_timeout` is over.
     pub relay_timeout: Duration,
     pub drain_linger: Duration,
     pub failure_linger: Duration,
@@ -41,15 +41,15 @@ pub enum Action {
     Serve,
     /// Report unready, hand what runs here to peers, and begin nothing here that a peer could take.
     Leave,
-    /// Trust the engine no more; its streams continue at peers.
+    /// The engine has failed: continue its streams at peers.
     GiveUpEngine,
-    /// Accept no connection any more. Those that exist end after the answer that they wait for.
+    /// Accept no more connections. Close each open one after its current answer.
     StopAccepting,
-    /// End the engine, whatever it computes. Streams go on where a peer computes them, and end where none does.
+    /// Stop the engine. Its streams continue at peers; those that no peer can compute end.
     StopComputing,
-    /// End every stream that is left, and the engine if it runs; clients are told how to go on elsewhere.
+    /// End all remaining streams, and the engine if it runs. Clients are told how to resume elsewhere.
     Stop,
-    /// Tell the peers that this node goes.
+    /// Tell the peers that this node leaves.
     SayGoodbye,
     Exit(Exit),
 }
@@ -59,24 +59,24 @@ pub enum Action {
 pub enum Exit {
     Success,
     Failure,
-    /// The second signal: nothing is waited for.
+    /// After a second signal, without waiting for anything.
     AtOnce,
 }
 
-/// What still goes on.
+/// What still runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Seen {
-    /// A stream of a client's, wherever it is computed.
+    /// Streams of this node's clients, wherever they are computed.
     pub has_streams: bool,
     /// The engine has work, for this node's clients or for a peer.
     pub has_work: bool,
-    /// A client is connected.
+    /// Open connections of clients.
     pub has_connections: bool,
-    /// An engine that has not ended.
+    /// The engine exists and has not ended.
     pub has_engine: bool,
     /// Grows whenever the engine's work advances, also inside a long step.
     pub progress: u64,
-    /// The peers have been told.
+    /// The peers know that this node leaves.
     pub has_left: bool,
 }
 
@@ -94,12 +94,12 @@ enum Phase {
         until: Instant,
     },
     Closing,
-    /// `last_stream`: when there was last one.
+    /// `last_stream`: when a stream was last seen.
     Relaying {
         until: Instant,
         last_stream: Instant,
     },
-    /// `progress`: the engine's, when this began.
+    /// `progress`: the engine's progress when this phase began.
     Stopping {
         until: Instant,
         progress: u64,

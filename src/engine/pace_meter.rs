@@ -1,9 +1,9 @@
-//! How long a unit of work takes the engine, whatever it works on: every step is divided by what steps of its kind have
-//! cost, so that a full batch, a long prefill and the synthetic inference of an idle node give the same figure. Nodes with
-//! the same fingerprint do the same work for a unit, so their figures compare. Pure: time is passed in.
+//! Measures the engine's pace: the seconds that one unit of work takes. The time of each step is divided by the usual cost of
+//! such a step in units. So a full batch, a long prefill and the synthetic inference of an idle node give the same figure, and
+//! nodes with the same fingerprint can be compared. Pure: time is passed in.
 //!
-//! A unit is the work of the first step that computed a single token; the synthetic inference that every node begins with
-//! makes it the same everywhere. Costs are ratios, so it does not matter whether the node was slow when they were learned.
+//! One unit is the work of the first step that computed a single token. Every node starts with the same synthetic inference, so
+//! the unit is the same everywhere. Costs are learned as ratios of steps, so a node may be slow while it learns them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -11,29 +11,28 @@ use std::time::{Duration, Instant};
 use crate::types::Pace;
 
 const SLOT: Duration = Duration::from_millis(100);
-/// The window that finds out fast, without its longest step: one pause does not make an engine slow.
+/// A short window finds slowness quickly. Its longest step is left out, because a single pause is not slowness.
 const SHORT_SLOTS: u64 = 6;
-/// The window for a node that stands still most of the time and runs at full speed in between.
+/// A long window finds nodes that stand still most of the time and run at full speed in between.
 const LONG_SLOTS: u64 = 24;
-/// The window for the time from step to step.
+/// Window for the mean time of a step.
 const STEP_SLOTS: u64 = 15;
-/// The short window reaches further back until it has so many steps.
+/// The short window is extended into the past until it holds this many steps.
 const SHORT_STEPS: u32 = 4;
-/// Steps that it needs beside its longest.
+/// With this many steps or fewer the short window says nothing.
 const MIN_SHORT_STEPS: u32 = 2;
-/// After so long without work, what was measured before is no evidence of the present; it stands until so many new steps
-/// were measured.
+/// After a break of this length without work, older measurements are kept only until this many new steps were measured.
 const BREAK: Duration = Duration::from_millis(700);
 const STEPS_AFTER_BREAK: u32 = 3;
-/// A step that is under way counts from this on.
+/// A running step counts once it has taken this long.
 const LATE: Duration = Duration::from_secs(1);
-/// A cost is learned from steps that directly follow one of another kind, the latest of which weigh this much at least, and
-/// then stands: costs that followed one another forever would drift.
+/// The cost of a kind is learned from this many steps that directly follow a step of another kind, and is then fixed: costs
+/// that kept following each other would drift. Each observation has at least the weight below.
 const MAX_OBSERVATIONS: u32 = 256;
 const LEAST_WEIGHT: f64 = 1.0 / 16.0;
-/// Below this context attention costs little beside the token's own products, whose number grows with the width of the model.
+/// Up to this many positions, attention costs little compared with the rest of the model.
 const SHORT_CONTEXT: usize = 512;
-/// Kinds of steps whose cost is remembered.
+/// How many kinds' costs are kept.
 const MAX_KINDS: usize = 256;
 
 /// Steps of one kind have as many tokens, and attend to as many positions, within a factor of two.
