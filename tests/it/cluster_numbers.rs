@@ -70,8 +70,14 @@ async fn a_response_says_whose_numbers_it_has() {
     let cluster = cluster().await;
     for is_stream in [false, true] {
         let body = request(&json!("The sea"), 12, is_stream);
-        // While nobody else asks, a node computes what it is asked.
-        let own = [ask(cluster.url(0), &body, &[]).await, ask(cluster.url(1), &body, &[]).await];
+        // While nobody else asks, a node computes what it is asked, unless its probes are slow on a busy machine.
+        let mut own = [ask(cluster.url(0), &body, &[]).await, ask(cluster.url(1), &body, &[]).await];
+        for _ in 0..ATTEMPTS {
+            if own[0].0 != own[1].0 {
+                break;
+            }
+            own = [ask(cluster.url(0), &body, &[]).await, ask(cluster.url(1), &body, &[]).await];
+        }
         assert!(own[0].0 != own[1].0 && own[0].1 != own[1].1, "{own:?}");
         let mut seen = BTreeSet::new();
         for _ in 0..ATTEMPTS {
