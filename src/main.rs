@@ -1,5 +1,6 @@
 //! The process: arguments in, exit code out.
 
+use std::fmt::Display;
 use std::process::ExitCode;
 
 use outrigger::config::{Command, ConfigError, Invocation};
@@ -16,14 +17,18 @@ fn main() -> ExitCode {
         Ok(invocation) => invocation,
         Err(ConfigError::Usage(usage)) => usage.exit(),
         Err(problems) => {
-            last_words(&format!("outrigger: {problems}"));
-            return ExitCode::from(EXIT_USAGE);
+            return misused(problems);
         }
     };
     run(invocation).unwrap_or_else(|error| {
         last_words(&format!("outrigger: {}", with_causes(&*error)));
         ExitCode::FAILURE
     })
+}
+
+fn misused(problem: impl Display) -> ExitCode {
+    last_words(&format!("outrigger: {problem}"));
+    ExitCode::from(EXIT_USAGE)
 }
 
 #[expect(clippy::print_stdout, reason = "these commands print their result")]
@@ -34,17 +39,13 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
         Command::CheckHealth => app::healthcheck::run(&api.host, api.port)?,
         Command::ShowStatus { as_json } => {
             let Some(address) = api.admin_addr else {
-                last_words("outrigger: no node to ask: --admin-addr is missing");
-                return Ok(ExitCode::from(EXIT_USAGE));
+                return Ok(misused("no node to ask: --admin-addr is missing"));
             };
             print!("{}", app::status::run(address, api.plain_key(), *as_json)?);
         }
         Command::Drill(arguments) => {
             return match drill::run(arguments, api.plain_key()) {
-                Err(unknown @ DrillError::UnknownExercise { .. }) => {
-                    last_words(&format!("outrigger: {unknown}"));
-                    Ok(ExitCode::from(EXIT_USAGE))
-                }
+                Err(unknown @ DrillError::UnknownExercise { .. }) => Ok(misused(unknown)),
                 outcome => Ok(outcome?),
             };
         }

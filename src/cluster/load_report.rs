@@ -2,6 +2,7 @@
 //! are limited in size.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -111,4 +112,11 @@ pub struct PaceReport {
     pub unit_seconds: f32,
     /// Of the measurement, when this was said.
     pub age_seconds: f32,
+}
+
+impl PaceReport {
+    /// The age of the measurement; the longest there is for a number that is no duration.
+    pub fn age(&self) -> Duration {
+        Duration::try_from_secs_f32(self.age_seconds).unwrap_or(Duration::MAX)
+    }
 }

@@ -401,7 +401,7 @@ fn retry_after(usable: &[Standing]) -> Duration {
 }
 
 /// A peer may report any value.
-fn sane(value: f32) -> f64 {
+pub fn sane(value: f32) -> f64 {
     if value.is_finite() { f64::from(value.max(0.0)) } else { 0.0 }
 }
 

@@ -80,7 +80,7 @@ impl Publisher {
     /// How soon the others should hear of the pace.
     fn pace_urgency(&self, pace: &PaceReport, now: Instant) -> Urgency {
         let Some(told) = &self.pace else { return Urgency::Routine };
-        if measured_at(pace, now) <= told.measured_at + URGENT_PACE_SPACING / 2 {
+        if now.checked_sub(pace.age()).unwrap_or(now) <= told.measured_at + URGENT_PACE_SPACING / 2 {
             return Urgency::None;
         }
         let factor = (pace.unit_seconds / told.unit_seconds).max(told.unit_seconds / pace.unit_seconds);
@@ -95,8 +95,8 @@ impl Publisher {
     }
 
     fn tell_pace(&mut self, pace: &PaceReport, now: Instant) -> String {
-        let PaceReport { unit_seconds, .. } = *pace;
-        self.pace = Some(ToldPace { unit_seconds, measured_at: measured_at(pace, now), told_at: now });
+        let (unit_seconds, measured_at) = (pace.unit_seconds, now.checked_sub(pace.age()).unwrap_or(now));
+        self.pace = Some(ToldPace { unit_seconds, measured_at, told_at: now });
         self.sequence = self.sequence.wrapping_add(1);
         encode_pace(pace, self.sequence)
     }
@@ -112,11 +112,6 @@ impl Publisher {
         self.prefixes = Some((report.hot_prefixes.clone(), now));
         Some(encode_prefixes(&report.hot_prefixes))
     }
-}
-
-fn measured_at(pace: &PaceReport, now: Instant) -> Instant {
-    let age = Duration::try_from_secs_f32(pace.age_seconds).unwrap_or(Duration::MAX);
-    now.checked_sub(age).unwrap_or(now)
 }
 
 #[cfg(test)]

@@ -197,8 +197,7 @@ impl Roster {
             known.seen.pace = value.version;
             match decode_pace(value.text) {
                 Ok(pace) => {
-                    let age = Duration::try_from_secs_f32(pace.age_seconds).unwrap_or(Duration::MAX);
-                    known.measured_at = now.checked_sub(age).unwrap_or(known.measured_at);
+                    known.measured_at = now.checked_sub(pace.age()).unwrap_or(known.measured_at);
                     known.report.pace = Some(pace);
                 }
                 Err(error) => refuse(error.to_string()),

@@ -10,7 +10,7 @@ pub(super) mod rescue;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use parking_lot::{Mutex, RwLock};
 use tracing::{info, warn};
@@ -22,6 +22,7 @@ use progress::StreamProgress;
 use rescue::Speed;
 
 use super::failover::now;
+use super::placement::sane;
 use super::shared::RouterState;
 use super::source::Replica;
 use crate::cluster::{LoadReport, Peer};
@@ -80,7 +81,7 @@ impl RouterState {
             reported: own.pace.map(|pace| Reported {
                 unit_seconds: pace.unit_seconds.into(),
                 token_seconds: own.inter_token_latency.into(),
-                measured_at: before(now, pace.age_seconds),
+                measured_at: now.checked_sub(pace.age()).unwrap_or(now),
                 reported_at: now,
                 confesses: false,
             }),
@@ -145,13 +146,4 @@ impl RouterState {
             self.pacing.changes.send_replace(());
         }
     }
-}
-
-fn before(now: Instant, seconds: f32) -> Instant {
-    Duration::try_from_secs_f32(seconds).ok().and_then(|age| now.checked_sub(age)).unwrap_or(now)
-}
-
-/// A peer may report any value.
-fn sane(seconds: f32) -> f64 {
-    if seconds.is_finite() { f64::from(seconds.max(0.0)) } else { 0.0 }
 }
