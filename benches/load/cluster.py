@@ -7,7 +7,7 @@ Starts its own nodes and ends them.
   cluster.py hop BINARY                                       two nodes; a request computed where it arrives, or one hop on
   cluster.py journal BINARY                                   three nodes, beside one alone: throughput and CPU time
 """
-import argparse, http.client, json, os, signal, socket, subprocess, sys, tempfile, threading, time, urllib.request
+import argparse, contextlib, http.client, json, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time, urllib.request
 
 ROOM = ['--memory-warn-mark', '1', '--memory-shrink-mark', '1', '--memory-removal-mark', '1', '--threads', '1']
 STREAMS = 12
@@ -20,6 +20,8 @@ def free_port():
 
 
 class Node:
+    started, logs = [], set()
+
     def __init__(self, binary, name, key, folder, gossip, seeds, model=()):
         self.port, self.admin, self.name, self.gossip = free_port(), free_port(), name, gossip
         cluster = ['--gossip-addr', f'127.0.0.1:{gossip}', '--cluster-key-file', key, '--node-id', name,
@@ -28,11 +30,13 @@ class Node:
             cluster += ['--peers', f'127.0.0.1:{seed}']
         self.command = [binary, 'serve', '--port', str(self.port), *cluster, *ROOM, *model]
         self.log = os.path.join(folder, name)
+        self.logs.add(self.log)
         self.start()
 
     def start(self):
         out = open(self.log, 'ab')
         self.process = subprocess.Popen(self.command, stdout=out, stderr=out)
+        self.started.append(self.process)
 
     def get(self, path, port=None):
         return json.load(urllib.request.urlopen(f'http://127.0.0.1:{port or self.port}{path}', timeout=5))
@@ -49,6 +53,13 @@ class Node:
             time.sleep(0.1)
         sys.exit(f'{self.name} is not ready; see {self.log}')
 
+    @classmethod
+    def end_all(cls):
+        while cls.started:
+            process = cls.started.pop()
+            process.kill()
+            process.wait()
+
     def cpu(self):
         """Seconds of CPU time that the process has had."""
         fields = open(f'/proc/{self.process.pid}/stat').read().rsplit(')', 1)[1].split()
@@ -62,6 +73,18 @@ def cluster(binary, folder, count, models=None):
     gossip = [free_port() for _ in range(count)]
     return [Node(binary, f'n{i}', key, folder, gossip[i], gossip[:i] + gossip[i + 1:], models[i] if models else ())
             for i in range(count)]
+
+
+@contextlib.contextmanager
+def scratch(keep_logs=None):
+    """A folder for nodes. At the end they are ended, and their logs are copied to another folder if one is given."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            yield folder
+        finally:
+            Node.end_all()
+            for log in Node.logs if keep_logs else ():
+                shutil.copy(log, keep_logs)
 
 
 def stream(port, body, headers=()):
@@ -200,15 +223,8 @@ def main():
     parser.add_argument('--repeat', type=int, default=3)
     parser.add_argument('--tokens', type=int, default=300)
     args = parser.parse_args()
-    started, start = [], Node.start
-    Node.start = lambda node: (start(node), started.append(node))
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            globals()[args.what](args, folder)
-        finally:
-            for node in started:
-                node.process.kill()
-                node.process.wait()
+    with scratch() as folder:
+        globals()[args.what](args, folder)
 
 
 if __name__ == '__main__':

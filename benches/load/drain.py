@@ -12,9 +12,9 @@ address answers within a second. Exit code 1 if anything failed.
               keep-alive: whole answers on connections that are kept; http2: the same with HTTP/2
               prefill: streams with prompts that take a while
 """
-import argparse, collections, http.client, json, os, select, shutil, signal, socket, struct, sys, tempfile, threading, time
+import argparse, collections, http.client, json, os, select, shutil, signal, socket, struct, sys, threading, time
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from cluster import ROOM, Node, cluster
+from cluster import cluster, scratch
 
 FIXTURE = os.path.join(os.path.dirname(os.path.abspath(__file__)), '../../models/fixtures/llama-gqa-tied-bf16')
 SIZES = {'small': dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=8, max_position_embeddings=2048),
@@ -256,10 +256,13 @@ class Load:
 
 def bodies_of(kind, args):
     prompt = args.prefill_tokens if kind == 'prefill' else 12
-    tokens = {'prefill': 4, 'streams': 48}.get(kind, 24)
-    streams = kind in ('streams', 'prefill')
+    return different_bodies(args.bodies, prompt, {'prefill': 4, 'streams': 48}.get(kind, 24), kind in ('streams', 'prefill'))
+
+
+def different_bodies(count, prompt, tokens, streams=False):
+    """Requests with prompts of so many tokens, every other one sampled."""
     return [{'prompt': [(i * 31 + k * 7919) % 200 + 20 for k in range(prompt)], 'max_tokens': tokens, 'ignore_eos': True, 'seed': i,
-             'temperature': 0.8 * (i % 2), 'return_token_ids': True, 'stream': streams} for i in range(args.bodies)]
+             'temperature': 0.8 * (i % 2), 'return_token_ids': True, 'stream': streams} for i in range(count)]
 
 
 def restart(nodes):
@@ -335,27 +338,17 @@ def main():
     parser.add_argument('--keep-logs', metavar='FOLDER')
     parser.add_argument('--flags', default='', help='further flags of the nodes, in one string')
     args = parser.parse_args()
-    started, start = [], Node.start
-    Node.start = lambda node: (start(node), started.append(node.process))
-    failed, nodes = 0, []
-    with tempfile.TemporaryDirectory() as folder:
+    failed = 0
+    with scratch(args.keep_logs) as folder:
         flags = model(folder, args.size) + args.flags.split()
-        try:
-            nodes = cluster(args.binary, folder, 3, [flags] * 3)
-            for node in nodes:
-                node.wait(2)
-            print('| order | requests | number | failures | refused connections | s undisturbed | s slowest | s in all |\n'
-                  '|---|---|---|---|---|---|---|---|', flush=True)
-            for kind in args.kinds.split(','):
-                for order in args.orders.split(','):
-                    failed += measure(nodes, order, kind, args)
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-            if args.keep_logs:
-                for node in nodes:
-                    shutil.copy(node.log, args.keep_logs)
+        nodes = cluster(args.binary, folder, 3, [flags] * 3)
+        for node in nodes:
+            node.wait(2)
+        print('| order | requests | number | failures | refused connections | s undisturbed | s slowest | s in all |\n'
+              '|---|---|---|---|---|---|---|---|', flush=True)
+        for kind in args.kinds.split(','):
+            for order in args.orders.split(','):
+                failed += measure(nodes, order, kind, args)
     sys.exit(failed > 0)
 
 

@@ -12,10 +12,10 @@ failed or had a wrong token. Needs root for `quota`.
   placements  of requests, by header: balanced, random, least-request, …
   --all       slows down all three: nothing should move
 """
-import argparse, collections, json, os, shutil, signal, sys, tempfile, threading, time, urllib.request
+import argparse, collections, json, os, signal, sys, threading, time, urllib.request
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-from cluster import Node, cluster, quantile
-from drain import model
+from cluster import Node, cluster, quantile, scratch
+from drain import different_bodies, model
 
 PERIOD, SHARE = 100_000, 0.05
 
@@ -180,13 +180,6 @@ def measure(nodes, way, clients, placement, bodies, references, args):
     return failed
 
 
-def end(processes):
-    while processes:
-        process = processes.pop()
-        process.kill()
-        process.wait()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('binary')
@@ -201,31 +194,21 @@ def main():
     parser.add_argument('--keep-logs', metavar='FOLDER')
     parser.add_argument('--flags', default='', help='further flags of the nodes, in one string')
     args = parser.parse_args()
-    started, start = [], Node.start
-    Node.start = lambda node: (start(node), started.append(node.process))
-    bodies = [{'prompt': [(i * 31 + k * 7919) % 200 + 20 for k in range(12)], 'max_tokens': args.tokens, 'ignore_eos': True, 'seed': i,
-               'temperature': 0.8 * (i % 2), 'return_token_ids': True} for i in range(12)]
-    failed, nodes = 0, []
-    with tempfile.TemporaryDirectory() as folder:
+    bodies, failed = different_bodies(12, 12, args.tokens), 0
+    with scratch(args.keep_logs) as folder:
         flags = model(folder, 'small') + args.flags.split()
-        try:
-            print('| way | clients at | placement | requests well / slow | s well p50 / p95 | s slow p50 / p95 | times | s slowest '
-                  '| s to weight < 0.2 | s to `degraded` | s to weight > 0.9 | rescued / failed over | failures |\n' + '|---' * 13 + '|', flush=True)
-            for way in args.ways.split(','):
-                for clients in args.clients.split(','):
-                    for placement in args.placements.split(','):
-                        # A new cluster for each row: who has been slow a moment ago is trusted later.
-                        nodes = cluster(args.binary, folder, 3, [flags] * 3)
-                        for node in nodes:
-                            node.wait(2)
-                        references = [completion(nodes[0].port, body, 'balanced') for body in bodies]
-                        failed += measure(nodes, way, clients, placement, bodies, references, args)
-                        end(started)
-        finally:
-            end(started)
-            if args.keep_logs:
-                for node in nodes:
-                    shutil.copy(node.log, args.keep_logs)
+        print('| way | clients at | placement | requests well / slow | s well p50 / p95 | s slow p50 / p95 | times | s slowest '
+              '| s to weight < 0.2 | s to `degraded` | s to weight > 0.9 | rescued / failed over | failures |\n' + '|---' * 13 + '|', flush=True)
+        for way in args.ways.split(','):
+            for clients in args.clients.split(','):
+                for placement in args.placements.split(','):
+                    # A new cluster for each row: who has been slow a moment ago is trusted later.
+                    nodes = cluster(args.binary, folder, 3, [flags] * 3)
+                    for node in nodes:
+                        node.wait(2)
+                    references = [completion(nodes[0].port, body, 'balanced') for body in bodies]
+                    failed += measure(nodes, way, clients, placement, bodies, references, args)
+                    Node.end_all()
     sys.exit(failed > 0)
 
 
