@@ -83,6 +83,7 @@ def scratch(keep_logs=None):
             yield folder
         finally:
             Node.end_all()
+            keep_logs and os.makedirs(keep_logs, exist_ok=True)
             for log in Node.logs if keep_logs else ():
                 shutil.copy(log, keep_logs)
 

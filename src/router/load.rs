@@ -106,7 +106,8 @@ impl RouterState {
 
     fn assess(&self) -> LoadReport {
         let readiness = self.health.readiness(self.queue());
-        let pace = self.local().and_then(|local| local.engine.pace());
+        let measured = self.local().and_then(|local| local.engine.pace());
+        let pace = self.pacing.with_standstills(measured, now());
         // An engine without a measured pace counts in seconds.
         let unit = pace.map_or(1.0, |pace| pace.unit_seconds);
         let first_token = {

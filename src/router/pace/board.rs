@@ -12,6 +12,8 @@ use crate::types::Fingerprint;
 
 /// Older measurements are not used.
 const FRESH: Duration = Duration::from_secs(3);
+/// A process that stands still uses measurements of others up to this age.
+const FRESH_FOR_STOPPED: Duration = Duration::from_secs(20);
 /// An idle node measures itself again if its last measurement is older than this and some replica's pace is in doubt.
 const STALE: Duration = Duration::from_secs(1);
 /// An old and a new measurement that differ by this factor are in doubt.
@@ -42,6 +44,9 @@ pub struct Reported {
     pub reported_at: Instant,
     /// It has itself detected that it is slow.
     pub confesses: bool,
+    /// The pace includes standstills of the process. A process that stands still hears little from others, so it is compared
+    /// with what they said some time ago.
+    pub stands_still: bool,
 }
 
 /// The result for one replica.
@@ -125,16 +130,18 @@ impl PaceBoard {
         }
         let limit = if factor > 0.0 { factor } else { f64::INFINITY };
         for sight in sights {
-            let fresh_since = now.checked_sub(FRESH).unwrap_or(now);
             let (Some(reported), Some(pace)) = (sight.reported, findings.paces.get(&sight.replica).copied()) else {
                 continue;
             };
+            let limit_of_age = if reported.stands_still { FRESH_FOR_STOPPED } else { FRESH };
+            let fresh_since = now.checked_sub(limit_of_age).unwrap_or(now);
             let compare = |since: Instant| {
-                let siblings = siblings(sight, sights, &findings.paces, since.max(fresh_since))?;
-                Some(pace.unit_seconds / siblings)
+                let since = if reported.stands_still { fresh_since } else { since.max(fresh_since) };
+                Some(pace.unit_seconds / siblings(sight, sights, &findings.paces, since)?)
             };
             let ratio = compare(fresh_since).filter(|_| pace.is_fresh);
-            let hold = if reported.confesses { EntryHold::None } else { EntryHold::Usual };
+            let is_sure = reported.confesses || reported.stands_still;
+            let hold = if is_sure { EntryHold::None } else { EntryHold::Usual };
             let entry = self.entries.entry(sight.replica.clone()).or_default();
             let change = entry.detector.observe(ratio, limit, hold, compare, now);
             let siblings = siblings(sight, sights, &findings.paces, fresh_since);

@@ -28,7 +28,14 @@ struct Node {
 
 fn reported(unit_seconds: f64, now: Instant) -> Reported {
     let (measured_at, reported_at) = (now, now);
-    Reported { unit_seconds, token_seconds: unit_seconds, measured_at, reported_at, confesses: false }
+    Reported {
+        unit_seconds,
+        token_seconds: unit_seconds,
+        measured_at,
+        reported_at,
+        confesses: false,
+        stands_still: false,
+    }
 }
 
 struct Scene {
@@ -268,4 +275,24 @@ proptest! {
         let expected: Vec<Replica> = (0..slowness.len()).filter(|node| slowness[*node] > 4.0).map(at).collect();
         prop_assert_eq!(scene.slow(), expected);
     }
+}
+
+#[test]
+fn a_process_that_stands_still_is_compared_with_what_it_heard_before() {
+    let (mut board, start, fingerprint) = (PaceBoard::default(), Instant::now(), Fingerprint::new("same"));
+    let now = start + Duration::from_secs(60);
+    let mut look = |stands_still, age| {
+        let sight = |number, reported| Sight {
+            replica: at(number),
+            fingerprint: &fingerprint,
+            reported: Some(reported),
+            progress: None,
+        };
+        let heard = reported(UNIT, now - Duration::from_secs(age));
+        let own = Reported { stands_still, ..reported(10.0 * UNIT, now) };
+        board.look(&[sight(0, own), sight(1, heard), sight(2, heard)], FACTOR, now).changes
+    };
+    assert_eq!(look(false, 10), [], "too old");
+    assert_eq!(look(true, 30), [], "much too old");
+    assert_eq!(look(true, 10), [(Replica::Here, Change::BecameSlow)]);
 }

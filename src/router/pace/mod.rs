@@ -1,16 +1,18 @@
 //! Replicas that are slow but not dead: detecting them, and the consequences for this node, placement and streams.
 //!
 //! `board` compares what replicas report about their pace with what this node's streams observe (`progress`) and with each
-//! other; `detector` decides with hysteresis; `rescue` decides whether a stream should be raced. All of these are pure.
+//! other; `detector` decides with hysteresis; `standstill` finds when this process itself is stopped; `rescue` decides whether a
+//! stream should be raced. All of these are pure.
 
 mod board;
 mod detector;
 pub(super) mod progress;
 pub(super) mod rescue;
+mod standstill;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, RwLock};
 use tracing::{info, warn};
@@ -20,6 +22,7 @@ use board::{Findings, PaceBoard, Reported, Sight};
 use detector::Change;
 use progress::StreamProgress;
 use rescue::Speed;
+use standstill::Standstills;
 
 use super::failover::now;
 use super::placement::sane;
@@ -27,7 +30,7 @@ use super::shared::RouterState;
 use super::source::Replica;
 use crate::cluster::{LoadReport, Peer};
 use crate::health::DegradedBy;
-use crate::types::{NodeState, watch};
+use crate::types::{NodeState, Pace, watch};
 
 pub(super) type Paces = Arc<BTreeMap<Replica, ReplicaPace>>;
 
@@ -36,6 +39,7 @@ pub(super) struct Pacing {
     /// For streams that this node's engine computes.
     pub(super) own: Arc<StreamProgress>,
     board: Mutex<PaceBoard>,
+    standstills: Mutex<Standstills>,
     found: RwLock<Paces>,
     /// Notified when a replica becomes slow or recovers.
     pub(super) changes: watch::Sender<()>,
@@ -43,8 +47,29 @@ pub(super) struct Pacing {
 
 impl Pacing {
     pub(super) fn new(now: Instant) -> Self {
-        let (board, found) = (Mutex::default(), RwLock::default());
-        Self { own: Arc::new(StreamProgress::new(now)), board, found, changes: watch::Sender::new(()) }
+        Self {
+            own: Arc::new(StreamProgress::new(now)),
+            board: Mutex::default(),
+            standstills: Mutex::default(),
+            found: RwLock::default(),
+            changes: watch::Sender::new(()),
+        }
+    }
+
+    /// The pace that the engine has measured, or a slower one if this process keeps standing still. To be asked with each
+    /// assessment.
+    pub(super) fn with_standstills(&self, measured: Option<Pace>, now: Instant) -> Option<Pace> {
+        let factor = self.standstills.lock().look(now);
+        let pace = measured?;
+        // A step that the process stood still in has that time already; what it adds to a slow pace does not matter.
+        Some(match factor > 1.0 {
+            true => Pace {
+                unit_seconds: pace.unit_seconds * factor,
+                step_seconds: pace.step_seconds * factor,
+                age: Duration::ZERO,
+            },
+            false => pace,
+        })
     }
 
     pub(super) fn found(&self) -> Paces {
@@ -84,6 +109,7 @@ impl RouterState {
                 measured_at: now.checked_sub(pace.age()).unwrap_or(now),
                 reported_at: now,
                 confesses: false,
+                stands_still: self.pacing.standstills.lock().is_mostly_still(),
             }),
             progress: None,
         });
@@ -97,6 +123,7 @@ impl RouterState {
                     measured_at: peer.measured_at,
                     reported_at: peer.reported_at,
                     confesses: peer.report.reasons.iter().any(|reason| reason == DegradedBy::Slow.code()),
+                    stands_still: false,
                 }),
                 progress: progress.as_deref(),
             })
