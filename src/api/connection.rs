@@ -1,4 +1,4 @@
-//! One connection: its requests, its place among the others (see `places`), and how it ends.
+//! One client connection: its requests, its place among all connections (see `places`), and how it ends.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -28,17 +28,18 @@ use super::places::{Closing, ConnectionId, Places, Tier};
 use super::state::ApiState;
 use super::write_timeout::WriteTimeout;
 
-/// HTTP/2 may still hold the end of an answer when the connection is idle for us; its place is gone, so not for long.
+/// How long an idle HTTP/2 connection that has lost its place may take to close. HTTP/2 may still be sending the end of an
+/// answer.
 const HTTP2_FAREWELL: Duration = Duration::from_secs(1);
 
-/// An HTTP/1.1 connection of a server that shuts down ends when it has been idle for so long: busy clients ask again sooner,
-/// and one that has waited for longer hardly asks in the very moment. Longer than the second after which a kernel tries again to
-/// connect: a client that was held up so at another address comes back then.
+/// While the server shuts down, an HTTP/1.1 connection closes after it has been idle for this long. A busy client sends its
+/// next request sooner, and a client that has been idle for longer is unlikely to send one at that moment. Longer than the
+/// second after which a kernel retries to connect, so that a client that was delayed at another address can still come back.
 const IDLE_GRACE: Duration = Duration::from_secs(2);
-/// From one look at it to the next.
+/// Polling interval for idle connections during shutdown.
 const IDLE_POLL: Duration = Duration::from_millis(20);
 
-/// Which routes answer, by the place that a connection has.
+/// The routes for connections with a place, and for those in the overflow.
 #[derive(Clone)]
 pub struct Routes {
     pub served: Router,
@@ -51,7 +52,7 @@ pub struct Connection {
     pub routes: Routes,
     pub place: Place,
     pub closing: Closing,
-    /// Of the whole server.
+    /// Cancelled when the whole server shuts down.
     pub shutdown: CancellationToken,
 }
 
@@ -73,7 +74,7 @@ impl Connection {
         let stream = WriteTimeout::new(stream, self.state.config.write_timeout, move || place.occupy());
         let connection = self.builder.serve_connection(TokioIo::new(stream), service).into_owned();
         tokio::pin!(connection);
-        // Telling HTTP/1 from HTTP/2 has no time limit in the library, so the first request gets one here.
+        // The library has no time limit for detecting HTTP/1 or HTTP/2, so the first request gets one here.
         let first_request = sleep(self.state.config.header_read_timeout);
         tokio::pin!(first_request);
         let (mut is_shutting_down, mut is_ending) = (false, false);
@@ -86,7 +87,7 @@ impl Connection {
                         return;
                     }
                     connection.as_mut().graceful_shutdown();
-                    // What is written already goes out, and a request that came just now is answered.
+                    // Sends what is already written, and answers a request that has just arrived.
                     if poll!(connection.as_mut()).is_ready() {
                         return;
                     }
@@ -105,7 +106,7 @@ impl Connection {
                     connection.as_mut().graceful_shutdown();
                 }
                 () = &mut first_request, if !had_request.load(Ordering::Relaxed) => {
-                    // It may have come while we waited.
+                    // The first request may have arrived since the branch was enabled.
                     if !had_request.load(Ordering::Relaxed) {
                         return;
                     }
@@ -118,7 +119,7 @@ impl Connection {
     }
 }
 
-/// Answers a request, and holds the place busy until the answer is sent.
+/// Answers a request, and keeps the place busy until the answer is sent.
 fn answer(
     place: &PlaceHandle,
     routes: &Routes,
@@ -137,11 +138,11 @@ fn answer(
     }
 }
 
-/// A connection's place, until it is dropped.
+/// A connection's place. Dropping it frees the place.
 pub struct Place(PlaceHandle);
 
 impl Place {
-    /// Takes one, if there is any; see `Places::enter`.
+    /// Takes a place if one can be had; see `Places::enter`.
     pub fn take(places: &Arc<Mutex<Places>>, closing: Closing) -> Option<Self> {
         let id = places.lock().enter(Instant::now(), closing)?;
         Some(Self(PlaceHandle { places: places.clone(), id }))
@@ -155,10 +156,11 @@ impl Place {
         self.0.places.lock().is_idle(self.0.id)
     }
 
-    /// Returns when the connection can end although the server shuts down: its client must not have a request on its way.
+    /// During shutdown, returns when the connection may close. A request that is on its way must not be lost.
     ///
-    /// HTTP/2 has an answer to that: a client is told which of its requests were not taken. An HTTP/1.1 client is told by
-    /// `connection: close` with its next answer, so an idle connection is kept for a client that is about to ask again.
+    /// HTTP/2 tells the client which of its requests were not processed, so such a connection may close at any time. An
+    /// HTTP/1.1 client only learns of the shutdown from `connection: close` in its next answer, so an idle connection stays
+    /// open for `IDLE_GRACE` in case its client sends another request.
     async fn may_end(&self, had_http2: &AtomicBool) {
         loop {
             let idle_since = self.0.places.lock().idle_since(self.0.id);
@@ -184,7 +186,7 @@ struct PlaceHandle {
 }
 
 impl PlaceHandle {
-    /// For a request, and for its body if it has one.
+    /// Marks the start of a request and, if it has one, of its body.
     fn begin(&self, has_body: bool) -> (Tier, Occupation, Option<Receiving>) {
         let tier = self.places.lock().request_begins(self.id, has_body, Instant::now());
         (tier, Occupation(self.clone()), has_body.then(|| Receiving(self.clone())))
@@ -196,7 +198,7 @@ impl PlaceHandle {
     }
 }
 
-/// While it lives, the connection is not idle.
+/// While this value exists, the connection is not idle.
 struct Occupation(PlaceHandle);
 
 impl Drop for Occupation {
@@ -205,7 +207,7 @@ impl Drop for Occupation {
     }
 }
 
-/// While it lives, a body has not arrived.
+/// While this value exists, the body of a request is incomplete.
 struct Receiving(PlaceHandle);
 
 impl Drop for Receiving {

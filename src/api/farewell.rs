@@ -1,7 +1,7 @@
-//! Stops listening without breaking a connection that its client holds for established.
+//! Stops listening without breaking a connection that is established from its client's point of view.
 //!
-//! What the kernel has accepted and we have not is reset when a listener closes. So newcomers are refused first, those whose
-//! handshake has begun are taken in, and then the listener closes.
+//! When a listener closes, the kernel resets connections that it has established and that we have not accepted. So new
+//! connections are refused first, those whose handshake has begun are accepted, and then the listener closes.
 
 use std::io;
 use std::num::NonZeroU32;
@@ -12,17 +12,17 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tracing::debug;
 
-/// For handshakes that have begun: several round trips of most networks.
+/// Time for handshakes that have begun to finish: several round trips on most networks.
 const HANDSHAKES: Duration = Duration::from_millis(200);
-/// Of no interface. A listener that is bound to it hears of no new connection, so that the kernel refuses them at once, as if
-/// nobody listened. Handshakes that have begun before go on.
+/// An interface index that no interface has. The kernel refuses new connections to a listener that is bound to it, as if
+/// nobody were listening. Handshakes that began before continue.
 const NO_INTERFACE: NonZeroU32 = NonZeroU32::new(i32::MAX as u32).expect("not zero");
 
-/// Closes the listener; gives every connection that was established before to `take`.
+/// Closes the listener and passes every connection that was established before to `take`.
 pub async fn close(listener: TcpListener, mut take: impl FnMut(TcpStream)) {
     // IPv4 and IPv6 share this option. Kernels before 5.7 do not have it.
     if let Err(error) = SockRef::from(&listener).bind_device_by_index_v4(Some(NO_INTERFACE)) {
-        debug!(%error, "newcomers cannot be refused before the listener closes");
+        debug!(%error, "cannot refuse new connections before the listener closes");
     }
     let handshakes = async {
         loop {
@@ -33,11 +33,11 @@ pub async fn close(listener: TcpListener, mut take: impl FnMut(TcpStream)) {
     };
     let _: Result<(), _> = timeout(HANDSHAKES, handshakes).await;
     if let Err(error) = take_rest(listener, take) {
-        debug!(%error, "the last connections could not be taken in");
+        debug!(%error, "cannot accept the last connections");
     }
 }
 
-/// Whoever has come by this moment.
+/// Accepts the connections that are established by now.
 fn take_rest(listener: TcpListener, mut take: impl FnMut(TcpStream)) -> io::Result<()> {
     let listener = listener.into_std()?;
     loop {
@@ -63,7 +63,7 @@ mod tests {
     async fn who_is_connected_is_taken_in_and_newcomers_are_refused_at_once() {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("an address");
-        // Nobody accepts these; the kernel has established them all the same.
+        // Nobody has accepted these connections, but the kernel has established them.
         let clients = [TcpStream::connect(address).await, TcpStream::connect(address).await];
         let clients = clients.map(|client| client.expect("established"));
         let (sender, mut taken) = tokio::sync::mpsc::unbounded_channel();
@@ -81,14 +81,14 @@ mod tests {
             let peer = stream.peer_addr().expect("an address");
             assert!(
                 clients.iter().any(|client| client.local_addr().expect("an address") == peer),
-                "a newcomer came in"
+                "a new connection was accepted"
             );
             count += 1;
         }
         assert_eq!(count, clients.len());
         let (refused, after) = newcomer.await.expect("no panic");
         refused.expect_err("nobody listens any more");
-        // The kernel tries again after a second what was dropped.
+        // If the packet had been dropped, the client's kernel would retry after one second.
         assert!(after < Duration::from_millis(900), "dropped, not refused: {after:?}");
         TcpStream::connect(address).await.expect_err("nobody listens any more");
     }

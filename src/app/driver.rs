@@ -1,4 +1,4 @@
-//! Does what `life` says: waits for what may happen to the node, and acts.
+//! Carries out the actions that `life` decides: waits for signals, failures and the model, and acts.
 
 use std::future::pending;
 use std::pin::pin;
@@ -16,10 +16,10 @@ use crate::config::Config;
 use crate::types::Backend;
 use crate::types::tasks::{self, spawn_background};
 
-/// For tasks whose streams have ended to end as well.
+/// Time limit for remaining tasks to end after their streams have ended.
 const WORK_GRACE: Duration = Duration::from_millis(500);
 
-/// Serves until a signal or a failure; the exit code says which. An error is why the model cannot be loaded.
+/// Serves until a signal or a failure, which the exit code distinguishes. Returns an error if the model cannot be loaded.
 pub async fn drive(
     config: &Config,
     front: &Front,
@@ -60,17 +60,17 @@ pub async fn drive(
         actions = tokio::select! {
             biased;
             caught = signals.next() => {
-                tracing::info!(signal = caught.name, is_loading, "asked to end");
+                tracing::info!(signal = caught.name, is_loading, "received a shutdown signal");
                 node.signal = Some(caught);
                 life.signalled(caught.lingers(), Instant::now())
             }
             reason = front.failed(), if !has_failed => {
                 has_failed = true;
                 if is_loading {
-                    load_error = Some(anyhow::anyhow!("the node failed while the model was loaded: {reason}"));
+                    load_error = Some(anyhow::anyhow!("the node failed while the model was loading: {reason}"));
                     life.load_failed(Instant::now())
                 } else {
-                    tracing::error!(reason, "the node has failed and will end, to be restarted");
+                    tracing::error!(reason, "the node has failed; the process will exit so that it is restarted");
                     life.failed(Instant::now())
                 }
             }
@@ -81,7 +81,7 @@ pub async fn drive(
                 }
                 Err(error) => {
                     has_failed = true;
-                    // Those who wait for the model are told that it will not come.
+                    // Requests that wait for the model fail now.
                     let _ = front.health.lifecycle().fail("the model cannot be loaded");
                     load_error = Some(error);
                     life.load_failed(Instant::now())
@@ -92,11 +92,11 @@ pub async fn drive(
     }
 }
 
-/// By now nothing should run any more; a moment for what is just ending.
+/// Waits briefly for tasks that are just ending. No other tasks should be running at this point.
 async fn await_work() {
     let left = tasks::ended(WORK_GRACE).await;
     if !left.is_empty() {
-        tracing::warn!(?left, "tasks still run and are cut");
+        tracing::warn!(?left, "tasks are still running; the process exits without them");
     }
 }
 
@@ -110,11 +110,11 @@ async fn until(time: Option<Instant>) {
 struct Node<'a> {
     front: &'a Front,
     model: Option<LoadedModel>,
-    /// The last one.
+    /// The last signal received.
     signal: Option<Caught>,
-    /// Ends the engine.
+    /// The task that stops the engine.
     stopping: Option<JoinHandle<()>>,
-    /// Says goodbye to the peers.
+    /// The task that tells the peers that this node leaves.
     leaving: Option<JoinHandle<()>>,
 }
 
@@ -141,7 +141,7 @@ impl Node<'_> {
             }
             Action::Leave => {
                 let signal = self.signal.map_or("a signal", |signal| signal.name);
-                // Refused only if the node has failed meanwhile; then it is unready already.
+                // The transition is refused only if the node has failed meanwhile, and then it is already unready.
                 let _ = front.health.lifecycle().drain(format!("{signal} received"));
                 front.router.leave();
             }
@@ -151,13 +151,13 @@ impl Node<'_> {
                 }
             }
             Action::StopAccepting => {
-                tracing::info!("no more connections are accepted; those that exist are served until they end");
+                tracing::info!("new connections are refused; open connections are served until they end");
                 front.stop_accepting();
             }
             Action::StopComputing => {
                 tracing::info!(
                     streams = front.router.open_streams(),
-                    "shutdown_timeout has passed: this node computes nothing any more, and passes on what peers compute"
+                    "shutdown_timeout has passed: this node stops computing and only relays streams that peers compute"
                 );
                 front.router.stop_computing();
                 self.end_engine();
@@ -165,7 +165,7 @@ impl Node<'_> {
             Action::Stop => self.stop(),
             Action::SayGoodbye => {
                 if front.has_connections() {
-                    tracing::warn!("connections are still open and are cut");
+                    tracing::warn!("connections are still open and are closed now");
                 }
                 self.leaving = Some(spawn_background(front.cluster.leave()));
             }
@@ -179,7 +179,7 @@ impl Node<'_> {
         if streams > 0 {
             tracing::warn!(
                 streams,
-                "relay_timeout has passed: the streams that are left are ended, and clients are told how to go on elsewhere"
+                "relay_timeout has passed: the remaining streams are ended, and clients are told how to resume at another node"
             );
         }
         front.admission.close();
@@ -187,7 +187,7 @@ impl Node<'_> {
         self.end_engine();
     }
 
-    /// Only the first call counts.
+    /// Stops the engine. Only the first call has an effect.
     fn end_engine(&mut self) {
         if let Some(model) = &self.model
             && self.stopping.is_none()
@@ -206,11 +206,11 @@ impl Node<'_> {
             }
             Exit::Failure => {
                 let state = self.front.health.lifecycle().state();
-                tracing::error!(?state, "ending with an error: the engine has failed or does not end");
+                tracing::error!(?state, "exiting with an error: the engine has failed or did not stop");
                 ExitCode::FAILURE
             }
             Exit::AtOnce => {
-                tracing::warn!("a second signal: ending at once");
+                tracing::warn!("received a second signal: exiting immediately");
                 self.signal.map_or(ExitCode::FAILURE, |signal| ExitCode::from(signal.exit_code()))
             }
         }

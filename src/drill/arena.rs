@@ -1,5 +1,5 @@
-//! The cluster under drill: nodes that the drill started, or nodes that the operator named. Only this module decides what may
-//! be done to a node.
+//! The cluster that a drill tests: nodes that the drill started, or nodes that the operator named. Only this module decides
+//! which actions are allowed on a node.
 
 use std::io;
 use std::path::PathBuf;
@@ -15,13 +15,14 @@ use crate::config::DrillTarget;
 use crate::router::ClusterOverview;
 use crate::types::NodeId;
 
-/// Time for a node to load its model, and for all nodes to see each other.
+/// Time limit for all nodes to load their model and to see each other.
 pub const START_PATIENCE: Duration = Duration::from_secs(60);
-/// Time for a process to exit after SIGTERM: longer than its shutdown timeout.
+/// Time limit for a process to exit after SIGTERM. Longer than its shutdown timeout.
 pub const EXIT_PATIENCE: Duration = Duration::from_secs(45);
+/// Polling interval while waiting for the cluster.
 const POLL: Duration = Duration::from_millis(20);
 
-/// What can be done to a node from outside.
+/// An action on a node's process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NodeAction {
     /// `kill -9`
@@ -60,7 +61,7 @@ impl NodeAction {
 
 #[derive(Debug, thiserror::Error)]
 pub enum ArenaError {
-    #[error("{node}: {action} was not allowed to the drill")]
+    #[error("{node}: the drill is not allowed to {action} this node")]
     Forbidden { node: String, action: &'static str },
     #[error("{node}: {action} failed")]
     Failed {
@@ -69,27 +70,27 @@ pub enum ArenaError {
         #[source]
         source: io::Error,
     },
-    #[error("the cluster is not whole after {START_PATIENCE:?}: {0}")]
+    #[error("the cluster is not complete after {START_PATIENCE:?}: {0}")]
     NotWhole(String),
-    #[error("the HTTP client cannot be made")]
+    #[error("cannot create the HTTP client")]
     Client(#[from] reqwest::Error),
 }
 
-/// A node, and what may be done to it.
+/// A node, and the actions that are allowed on it.
 pub struct ArenaNode {
-    /// Base URL of its API.
+    /// The base URL of its API.
     pub url: String,
-    /// `host:port` of its admin address.
+    /// Its admin address, as `host:port`.
     pub admin: Option<String>,
     control: Control,
 }
 
 enum Control {
-    /// Started by the drill: anything.
+    /// Started by the drill: all actions are allowed.
     Own(Box<NodeProcess>),
-    /// The operator's.
+    /// The operator's node.
     Foreign {
-        /// The process that may be killed, until it was.
+        /// The process that may be killed; `None` after the drill has ended it.
         may_kill: Option<u32>,
         hook: Option<PathBuf>,
     },
@@ -123,7 +124,7 @@ impl ArenaNode {
         }
     }
 
-    /// The process, where the drill started it.
+    /// The process, if the drill started it.
     pub fn process(&mut self) -> Option<&mut NodeProcess> {
         match &mut self.control {
             Control::Own(process) => Some(process),
@@ -186,7 +187,7 @@ impl Arena {
         Ok(arena)
     }
 
-    /// Whether it is the operator's.
+    /// Whether any of its nodes is the operator's.
     pub fn is_foreign(&self) -> bool {
         self.nodes.iter().any(|node| matches!(node.control, Control::Foreign { .. }))
     }
@@ -195,7 +196,7 @@ impl Arena {
         self.nodes.iter().map(|node| node.url.clone()).collect()
     }
 
-    /// All URLs, beginning with the node of that index.
+    /// All URLs, starting with that of the node `first`.
     pub fn urls_from(&self, first: usize) -> Vec<String> {
         let mut urls = self.urls();
         urls.rotate_left(first % self.nodes.len());
@@ -206,7 +207,8 @@ impl Arena {
         self.client.overview(self.nodes[node].admin.as_ref()?).await
     }
 
-    /// Waits until every node is ready and sees every other ready, with a model and a circuit that lets calls through.
+    /// Waits until every node is ready and sees every other node as ready and not slow, with a model and a circuit breaker that
+    /// is not open.
     pub async fn wait_until_whole(&mut self) -> Result<(), ArenaError> {
         let deadline = Instant::now() + START_PATIENCE;
         let mut missing = String::new();
@@ -221,7 +223,7 @@ impl Arena {
         if whole { Ok(()) } else { Err(ArenaError::NotWhole(missing)) }
     }
 
-    /// Why the cluster is not whole yet.
+    /// Why the cluster is not complete yet.
     async fn first_missing(&mut self) -> Option<String> {
         for index in 0..self.nodes.len() {
             if let Some(process) = self.nodes[index].process()
@@ -244,13 +246,13 @@ impl Arena {
         None
     }
 
-    /// The names by which the nodes know one another, where they tell.
+    /// The nodes' ids; `None` for a node that does not answer.
     pub async fn ids(&self) -> Vec<Option<NodeId>> {
         let names = (0..self.nodes.len()).map(|node| self.overview(node));
         join_all(names).await.into_iter().map(|overview| overview.map(|overview| overview.node.id)).collect()
     }
 
-    /// Whether the process of the node still runs, as far as the drill can see.
+    /// Whether the node still runs. The drill can only see whether a foreign node is ready.
     pub async fn is_up(&mut self, node: usize) -> bool {
         match self.nodes[node].process() {
             Some(process) => process.is_running(),
@@ -266,7 +268,7 @@ fn lacks_peers(overview: &ClusterOverview, wanted: usize) -> Option<String> {
         peer.node.report.ready && !peer.node.models.is_empty() && peer.breaker != BreakerPosition::Open && !is_slow
     };
     let well = overview.peers.iter().filter(is_well).count();
-    (well < wanted).then(|| format!("it sees {well} of {wanted} others that are well"))
+    (well < wanted).then(|| format!("it sees {well} usable peers instead of {wanted}"))
 }
 
 #[cfg(test)]
@@ -292,7 +294,7 @@ mod tests {
     async fn a_process_that_may_die_dies_once_and_its_id_is_forgotten() {
         let mut victim = std::process::Command::new("sleep").arg("1000").spawn().expect("it starts");
         let mut node = ArenaNode::foreign(target(Some(victim.id())), None);
-        assert!(!node.allows(NodeAction::Restart), "a process id does not tell how to start it again");
+        assert!(!node.allows(NodeAction::Restart), "a process id is not enough to restart the process");
         node.act(NodeAction::Kill).await.expect("allowed");
         let status = victim.wait().expect("it ends");
         assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(Signal::SIGKILL as i32));

@@ -1,5 +1,5 @@
-//! A client as a careful user would write it. It streams, notes when each token came, and (if allowed) reconnects to another
-//! node with its idempotency key and the last event id.
+//! The drill's client, written as a careful user would write one. It streams, records when each token arrived, and (if
+//! allowed) reconnects to another node with its idempotency key and the last event id.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,19 +17,21 @@ use super::workload::PlannedStream;
 use crate::router::ClusterOverview;
 use crate::types::with_causes;
 
-/// Random placement: otherwise an entry node with free seats would compute every stream itself.
+/// Places each stream on the replica with the fewest requests. With the default strategy, an entry node with free seats would
+/// compute every stream itself.
 const PLACEMENT: (&str, &str) = ("x-outrigger-placement", "least-request");
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
-/// Time limit of short requests.
+/// Time limit for short requests.
 const ASK_TIMEOUT: Duration = Duration::from_secs(5);
-/// A stream that sends nothing for this long, not even a comment, is dead. More than twice the default `stream_keep_alive`.
+/// The client gives up a connection that sends nothing for this long, not even a comment. More than twice the default
+/// `stream_keep_alive`.
 const SILENCE: Duration = Duration::from_secs(12);
-/// Time limit of a whole stream.
+/// Time limit for a whole stream.
 const STREAM_PATIENCE: Duration = Duration::from_secs(180);
-/// Pause after every node was tried once.
+/// Pause each time after all nodes have been tried.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Cheap to clone.
+/// An HTTP client for the nodes of a drill. Cheap to clone.
 #[derive(Clone)]
 pub struct DrillClient {
     http: reqwest::Client,
@@ -41,21 +43,21 @@ pub struct DrillClient {
 pub struct StreamRecord {
     pub transcript: Transcript,
     pub began: Instant,
-    /// One for each event that brought tokens.
+    /// When each event with tokens arrived.
     pub token_times: Vec<Instant>,
     pub reconnects: u32,
     pub end: Option<StreamEnd>,
 }
 
-/// How it ended.
+/// How a stream ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum StreamEnd {
     Done,
-    /// What an ordinary client would see as an error.
+    /// An ordinary client would see an error. Holds the reason.
     Failed(String),
 }
 
-/// Shared between the stream and whoever looks at it.
+/// A record that is shared between the stream and its observers.
 pub type SharedRecord = Arc<Mutex<StreamRecord>>;
 
 impl StreamRecord {
@@ -87,7 +89,7 @@ impl Default for StreamRecord {
 enum Broken {
     /// Another node may succeed.
     Connection(String),
-    /// The request itself is refused; no node will take it.
+    /// The request itself is refused; every node would refuse it.
     Refused(String),
 }
 
@@ -110,13 +112,13 @@ impl DrillClient {
         }
     }
 
-    /// Runs one stream to its end, starting at the first URL. When a connection breaks, it continues at the next URL with
-    /// `may_reconnect`; otherwise that is a failure.
+    /// Runs one stream to its end, starting at the first URL. When a connection breaks, it continues at the next URL if
+    /// `may_reconnect` is true, and fails otherwise.
     pub async fn play(&self, stream: &PlannedStream, urls: &[String], may_reconnect: bool, record: &SharedRecord) {
         let end = match timeout(STREAM_PATIENCE, self.play_on(stream, urls, may_reconnect, record)).await {
             Ok(Ok(())) => StreamEnd::Done,
             Ok(Err(why)) => StreamEnd::Failed(why),
-            Err(_) => StreamEnd::Failed(format!("no end after {STREAM_PATIENCE:?}")),
+            Err(_) => StreamEnd::Failed(format!("the stream has not ended after {STREAM_PATIENCE:?}")),
         };
         record.lock().end = Some(end);
     }
@@ -141,10 +143,10 @@ impl DrillClient {
                 sleep(RECONNECT_PAUSE).await;
             }
         }
-        Err("there is no node to ask".into())
+        Err("the drill has no nodes".into())
     }
 
-    /// One connection, to its end or the stream's.
+    /// Runs one connection until it breaks or the stream ends.
     async fn connection(
         &self,
         url: &str,
@@ -158,7 +160,7 @@ impl DrillClient {
         request = self.authorized(request).header("idempotency-key", key).header(PLACEMENT.0, PLACEMENT.1);
         match last_id {
             Some(id) => request = request.header("last-event-id", id.as_str()),
-            // Without an id, the stream starts from its beginning.
+            // Without an id, the server sends the stream from its beginning.
             None => record.lock().transcript = Transcript::default(),
         }
         let response = timeout(SILENCE, request.send()).await.map_err(|_| silent(url))?.map_err(broken)?;
@@ -189,11 +191,11 @@ impl DrillClient {
     fn check_end(&self, url: &str, record: &SharedRecord) -> Result<(), Broken> {
         match record.lock().transcript.is_finished() {
             true => Ok(()),
-            false => Err(Broken::Connection(format!("{url}: the stream says that it is done, and is not"))),
+            false => Err(Broken::Connection(format!("{url}: [DONE] was sent, but the stream is not complete"))),
         }
     }
 
-    /// The cluster as the node with this admin address sees it; None when it does not answer.
+    /// The cluster as the node with this admin address sees it. `None` if the node does not answer.
     pub async fn overview(&self, admin: &str) -> Option<ClusterOverview> {
         let request = self.authorized(self.http.get(format!("http://{admin}/cluster"))).timeout(ASK_TIMEOUT);
         let answer = request.send().await.ok()?.error_for_status().ok()?;
@@ -205,12 +207,12 @@ impl DrillClient {
         request.send().await.is_ok_and(|answer| answer.status().is_success())
     }
 
-    /// The JSON of a GET.
+    /// Sends a GET and returns the JSON of the response.
     pub async fn get(&self, url: &str, path: &str) -> Result<Value, String> {
         self.answer(self.http.get(format!("{url}{path}")).timeout(ASK_TIMEOUT)).await
     }
 
-    /// The JSON of a POST, however long it takes within the patience for a stream.
+    /// Sends a POST and returns the JSON of the response. The time limit is that of a stream.
     pub async fn post(&self, url: &str, path: &str, body: &Value) -> Result<Value, String> {
         self.answer(self.http.post(format!("{url}{path}")).timeout(STREAM_PATIENCE).json(body)).await
     }
@@ -225,12 +227,12 @@ impl DrillClient {
         }
     }
 
-    /// Breaks the engine of a node that was started with `--fault-injection`.
+    /// Injects a fault into the engine of a node that was started with `--fault-injection`.
     pub async fn inject(&self, url: &str, fault: &str) -> Result<(), String> {
         self.post(url, "/debug/fault", &json!({ "fault": fault })).await.map(drop)
     }
 
-    /// Polls until `holds`; false when the deadline comes first.
+    /// Polls until `holds` returns true. Returns false if the deadline comes first.
     pub async fn until(deadline: Instant, pause: Duration, mut holds: impl AsyncFnMut() -> bool) -> bool {
         loop {
             match timeout_at(deadline, holds()).await {
@@ -246,10 +248,10 @@ impl DrillClient {
 }
 
 fn silent(url: &str) -> Broken {
-    Broken::Connection(format!("{url}: silence"))
+    Broken::Connection(format!("{url}: no data for {SILENCE:?}"))
 }
 
-/// Takes the data of an event in.
+/// Adds the data of an event to the record.
 fn take(data: &str, record: &SharedRecord) -> Result<(), Broken> {
     let chunk: Value = serde_json::from_str(data).map_err(|_| Broken::Refused(format!("not JSON: {data}")))?;
     if !chunk["error"].is_null() {
@@ -279,7 +281,7 @@ mod tests {
         format!("id: {id}\ndata: {}\n\n", json!({"choices": [choice]}))
     }
 
-    /// Answers one connection after the other with a script; gives the requests, lower case.
+    /// Answers each connection with the next script. Returns the requests in lower case.
     async fn node(scripts: Vec<String>) -> (String, tokio::task::JoinHandle<Vec<String>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let url = format!("http://{}", listener.local_addr().expect("an address"));

@@ -1,8 +1,8 @@
-//! The exercises: what each does to the cluster, when, and through which node its clients connect.
+//! The exercises: which fault each causes, when, and which nodes its clients connect to.
 
 use super::arena::NodeAction;
 
-/// One game day.
+/// One fault scenario of a game day.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exercise {
     /// No fault: measures the pauses that occur anyway.
@@ -21,21 +21,21 @@ pub enum Exercise {
     AllButOne,
 }
 
-/// The fault.
+/// The fault that an exercise causes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Injury {
     None,
-    /// Hits the node, other than the entry, that computes most streams.
+    /// Acts on the generator: the node, other than the entry, that computes most streams.
     Generator(NodeAction),
-    /// The same node is paused again and again, with moments in between: it is slow, and never silent for long.
+    /// Pauses the generator repeatedly and lets it run briefly in between, so that it is slow but never silent for long.
     SlowGenerator,
-    /// Its engine breaks; see `app::fault_injection`.
+    /// Injects a fault into the generator's engine; see `app::fault_injection`.
     GeneratorFault(&'static str),
     Entry(NodeAction),
     EntryFault(&'static str),
-    /// Hits all nodes but the entry at once.
+    /// Acts on all nodes but the entry at once.
     AllButEntry(NodeAction),
-    /// Every node in turn is stopped with SIGTERM and started again.
+    /// Stops every node in turn with SIGTERM and restarts it.
     Rolling,
 }
 
@@ -44,18 +44,18 @@ pub enum Injury {
 pub enum Moment {
     /// Half of the streams have some tokens.
     Decode,
-    /// The victim has begun with prompts that take it a while.
+    /// The victim has started long prompts.
     Prefill,
 }
 
 /// Where clients connect, and what they do when the connection breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Clients {
-    /// All connect to one node; a broken connection is a failure.
+    /// All clients connect to one node; a broken connection is a failure.
     OneEntry,
-    /// All connect to one node, and to others when the connection breaks.
+    /// All clients connect to one node, and to others when the connection breaks.
     Reconnecting,
-    /// Spread over all nodes, and move on when one is gone, as behind a load balancer.
+    /// Clients connect to all nodes, and to another node when theirs is gone, as behind a load balancer.
     Spread,
 }
 
@@ -130,7 +130,7 @@ impl Exercise {
         }
     }
 
-    /// The action that must be allowed on the nodes that it may hit. `None` if it needs no permission.
+    /// The action that must be allowed on the nodes that the exercise may affect. `None` if it needs no permission.
     pub fn needs(self) -> Option<NodeAction> {
         match self.injury() {
             Injury::None | Injury::GeneratorFault(_) | Injury::EntryFault(_) => None,

@@ -1,4 +1,4 @@
-//! The running streams of an exercise.
+//! Starts, repeats and collects the streams of an exercise.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,12 +12,13 @@ use super::workload::PlannedStream;
 pub(super) struct Flight {
     records: Vec<SharedRecord>,
     players: JoinSet<Vec<(usize, StreamRecord)>>,
-    /// Whether streams that end begin again.
+    /// Whether a stream that has ended starts again.
     goes_on: Arc<AtomicBool>,
 }
 
 impl Flight {
-    /// Begins to play the streams, each through the nodes that `urls_of` its number gives, in this order.
+    /// Starts the streams. `urls_of` returns the nodes for a stream's index, in the order in which they are tried. With
+    /// `repeats`, a stream that has ended starts again until `descend` is called.
     pub(super) fn take_off(
         client: &DrillClient,
         streams: &[PlannedStream],
@@ -50,12 +51,12 @@ impl Flight {
         self.records.len()
     }
 
-    /// Streams that end from now on do not begin again.
+    /// Streams that end from now on do not start again.
     pub(super) fn descend(&self) {
         self.goes_on.store(false, Ordering::Relaxed);
     }
 
-    /// Waits for all streams; the records with the numbers of their streams.
+    /// Waits for all streams. Returns each record with the index of its stream.
     pub(super) async fn land(&mut self) -> Vec<(usize, StreamRecord)> {
         let mut records = Vec::new();
         while let Some(ended) = self.players.join_next().await {

@@ -1,4 +1,5 @@
-//! Runs exercises: reference streams first, then the same streams with a fault, the comparison, and the repair.
+//! Runs exercises. Records reference streams first; then, for each exercise, runs the same streams with a fault, compares them
+//! and repairs the cluster.
 
 use std::time::Duration;
 
@@ -22,22 +23,23 @@ use crate::types::{NodeId, with_causes};
 const ENTRY: usize = 0;
 /// Polling interval while waiting for a condition.
 const WATCH_POLL: Duration = Duration::from_millis(4);
-/// For the node to hit to get its share of the streams, once it is time; afterwards one will do.
+/// Once the moment has come, how long to wait until the victim computes half its fair share of the streams. Afterwards one
+/// stream is enough.
 const SHARE_PATIENCE: Duration = Duration::from_millis(300);
-/// For the entry to hear that its peers are done with what was before.
+/// Time limit for the entry to learn that its peers have finished the previous streams.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(2);
-/// For the moment of the injury to come.
+/// Time limit for the moment of the fault to come.
 const MOMENT_PATIENCE: Duration = Duration::from_secs(60);
-/// For which a paused node is paused: longer than the default `peer_stall_timeout`.
+/// How long a node is paused. Longer than the default `peer_stall_timeout`.
 const PAUSE: Duration = Duration::from_secs(3);
-/// A slow node stands still for so long, less than the default `peer_stall_timeout`, and runs for a moment in between.
+/// A slow node is paused for this long, less than the default `peer_stall_timeout`, and runs for `RUN` in between.
 const STANDSTILL: Duration = Duration::from_millis(1500);
 const RUN: Duration = Duration::from_millis(100);
-/// For the entry to find the node slow.
+/// Time limit for the entry to detect that the node is slow.
 const SLOWNESS_PATIENCE: Duration = Duration::from_secs(20);
-/// For the entry to find that it has recovered.
+/// Time limit for the entry to detect that the node has recovered.
 const RECOVERY_PATIENCE: Duration = Duration::from_secs(20);
-/// In a rolling restart, for load to be there before the next node goes.
+/// Pause before each node of a rolling restart, so that the cluster is under load again.
 const BETWEEN_RESTARTS: Duration = Duration::from_millis(500);
 const DECODE_PROMPT_WORDS: usize = 24;
 
@@ -46,16 +48,16 @@ const DECODE_PROMPT_WORDS: usize = 24;
 pub struct Load {
     pub streams: usize,
     pub tokens: u32,
-    /// Of the prompts whose prefill is disturbed; about a token each.
+    /// Words of each prompt in exercises that disturb prefill; about one token each.
     pub prefill_words: usize,
 }
 
-/// A cluster, the streams for it and what they say when nothing disturbs them.
+/// A cluster, the streams for it, and the transcript of each stream from a run without faults.
 pub struct GameDay {
     pub arena: Arena,
     decode: Vec<Rehearsed>,
     prefill: Vec<Rehearsed>,
-    /// A node is gone that nobody started again.
+    /// A node has ended and nobody restarted it.
     is_broken: bool,
 }
 
@@ -66,7 +68,7 @@ struct Rehearsed {
 }
 
 impl GameDay {
-    /// Runs every stream undisturbed. All nodes must be up.
+    /// Runs every stream without a fault and keeps the transcripts as references. All nodes must be up.
     pub async fn rehearse(arena: Arena, load: &Load) -> Result<Self, DrillError> {
         let model = ServedModel::look(&arena, ENTRY).await?;
         let shape = |prompt_words, salt| Shape {
@@ -123,7 +125,7 @@ impl GameDay {
         Flight::take_off(&self.arena.client, streams, urls_of, may_reconnect, repeats)
     }
 
-    /// Runs one exercise on a whole cluster and repairs the cluster afterwards.
+    /// Runs one exercise on a complete cluster and repairs the cluster afterwards.
     pub async fn run(&mut self, exercise: Exercise) -> Result<Outcome, DrillError> {
         if let Some(why) = self.obstacle(exercise) {
             return Ok(Outcome::skipped(exercise.name(), why));
@@ -164,12 +166,12 @@ impl GameDay {
         (outcome.resumed, outcome.rescued) = (moves.resumed, moves.rescued);
         outcome.time(&records, fault);
         if is_rolling {
-            // There were as many faults as nodes; a time since the first says nothing.
+            // Every node was a fault of its own, so a time since the first fault means nothing.
             outcome.route_around_seconds = None;
         }
         outcome.detect_seconds = watch.finish().await.map(|time| time.as_secs_f64());
         if fault.is_some() && self.has_admin() && outcome.moved() == 0 {
-            outcome.problem("no stream changed its node: nothing was shown");
+            outcome.problem("no stream changed its node, so the exercise tested nothing");
         }
         if let Some(fault) = fault.filter(|_| !is_rolling) {
             let seen = seen_by_moved(&records, fault, outcome.moved() as usize);
@@ -179,8 +181,8 @@ impl GameDay {
         Ok(outcome)
     }
 
-    /// Waits until the entry has heard that nobody is busy: by what it heard before, it would keep most streams to itself. On a
-    /// cluster that others use, that may not come.
+    /// Waits until the entry's reports show that all nodes are idle; with older reports it would keep most streams to itself.
+    /// On a cluster that others use, this may never happen, so the wait ends after `SETTLE_PATIENCE`.
     async fn settle(&self) {
         let deadline = Instant::now() + SETTLE_PATIENCE;
         DrillClient::until(deadline, WATCH_POLL, async || {
@@ -190,7 +192,7 @@ impl GameDay {
         .await;
     }
 
-    /// Has the nodes that are left compute these tokens, all at one time; how long each took.
+    /// Makes the remaining nodes compute these token sequences, all at the same time, and measures how long each takes.
     async fn replay(&self, seen: Vec<Vec<u32>>, victims: &[usize]) -> Option<Gaps> {
         let left: Vec<&str> = self
             .arena
@@ -217,10 +219,10 @@ impl GameDay {
     /// Why an exercise cannot run on this cluster.
     fn obstacle(&self, exercise: Exercise) -> Option<String> {
         if self.is_broken {
-            return Some("the cluster was not made whole after an earlier exercise".into());
+            return Some("the cluster was not repaired after an earlier exercise".into());
         }
         if exercise != Exercise::Calm && self.arena.nodes.len() < 2 {
-            return Some("it takes two nodes or more".into());
+            return Some("it needs at least two nodes".into());
         }
         let needs = exercise.needs()?;
         let forbidden = |index: &usize| !self.arena.nodes[*index].allows(needs);
@@ -254,7 +256,7 @@ impl GameDay {
             });
         }
         let victims = self.wait_for_moment(exercise, flight, &before.ids, outcome).await;
-        // A node whose engine dies still counts what it does about it.
+        // An entry whose engine dies still counts its failovers.
         let silent: &[usize] = if matches!(injury, Injury::EntryFault(_)) { &[] } else { &victims };
         let mut watch = Watch::new(&self.arena, silent, &before.moves);
         let fault = Instant::now();
@@ -284,7 +286,7 @@ impl GameDay {
         Ok(Injured { fault: Some(fault), victims, watch, harvested })
     }
 
-    /// Waits until the streams are as far as the exercise wants them, and tells whom to hit.
+    /// Waits for the moment of the fault and returns the victims.
     async fn wait_for_moment(
         &self,
         exercise: Exercise,
@@ -310,13 +312,15 @@ impl GameDay {
         })
         .await;
         if !came || victims.is_empty() {
-            outcome.problem("its moment did not come: no other node computed a stream, or all were over too soon");
+            outcome.problem(
+                "there was no moment for the fault: no other node computed a stream, or all streams ended too soon",
+            );
             victims = vec![(ENTRY + 1) % self.arena.nodes.len()];
         }
         victims
     }
 
-    /// Empty while the node to hit does nothing that would be missed.
+    /// The nodes to act on. Empty while no suitable node computes at least `enough` streams.
     async fn choose_victims(&self, injury: Injury, ids: &[Option<NodeId>], enough: u64) -> Vec<usize> {
         let others = || (0..self.arena.nodes.len()).filter(|index| *index != ENTRY);
         match injury {
@@ -332,10 +336,10 @@ impl GameDay {
         }
     }
 
-    /// The node, other than the entry, that computes most of its streams, once these are enough.
+    /// The node, other than the entry, that computes most of the entry's streams, if these are at least `enough`.
     async fn busiest_generator(&self, ids: &[Option<NodeId>], enough: u64) -> Option<usize> {
         let Some(overview) = self.arena.overview(ENTRY).await else {
-            // Without an admin address the next one is as good as any.
+            // Without an admin address the drill cannot know, so it takes the next node.
             return Some((ENTRY + 1) % self.arena.nodes.len());
         };
         let busiest = overview.peers.iter().max_by_key(|peer| peer.streams)?;
@@ -345,7 +349,8 @@ impl GameDay {
         (0..ids.len()).find(|&index| index != ENTRY && ids[index].as_ref() == Some(&busiest.node.id))
     }
 
-    /// Lets the node run for a moment now and then, until the entry has found it slow and all streams are over.
+    /// Pauses the node and lets it run briefly, in turn, until the entry has detected that it is slow and all streams have
+    /// ended.
     async fn slow_down(
         &mut self,
         victim: usize,
@@ -354,7 +359,7 @@ impl GameDay {
         outcome: &mut Outcome,
     ) -> Result<(), DrillError> {
         let deadline = Instant::now() + SLOWNESS_PATIENCE;
-        // Without an admin address the entry does not tell.
+        // Without an admin address the drill cannot ask the entry.
         let mut is_found = self.arena.nodes[ENTRY].admin.is_none();
         while Instant::now() < deadline && !(is_found && flight.is_over()) {
             self.arena.nodes[victim].act(NodeAction::Pause).await?;
@@ -365,19 +370,19 @@ impl GameDay {
             sleep(RUN).await;
         }
         if !is_found {
-            outcome.problem(format!("no node found it slow within {SLOWNESS_PATIENCE:?}"));
+            outcome.problem(format!("the entry did not detect the slow node within {SLOWNESS_PATIENCE:?}"));
         }
         Ok(())
     }
 
-    /// Whether the entry finds the node slow, as far as it tells.
+    /// Whether the entry reports the node as slow. False if the entry does not answer.
     async fn is_slow(&self, node: Option<&NodeId>) -> bool {
         let Some(overview) = self.arena.overview(ENTRY).await else { return false };
         let peer = overview.peers.iter().find(|peer| Some(&peer.node.id) == node);
         peer.and_then(|peer| peer.pace.as_ref()).is_some_and(|pace| pace.is_slow)
     }
 
-    /// Ends and starts every node in turn; gives the counts of those that ended.
+    /// Stops and restarts every node in turn. Returns the counts of the processes that ended.
     async fn roll(&mut self, outcome: &mut Outcome) -> Result<Moves, DrillError> {
         let mut harvested = Moves::default();
         for index in 0..self.arena.nodes.len() {
@@ -402,13 +407,14 @@ impl GameDay {
         Ok(harvested)
     }
 
-    /// Restarts and resumes nodes until the cluster is whole again.
+    /// Restarts the victims and waits until the cluster is complete again. After an exercise with a slow node, waits until the
+    /// entry reports that the node has recovered.
     async fn repair(&mut self, exercise: Exercise, victims: &[usize], outcome: &mut Outcome) -> Result<(), DrillError> {
         if exercise == Exercise::SlowNode {
             let node = self.arena.ids().await[victims[0]].clone();
             let deadline = Instant::now() + RECOVERY_PATIENCE;
             if !DrillClient::until(deadline, WATCH_POLL, async || !self.is_slow(node.as_ref()).await).await {
-                outcome.problem(format!("it is still held for slow {RECOVERY_PATIENCE:?} after it ran again"));
+                outcome.problem(format!("the node still counts as slow {RECOVERY_PATIENCE:?} after it was resumed"));
             }
             return Ok(());
         }
@@ -422,12 +428,12 @@ impl GameDay {
             {
                 match process.exit(EXIT_PATIENCE).await {
                     Some(status) if !status.success() => {}
-                    Some(_) => outcome.problem(format!("{} ended well although its engine died", process.name)),
+                    Some(_) => outcome.problem(format!("{} ended with success although its engine died", process.name)),
                     None => outcome.problem(format!("{} did not end after its engine had died", process.name)),
                 }
             }
             if !node.allows(NodeAction::Restart) {
-                // Somebody else may; the next exercise waits for it.
+                // Somebody else may restart it; the next exercise waits for that.
                 return Ok(());
             }
             if node.process().is_some_and(|process| process.is_running()) {
@@ -439,7 +445,7 @@ impl GameDay {
         Ok(())
     }
 
-    /// Counts of every node; zeros of one that does not answer.
+    /// The counts of every node; zeros for a node that does not answer.
     async fn moves_of_each(&self) -> Vec<Moves> {
         let overviews = join_all((0..self.arena.nodes.len()).map(|node| self.arena.overview(node))).await;
         overviews
@@ -449,7 +455,7 @@ impl GameDay {
     }
 }
 
-/// How the cluster was before the exercise.
+/// The state of the cluster before the exercise.
 struct Before {
     moves: Vec<Moves>,
     ids: Vec<Option<NodeId>>,
@@ -460,7 +466,7 @@ struct Injured {
     fault: Option<Instant>,
     victims: Vec<usize>,
     watch: Watch,
-    /// Counts of processes that are gone.
+    /// Counts of processes that have ended.
     harvested: Moves,
 }
 

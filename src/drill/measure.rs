@@ -1,4 +1,4 @@
-//! Measures an exercise from the records of its streams. Pure.
+//! Computes the results of an exercise from the records of its streams. Pure.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use super::client::StreamRecord;
 use super::transcript::Transcript;
 
-/// Of the longest gaps of all streams.
+/// Percentiles of a set of times, in seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct Gaps {
     pub p50: f64,
@@ -17,7 +17,7 @@ pub struct Gaps {
     pub max: f64,
 }
 
-/// How an exercise went. Times are in seconds.
+/// The result of an exercise. Times are in seconds.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Outcome {
     pub exercise: &'static str,
@@ -25,19 +25,20 @@ pub struct Outcome {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub skipped: Option<String>,
     pub streams: usize,
-    /// From the fault until another node noticed it, by that node's own report.
+    /// Time from the fault until another node reported that a stream had changed its node.
     pub detect_seconds: Option<f64>,
-    /// From the fault until every open stream had continued.
+    /// Time from the fault until every stream that moved had continued.
     pub route_around_seconds: Option<f64>,
-    /// The longest silence of each stream after the fault.
+    /// The longest gap between tokens of each stream after the fault.
     pub gap_seconds: Gaps,
-    /// The least time that moved streams had to wait: how long the remaining nodes, otherwise idle, take to compute everything
-    /// that these streams had, each to its next token.
+    /// The minimum wait of moved streams: how long the remaining nodes, otherwise idle, take to compute each stream's prompt,
+    /// its tokens so far and its next token.
     pub replay_seconds: Option<Gaps>,
-    /// Streams that lost their replica and went on elsewhere, by the kind of the loss; and those that were handed over or
-    /// taken over.
+    /// Streams that lost their replica and continued on another, by kind of failure.
     pub failovers: BTreeMap<String, u64>,
+    /// Streams that a node handed over to another.
     pub hand_overs: u64,
+    /// Streams resumed from a journal after their entry node was gone.
     pub resumed: u64,
     /// Streams that moved because their replica was slow.
     pub rescued: u64,
@@ -46,11 +47,11 @@ pub struct Outcome {
     pub failed_requests: u64,
     pub wrong_tokens: u64,
     pub seconds: f64,
-    /// What went wrong, at most a few.
+    /// What went wrong, at most `MAX_PROBLEMS` entries.
     pub problems: Vec<String>,
 }
 
-/// Problems that are told.
+/// The maximum number of problems in a result.
 const MAX_PROBLEMS: usize = 8;
 
 impl Outcome {
@@ -90,7 +91,8 @@ impl Outcome {
         self.failovers.values().sum::<u64>() + self.hand_overs + self.resumed + self.rescued
     }
 
-    /// Reads the times off all streams; `fault` is when it was done. How many streams moved is known already.
+    /// Sets the times from the records of all streams. `fault` is the time of the fault. The counts of moved streams must
+    /// already be set.
     pub fn time(&mut self, records: &[StreamRecord], fault: Option<Instant>) {
         let gaps = by_length(records, fault);
         self.gap_seconds = Gaps::of(&gaps.iter().map(|gap| gap.end - gap.start).collect::<Vec<_>>());
@@ -108,13 +110,13 @@ impl Gaps {
     }
 }
 
-/// The nearest rank; 0 of nothing.
+/// The percentile by nearest rank; 0 for an empty slice.
 pub fn percentile(sorted: &[f64], share: f64) -> f64 {
     let rank = (share * sorted.len() as f64).ceil() as usize;
     sorted.get(rank.clamp(1, sorted.len().max(1)) - 1).copied().unwrap_or(0.0)
 }
 
-/// A silence of one stream.
+/// A time in which one stream received no token.
 #[derive(Clone, Copy, Debug)]
 struct Gap<'a> {
     record: &'a StreamRecord,
@@ -122,19 +124,19 @@ struct Gap<'a> {
     end: Instant,
 }
 
-/// The longest gap of each stream that has one, the longest of all first: these are taken for those of moved streams.
+/// The longest gap of each stream that has one, in descending order. The first ones are assumed to belong to moved streams.
 fn by_length(records: &[StreamRecord], fault: Option<Instant>) -> Vec<Gap<'_>> {
     let mut gaps: Vec<Gap<'_>> = records.iter().filter_map(|record| longest_gap(record, fault)).collect();
     gaps.sort_by_key(|gap| std::cmp::Reverse(gap.end - gap.start));
     gaps
 }
 
-/// What the streams with the longest gaps had seen when the fault came, prompt and output, one for each choice.
+/// For the `moved` streams with the longest gaps: prompt and output tokens at the time of the fault, one sequence per choice.
 pub fn seen_by_moved(records: &[StreamRecord], fault: Instant, moved: usize) -> Vec<Vec<u32>> {
     let of_stream = |Gap { record, .. }: Gap<'_>| {
         let choices = &record.transcript.choices;
         let events = record.token_times.iter().filter(|time| **time <= fault).count();
-        // Choices advance together, an event each.
+        // Choices advance together, with one event each.
         let tokens = events / choices.len().max(1);
         let of_choice = |choice: &super::transcript::ChoiceTranscript| {
             record.transcript.prompt.iter().chain(choice.tokens.iter().take(tokens)).copied().collect()
@@ -144,8 +146,8 @@ pub fn seen_by_moved(records: &[StreamRecord], fault: Instant, moved: usize) -> 
     by_length(records, Some(fault)).into_iter().take(moved).flat_map(of_stream).collect()
 }
 
-/// The longest silence between tokens that ends behind the fault. A stream without a token at the fault was silent from
-/// there on at the latest. None for a stream that was over already.
+/// The longest gap between tokens that ends after the fault. If a stream had no token before the fault, its first gap starts
+/// at the fault. `None` for a stream that had already ended.
 fn longest_gap(record: &StreamRecord, fault: Option<Instant>) -> Option<Gap<'_>> {
     let times = &record.token_times;
     let between = times.windows(2).map(|pair| (pair[0], pair[1]));
@@ -178,7 +180,7 @@ mod tests {
             longest_gap(&record, fault).map(|gap| gap.end - gap.start)
         };
         assert_eq!(longest(0, &[10, 90, 95, 120, 130], fault), Some(millis(25)));
-        assert_eq!(longest(0, &[10, 90], fault), None, "it was over");
+        assert_eq!(longest(0, &[10, 90], fault), None, "the stream had ended");
         assert_eq!(longest(0, &[150, 160], fault), Some(millis(50)), "it waited in the queue");
         assert_eq!(longest(140, &[150, 170], fault), Some(millis(20)), "it began later");
         assert_eq!(longest(0, &[10, 90, 95], None), Some(millis(80)));

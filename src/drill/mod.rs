@@ -1,5 +1,5 @@
-//! `outrigger drill`: game days. Keeps streams of all kinds running on a cluster, breaks it as `exercise` lists, and compares
-//! every token with an undisturbed run.
+//! `outrigger drill`: game days. Runs streams of all kinds on a cluster, causes the faults that `exercise` lists, and compares
+//! every token with a run without faults.
 //!
 //! The cluster consists of real processes: the drill's own, or those that the operator named. The drill kills only processes
 //! that it started or that the operator allowed. The integration tests run the same exercises through this module.
@@ -30,7 +30,7 @@ use process::{ClusterPlan, NodeAddresses, ScratchFolder, plan_nodes};
 
 use crate::config::{DrillArguments, temporary_folder, this_program};
 
-/// Of prompts whose prefill is disturbed.
+/// Words of each prompt in exercises that disturb prefill.
 const PREFILL_WORDS: usize = 600;
 
 #[derive(Debug, thiserror::Error)]
@@ -47,14 +47,14 @@ pub enum DrillError {
     Fault(String),
 }
 
-/// Runs the exercises and prints how they went. The exit code says whether every goal was reached.
+/// Runs the exercises and prints the results. The exit code is success if every exercise that ran met its goals.
 pub fn run(arguments: &DrillArguments, key: Option<&str>) -> Result<ExitCode, DrillError> {
     let exercises = chosen(&arguments.exercises)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     runtime.block_on(async {
         tokio::select! {
             code = play(arguments, &exercises, key) => code,
-            // Returning ends the nodes that were started.
+            // Returning drops, and so kills, the nodes that were started.
             interrupted = tokio::signal::ctrl_c() => {
                 interrupted?;
                 Ok(ExitCode::FAILURE)
@@ -85,7 +85,7 @@ async fn play(arguments: &DrillArguments, exercises: &[Exercise], key: Option<&s
     };
     tell(&format!("{} nodes, {} streams of {} tokens\n", nodes.len(), arguments.streams, arguments.tokens));
     let arena = Arena::start(nodes, client).await?;
-    tell("The cluster is whole; taking references\n");
+    tell("The cluster is complete; recording reference streams\n");
     let load = Load { streams: arguments.streams, tokens: arguments.tokens, prefill_words: PREFILL_WORDS };
     let mut day = GameDay::rehearse(arena, &load).await?;
     let mut outcomes: Vec<Outcome> = Vec::new();
@@ -112,7 +112,7 @@ async fn play(arguments: &DrillArguments, exercises: &[Exercise], key: Option<&s
     Ok(if report::is_good(&outcomes) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Processes of this program, small enough to run beside one another.
+/// Nodes that run this program, configured so that several fit on one machine.
 fn own_nodes(arguments: &DrillArguments, scratch: &ScratchFolder) -> Result<Vec<ArenaNode>, DrillError> {
     let mut flags = arguments.node_flags.clone();
     let defaults = [
@@ -147,7 +147,7 @@ fn print(outcomes: &[Outcome], as_json: bool) {
     let _ = io::stdout().write_all(text.as_bytes());
 }
 
-/// Progress goes to standard error; standard output is for the result.
+/// Writes progress to standard error; standard output is only for the result.
 fn tell(text: &str) {
     let _ = io::stderr().write_all(text.as_bytes());
 }

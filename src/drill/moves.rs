@@ -1,4 +1,4 @@
-//! How often streams changed their node, as the nodes count it, and when the first was seen to.
+//! Counts, from the nodes' own counters, how often streams changed their node, and detects the first change after a fault.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,17 +10,17 @@ use super::client::DrillClient;
 use crate::router::ClusterOverview;
 use crate::types::tasks::spawn_background;
 
-/// From one look to the next.
+/// Polling interval while waiting for the first change.
 const POLL: Duration = Duration::from_millis(4);
 
 /// How often streams changed their node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Moves {
-    /// By the kind of the loss.
+    /// By kind of failure.
     pub(super) failovers: BTreeMap<String, u64>,
     pub(super) hand_overs: u64,
     pub(super) resumed: u64,
-    /// From slow nodes.
+    /// Streams that moved because their replica was slow.
     pub(super) rescued: u64,
 }
 
@@ -48,7 +48,7 @@ impl Moves {
         self.rescued += other.rescued;
     }
 
-    /// What has come since `before`. Counters that went backwards are of a new process: nothing is taken away then.
+    /// The increase since `before`. A counter that is lower than before belongs to a restarted process and is taken whole.
     pub(super) fn since(&self, before: &Self) -> Self {
         let since = |now: u64, before: u64| now.checked_sub(before).unwrap_or(now);
         let of_kind = |(kind, count): (&String, &u64)| {
@@ -64,7 +64,7 @@ impl Moves {
     }
 }
 
-/// The sum but for the silent ones.
+/// The sum over all nodes except the silent ones.
 pub(super) fn total_of_others(moves: &[Moves], silent: &[usize]) -> Moves {
     let mut sum = Moves::default();
     let heard = moves.iter().enumerate().filter(|(index, _)| !silent.contains(index));
@@ -72,18 +72,18 @@ pub(super) fn total_of_others(moves: &[Moves], silent: &[usize]) -> Moves {
     sum
 }
 
-/// Looks out for the first stream that changes its node.
+/// Waits for the first stream that changes its node.
 pub(super) struct Watch {
     client: DrillClient,
     admins: Vec<String>,
-    /// Nodes that are not asked.
+    /// Indices of nodes that are not asked.
     pub(super) silent: Vec<usize>,
     pub(super) before: Moves,
     task: Option<tokio::task::JoinHandle<Duration>>,
 }
 
 impl Watch {
-    /// Asks all nodes but the silent ones, and counts from `before`.
+    /// Prepares to ask all nodes except the silent ones, and to count from `before`.
     pub(super) fn new(arena: &Arena, silent: &[usize], before: &[Moves]) -> Self {
         let nodes = arena.nodes.iter().enumerate().filter(|(index, _)| !silent.contains(index));
         let admins = nodes.filter_map(|(_, node)| node.admin.clone()).collect();
@@ -108,7 +108,7 @@ impl Watch {
         }));
     }
 
-    /// When it was seen, if it was.
+    /// The time from the fault to the first change, if there was one.
     pub(super) async fn finish(self) -> Option<Duration> {
         let task = self.task?;
         if !task.is_finished() {

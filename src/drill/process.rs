@@ -1,5 +1,5 @@
-//! Nodes as processes on this machine: started with their own addresses, signalled, waited for, and killed with their owner.
-//! Knows nothing of requests.
+//! Nodes as processes on this machine: each has its own addresses, can be signalled and waited for, and is killed when its
+//! owner drops it. Knows nothing of requests.
 
 use std::fs::OpenOptions;
 use std::io;
@@ -14,37 +14,38 @@ use nix::sys::signal::kill;
 use nix::unistd::Pid;
 use tokio::time::{Instant, sleep};
 
-/// Ports are taken from here: below what kernels give to outgoing connections, so that a node finds its own port free when
-/// it starts again.
+/// The first port to try. Ports are below the range that kernels use for outgoing connections, so that a node's port is still
+/// free when the node restarts.
 const FIRST_PORT: u32 = 11_000;
 const PORTS: u32 = 19_000;
 const MAX_PORT_ATTEMPTS: u32 = 2_000;
-/// Polling interval while a process exits.
+/// Polling interval while waiting for a process to exit.
 const EXIT_POLL: Duration = Duration::from_millis(5);
-/// Bytes of a log that are shown.
+/// How much of the end of a log is shown.
 const LOG_TAIL_BYTES: usize = 4 << 10;
 const KEY_BYTES: usize = 32;
 
-/// What all nodes of a cluster have in common.
+/// The settings that all nodes of a cluster share.
 #[derive(Clone, Debug)]
 pub struct ClusterPlan {
     /// The server's executable.
     pub program: PathBuf,
-    /// Holds the cluster key and the logs. Exists.
+    /// The folder for the cluster key and the logs. Must exist.
     pub folder: PathBuf,
-    /// For every node.
+    /// Command-line flags for every node.
     pub flags: Vec<String>,
-    /// Variables that nodes do not inherit.
+    /// Environment variables that nodes do not inherit.
     pub hidden_variables: Vec<String>,
-    /// Put before the program's own command line, e.g. to enter a network namespace; `{node}` stands for the node's name.
+    /// A command that is put before the program's command line, e.g. to enter a network namespace. `{node}` is replaced by the
+    /// node's name.
     pub wrapper: Vec<String>,
 }
 
-/// Where a node is reached.
+/// The addresses that a node listens on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeAddresses {
     pub api: SocketAddr,
-    /// UDP for gossip and TCP for calls.
+    /// The address for gossip (UDP) and calls (TCP) from peers.
     pub peer: SocketAddr,
     pub admin: SocketAddr,
 }
@@ -54,7 +55,7 @@ pub struct NodeProcess {
     pub name: String,
     pub addresses: NodeAddresses,
     plan: ClusterPlan,
-    /// Beyond those of the plan.
+    /// Flags in addition to those of the plan.
     flags: Vec<String>,
     peers: Vec<SocketAddr>,
     child: Option<Child>,
@@ -62,13 +63,13 @@ pub struct NodeProcess {
 }
 
 impl NodeAddresses {
-    /// Free ports on the loopback.
+    /// Chooses free ports on the loopback interface.
     pub fn free() -> io::Result<Self> {
         Ok(Self { api: free_address()?, peer: free_address()?, admin: free_address()? })
     }
 }
 
-/// The nodes of a new cluster, named `n0`, `n1`, …; none is started yet.
+/// Prepares the nodes of a new cluster, named `n0`, `n1`, …, without starting them.
 pub fn plan_nodes(plan: &ClusterPlan, addresses: &[NodeAddresses]) -> io::Result<Vec<NodeProcess>> {
     write_key(&plan.folder.join("cluster.key"))?;
     let peers: Vec<SocketAddr> = addresses.iter().map(|node| node.peer).collect();
@@ -79,35 +80,35 @@ pub fn plan_nodes(plan: &ClusterPlan, addresses: &[NodeAddresses]) -> io::Result
     Ok(addresses.iter().enumerate().map(node).collect())
 }
 
-/// A fresh secret for one cluster.
+/// Writes a new random cluster key.
 fn write_key(path: &Path) -> io::Result<()> {
     use std::io::Write;
     use std::os::unix::fs::OpenOptionsExt;
     let mut key = [0; KEY_BYTES];
     ring::rand::SecureRandom::fill(&ring::rand::SystemRandom::new(), &mut key)
-        .map_err(|_| io::Error::other("the system has no randomness"))?;
+        .map_err(|_| io::Error::other("cannot read random bytes from the system"))?;
     OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(path)?.write_all(&key)
 }
 
 impl NodeProcess {
-    /// `peers` are the gossip addresses of others.
+    /// Prepares a node. `peers` are the gossip addresses of the other nodes.
     pub fn new(plan: ClusterPlan, name: String, addresses: NodeAddresses, peers: Vec<SocketAddr>) -> Self {
         let log = plan.folder.join(format!("{name}.log"));
         Self { name, addresses, plan, flags: Vec::new(), peers, child: None, log }
     }
 
-    /// Flags of this node alone, none of which the plan has.
+    /// Adds flags for this node only. The plan must not contain any of them.
     pub fn with_flags(mut self, flags: impl IntoIterator<Item = impl Into<String>>) -> Self {
         self.flags.extend(flags.into_iter().map(Into::into));
         self
     }
 
-    /// Starts it; it may still be loading when this returns.
+    /// Starts the process. The node may still be loading when this returns.
     ///
     /// # Panics
-    /// When it runs already.
+    /// If the process is already running.
     pub fn start(&mut self) -> io::Result<()> {
-        assert!(!self.is_running(), "{} runs already", self.name);
+        assert!(!self.is_running(), "{} is already running", self.name);
         let log = OpenOptions::new().create(true).append(true).open(&self.log)?;
         let arguments = self.command_line();
         let mut command = Command::new(&arguments[0]);
@@ -140,7 +141,7 @@ impl NodeProcess {
         line
     }
 
-    /// Of the running process.
+    /// The id of the process, if it is running.
     pub fn id(&mut self) -> Option<u32> {
         self.is_running().then(|| self.child.as_ref().map(Child::id)).flatten()
     }
@@ -154,23 +155,23 @@ impl NodeProcess {
         self.child.as_mut()?.try_wait().ok().flatten()
     }
 
-    /// Sends a signal.
+    /// Sends a signal to the process.
     pub fn signal(&mut self, signal: Signal) -> io::Result<()> {
         if !self.is_running() {
-            return Err(io::Error::new(io::ErrorKind::NotFound, format!("{} does not run", self.name)));
+            return Err(io::Error::new(io::ErrorKind::NotFound, format!("{} is not running", self.name)));
         }
         let id = self.child.as_ref().map_or(0, Child::id);
         // The child has not been waited for, so the id is still its own.
         send_signal(id, signal)
     }
 
-    /// `kill -9`, and waits until it is gone.
+    /// Kills the process (`kill -9`) and waits until it has ended.
     pub fn kill(&mut self) -> io::Result<()> {
         self.signal(Signal::SIGKILL)?;
         self.child.as_mut().map_or(Ok(()), |child| child.wait().map(drop))
     }
 
-    /// Waits for its end; None when it has not ended within `patience`.
+    /// Waits until the process ends. `None` if it has not ended within `patience`.
     pub async fn exit(&mut self, patience: Duration) -> Option<ExitStatus> {
         let deadline = Instant::now() + patience;
         loop {
@@ -181,7 +182,7 @@ impl NodeProcess {
         }
     }
 
-    /// The last lines of its log.
+    /// The end of its log.
     pub fn log_tail(&self) -> String {
         let bytes = std::fs::read(&self.log).unwrap_or_default();
         String::from_utf8_lossy(&bytes[bytes.len().saturating_sub(LOG_TAIL_BYTES)..]).into_owned()
@@ -191,23 +192,23 @@ impl NodeProcess {
 impl Drop for NodeProcess {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
-            // Fails only when it is gone already.
+            // Fails only if the process has already ended.
             let _ = child.kill();
             let _ = child.wait();
         }
     }
 }
 
-/// Signals one process, never a group of them.
+/// Sends a signal to one process, never to a process group.
 pub fn send_signal(id: u32, signal: Signal) -> io::Result<()> {
     let id = i32::try_from(id).ok().filter(|id| *id > 0);
-    let id = id.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no process has this id"))?;
+    let id = id.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "not a process id"))?;
     Ok(kill(Pid::from_raw(id), signal)?)
 }
 
-/// An address of the loopback on which both TCP and UDP are free.
+/// A loopback address whose port is free for both TCP and UDP.
 fn free_address() -> io::Result<SocketAddr> {
-    // Clusters of one process follow one another; those of several start at different places.
+    // Within one process, ports are tried in order; different processes start at different ports.
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let start = std::process::id().wrapping_mul(2_654_435_761) % PORTS;
     let mut last = io::Error::from(io::ErrorKind::AddrInUse);
@@ -223,7 +224,7 @@ fn free_address() -> io::Result<SocketAddr> {
     Err(last)
 }
 
-/// A folder of its own, removed with everything in it when dropped.
+/// A new folder that is removed with its contents when dropped.
 pub struct ScratchFolder(PathBuf);
 
 impl ScratchFolder {
@@ -275,7 +276,7 @@ mod tests {
         ] {
             assert!(line.contains(&flag), "{flag}: {line:?}");
         }
-        assert!(!line.contains(&format!("--peers={}", addresses[1].peer)), "its own peer: {line:?}");
+        assert!(!line.contains(&format!("--peers={}", addresses[1].peer)), "a node must not be its own peer: {line:?}");
         let ports: std::collections::BTreeSet<u16> =
             addresses.iter().flat_map(|node| [node.api, node.peer, node.admin]).map(|address| address.port()).collect();
         assert_eq!(ports.len(), 9);

@@ -11,7 +11,7 @@ struct Report<'a> {
     exercises: &'a [Outcome],
 }
 
-/// Every exercise that was run met its goals, and at least one was run.
+/// Whether every exercise that ran met its goals, and at least one ran.
 pub fn is_good(outcomes: &[Outcome]) -> bool {
     let run = || outcomes.iter().filter(|outcome| outcome.skipped.is_none());
     run().next().is_some() && run().all(Outcome::is_good)
@@ -22,7 +22,7 @@ pub fn json(outcomes: &[Outcome]) -> String {
     serde_json::to_string_pretty(&report).expect("plain data") + "\n"
 }
 
-/// The table, what was skipped and what went wrong.
+/// The result as text: the table, the skipped exercises, the problems and the verdict.
 pub fn table(outcomes: &[Outcome]) -> String {
     let mut table = TextTable::new([
         "EXERCISE",
@@ -65,8 +65,7 @@ pub fn table(outcomes: &[Outcome]) -> String {
     let problems = outcomes
         .iter()
         .flat_map(|outcome| outcome.problems.iter().map(|problem| format!("{}: {problem}\n", outcome.exercise)));
-    let verdict =
-        if is_good(outcomes) { "Good: no request failed, no token was wrong.\n" } else { "Goals were missed.\n" };
+    let verdict = if is_good(outcomes) { "Passed: no request failed and no token was wrong.\n" } else { "Failed.\n" };
     table.render() + &skipped.chain(problems).collect::<String>() + verdict
 }
 
@@ -94,7 +93,7 @@ mod tests {
     fn good_means_run_and_right() {
         assert!(is_good(&[outcome("calm", 0), Outcome::skipped("pause", "no")]));
         assert!(!is_good(&[outcome("calm", 0), outcome("pause", 1)]));
-        assert!(!is_good(&[Outcome::skipped("pause", "no")]), "nothing was shown");
+        assert!(!is_good(&[Outcome::skipped("pause", "no")]), "nothing was tested");
     }
 
     #[test]

@@ -6,34 +6,34 @@ use super::DrillError;
 use super::arena::Arena;
 use super::workload::{CHAT, Shape, plan};
 
-/// Tokens by which one prompt may be longer than another of as many words, and what a chat template adds.
+/// Tokens to keep free: prompts with the same number of words differ in tokens, and a chat template adds some.
 const CONTEXT_MARGIN: u64 = 64;
 
 pub(super) struct ServedModel {
     pub(super) name: String,
     pub(super) has_chat: bool,
-    /// Prompt and output together.
+    /// The maximum length of prompt and output together, in tokens.
     context: u64,
 }
 
 impl ServedModel {
-    /// Asks the node for its first model.
+    /// Asks the node for its first model and tests whether the model accepts chat requests.
     pub(super) async fn look(arena: &Arena, node: usize) -> Result<Self, DrillError> {
         let url = &arena.nodes[node].url;
         let models = arena.client.get(url, "/v1/models").await.map_err(DrillError::Rehearsal)?;
         let card = &models["data"][0];
         let (Some(name), Some(context)) = (card["id"].as_str(), card["max_model_len"].as_u64()) else {
-            return Err(DrillError::Rehearsal("no model is served".into()));
+            return Err(DrillError::Rehearsal("the node serves no model".into()));
         };
         let question = json!({"model": name, "messages": [{"role": "user", "content": "?"}], "max_tokens": 1});
         let has_chat = arena.client.post(url, CHAT, &question).await.is_ok();
         Ok(Self { name: name.to_owned(), has_chat, context })
     }
 
-    /// Shortens the prompts until they and their answers fit into the context.
+    /// Shortens the prompts until prompts and outputs fit into the model's context.
     pub(super) async fn fit(&self, arena: &Arena, node: usize, mut shape: Shape) -> Result<Shape, DrillError> {
         loop {
-            // The last number is the longest.
+            // The last prompt contains the longest number.
             let last = plan(&shape).pop().map(|stream| stream.body).unwrap_or_default();
             let body = json!({"model": self.name, "prompt": last["prompt"], "messages": last["messages"]});
             let answer = arena.client.post(&arena.nodes[node].url, "/tokenize", &body).await;

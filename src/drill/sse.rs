@@ -1,17 +1,17 @@
 //! An incremental parser of server-sent events (WHATWG HTML, section 9.2.6). Pure: bytes in, events out.
 
-/// Longer lines are no events of ours: the rest of the stream is not read.
+/// The maximum length of a line. Our servers send no longer ones; the parser stops there.
 const MAX_LINE_BYTES: usize = 4 << 20;
 
 /// One event that carries data.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SseEvent {
-    /// The last id seen on the stream, with this event or before.
+    /// The last id on the stream, from this event or an earlier one.
     pub id: Option<String>,
     pub data: String,
 }
 
-/// Turns pieces of a body into events, wherever it was cut.
+/// Parses a body that arrives in pieces, split at any position, into events.
 #[derive(Default)]
 pub struct SseParser {
     line: Vec<u8>,
@@ -27,7 +27,7 @@ pub struct SseParser {
 pub struct LineTooLong;
 
 impl SseParser {
-    /// Takes a piece and gives the events that it completes.
+    /// Adds a piece and returns the events that it completes.
     pub fn push(&mut self, piece: &[u8]) -> Result<Vec<SseEvent>, LineTooLong> {
         let mut events = Vec::new();
         for &byte in piece {
@@ -42,7 +42,7 @@ impl SseParser {
         Ok(events)
     }
 
-    /// Whether the stream stopped between two events.
+    /// Whether the parser is between two events.
     pub fn is_at_boundary(&self) -> bool {
         self.line.is_empty() && self.data.is_none()
     }

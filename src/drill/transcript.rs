@@ -1,4 +1,4 @@
-//! The content of a stream, choice by choice, and the differences between two. Pure.
+//! The content of a stream, by choice, and the comparison of two streams. Pure.
 
 use serde_json::Value;
 
@@ -7,15 +7,15 @@ use serde_json::Value;
 pub struct ChoiceTranscript {
     pub tokens: Vec<u32>,
     pub text: String,
-    /// Of each chunk that has any.
+    /// The log-probabilities of each chunk that has any.
     pub logprobs: Vec<Value>,
     pub finish_reason: Option<String>,
     pub stop_reason: Value,
-    /// Opening chunks: one in chat, none in completions.
+    /// The number of opening chunks: one in chat, none in completions.
     pub openings: u32,
 }
 
-/// One stream as its client knows it.
+/// Everything that a client received of one stream.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Transcript {
     pub choices: Vec<ChoiceTranscript>,
@@ -23,10 +23,10 @@ pub struct Transcript {
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a chunk is not shaped as the API says: {0}")]
+#[error("a chunk has an unexpected shape: {0}")]
 pub struct MalformedChunk(String);
 
-/// The most choices of one request. More are an error of the server.
+/// The maximum number of choices of one request. A higher index is an error of the server.
 const MAX_CHOICES: usize = 128;
 
 impl Transcript {
@@ -62,8 +62,8 @@ impl Transcript {
         self.choices.iter().map(|choice| choice.tokens.len()).sum()
     }
 
-    /// Tokens that are not what and where they are in `reference`. What differs though the tokens agree (text,
-    /// log-probabilities, the end, an opening that came twice) counts as one.
+    /// The number of positions at which the tokens differ from `reference`. If all tokens of a choice agree but something else
+    /// differs (text, log-probabilities, finish reason, a repeated opening chunk), that counts as one.
     pub fn wrong_tokens(&self, reference: &Self) -> u64 {
         let choices = self.choices.len().max(reference.choices.len());
         let nothing = ChoiceTranscript::default();
@@ -184,7 +184,7 @@ mod tests {
         };
         let (wrong, told) = altered(&|chunks| chunks[1]["choices"][0]["token_ids"] = json!([7]));
         assert_eq!((wrong, told.as_str()), (1, "choice 0: token 0 is 7 instead of 5"));
-        // One token twice: it and the one behind it stand where they should not.
+        // One token is repeated, so it and the next token are at wrong positions.
         let (wrong, told) = altered(&|chunks| chunks.insert(1, chunks[1].clone()));
         assert_eq!((wrong, told.as_str()), (2, "choice 0: token 1 is 5 instead of 6"));
         type Alter = dyn Fn(&mut Vec<Value>);

@@ -1,4 +1,4 @@
-//! The streams of a drill: one of every kind that could be continued wrongly. Pure: the same numbers give the same requests.
+//! The streams of a drill: every kind that could be continued wrongly. Pure: the same shape gives the same requests.
 
 use serde_json::{Value, json};
 
@@ -15,7 +15,7 @@ pub struct PlannedStream {
     pub body: Value,
 }
 
-/// What is special about a stream.
+/// The feature that a stream exercises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RequestKind {
     Greedy,
@@ -51,23 +51,23 @@ impl RequestKind {
     }
 }
 
-/// What the requests are made for.
+/// The parameters from which the requests are made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// A name that the cluster serves.
+    /// The name of a model that the cluster serves.
     pub model: String,
-    /// Whether it has a chat template.
+    /// Whether the model has a chat template.
     pub has_chat: bool,
     pub streams: usize,
-    /// Of each choice.
+    /// The number of output tokens of each choice.
     pub tokens: u32,
-    /// About that many words before the question.
+    /// The number of words before the question of each prompt.
     pub prompt_words: usize,
-    /// Other numbers give other prompts.
+    /// Different salts give different prompts.
     pub salt: u64,
 }
 
-/// One request for each stream, the kinds in turn, chat and completions in turn.
+/// One request for each stream. Cycles through the kinds, and through chat and completions.
 pub fn plan(shape: &Shape) -> Vec<PlannedStream> {
     (0..shape.streams).map(|number| planned(shape, number)).collect()
 }
@@ -97,7 +97,7 @@ fn merge(body: &mut Value, more: Value) {
     }
 }
 
-/// Starts differently for every stream, so that no stream finds another's prefix in the prefix cache.
+/// The prompt of a stream. Each starts differently, so that no stream finds another's prefix in the prefix cache.
 fn prompt(shape: &Shape, number: u64) -> String {
     const WORDS: [&str; 16] = [
         "sea", "wind", "boat", "wave", "island", "rope", "sail", "star", "storm", "harbour", "fish", "crew", "tide",
@@ -111,7 +111,7 @@ fn prompt(shape: &Shape, number: u64) -> String {
     ];
     let mut state = shape.salt.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(number);
     let mut word = || {
-        // Knuth's linear congruence (MMIX) is random enough for prose.
+        // Knuth's linear congruential generator (MMIX) is random enough to choose words.
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         WORDS[(state >> 60) as usize]
     };
@@ -119,12 +119,12 @@ fn prompt(shape: &Shape, number: u64) -> String {
     format!("{} {number}: {}. {}", shape.salt, words.join(" "), QUESTIONS[(number % 4) as usize])
 }
 
-/// Part of the text after which a stop string is looked for, so that the stream has run for a while when it stops.
+/// Stop strings are taken from the text after this fraction of it, so that the stream has run for a while when it stops.
 const STOP_AFTER: f64 = 0.7;
-/// Long enough to come in several tokens.
+/// The length of a stop string: long enough to span several tokens.
 const STOP_CHARS: usize = 6;
 
-/// Gives a stream of kind `StopString` a stop string that will match late: a piece of what it said without one.
+/// Gives a stream of kind `StopString` a stop string that matches late: a piece of the text that it generates without one.
 pub fn with_stop_string(stream: &PlannedStream, unstopped: &Transcript) -> PlannedStream {
     let mut stream = stream.clone();
     if let Some(stop) = unstopped.choices.first().and_then(|choice| late_piece(&choice.text)) {
@@ -133,14 +133,14 @@ pub fn with_stop_string(stream: &PlannedStream, unstopped: &Transcript) -> Plann
     stream
 }
 
-/// A piece that stands late in the text and nowhere before.
+/// A piece that occurs late in the text and not before.
 fn late_piece(text: &str) -> Option<String> {
     let chars: Vec<(usize, char)> = text.char_indices().collect();
     let first = (chars.len() as f64 * STOP_AFTER) as usize;
     (first..chars.len().saturating_sub(STOP_CHARS)).find_map(|start| {
         let (from, to) = (chars[start].0, chars[start + STOP_CHARS].0);
         let piece = &text[from..to];
-        // A replacement character stands for bytes that were no text: the API could not match it.
+        // A replacement character stands for invalid UTF-8, which a stop string cannot match.
         (!piece.contains('\u{fffd}') && text.find(piece) == Some(from)).then(|| piece.to_owned())
     })
 }
@@ -165,7 +165,7 @@ mod tests {
             }
         }
         assert!(streams.iter().all(|stream| stream.body["stream"] == true && stream.body["return_token_ids"] == true));
-        // Greedy ones need none.
+        // Greedy streams need no seed.
         assert!(streams.iter().all(|stream| stream.body["seed"].is_u64() || stream.body["temperature"] == 0));
         let without_template = plan(&Shape { has_chat: false, ..shape() });
         assert!(without_template.iter().all(|stream| stream.path == COMPLETIONS));
