@@ -1,4 +1,4 @@
-//! Renders templates like those of the common model families, and compares with what transformers rendered
+//! Renders templates like those of the common model families, and compares the results with those of transformers
 //! (`tests/golden/chat_templates.py`).
 
 use std::collections::BTreeMap;

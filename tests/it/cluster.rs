@@ -16,20 +16,20 @@ use tokio::sync::SemaphorePermit;
 use crate::real_server::{every_place, within};
 use crate::server::fixture;
 
-/// So fast that its streams are over before anything can be done to them; with a chat template.
+/// A model with a chat template. It is so fast that its streams end before a test can disturb them.
 pub const FIXTURE: &str = "llama-gqa-tied-bf16";
 
-/// Of each node, shown when a test fails.
+/// Log lines of each node that are shown when a test fails.
 const LOG_LINES: usize = 30;
 
 pub struct Cluster {
     pub arena: Arena,
-    // What follows outlives the nodes.
+    // Dropped after the nodes.
     folder: Folder,
     places: SemaphorePermit<'static>,
 }
 
-/// Small nodes, whatever the developer's environment and the machine's memory.
+/// A plan for small nodes that do not depend on the developer's environment or the machine's memory.
 pub fn plan(folder: PathBuf, flags: &[&str]) -> ClusterPlan {
     let ours = [
         "--threads=1",
@@ -48,8 +48,8 @@ pub fn plan(folder: PathBuf, flags: &[&str]) -> ClusterPlan {
     }
 }
 
-/// Flags for a model with the fixture's tokenizer and random weights, slow enough that a node can be killed in the middle of
-/// a stream. It lies in the folder.
+/// Creates, in the folder, a model with the fixture's tokenizer and random weights, slow enough that a node can be killed in
+/// the middle of a stream. Returns the flags that serve it.
 pub fn slow_model(folder: &Path) -> Vec<String> {
     let (model, fixture) = (folder.join("slow"), fixture(FIXTURE));
     std::fs::create_dir_all(&model).expect("a folder");
@@ -67,12 +67,12 @@ pub fn slow_model(folder: &Path) -> Vec<String> {
     vec![format!("--model={}", model.display()), "--load-format=dummy".into(), "--served-model-name=slow".into()]
 }
 
-/// `--model` for a fixture.
+/// The `--model` flag for a fixture.
 pub fn model_flag(name: &str) -> String {
     format!("--model={}", fixture(name).display())
 }
 
-/// Holds the logs, and shows their ends when the test fails.
+/// The folder with the logs. Prints the ends of the logs if the test fails.
 pub struct Folder(TempDir);
 
 impl Folder {
@@ -102,7 +102,7 @@ impl Drop for Folder {
 }
 
 impl Cluster {
-    /// Three nodes with the slow model, whole.
+    /// Starts three nodes with the slow model and waits until the cluster is complete.
     pub async fn slow() -> Self {
         Self::slow_of(3).await
     }
@@ -118,7 +118,7 @@ impl Cluster {
         Self::start_in(folder, nodes, &flags).await
     }
 
-    /// A node that comes later, with the folder's key and these flags.
+    /// Prepares a node that joins later, with the folder's key and these flags.
     pub fn newcomer(&mut self, name: &str, flags: &[String]) -> ArenaNode {
         let peer = self.nodes[0].process().expect("its own").addresses.peer;
         let plan = plan(self.folder().to_owned(), &[]);
@@ -126,12 +126,12 @@ impl Cluster {
         ArenaNode::own(NodeProcess::new(plan, name.to_owned(), addresses, vec![peer]).with_flags(flags.iter().cloned()))
     }
 
-    /// Nodes with these flags, whole.
+    /// Starts nodes with these flags and waits until the cluster is complete.
     pub async fn start(nodes: usize, flags: &[&str]) -> Self {
         Self::start_in(Folder::new(), nodes, flags).await
     }
 
-    /// Nodes with these flags, and with those that `of_each` gives for the folder and the node's index.
+    /// As `start`, with the further flags that `of_each` returns for the folder and the node's index.
     pub async fn start_each(nodes: usize, flags: &[&str], of_each: impl Fn(&Path, usize) -> Vec<String>) -> Self {
         Self::start_with(Folder::new(), nodes, flags, of_each).await
     }
@@ -168,7 +168,7 @@ impl Cluster {
         self.nodes[node].admin.as_deref().expect("an admin address")
     }
 
-    /// Hands the arena to a drill; the rest has to be kept for as long as that runs.
+    /// Separates the arena, for a drill, from the parts that must be kept for as long as the drill runs.
     pub fn into_parts(self) -> (Arena, (Folder, SemaphorePermit<'static>)) {
         (self.arena, (self.folder, self.places))
     }
@@ -188,7 +188,7 @@ impl DerefMut for Cluster {
     }
 }
 
-/// A stream as it comes.
+/// Reads a stream event by event.
 pub struct Reader {
     pub headers: HeaderMap,
     response: reqwest::Response,
@@ -197,7 +197,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Posts with these headers; the answer is a stream.
+    /// Sends a request with these headers. The answer must be a stream.
     pub async fn open(url: &str, path: &str, body: &Value, headers: &[(&str, &str)]) -> Self {
         let response = post(url, path, body, headers).await;
         assert!(response.status().is_success(), "{}: {}", response.status(), response.text().await.unwrap_or_default());
@@ -209,7 +209,7 @@ impl Reader {
         self.headers.get(name).unwrap_or_else(|| panic!("no {name}")).to_str().expect("text")
     }
 
-    /// The next event; None at the end.
+    /// The next event. `None` at the end.
     pub async fn next(&mut self) -> Option<SseEvent> {
         while self.events.is_empty() {
             let piece = within("a piece", self.response.chunk()).await.expect("the stream is not cut")?;
@@ -218,7 +218,7 @@ impl Reader {
         self.events.pop_front()
     }
 
-    /// Takes events into the transcript, until `count` have come or the stream is done; gives the last id.
+    /// Adds up to `count` events to the transcript, or fewer if the stream ends. Returns the last event id.
     pub async fn read(&mut self, transcript: &mut Transcript, count: usize) -> Option<String> {
         let mut last_id = None;
         for _ in 0..count {
@@ -243,7 +243,7 @@ pub async fn post(url: &str, path: &str, body: &Value, headers: &[(&str, &str)])
     within("answered", request.send()).await.expect("an answer")
 }
 
-/// What a stream says when nobody disturbs it.
+/// The transcript of a stream that is not disturbed.
 pub async fn whole(url: &str, path: &str, body: &Value) -> Transcript {
     let mut transcript = Transcript::default();
     Reader::open(url, path, body, &[]).await.read(&mut transcript, usize::MAX).await;

@@ -1,6 +1,6 @@
-//! Nodes that are asked to end and start again under clients that go round all addresses: nothing may fail.
+//! Restarts nodes with SIGTERM while clients send requests to all addresses in turn: no request may fail.
 //!
-//! The whole matrix, with more kinds of clients, is `benches/load/drain.py`.
+//! `benches/load/drain.py` tests the full matrix, with more kinds of clients.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 use crate::cluster::{Cluster, FIXTURE, model_flag};
 use crate::real_server::COMPLETIONS;
 
-/// A refused connection is no failure while another address answers within this.
+/// A refused connection is not a failure if another address answers within this time.
 const REFUSAL_PATIENCE: Duration = Duration::from_secs(1);
 const BODIES: u64 = 6;
 const CLIENTS: usize = 4;
@@ -24,7 +24,7 @@ fn body(number: u64) -> Value {
            "temperature": 0.8 * (number % 2) as f64})
 }
 
-/// The tokens, or what a client would call a failure.
+/// Sends a request to the addresses in turn. Returns the tokens, or what a client would see as a failure.
 async fn ask(http: &reqwest::Client, urls: &[String], turn: usize, body: &Value) -> Result<Value, String> {
     let mut refused_since = None;
     for url in urls.iter().cycle().skip(turn % urls.len()) {
@@ -45,7 +45,7 @@ async fn ask(http: &reqwest::Client, urls: &[String], turn: usize, body: &Value)
             }
         }
     }
-    unreachable!("the addresses go round for ever")
+    unreachable!("the iterator never ends")
 }
 
 #[tokio::test]
@@ -61,7 +61,7 @@ async fn nodes_that_restart_in_turn_and_in_pairs_fail_no_request() {
         (Arc::new(references), Arc::new(AtomicBool::new(true)), Arc::<AtomicUsize>::default());
     let mut clients = JoinSet::new();
     for client in 0..CLIENTS {
-        // Half of them keep their connections.
+        // Half of the clients keep their connections open.
         let kept = if client % 2 == 0 { usize::MAX } else { 0 };
         let http = reqwest::Client::builder().pool_max_idle_per_host(kept).build().expect("a client");
         let (urls, references, goes_on, turns) = (urls.clone(), references.clone(), goes_on.clone(), turns.clone());
@@ -102,5 +102,8 @@ async fn nodes_that_restart_in_turn_and_in_pairs_fail_no_request() {
         failures.len(),
         &failures[..failures.len().min(8)]
     );
-    assert!(requests.iter().all(|count| *count > CLIENTS), "clients were not heard meanwhile: {requests:?}");
+    assert!(
+        requests.iter().all(|count| *count > CLIENTS),
+        "too few requests were served during a restart: {requests:?}"
+    );
 }

@@ -1,4 +1,4 @@
-//! Drills with real processes: each exercise alone on random weights, and all in a row on the real model.
+//! Drills with real processes: each exercise alone with random weights, and all exercises in a row with the real model.
 
 use std::process::Stdio;
 
@@ -15,7 +15,7 @@ use crate::server::outrigger;
 const SLOW_LOAD: Load = Load { streams: 32, tokens: 160, prefill_words: 150 };
 const REAL_LOAD: Load = Load { streams: 32, tokens: 96, prefill_words: 400 };
 
-/// Runs one exercise; the goals are reached, and a stream that could have been lost was moved.
+/// Runs one exercise and checks that its goals are met, which includes that a stream moved if there was a fault.
 async fn exercise(exercise: Exercise) -> Outcome {
     let cluster = Cluster::slow().await;
     let (arena, _kept) = cluster.into_parts();
@@ -50,7 +50,7 @@ async fn a_generator_may_be_paused_and_come_back() {
 #[tokio::test]
 async fn a_generator_may_be_slow() {
     let outcome = exercise(Exercise::SlowNode).await;
-    assert!(outcome.rescued > 0, "its streams should move before they look silent: {outcome:#?}");
+    assert!(outcome.rescued > 0, "its streams should move before they time out: {outcome:#?}");
 }
 
 #[tokio::test]
@@ -76,7 +76,7 @@ async fn logits_may_be_nan() {
 #[tokio::test]
 async fn nodes_may_be_restarted_one_after_the_other() {
     let outcome = exercise(Exercise::RollingRestart).await;
-    assert!(outcome.streams > 2 * SLOW_LOAD.streams, "there was no load all the time: {outcome:#?}");
+    assert!(outcome.streams > 2 * SLOW_LOAD.streams, "the streams did not repeat throughout the restart: {outcome:#?}");
 }
 
 #[tokio::test]
@@ -95,13 +95,13 @@ async fn all_nodes_but_one_may_die_at_once() {
     exercise(Exercise::AllButOne).await;
 }
 
-/// What the issue lists, in a row. The table shows when it fails.
+/// Runs all exercises in a row. Prints the table of results.
 #[tokio::test]
 async fn every_game_day_is_survived_by_the_real_model() {
     let home = real_model::home();
     tokio::task::spawn_blocking(real_model::path).await.expect("the model is there");
     let home = format!("--home={}", home.display());
-    // Else the survivors would have prefilled everything in an earlier exercise.
+    // With prefix caching, the survivors would have all prompts cached from an earlier exercise.
     let cluster = Cluster::start(3, &[&home, "--enable-prefix-caching=false"]).await;
     let (arena, _kept) = cluster.into_parts();
     let mut day = GameDay::rehearse(arena, &REAL_LOAD).await.unwrap_or_else(|error| panic!("{error}"));
@@ -117,7 +117,7 @@ async fn every_game_day_is_survived_by_the_real_model() {
 
 #[tokio::test]
 async fn the_command_starts_a_cluster_and_tells_how_it_went() {
-    // Only for its place on the machine.
+    // Keeps other servers off the machine.
     let _kept = crate::real_server::every_place().await;
     let folder = tempfile::tempdir().expect("a folder");
     let flags = slow_model(folder.path());
@@ -156,7 +156,7 @@ async fn the_command_takes_a_live_cluster_and_kills_only_what_it_may() {
     };
     let output = drill(forbidden).await;
     let told = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert_eq!(output.status.code(), Some(1), "nothing was run: {told}");
+    assert_eq!(output.status.code(), Some(1), "no exercise may run: {told}");
     assert!(told.contains("kill is not allowed on"), "{told}");
     for node in 0..3 {
         assert!(cluster.is_up(node).await, "node {node} was killed");
@@ -168,6 +168,6 @@ async fn the_command_takes_a_live_cluster_and_kills_only_what_it_may() {
     for node in 0..3 {
         running += u32::from(cluster.is_up(node).await);
     }
-    assert_eq!(running, 2, "one was killed");
+    assert_eq!(running, 2, "exactly one node is killed");
     assert!(cluster.is_up(0).await);
 }

@@ -1,4 +1,4 @@
-//! Changes the cluster key on running nodes, one after another, while clients stream through all of them.
+//! Changes the cluster key on running nodes, one after another, while clients send requests to all of them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,7 +28,7 @@ fn key_file(folder: &Path, node: usize) -> PathBuf {
     folder.join(format!("n{node}.key"))
 }
 
-/// As Kubernetes and careful operators do it: a new file takes the old one's place.
+/// Replaces a file by renaming a new one, as Kubernetes and careful operators do.
 fn replace(path: &Path, contents: &[u8]) {
     let new = path.with_extension("new");
     std::fs::write(&new, contents).expect("written");
@@ -50,7 +50,7 @@ async fn until(cluster: &Cluster, node: usize, what: &str, is_so: impl Fn(&Clust
     assert!(seen, "n{node}: not {what}: {last:#?}");
 }
 
-/// What a worker's requests have come to.
+/// The results of the workers' requests.
 #[derive(Default)]
 struct Tally {
     streams: AtomicUsize,
@@ -58,7 +58,7 @@ struct Tally {
     wrong: Mutex<Vec<String>>,
 }
 
-/// Asks, stream after stream, until told to stop. Requests go to any node, and from there to any other.
+/// Sends one request after another until `is_over`. Each goes to the next node in turn, which places it on a random node.
 async fn ask(
     urls: Vec<String>,
     bodies: Arc<Vec<(Value, Transcript)>>,
@@ -119,7 +119,7 @@ async fn the_key_changes_on_all_nodes_and_no_request_notices() {
         .map(|worker| tokio::spawn(ask(urls.clone(), bodies.clone(), worker, is_over.clone(), tally.clone())))
         .collect();
 
-    // Three steps, each on every node in another order, so that all mixtures of neighbouring steps occur.
+    // Three steps. Each step changes the nodes in a different order, so that all mixtures of adjacent steps occur.
     let steps = [list(&[old, &new]), list(&[&new, old]), list(&[&new])];
     let mut keys = first_key.clone();
     for (step, (contents, order)) in steps.iter().zip([[0, 1, 2], [2, 0, 1], [1, 2, 0]]).enumerate() {
@@ -144,9 +144,9 @@ async fn the_key_changes_on_all_nodes_and_no_request_notices() {
     }
     assert!(keys.len() == 1 && keys != first_key, "{keys:?}");
 
-    // A key that no other node has is not taken: this node would be alone.
+    // A node refuses a key that no other node has, since it would be alone with it.
     replace(&key_file(cluster.folder(), 0), &[1; 32]);
-    until(&cluster, 0, "told of the file", |seen| {
+    until(&cluster, 0, "reporting the refused file", |seen| {
         seen.problems
             .iter()
             .any(|problem| problem.reason.label() == "refused_file" && problem.detail.contains("second"))
@@ -154,7 +154,7 @@ async fn the_key_changes_on_all_nodes_and_no_request_notices() {
     .await;
     assert_eq!(cluster.overview(0).await.expect("it answers").keys, keys);
     replace(&key_file(cluster.folder(), 0), &steps[2]);
-    until(&cluster, 0, "content with the file again", |seen| seen.problems.is_empty()).await;
+    until(&cluster, 0, "free of problems again", |seen| seen.problems.is_empty()).await;
 
     is_over.store(true, Ordering::Relaxed);
     for worker in workers {
@@ -172,7 +172,7 @@ async fn the_key_changes_on_all_nodes_and_no_request_notices() {
         served += counter("outrigger_placements_total{target=\"peer\"}");
         assert!(!metrics.contains("outrigger_cluster_changes_total{change=\"died\"}"), "n{node} has lost a peer");
     }
-    println!("{streams} streams and {wholes} whole answers, {served} of them computed at another node");
+    println!("{streams} streams and {wholes} unstreamed answers, {served} of them computed at another node");
     assert_eq!(*tally.wrong.lock(), Vec::<String>::new());
     assert!(streams + wholes > 100 && served > 50, "{streams} + {wholes}, {served} at peers");
 }
@@ -181,7 +181,7 @@ async fn the_key_changes_on_all_nodes_and_no_request_notices() {
 async fn a_node_that_restarts_in_the_middle_of_a_change_finds_the_others() {
     let (old, new) = ([1u8; 32], [2u8; 32]);
     let mut cluster = Cluster::start_each(NODES, &[&model_flag(FIXTURE)], |folder, node| {
-        // One is a step ahead of the others.
+        // One node is a step ahead of the others.
         let contents = if node == 0 { list(&[&new, &old]) } else { list(&[&old, &new]) };
         std::fs::write(key_file(folder, node), contents).expect("written");
         vec![format!("--cluster-key-file={}", key_file(folder, node).display())]

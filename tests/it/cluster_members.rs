@@ -1,4 +1,4 @@
-//! Which nodes belong to a cluster: nodes with other models do, nodes with another key do not; and what operators see.
+//! Membership: a node with another model joins the cluster, a node with another key does not. Checks also what operators see.
 
 use std::path::Path;
 use std::time::Duration;
@@ -75,7 +75,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
         assert_eq!(names, ["alpha", "beta"], "n{node}");
     }
 
-    // What a node computes counts there, and what its clients get counts where they came in.
+    // Computed tokens count at the node that computes them; delivered tokens count at the node that the client is connected to.
     let mut computed = Vec::new();
     let mut delivered = Vec::new();
     for node in 0..3 {
@@ -86,7 +86,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
     assert_eq!(computed.iter().sum::<f64>(), delivered.iter().sum::<f64>(), "{computed:?} {delivered:?}");
     assert_ne!(computed, delivered);
 
-    // With its only node, the model goes.
+    // The model disappears together with its only node.
     cluster.nodes[2].act(NodeAction::Kill).await.expect("killed");
     let deadline = Instant::now() + PATIENCE;
     let forgotten = DrillClient::until(deadline, POLL, async || model_names(&cluster, 0).await == ["alpha"]).await;
@@ -95,7 +95,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
 
 #[tokio::test]
 async fn a_node_with_a_wrong_key_is_not_heard_and_all_say_so() {
-    /// Many times what a node with the right key takes.
+    /// Many times as long as a node with the right key takes to join.
     const LONG_ENOUGH: Duration = Duration::from_secs(4);
     let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE)]).await;
     let wrong = cluster.folder().join("wrong.key");
@@ -106,7 +106,7 @@ async fn a_node_with_a_wrong_key_is_not_heard_and_all_say_so() {
     let (url, admin) = (stranger.url.clone(), stranger.admin.clone().expect("its own"));
     let client = cluster.client.clone();
     let is_ready = DrillClient::until(Instant::now() + PATIENCE, POLL, async || client.is_ready(&url).await).await;
-    assert!(is_ready, "it is a cluster of one");
+    assert!(is_ready, "it should be ready as a cluster of one");
 
     let end = Instant::now() + LONG_ENOUGH;
     while Instant::now() < end {
@@ -124,7 +124,7 @@ async fn a_node_with_a_wrong_key_is_not_heard_and_all_say_so() {
         assert_eq!(post(url, COMPLETIONS, &body, &[]).await.status(), 200);
     }
 
-    // Each side says why; the stranger finds it out by a call, since its datagrams are not answered.
+    // Each side reports the reason. The stranger learns it by a call, since nobody answers its datagrams.
     let stranger_gossip = stranger.process().expect("its own").addresses.peer.to_string();
     until_problem(&client, &admin, "alone", "another cluster key").await;
     until_problem(&client, &admin, "unheard", "another cluster key").await;
@@ -184,7 +184,7 @@ async fn a_peer_that_gossips_and_cannot_be_called_is_named() {
     until_problem(&client, &admin, "untrusted", "n0").await;
 }
 
-/// Flags for certificates of an authority that nobody else has.
+/// Creates certificates of an authority that no other node trusts. Returns the flags that use them.
 fn own_certificates(folder: &Path) -> Vec<String> {
     let mut params = CertificateParams::default();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -200,7 +200,7 @@ fn own_certificates(folder: &Path) -> Vec<String> {
     files.map(flag).to_vec()
 }
 
-/// Waits until the node names the problem, with `part` in its source or its detail.
+/// Waits until the node reports the problem, with `part` in its source or its detail.
 async fn until_problem(client: &DrillClient, admin: &str, reason: &str, part: &str) {
     let mut last = Vec::new();
     let is_named = DrillClient::until(Instant::now() + PATIENCE, POLL, async || {
@@ -210,7 +210,7 @@ async fn until_problem(client: &DrillClient, admin: &str, reason: &str, part: &s
         told.map(|problem| format!("{}: {}", problem.source, problem.detail)).any(|told| told.contains(part))
     })
     .await;
-    assert!(is_named, "{admin} does not say {reason}, {part}: {last:#?}");
+    assert!(is_named, "{admin} does not report {reason} with {part}: {last:#?}");
 }
 
 async fn outrigger_status(admin: &str) -> String {

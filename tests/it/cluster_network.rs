@@ -25,13 +25,13 @@ const LOAD: Load = Load { streams: 32, tokens: 160, prefill_words: 40 };
 
 /// A bridge and a namespace for each node, removed when dropped.
 struct Network {
-    /// At most five characters: names of links are short.
+    /// At most five characters, because the kernel limits the length of link names.
     tag: String,
     /// `10.N.M`
     prefix: String,
 }
 
-/// Runs a command quietly; whether it went well.
+/// Runs a command without output and returns whether it succeeded.
 fn succeeds(line: &str) -> bool {
     let mut words = line.split_whitespace();
     let mut command = Command::new(words.next().expect("a program"));
@@ -40,7 +40,7 @@ fn succeeds(line: &str) -> bool {
 }
 
 impl Network {
-    /// None where such things may not be made.
+    /// Creates the network. `None` where that is not permitted.
     fn build() -> Option<Self> {
         let number = std::process::id() % 60_000;
         let prefix = format!("10.{}.{}", 200 + number / 256 % 50, number % 256);
@@ -64,7 +64,7 @@ impl Network {
                 format!("ip -n {namespace} link set {inner} up"),
             ]);
         }
-        // Dropping what was built so far takes it away again.
+        // On failure, dropping `network` removes what was built so far.
         commands.iter().all(|line| succeeds(line)).then_some(network)
     }
 
@@ -96,7 +96,7 @@ impl Drop for Network {
     }
 }
 
-/// A script that the drill calls with an action and a URL.
+/// Writes the hook: a script that the drill calls with an action and a URL.
 fn hook(folder: &std::path::Path, body: &str) -> PathBuf {
     let path = folder.join("hook");
     fs::write(&path, format!("#!/bin/sh\nset -e\nnode=$(echo \"$2\" | sed 's/.*\\.\\([0-9]*\\):.*/\\1/')\n{body}"))
@@ -105,11 +105,12 @@ fn hook(folder: &std::path::Path, body: &str) -> PathBuf {
     path
 }
 
-/// Cuts what `script` cuts while streams are in flight; the goals are reached. None where networks cannot be made.
+/// Runs the `pause` exercise with a hook that runs `script`, and checks that the goals are met. `None` where networks cannot
+/// be created.
 async fn cut(script: impl Fn(&Network) -> String) -> Option<Outcome> {
     let _places = every_place().await;
     let Some(network) = Network::build() else {
-        println!("skipped: network namespaces cannot be made here (that takes root and `ip`)");
+        println!("skipped: cannot create network namespaces (this needs root and `ip`)");
         return None;
     };
     let folder = Folder::new();
@@ -154,7 +155,7 @@ async fn a_generator_may_be_cut_off_and_come_back() {
     .await;
 }
 
-/// The third still hears both, so gossip holds nobody for dead.
+/// The third node still hears both, so gossip considers both alive.
 #[tokio::test]
 async fn the_way_between_two_nodes_may_be_cut_while_a_third_sees_both() {
     cut(|network| {
@@ -168,7 +169,7 @@ async fn the_way_between_two_nodes_may_be_cut_while_a_third_sees_both() {
     .await;
 }
 
-/// The clients' own node hears nobody, for longer than any stream may wait: it computes all their streams itself.
+/// The clients' node is cut off for longer than any stream may wait, so it computes all their streams itself.
 #[tokio::test]
 async fn a_node_that_is_cut_off_from_all_others_goes_on_with_its_clients_streams() {
     let outcome = cut(|network| {
@@ -188,6 +189,6 @@ async fn a_node_that_is_cut_off_from_all_others_goes_on_with_its_clients_streams
     .await;
     let Some(outcome) = outcome else { return };
     println!("{}", report::table(std::slice::from_ref(&outcome)));
-    // The simulator bounds the gaps; here they depend on the machine.
+    // The gaps depend on the machine, so only the simulator checks them.
     assert!(outcome.moved() > 0, "{outcome:#?}");
 }

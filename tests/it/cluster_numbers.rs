@@ -1,6 +1,6 @@
-//! Nodes of one model with different numbers. If they differ as CPUs and GPUs do, every response names its fingerprint and no
-//! stream mixes them. If a node's memory is damaged, no stream with its tokens ends as if it were correct, once the damage is
-//! known.
+//! Nodes that serve one model and compute different numbers. If they differ as CPUs and GPUs do, every response names the
+//! fingerprint of its numbers and no stream mixes two. If a node's memory is damaged, no stream with its tokens ends as if it
+//! were correct, once the damage is known.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -17,10 +17,10 @@ use crate::server::PATIENCE;
 
 const POLL: Duration = Duration::from_millis(4);
 const ANYWHERE: &[(&str, &str)] = &[("x-outrigger-placement", "random")];
-/// Among two nodes, for each to be chosen once.
+/// Requests after which random placement has surely chosen each of two nodes.
 const ATTEMPTS: usize = 60;
 
-/// Two nodes of the slow model: the second computes in float32.
+/// Starts two nodes with the slow model. The second computes in float32.
 async fn cluster() -> Cluster {
     let mut cluster = Cluster::slow_of(1).await;
     let mut flags = slow_model(cluster.folder());
@@ -32,7 +32,7 @@ async fn cluster() -> Cluster {
     cluster
 }
 
-/// What is compared: log-probabilities show the numbers where the tokens happen to be the same.
+/// A request whose results are compared. Log-probabilities show a difference even where the tokens happen to be equal.
 fn request(prompt: &Value, tokens: u32, is_stream: bool) -> Value {
     json!({
         "model": "slow", "prompt": prompt, "max_tokens": tokens, "seed": 5, "logprobs": 1, "ignore_eos": true,
@@ -40,8 +40,8 @@ fn request(prompt: &Value, tokens: u32, is_stream: bool) -> Value {
     })
 }
 
-/// The fingerprint that the answer names, and its tokens with their log-probabilities. Chunks may name several only before
-/// the first token.
+/// The fingerprint that the answer names, and its tokens with their log-probabilities. All chunks with tokens must name the
+/// same fingerprint.
 async fn ask(url: &str, body: &Value, headers: &[(&str, &str)]) -> (String, Vec<Value>) {
     let response = post(url, COMPLETIONS, body, headers).await;
     let status = response.status();
@@ -70,7 +70,7 @@ async fn a_response_says_whose_numbers_it_has() {
     let cluster = cluster().await;
     for is_stream in [false, true] {
         let body = request(&json!("The sea"), 12, is_stream);
-        // While nobody else asks, a node computes what it is asked, unless its probes are slow on a busy machine.
+        // An otherwise idle node computes a request itself, unless its probes are slow on a busy machine.
         let ask_both = async || [ask(cluster.url(0), &body, &[]).await, ask(cluster.url(1), &body, &[]).await];
         let mut own = ask_both().await;
         for _ in 0..ATTEMPTS {
@@ -133,7 +133,7 @@ async fn a_stream_without_a_token_begins_anew_where_the_numbers_differ() {
     assert!(overview.streams.failovers_total() >= 2, "{:?}", overview.streams);
 }
 
-/// Reads a stream to its end: its tokens, and the code of the error with which it ended, if any.
+/// Reads a stream to its end. Returns its tokens, and the code of the error that ended it, if any.
 async fn read_to_any_end(url: &str, body: &Value, headers: &[(&str, &str)]) -> (Vec<Value>, Option<String>) {
     let mut reader = Reader::open(url, COMPLETIONS, body, headers).await;
     let mut tokens = Vec::new();
@@ -168,7 +168,7 @@ async fn streams_of_a_node_whose_numbers_went_wrong_end_with_an_error_and_others
             let overview = cluster.overview(0).await;
             overview.is_some_and(|overview| overview.streams.local >= 1 && overview.peers[0].streams >= 1)
         };
-        assert!(DrillClient::until(Instant::now() + PATIENCE, POLL, is_busy).await, "not on both nodes");
+        assert!(DrillClient::until(Instant::now() + PATIENCE, POLL, is_busy).await, "no stream on one of the nodes");
         cluster.client.inject(cluster.url(victim), "corrupt_weights").await.expect("taken");
         let answers: Vec<_> = join_all(streams).await.into_iter().map(|answer| answer.expect("no panic")).collect();
         let ended = cluster.nodes[victim].process().expect("its own").exit(PATIENCE).await;
@@ -182,7 +182,7 @@ async fn streams_of_a_node_whose_numbers_went_wrong_end_with_an_error_and_others
                 None => assert_eq!((tokens, &None), (&right.0, &right.1), "n{victim}"),
                 Some(code) => {
                     assert_eq!(code, "numerics_suspect", "n{victim}");
-                    // Nobody has kept what was wrong.
+                    // No journal keeps the wrong tokens.
                     let again = read_to_any_end(survivor, &bodies[number], &[("idempotency-key", &key(number))]).await;
                     assert!(again == right, "n{victim}, stream {number}");
                 }

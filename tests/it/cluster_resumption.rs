@@ -1,4 +1,4 @@
-//! A client that resumes a stream, at any node, gets exactly the rest.
+//! A client that resumes a stream, at any node, gets exactly the remaining events.
 
 use outrigger::drill::transcript::Transcript;
 use outrigger::drill::workload::{PlannedStream, Shape, plan};
@@ -18,7 +18,7 @@ async fn model(cluster: &Cluster) -> String {
     models["data"][0]["id"].as_str().expect("a model").to_owned()
 }
 
-/// Every kind of stream, in chat and in completions.
+/// Streams of every kind, as chat and as completions.
 async fn streams(cluster: &Cluster) -> Vec<PlannedStream> {
     let model = model(cluster).await;
     plan(&Shape { model, has_chat: true, streams: STREAMS, tokens: 60, prompt_words: 10, salt: 3 })
@@ -82,7 +82,7 @@ async fn a_key_without_a_seed_has_one_that_every_node_derives() {
     let mut tellings = Vec::new();
     for node in [0, 1] {
         let mut telling = Transcript::default();
-        // The one that goes first forgets nothing; the other is asked after the journal is known everywhere.
+        // The first stream is read to its end before the second node is asked for the same key.
         let headers = [("idempotency-key", "twins")];
         Reader::open(cluster.url(node), COMPLETIONS, &body, &headers).await.read(&mut telling, usize::MAX).await;
         tellings.push(telling);

@@ -8,7 +8,7 @@ fn numbers(list: &Value) -> Vec<f64> {
     list.as_array().expect("a list").iter().map(|number| number.as_f64().expect("a number")).collect()
 }
 
-/// A comma comes early in what the model makes of this prompt.
+/// The model's continuation of this prompt contains a comma early.
 #[tokio::test]
 async fn a_stop_string_does_not_end_a_completion_before_min_tokens() {
     let server = RealServer::shared(&[]).await;
@@ -18,14 +18,17 @@ async fn a_stop_string_does_not_end_a_completion_before_min_tokens() {
         server.post(COMPLETIONS, &body).await.body
     };
     let early = ask(json!({})).await;
-    assert!(early["usage"]["completion_tokens"].as_u64().expect("a number") < 8, "the test does not test: {early}");
+    assert!(
+        early["usage"]["completion_tokens"].as_u64().expect("a number") < 8,
+        "the stop string comes too late for this test: {early}"
+    );
     let late = ask(json!({"min_tokens": 8})).await;
     assert!(late["usage"]["completion_tokens"].as_u64().expect("a number") >= 8, "{late}");
     assert!(late["choices"][0]["text"].as_str().expect("text").contains(','), "{late}");
 }
 
-/// What lm-evaluation-harness does: a text is scored by its echo. The numbers are those with which it was generated, to the
-/// last digit, in whatever chunks they were computed.
+/// Scores a text by echoing it, as lm-evaluation-harness does. The log-probabilities equal those of the generation to the last
+/// digit, however the text is split into chunks.
 #[tokio::test]
 async fn a_text_scores_as_it_was_generated() {
     let server = RealServer::shared(&[]).await;
@@ -48,7 +51,7 @@ async fn a_text_scores_as_it_was_generated() {
         assert!(logprobs["token_logprobs"][0].is_null() && logprobs["top_logprobs"][0].is_null());
         let scores = numbers(&json!(logprobs["token_logprobs"].as_array().expect("a list")[begin..whole.len()]));
         assert_eq!(scores, numbers(&generated["logprobs"]["token_logprobs"]));
-        // Every token was the likeliest, and is found to be.
+        // Decoding was greedy, so the score of every token is the highest.
         for (score, top) in scores.iter().zip(&logprobs["top_logprobs"].as_array().expect("a list")[begin..]) {
             let best = top.as_object().expect("alternatives").values().filter_map(Value::as_f64);
             assert_eq!(Some(*score), best.reduce(f64::max));

@@ -1,5 +1,5 @@
-//! More connections than the server has places for, without requests: probes are still answered on both ports, streams
-//! continue, and new requests are served.
+//! Opens more connections than the server has places for, without complete requests: probes are still answered on both ports,
+//! streams continue, and new requests are served.
 
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use tokio::time::{sleep, timeout};
 use crate::cluster::model_flag;
 use crate::server::{PATIENCE, Server, outrigger};
 
-/// Far more than `max_connections` and the reserve.
+/// Clients in a crowd: far more than `max_connections` and the reserve.
 const CROWD: usize = 1500;
-/// A probe of Kubernetes gives up after a few seconds. The test's machine may be busy.
+/// Time limit for a probe. Kubernetes gives up after a few seconds; the test's machine may be busy.
 const PROMPT: Duration = Duration::from_secs(5);
 const FIXTURE: &str = "llama-gqa-tied-bf16";
 const PROBES: [&str; 3] = ["/livez", "/readyz", "/startupz"];
@@ -29,7 +29,7 @@ const A_REQUEST: &[u8] = b"GET /version HTTP/1.1\r\nhost: x\r\n\r\n";
 /// HTTP/2's preface and an empty SETTINGS frame.
 const HTTP2_WITHOUT_STREAMS: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
 
-/// Both ends of every connection are files of this machine, and one end of each is this process's.
+/// Each connection needs an open file in the server, and another one in this process.
 fn raise_the_limit_of_open_files() {
     let mut limits = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both calls only read and write the struct, which outlives them.
@@ -54,7 +54,7 @@ impl Crowded {
         Self { server, admin: format!("http://{free}") }
     }
 
-    /// So many clients that send this and wait. A server may close them at any time.
+    /// Connects `size` clients, each of which sends `bytes` and waits. The server may close the connections at any time.
     async fn crowd(address: &str, size: usize, bytes: &[u8]) -> Vec<TcpStream> {
         let address = address.strip_prefix("http://").expect("a URL");
         let join = async || {
@@ -70,7 +70,7 @@ impl Crowded {
             for path in PROBES {
                 let start = Instant::now();
                 let answer = timeout(PROMPT, reqwest::get(format!("{base}{path}"))).await;
-                let answer = answer.unwrap_or_else(|_| panic!("{base}{path} is silent")).expect("an answer");
+                let answer = answer.unwrap_or_else(|_| panic!("{base}{path} does not answer")).expect("an answer");
                 assert_eq!(answer.status(), 200, "{base}{path} after {:?}", start.elapsed());
             }
         }
@@ -79,7 +79,7 @@ impl Crowded {
         assert!(check.success());
     }
 
-    /// A client that comes now gets its answer. One that is asked to come back does.
+    /// A new client is served. If the answer is 503, the client retries.
     async fn assert_a_newcomer_is_served(&self) {
         let start = Instant::now();
         loop {
@@ -95,17 +95,17 @@ impl Crowded {
     }
 }
 
-/// Streams one after the other until it is told to stop, each of which must end well; gives their number.
+/// Runs one stream after another until `stop`. Each must end normally. Returns their number.
 async fn stream_on(url: String, stop: Arc<AtomicBool>, begun: Arc<AtomicUsize>) -> usize {
     let body = json!({"prompt": [5, 6], "max_tokens": 200, "ignore_eos": true, "stream": true});
-    // No connection is kept between two streams: it would be idle then, and might be the one that makes room.
+    // Each stream has its own connection: a kept one would be idle between two streams and could be closed to make room.
     let client = reqwest::Client::builder().pool_max_idle_per_host(0).build().expect("a client");
     let mut ended = 0;
     while !stop.load(Ordering::SeqCst) {
         let answer = client.post(&url).json(&body).send().await.expect("a stream");
         begun.fetch_add(1, Ordering::SeqCst);
         if answer.status() == 503 {
-            // A newcomer like others, and asked to come back.
+            // A new connection may be refused like any other; try again.
             sleep(Duration::from_millis(100)).await;
             continue;
         }
@@ -127,7 +127,7 @@ async fn survives(bytes: &'static [u8]) {
     clients.extend(Crowded::crowd(&crowded.admin, CROWD / 3, bytes).await);
     crowded.assert_probes_answer().await;
     crowded.assert_a_newcomer_is_served().await;
-    // They come again and again.
+    // The crowd keeps coming back.
     for _ in 0..3 {
         clients.drain(..CROWD / 3);
         clients.extend(Crowded::crowd(&crowded.server.base_url, CROWD / 3, bytes).await);
@@ -136,7 +136,7 @@ async fn survives(bytes: &'static [u8]) {
     crowded.assert_a_newcomer_is_served().await;
     stop.store(true, Ordering::SeqCst);
     for stream in streams {
-        assert!(stream.await.expect("no panic") > 0, "no stream ran through");
+        assert!(stream.await.expect("no panic") > 0, "no stream ran to its end");
     }
     assert!(crowded.server.metric("outrigger_http_connections_recycled_total").await > 100.0);
     assert!(crowded.server.metric("process_open_fds").await < 1300.0);
@@ -167,7 +167,7 @@ async fn http2_clients_without_streams_starve_nobody() {
     survives(HTTP2_WITHOUT_STREAMS).await;
 }
 
-/// The program under a limit of open files, as the shell's `ulimit` takes it.
+/// The program under a limit of open files. `ulimit` holds the arguments of the shell's `ulimit`.
 fn limited(ulimit: &str) -> Command {
     let mut shell = Command::new("sh");
     shell.args(["-c", &format!("ulimit {ulimit} && exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_outrigger")]);
@@ -210,7 +210,7 @@ async fn a_low_soft_limit_of_open_files_is_raised() {
         .await;
     assert_eq!(server.metric("outrigger_http_connections_recycled_total").await, 0.0);
     assert!(server.log().contains("raised the limit of open files"), "{}", server.log());
-    // Nobody was hung up on.
+    // The server has closed no connection.
     let first = timeout(Duration::from_millis(50), crowd[0].read_u8()).await;
     assert!(first.is_err(), "{first:?}");
     drop(server);

@@ -9,7 +9,7 @@ use tokio::net::{TcpSocket, TcpStream};
 
 use crate::real_server::{Answer, CHAT, COMPLETIONS, Event, RealServer, completion, data, within};
 
-/// A complete HTTP/1.1 request, after which the server closes the connection.
+/// A complete HTTP/1.1 request that asks the server to close the connection afterwards.
 fn request(method: &str, path: &str, body: &[u8]) -> Vec<u8> {
     let head =
         format!("{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
@@ -42,7 +42,7 @@ async fn the_line_to_paste_is_answered() {
     let answer = server.post(url.expect("a URL of this server"), &body).await;
     assert_eq!(answer.status, 200, "{line}{}", answer.body);
     let text = answer.body["choices"][0]["message"]["content"].as_str().expect("a message");
-    // The subject of the question comes back in the answer.
+    // The answer is about the subject of the question.
     assert!(text.contains("outrigger canoe"), "{line}{text}");
 }
 
@@ -181,7 +181,7 @@ async fn what_exceeds_the_context_is_told_with_the_numbers() {
         );
         assert!(answer.error("message").contains(&context.to_string()), "{}", answer.body);
     }
-    // The longest that fits is not refused; its deadline spares the test the wait for it.
+    // The longest request that fits is not refused. The deadline avoids waiting for its end.
     let fits = json!({"prompt": [5, 6, 7], "max_tokens": context - 3, "ignore_eos": true});
     let answer = server.post_with(COMPLETIONS, &fits, &[("x-request-timeout-ms", "1000")]).await;
     assert!([200, 504].contains(&answer.status.as_u16()), "{}", answer.body);
@@ -203,9 +203,9 @@ async fn bodies_and_heads_have_bounds() {
     ])
     .await;
     let over = [
-        // Announced, and not even sent.
+        // `content-length` announces the body, which is not sent.
         format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 2001\r\n\r\n"),
-        // Announced by nothing, and found while it is read.
+        // Nothing announces the length; the server finds it while it reads the body.
         format!(
             "POST {CHAT} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n7d1\r\n{}\r\n",
             " ".repeat(0x7d1)
@@ -224,7 +224,7 @@ async fn bodies_and_heads_have_bounds() {
         let answer = server.raw(beginning.as_bytes(), |_| false).await;
         let took = start.elapsed();
         assert!(answer.is_empty() || status_of(&answer) == 408, "{beginning:?}: {answer}");
-        assert!(took >= Duration::from_millis(400), "{beginning:?} had only {took:?}");
+        assert!(took >= Duration::from_millis(400), "{beginning:?} was cut off after only {took:?}");
     }
     let long = server.post(COMPLETIONS, &json!({"prompt": vec![100; 21], "max_tokens": 1})).await;
     assert_eq!((long.status.as_u16(), long.error("code")), (400, "context_length_exceeded"), "{}", long.body);
@@ -252,19 +252,19 @@ async fn a_client_that_leaves_frees_its_sequences() {
     server.until("idle", async |server| server.running().await + server.waiting().await == 0.0).await;
     assert_eq!(server.metric("vllm:kv_cache_usage_perc", "").await, 0.0);
     assert_eq!(server.metric("vllm:request_success_total", "finished_reason=\"abort\"").await, 3.0);
-    // They were cancelled and did not merely end: a step makes one token of each.
+    // The sequences were cancelled and did not run to their end: a step generates one token of each.
     let steps = server.metric("outrigger_engine_step_seconds_count", "").await;
     assert!(steps < TOKENS as f64, "{steps}");
     assert_eq!(server.post(COMPLETIONS, &completion(2)).await.status, 200);
 }
 
-/// It takes nothing of what is sent to it. Its place is given to others all the same.
+/// A client that reads nothing is disconnected, so that its seats are free for others.
 #[tokio::test]
 async fn a_client_that_does_not_read_is_cut_off() {
     const CHOICES: u64 = 32;
     const TOKENS: u64 = 2000;
     let seats = CHOICES.to_string();
-    // A long name makes every event long, so that a few hundred are more than the kernel holds for both ends.
+    // A long model name makes every event long, so that a few hundred events exceed the kernel's buffers at both ends.
     let name = "long".repeat(1000);
     let server = RealServer::ready(&[
         "--max-num-seqs",
@@ -289,7 +289,7 @@ async fn a_client_that_does_not_read_is_cut_off() {
     assert_eq!(server.post(COMPLETIONS, &completion(1)).await.status, 429);
     server.until("cut off", async |server| server.post(COMPLETIONS, &completion(1)).await.status == 200).await;
     let steps = server.metric("outrigger_engine_step_seconds_count", "").await;
-    assert!(steps < TOKENS as f64, "it ended by itself: the test does not test");
+    assert!(steps < TOKENS as f64, "the stream ended by itself, so the test tests nothing");
     drop(silent);
 }
 
@@ -303,11 +303,11 @@ async fn an_idle_stream_is_kept_open_by_comments() {
     server.inject(&json!({"fault": "hang", "seconds": 8})).await;
     let events = stream.rest().await;
     let comment = events.iter().position(|event| matches!(event, Event::Comment(_))).expect("a comment in 8 s");
-    // The stream goes on after it, and nothing is missing.
+    // The stream continues after the comment, and nothing is missing.
     assert!(matches!(events[comment + 1], Event::Data(_) | Event::Comment(_)), "{events:?}");
     assert_eq!(events.last(), Some(&Event::Done));
     assert_eq!(1 + data(&events).count() as u64, TOKENS);
-    // A stream that begins while nothing comes is opened, and kept open, as well.
+    // A stream that starts while the engine hangs is opened and kept open as well.
     server.inject(&json!({"fault": "hang", "seconds": 7})).await;
     let events = server.stream(CHAT, &hi(&json!({"max_tokens": 2}))).await.rest().await;
     assert!(events.iter().any(|event| matches!(event, Event::Comment(_))), "{events:?}");
@@ -329,7 +329,7 @@ async fn a_deadline_that_runs_out_ends_honestly() {
     let last = data(&events).last().expect("a chunk");
     assert_eq!(last["choices"][0]["finish_reason"], "deadline", "{last}");
     assert_eq!(events.last(), Some(&Event::Done));
-    // Time enough changes nothing.
+    // A deadline that is far away changes nothing.
     let in_time = server.post_with(COMPLETIONS, &completion(3), &[("x-request-timeout-ms", "3600000")]).await;
     assert_eq!(in_time.body["choices"][0]["finish_reason"], "length", "{}", in_time.body);
     for bad in ["0", "-1", "soon"] {
@@ -338,7 +338,8 @@ async fn a_deadline_that_runs_out_ends_honestly() {
     }
 }
 
-/// The queue drains at a measured rate; a deadline that the wait alone would use up is refused at the door.
+/// The server measures the rate at which the queue drains. It refuses a request at once if the wait in the queue would exceed
+/// the deadline.
 #[tokio::test]
 async fn a_hopeless_deadline_is_refused_early() {
     let server = RealServer::ready(&["--max-num-seqs", "1"]).await;
@@ -390,7 +391,7 @@ async fn texts_and_conversations_become_the_golden_ids_and_back() {
     assert_eq!((unknown.status.as_u16(), unknown.error("param")), (400, "tokens"), "{}", unknown.body);
 }
 
-/// What dashboards and gateways that know vLLM read.
+/// The series that dashboards and gateways for vLLM read, with their types.
 const VLLM_NAMES: &[(&str, &str)] = &[
     ("vllm:num_requests_running", "gauge"),
     ("vllm:num_requests_waiting", "gauge"),
@@ -452,14 +453,15 @@ async fn metrics_have_vllms_names_and_move() {
     assert_eq!(server.metric("vllm:request_success_total", "finished_reason=\"length\"").await, 2.0);
     assert_eq!(server.metric("outrigger_http_requests_total", "/v1/completions\",status=\"200\"").await, 2.0);
     assert!(server.metric("vllm:e2e_request_latency_seconds_sum", "").await > 0.0);
-    // Each token of a prompt or of an answer is computed in some step; those of synthetic inferences are, too.
+    // Every prompt token that is not cached, and every generated token but the last, is computed in some step. Synthetic
+    // inferences add to the sum.
     let computed = server.metric("vllm:iteration_tokens_total_sum", "").await;
     assert!(computed >= 200.0 - cached + 8.0, "{computed}");
 }
 
 #[tokio::test]
 async fn keys_guard_the_api_and_are_kept_secret() {
-    // The digest of "second".
+    // The SHA-256 digest of "second".
     let hashed = "sha256:16367aacb67a4a017c8da8ab95682ccb390863780f7114dda0a0e0c55644c7c4";
     let server = RealServer::ready(&["--api-key", &format!("first-secret,{hashed}"), "--fault-injection"]).await;
     let with_key = async |key: &str| {
@@ -506,7 +508,7 @@ async fn a_crowd_gets_200_or_429_and_the_server_goes_on() {
     let statuses = within("answered", join_all((0..CROWD).map(ask))).await;
     let count = |wanted: u16| statuses.iter().filter(|&&status| status == wanted).count();
     assert!(count(200) >= 132, "{} of {CROWD} were served", count(200));
-    assert!(count(429) > 0, "the queue never filled: the test does not test");
+    assert!(count(429) > 0, "the queue never filled, so the test tests nothing");
     server.until("idle", async |server| server.running().await + server.waiting().await == 0.0).await;
     assert_eq!(server.get("/readyz").await.status, 200);
     assert_eq!(server.post(COMPLETIONS, &completion(2)).await.status, 200);
@@ -523,7 +525,7 @@ async fn a_drain_finishes_streams_and_serves_who_does_not_know_yet() {
     server.until("unready", async |server| server.status("/readyz").await == Some(503)).await;
     let readiness = server.get("/readyz").await.body;
     assert_eq!(readiness["reasons"][0]["code"], "draining", "{readiness}");
-    // Not to be restarted, and nothing to be sent to.
+    // The process must not be restarted while it drains, so liveness passes; a request that still arrives is served.
     assert_eq!(server.get("/livez").await.status, 200);
     let late = server.post(COMPLETIONS, &completion(1)).await;
     assert_eq!(late.status, 200, "{}", late.body);
@@ -549,7 +551,7 @@ async fn a_second_signal_cuts_streams_and_ends_at_once() {
     while let Some(Ok(event)) = stream.next().await {
         finished |= event == Event::Done;
     }
-    assert!(!finished, "8000 tokens were there already: the test does not test");
+    assert!(!finished, "the stream was complete before the second signal, so the test tests nothing");
 }
 
 #[tokio::test]

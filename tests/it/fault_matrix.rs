@@ -1,5 +1,5 @@
-//! Injects every fault into a single node at every load: checks what each probe answers and when, how the process ends, and
-//! what waiting clients get. There is no other node that could help.
+//! Injects every fault into a single node under every load. Checks what each probe answers and when, how the process ends,
+//! and what waiting clients get. There is no other node that could take over.
 //!
 //! Run with `--nocapture` to see the table.
 
@@ -17,9 +17,9 @@ use crate::server::{PATIENCE, Server};
 
 const STALL: Duration = Duration::from_secs(1);
 const LIVENESS: Duration = Duration::from_secs(3);
-/// The last sign of life may be a little older than the fault.
+/// How much sooner than its timeout a verdict may come, since the last sign of life may be a little older than the fault.
 const EARLY: Duration = Duration::from_millis(500);
-/// What a busy machine may add to any time.
+/// How much later than its timeout a verdict may come on a busy machine.
 const SLACK: Duration = Duration::from_secs(20);
 
 const FLAGS: &[&str] = &[
@@ -38,12 +38,14 @@ const FLAGS: &[&str] = &[
     "--memory-removal-mark=1",
 ];
 
-/// What the fault is, and which codes clients may get of it. A fault of the front leaves nobody to answer.
+/// A fault and its expected effects.
 struct Fault {
     name: &'static str,
+    /// The error codes that clients may get. Empty for a fault of the front, which then answers nobody.
     codes: &'static [&'static str],
-    /// No verdict may come sooner.
+    /// The earliest time at which readiness may fail.
     unready_after: Duration,
+    /// The earliest time at which liveness may fail.
     dead_after: Duration,
     silences_the_front: bool,
 }
@@ -54,7 +56,7 @@ impl Fault {
     }
 }
 
-/// Whoever comes to a node that has failed, or is about to end, hears so.
+/// Error codes for requests to a node that has failed or is about to exit.
 const LATE: &[&str] = &["engine_failed", "shutting_down"];
 
 const FAULTS: &[Fault] = &[
@@ -63,7 +65,7 @@ const FAULTS: &[Fault] = &[
         dead_after: LIVENESS,
         ..Fault::at_once("hang", &["engine_failed", "engine_stalled"])
     },
-    // A backtrace may take its time, and the engine stands still meanwhile.
+    // Printing a backtrace may take so long that the engine counts as stalled.
     Fault::at_once("panic", &["engine_failed", "engine_stalled"]),
     Fault::at_once("device", &["engine_failed"]),
     Fault::at_once("corrupt_weights", &["numerics_suspect"]),
@@ -76,14 +78,14 @@ const FAULTS: &[Fault] = &[
 enum Load {
     Idle,
     OneStream,
-    /// As many streams as run at one time, and others in the queue.
+    /// As many streams as can run at once, and more requests in the queue.
     Full,
     /// The queue fills after the fault.
     FillsLater,
 }
 
 impl Load {
-    /// Requests before the fault.
+    /// The number of requests before the fault.
     fn before(self) -> usize {
         match self {
             Load::Idle | Load::FillsLater => 0,
@@ -92,31 +94,31 @@ impl Load {
         }
     }
 
-    /// Requests after it: more than the node takes.
+    /// The number of requests after the fault: more than the node accepts.
     fn after(self) -> usize {
         if self == Load::FillsLater { 8 } else { 0 }
     }
 }
 
-/// What a client got in the end.
+/// The result of a client's request.
 #[derive(Clone, Debug, PartialEq)]
 enum Got {
-    /// A whole answer.
+    /// A complete answer.
     Answer,
-    /// An error in words, as an answer or in the stream.
+    /// An error, as the answer or as an event in the stream.
     Error { status: u16, code: String },
-    /// The connection was not made, or broke.
+    /// The connection could not be established, or broke.
     Broken,
 }
 
 impl Got {
-    /// There was no room for it.
+    /// Whether the request was refused because the queue was full.
     fn is_refusal(&self) -> bool {
         *self == Got::Error { status: 429, code: "overloaded".to_owned() }
     }
 }
 
-/// What was seen of one node from the fault on.
+/// The observations of one node after the fault.
 struct Seen {
     unready: Option<Duration>,
     dead: Option<Duration>,
@@ -169,7 +171,7 @@ async fn observe(fault: &Fault, load: Load, model: &[String]) -> Seen {
     assert_eq!(injected.expect("an answer").status(), 202, "{}", fault.name);
     clients.extend((0..load.after()).map(|index| client(&server, index)));
     let (mut unready, mut dead) = (None, None);
-    // Until nobody listens any more.
+    // Observe the probes until the node stops listening.
     while let (Some(live), Some(ready)) = (status(&server, "/livez").await, status(&server, "/readyz").await) {
         if ready != 200 && unready.is_none() {
             unready = Some(start.elapsed());
@@ -177,8 +179,8 @@ async fn observe(fault: &Fault, load: Load, model: &[String]) -> Seen {
         }
         if live != 200 && dead.is_none() {
             dead = Some(start.elapsed());
-            // Asked a moment later, readiness agrees: what a restart must mend is no place to send traffic to.
-            assert_ne!(ready, 200, "{} is dead and ready", fault.name);
+            // A node that must be restarted must not be ready either. `ready` was read after `live`.
+            assert_ne!(ready, 200, "{}: liveness fails, but readiness passes", fault.name);
             clients.push(client(&server, 1));
         }
         sleep(Duration::from_millis(20)).await;
@@ -194,7 +196,7 @@ fn judge(fault: &Fault, load: Load, seen: &Seen) {
     let case = row(fault, load, seen);
     assert_eq!(seen.exit_code, Some(1), "{case}");
     if fault.silences_the_front {
-        assert!(seen.unready.is_none() && seen.dead.is_none(), "a front that hangs has answered: {case}");
+        assert!(seen.unready.is_none() && seen.dead.is_none(), "the hung front has answered: {case}");
         assert!(seen.ended + EARLY >= LIVENESS && seen.ended < LIVENESS + SLACK, "{case}");
         assert_eq!(seen.got.len(), load.before() + load.after(), "{case}");
         assert!(seen.got.iter().all(|got| *got == Got::Broken || got.is_refusal()), "{case}");
@@ -212,7 +214,7 @@ fn judge(fault: &Fault, load: Load, seen: &Seen) {
     }
 }
 
-/// For the table.
+/// The row of the table for this case.
 fn row(fault: &Fault, load: Load, seen: &Seen) -> String {
     let time = |time: Option<Duration>| time.map_or("-".to_owned(), |time| format!("{:.2} s", time.as_secs_f64()));
     let mut got: Vec<String> = (seen.got.iter())
@@ -234,7 +236,7 @@ fn row(fault: &Fault, load: Load, seen: &Seen) -> String {
     )
 }
 
-/// A request for more than is ever computed; every other client streams.
+/// Sends a request for more tokens than are ever computed before the fault ends it. Every other client streams.
 fn client(server: &Server, index: usize) -> JoinHandle<Got> {
     let body = json!({
         "prompt": [5, 6, 7 + index], "max_tokens": 1900, "ignore_eos": true, "temperature": 0,
@@ -260,7 +262,7 @@ async fn read(response: Response) -> Got {
     }
 }
 
-/// Requests that the node has taken and not answered.
+/// The number of requests that the node has accepted and not answered.
 async fn taken(server: &Server) -> usize {
     let text = reqwest::get(server.url("/metrics")).await.expect("an answer").text().await.expect("text");
     let value = |name: &str| {
@@ -270,7 +272,7 @@ async fn taken(server: &Server) -> usize {
     value("vllm:num_requests_running") + value("vllm:num_requests_waiting")
 }
 
-/// None when nobody answers any more.
+/// The status of a GET. `None` if nobody answers.
 async fn status(server: &Server, path: &str) -> Option<u16> {
     let answer = Client::new().get(server.url(path)).timeout(PATIENCE).send().await.ok()?;
     Some(answer.status().as_u16())

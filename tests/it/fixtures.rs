@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use safetensors::SafeTensors;
 
-/// How far float32 logits may lie from the golden ones, relative to the largest golden logit of the row.
+/// The largest allowed difference of float32 logits from the golden ones, relative to the largest golden logit of the row.
 pub const FLOAT32_TOLERANCE: f32 = 1e-4;
 
-/// Prompt tokens of every golden sequence; the greedy continuation follows.
+/// The number of prompt tokens in every golden sequence; the greedy continuation follows.
 pub const PROMPT_LENGTH: usize = 180;
 
 /// The fixtures that are Hugging Face directories.
@@ -46,7 +46,8 @@ pub fn path(name: &str) -> PathBuf {
     }
 }
 
-/// Cargo says it when it runs the tests, and the GPU suite when it runs them far from where they were built.
+/// The folder of the fixtures. Cargo sets the variable when it runs the tests; the GPU suite sets it when it runs them on a
+/// machine other than the one that built them.
 fn root() -> PathBuf {
     let package = std::env::var_os("CARGO_MANIFEST_DIR").unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into());
     PathBuf::from(package).join("models/fixtures")
@@ -85,7 +86,7 @@ pub fn relative_error(logits: &[f32], golden: &[f32]) -> f32 {
     assert_eq!(logits.len(), golden.len(), "the vocabulary sizes differ");
     let scale = golden.iter().fold(0.0f32, |max, value| max.max(value.abs()));
     let difference = logits.iter().zip(golden).map(|(ours, golden)| (ours - golden).abs());
-    // A NaN anywhere must not pass as small.
+    // A NaN becomes the maximum, so that it cannot pass as a small error.
     difference.fold(0.0, |max: f32, value| if value <= max { max } else { value }) / scale
 }
 

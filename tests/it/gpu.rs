@@ -1,5 +1,5 @@
-//! Tests the runner on a GPU: on the one that OUTRIGGER_DEVICE names, which must exist then; else on the first CUDA device;
-//! else on the emulator in builds that have it; else skipped, with a message.
+//! Tests the runner on a GPU: on the one that OUTRIGGER_DEVICE names, which must exist; otherwise on the first CUDA device;
+//! otherwise on the emulator in builds that have it. If there is none, the tests are skipped with a message.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use crate::invariance::{
 };
 use crate::paths::{Blocks, check_every_path, feed};
 
-/// Fixtures whose shapes the GPU's kernels take (heads of a multiple of sixteen, rows of a multiple of eight), and how far
-/// their logits may lie from the golden ones.
+/// Fixtures whose shapes the GPU's kernels support (head size a multiple of sixteen, row length a multiple of eight), with the
+/// tolerance for their logits.
 const FIXTURES: &[(&str, f32)] = &[
     ("llama-gqa-tied-bf16", BF16_TOLERANCE),
     ("llama-llama3-rope-f32-sharded", BF16_TOLERANCE),
@@ -35,21 +35,21 @@ const FIXTURES: &[(&str, f32)] = &[
     ("gguf-qwen3-q8_0", INTEGER_TOLERANCE),
 ];
 
-/// Activations of sixteen bits between all products: bf16 has eight of precision, f16 eleven.
+/// For 16-bit activations between all matrix products: bf16 has eight bits of precision, f16 eleven.
 const BF16_TOLERANCE: f32 = 6e-2;
 const F16_TOLERANCE: f32 = 1e-2;
-/// As on processors: activations of eight bits.
+/// For 8-bit activations, as on CPUs.
 const INTEGER_TOLERANCE: f32 = 8e-2;
-/// E4M3 has four bits of precision: its rounding is some twenty times that of bf16, and so was the error (0.40 against
-/// 0.022). A wrong scale gives more than 1.
+/// E4M3 has four bits of precision: its rounding error is about twenty times that of bf16, and so was the measured error
+/// (0.40, bf16 0.022). A wrong scale gives more than 1.
 const FP8_TOLERANCE: f32 = 0.6;
 
-/// What runs the tests.
+/// The device that runs the tests, if there is one.
 fn device() -> Option<ComputeDevice> {
     if let Ok(asked) = std::env::var("OUTRIGGER_DEVICE") {
         let choice: DeviceChoice = asked.parse().unwrap_or_else(|error| panic!("OUTRIGGER_DEVICE {error}"));
         let device = ComputeDevice::open(choice).unwrap_or_else(|error| panic!("{asked}: {error}"));
-        assert!(device.gpu().is_some(), "OUTRIGGER_DEVICE={asked} is no GPU");
+        assert!(device.gpu().is_some(), "OUTRIGGER_DEVICE={asked} is not a GPU");
         return Some(device);
     }
     let opened = match ComputeDevice::open(DeviceChoice::Cuda(0)) {
@@ -100,7 +100,7 @@ fn golden_logits() {
     check_golden("llama-gelu-bf16", runner(&device, "llama-gelu-bf16", &fp8), FP8_TOLERANCE);
 }
 
-/// Prefill in chunks, then decode, against what transformers computes in float32.
+/// Compares prefill in chunks, then decode, with what transformers computes in float32.
 fn check_golden(name: &str, mut runner: GpuModelRunner, tolerance: f32) {
     let golden = Golden::load(name);
     let table = Blocks::new(&runner).table(golden.ids.len());
@@ -117,7 +117,7 @@ fn check_golden(name: &str, mut runner: GpuModelRunner, tolerance: f32) {
     assert!(checked > 0 && worst <= tolerance, "{name}: off by {worst:e} at {checked} positions");
 }
 
-/// The bits of the logits depend on the tokens alone.
+/// The bits of the logits depend only on the tokens.
 #[test]
 fn every_path_gives_the_same_bits() {
     let Some(device) = device() else { return };
@@ -128,14 +128,14 @@ fn every_path_gives_the_same_bits() {
         ("llama-gelu-bf16", KvCacheDType::Fp8),
     ] {
         let ids = Golden::load(name).ids;
-        // Weights of eight bits go with keys and values of eight bits.
+        // The case with an FP8 KV cache also uses FP8 weights.
         let quantization = if kv_cache_dtype == KvCacheDType::Fp8 { Quantization::Fp8 } else { Quantization::None };
         let config = RunnerConfig { quantization, ..config(kv_cache_dtype) };
         check_every_path(&format!("{name}, {kv_cache_dtype:?}"), &mut runner(&device, name, &config), &ids);
     }
 }
 
-/// An engine that plans one step while the device computes another, and samples there.
+/// An engine that plans one step while the device computes another, and that samples on the device.
 fn engine(device: &ComputeDevice, name: &str, setup: Setup) -> EngineHandle {
     let gpu = device.gpu().expect("`device` gives GPUs only");
     engine_on(&fixtures::path(name), setup, |model, tensors, config| {
@@ -145,8 +145,8 @@ fn engine(device: &ComputeDevice, name: &str, setup: Setup) -> EngineHandle {
     })
 }
 
-/// Requests of every kind, with penalties and log-probabilities, sampled on the device: each alone, then all together in a
-/// pool that must preempt, then from the prefix cache, then resumed halfway.
+/// Runs requests of every kind, with penalties and log-probabilities, sampled on the device: each alone, then all together in
+/// a pool that must preempt, then from the prefix cache, then resumed after two tokens.
 #[test]
 fn streams_are_the_same_in_any_company() {
     let Some(device) = device() else { return };
@@ -159,7 +159,7 @@ fn streams_are_the_same_in_any_company() {
             (sampling.max_tokens, sampling.min_tokens) = (sampling.max_tokens + 30, 30);
         }
         let alone = run_alone(&engine(&device, name, small), &requests);
-        // Room for one long sequence, and for few short ones.
+        // The pool has room for one long sequence or for a few short ones.
         let tight = Setup { kv_cache_memory: 17 * block_bytes(name), ..small };
         let crowd = engine(&device, name, Setup { max_num_seqs: 9, max_num_batched_tokens: 48, ..together(tight) });
         assert_equal("together", &requests, &run_together(&crowd, &requests), &alone);
@@ -173,13 +173,13 @@ fn streams_are_the_same_in_any_company() {
     }
 }
 
-/// Of sixteen positions in sixteen bits.
+/// The size of a block of sixteen positions in 16 bits.
 fn block_bytes(name: &str) -> u64 {
     let model = ModelFiles::open(&fixtures::path(name), LoadFormat::Auto).unwrap().config;
     (2 * 16 * model.num_hidden_layers * model.key_value_size() * 2) as u64
 }
 
-/// As `TOGETHER`, in the size of `setup`.
+/// `TOGETHER` with the context length and KV cache of `setup`, and one thread.
 fn together(setup: Setup) -> Setup {
     Setup { max_model_len: setup.max_model_len, kv_cache_memory: setup.kv_cache_memory, threads: 1, ..TOGETHER }
 }

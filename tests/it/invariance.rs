@@ -19,7 +19,7 @@ use outrigger::types::{
 
 use crate::{fixtures, real_model};
 
-/// How an engine is set up. Nothing of it may show in what it generates.
+/// The settings of an engine. None of them may change what it generates.
 #[derive(Clone, Copy)]
 pub struct Setup {
     pub threads: usize,
@@ -31,7 +31,7 @@ pub struct Setup {
     pub enable_prefix_caching: bool,
 }
 
-/// One sequence after the other, whole prompts, one thread: the reference.
+/// The settings of the reference: one thread, whole prompts, no prefix cache. Requests run one after another.
 pub const ALONE: Setup = Setup {
     threads: 1,
     block_size: 64,
@@ -194,7 +194,7 @@ pub fn mixed_load(count: usize, prompts: &[Vec<TokenId>], vocab_size: u32) -> Ve
     (0..count)
         .map(|i| {
             let prompt = &prompts[i % prompts.len()];
-            // Some prompts share a beginning, some are whole, none is longer than it takes.
+            // Some prompts share a prefix, and some are used whole.
             let length = prompt.len().min([200, 33, 64, 17, 130][i / prompts.len() % 5]);
             request(i, &prompt[..length], sampling(i))
         })
@@ -222,7 +222,7 @@ fn a_mixed_load_on_the_real_model_equals_the_same_requests_alone() {
     let crowd = engine(real_model::path(), TOGETHER);
     assert_equal("together", &requests, &run_together(&crowd, &requests), &alone);
     let hits = crowd.counters().prefix_cache_hits;
-    // Once more, now that the prefix cache is full of these prompts.
+    // Run again, now that the prefix cache contains these prompts.
     assert_equal("from the cache", &requests, &run_together(&crowd, &requests), &alone);
     assert!(crowd.counters().prefix_cache_hits > 2 * hits, "the second round hits the prefix cache");
 }
@@ -235,7 +235,7 @@ fn a_pool_so_small_that_everything_preempts_changes_nothing() {
         (sampling.max_tokens, sampling.min_tokens) = (sampling.max_tokens + 40, 36);
     }
     let alone = run_alone(&engine(real_model::path(), ALONE), &requests);
-    // 30 layers × 3 heads × 64 × 2 × 16 positions × 2 bytes = 360 KiB a block; room for about three of these sequences.
+    // 30 layers × 3 heads × 64 × 2 × 16 positions × 2 bytes = 360 KiB per block, so there is room for about three sequences.
     let tight = Setup { kv_cache_memory: 18 * (360 << 10), max_model_len: 256, ..TOGETHER };
     let tight = engine(real_model::path(), tight);
     assert_equal("preempted", &requests, &run_together(&tight, &requests), &alone);
@@ -249,7 +249,7 @@ fn a_pool_so_small_that_everything_preempts_changes_nothing() {
     }
 }
 
-/// Resumes every choice of `request` after `cut` tokens; the outcomes with the emitted tokens put in front again.
+/// Resumes every choice of `request` after `cut` tokens. Returns the outcomes with the emitted tokens prepended.
 pub fn resumed(engine: &EngineHandle, request: &GenerateRequest, whole: &[Outcome], cut: usize) -> Vec<Outcome> {
     let mut continuation = request.clone();
     for choice in &mut continuation.choices {

@@ -1,5 +1,6 @@
-//! Compares our loader with candle's on every fixture: the same tensors with the same values, under Hugging Face's names and in
-//! its row order. Both sides use candle's values for quantized types; the golden logits show that these are right.
+//! Compares our loader with candle's on every fixture: both must give the same tensors with the same values, with Hugging
+//! Face's names and row order. Both sides use candle's values for quantized types; the golden logits show that these are
+//! correct.
 
 use std::path::Path;
 
@@ -53,7 +54,7 @@ fn configurations_are_read_in_every_spelling() {
     assert!(matches!(files.config.rope.scaling, RopeScaling::Llama3 { original_max_position_embeddings: 64, .. }));
 }
 
-/// The directories of `benches/models` are the models that they say, by their published numbers of weights.
+/// Checks the models in `benches/models` against the published numbers of their weights.
 #[test]
 fn shapes_to_be_measured_are_those_of_the_models() {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("benches/models");

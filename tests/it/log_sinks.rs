@@ -1,5 +1,5 @@
-//! Standard error and standard output that cannot be written: a collector that stops reading, one that has exited, a full disk.
-//! The server must answer, drain and end normally, and count the lost lines.
+//! Standard error and standard output that cannot be written: the collector stops reading, the collector has exited, the disk
+//! is full. The server must answer, drain and exit normally, and count the lost lines.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
@@ -16,13 +16,13 @@ use crate::cluster::model_flag;
 use crate::server::{PATIENCE, Server, outrigger};
 
 const FIXTURE: &str = "llama-gqa-tied-bf16";
-/// The smallest pipe that the kernel makes.
+/// The size of the smallest pipe that the kernel provides.
 const PIPE_BYTES: i32 = 4096;
-/// The bounds of all that the end waits for, and room for a busy machine.
+/// Time limit for the process to exit: all timeouts of the shutdown, and a margin for a busy machine.
 const PROMPT: Duration = Duration::from_secs(20);
 const DROPPED: &str = "outrigger_log_lines_dropped_total";
 
-/// The ends of a small pipe: to read from, and to write to.
+/// The read end and the write end of a small pipe.
 fn pipe() -> (File, File) {
     let mut ends = [0; 2];
     // SAFETY: the array has room for both descriptors, which are then owned once each.
@@ -34,7 +34,7 @@ fn pipe() -> (File, File) {
     }
 }
 
-/// A server that logs much, to `stderr`.
+/// Starts a server that logs a lot to `stderr`.
 async fn logging_to(stderr: impl Into<Stdio>, more: &[&str]) -> Server {
     let mut program = outrigger();
     program.stderr(stderr);
@@ -51,11 +51,11 @@ async fn complete(server: &Server, tokens: u32, stream: bool) -> reqwest::Respon
     request.send().await.expect("an answer")
 }
 
-/// Requests, probes and scrapes work, and lines are lost meanwhile.
+/// Checks that requests, probes and scrapes work while log lines are dropped.
 async fn assert_it_works_and_counts(server: &Server) {
     let start = Instant::now();
     while server.metric(DROPPED).await == 0.0 {
-        assert!(start.elapsed() < PATIENCE, "no line was dropped: the test does not test");
+        assert!(start.elapsed() < PATIENCE, "no line was dropped, so the test tests nothing");
         for answer in join_all((0..20).map(|_| complete(server, 8, false))).await {
             assert_eq!(answer.status(), 200);
         }
@@ -65,7 +65,7 @@ async fn assert_it_works_and_counts(server: &Server) {
     }
 }
 
-/// A stream that runs when the signal comes ends well, and so does the process.
+/// Checks that a stream that runs when the signal arrives ends normally, and that the process exits with 0.
 async fn assert_it_drains(mut server: Server) {
     let answer = complete(&server, 500, true).await;
     let mut chunks = answer.bytes_stream();
@@ -121,7 +121,7 @@ async fn what_was_lost_is_told_when_the_collector_reads_again() {
     let reports: Vec<_> = lines
         .filter(|line| line["fields"]["message"].as_str().is_some_and(|text| text.contains("log lines were dropped")))
         .collect();
-    assert!(!reports.is_empty(), "nothing is told");
+    assert!(!reports.is_empty(), "the log does not report dropped lines");
     assert!(reports.iter().all(|report| report["level"] == "WARN"), "{reports:?}");
     let told: u64 = reports.iter().map(|report| report["fields"]["lines"].as_u64().expect("a number")).sum();
     assert!(told > 0, "{reports:?}");
@@ -140,7 +140,7 @@ async fn a_panic_is_no_reason_to_wait_for_the_log() {
     assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
 }
 
-/// Waits for the end of a process that is no `Server`.
+/// Waits until a process that is not a `Server` exits.
 fn exit(mut child: Child) -> ExitStatus {
     let start = Instant::now();
     loop {
@@ -155,7 +155,7 @@ fn exit(mut child: Child) -> ExitStatus {
     }
 }
 
-/// A pipe that is full already.
+/// A pipe that is already full.
 fn full_pipe() -> (File, File) {
     let (reader, mut writer) = pipe();
     writer.write_all(&[b'\n'; PIPE_BYTES as usize]).expect("it fits");

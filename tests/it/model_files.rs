@@ -1,5 +1,5 @@
-//! Settings in a model's files, as clients of real processes see them: sampling defaults, templates and added tokens, at the
-//! node that has the files and at a node that serves the model through it.
+//! Tests, with real processes, the effect of settings in a model's files: sampling defaults, templates and added tokens, at
+//! the node that has the files and at a node that relays requests for the model to it.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use crate::cluster::{Cluster, FIXTURE, model_flag, post};
 use crate::real_server::{CHAT, COMPLETIONS, RealServer};
 use crate::server::{Server, fixture};
 
-/// A copy of the fixture with further files.
+/// Copies the fixture and adds these files.
 fn model(folder: &Path, files: &[(&str, Value)]) -> PathBuf {
     let directory = folder.join("model");
     std::fs::create_dir_all(directory.join("additional_chat_templates")).expect("a folder");
@@ -28,7 +28,7 @@ async fn ask(server: &Server, body: Value) -> Value {
     post(&server.base_url, COMPLETIONS, &body, &[]).await.json().await.expect("JSON")
 }
 
-/// The texts of several draws; one when the likeliest token is always taken.
+/// The number of different texts from eight seeds. It is 1 if the most likely token is always chosen.
 async fn draws(server: &Server, more: Value) -> usize {
     let mut texts = std::collections::BTreeSet::new();
     for seed in 0..8 {
@@ -118,7 +118,7 @@ async fn the_default_model_answers_as_its_authors_recommend() {
 #[tokio::test]
 async fn what_the_files_say_holds_at_every_node() {
     let mut cluster = Cluster::start(1, &[&model_flag(FIXTURE), "--served-model-name=alpha"]).await;
-    // The token 1 stands in `added_tokens.json` alone.
+    // Token 1 is only defined in `added_tokens.json`.
     let tokenizer = std::fs::read(fixture(FIXTURE).join("tokenizer.json")).expect("the fixture has one");
     let mut tokenizer: Value = serde_json::from_slice(&tokenizer).expect("JSON");
     tokenizer["model"]["vocab"].as_object_mut().expect("a map").shift_remove("<|im_start|>");
@@ -152,7 +152,11 @@ async fn what_the_files_say_holds_at_every_node() {
             answers.push((prompt, choice["token_ids"].clone()));
             body["seed"] = json!(8);
         }
-        assert_eq!(answers[0], answers[1], "top_k is 1, so the seed decides nothing");
-        assert_eq!(answers[0].0.contains(&json!(1)), body["tools"].is_null(), "the token is one, where it is shown");
+        assert_eq!(answers[0], answers[1], "top_k is 1, so the seed has no effect");
+        assert_eq!(
+            answers[0].0.contains(&json!(1)),
+            body["tools"].is_null(),
+            "only the template without tools shows the added token"
+        );
     }
 }

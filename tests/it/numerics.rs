@@ -1,23 +1,24 @@
-//! Compares our numbers with transformers' on the fixtures, and along every path that a sequence can take.
+//! Compares our numbers on the fixtures with those of transformers, for every path that a sequence can take.
 
 use crate::fixtures::{DIRECTORIES, FLOAT32_TOLERANCE, GGUF_FILES, Golden, PROMPT_LENGTH, relative_error};
 use crate::paths::{Blocks, CHUNKS, Row, assert_same_bits, check_every_path, feed, share_prefix};
 use crate::runners::{Numbers, Setup, fixture_runner};
 
-/// Dense weights are multiplied in float32, but keys and values are kept in float16, and so are weights of types that the
-/// kernels lack: each is off by up to 2^-11 = 5e-4 of itself. Up to 2.2e-3 of the largest logit was measured.
+/// Dense weights are multiplied in float32, but keys and values are stored in float16, and so are weights of types that the
+/// kernels do not support: the relative error of each is up to 2^-11 = 5e-4. Up to 2.2e-3 of the largest logit was measured.
 const HALF_TOLERANCE: f32 = 4e-3;
 
-/// Quantized weights meet activations of eight bits, scaled to the largest of a group: about 0.6 % (rms) of every input of
-/// every product, so some 2 % of the logits' own spread at the end; the worst of 10,000 logits lies four to five times
-/// that, over a scale of four times the spread. Up to 5.5e-2 was measured; a wrong scale or nibble gives about 1.
+/// Quantized weights are multiplied with 8-bit activations, scaled to the largest of a group. The rms error of every input is
+/// about 0.6 %, which adds up to about 2 % of the logits' standard deviation. The largest error of 10,000 logits is four to
+/// five times that, relative to a largest logit of four standard deviations. Up to 5.5e-2 was measured; a wrong scale or
+/// nibble gives about 1.
 const INTEGER_TOLERANCE: f32 = 8e-2;
 
 fn all_fixtures() -> impl Iterator<Item = &'static str> {
     DIRECTORIES.into_iter().chain(GGUF_FILES)
 }
 
-/// Whole prefill, chunked prefill, decode after each, and a prefix-cache hit, all in float32.
+/// Checks whole prefill, chunked prefill with decode after it, and a prefix-cache hit, all in float32.
 #[test]
 fn float32_agrees_with_transformers_on_every_path() {
     for name in all_fixtures() {
@@ -45,7 +46,7 @@ fn float32_agrees_with_transformers_on_every_path() {
     }
 }
 
-/// The bits of the logits depend on the tokens alone, in float32 and in the default arithmetic.
+/// The bits of the logits depend only on the tokens, in float32 and in the default arithmetic.
 #[test]
 fn every_path_gives_the_same_bits() {
     for name in all_fixtures() {
@@ -64,7 +65,7 @@ fn every_path_gives_the_same_bits() {
     }
 }
 
-/// The default arithmetic may round where float32 does not, and by no more than that: see the tolerances.
+/// The default arithmetic rounds more than float32; the tolerances say by how much it may differ.
 #[test]
 fn default_arithmetic_stays_close() {
     for name in all_fixtures() {
@@ -85,7 +86,7 @@ fn default_tolerance(name: &str) -> f32 {
     }
 }
 
-/// Checks the rows at positions that have golden logits; at least one must.
+/// Checks the rows at positions that have golden logits. There must be at least one.
 fn check_golden(name: &str, path: &str, golden: &Golden, rows: &[Row], tolerance: f32) {
     let mut checked = 0;
     for (position, logits) in rows {

@@ -22,7 +22,8 @@ fn candle_llama_agrees_on_directories() {
     }
 }
 
-/// Its Mistral knows activations and a head size of its own, so it serves for the Llama with `gelu` as well.
+/// candle's Mistral supports other activations and an explicit head size, so it is also the reference for the Llama with
+/// `gelu`.
 #[test]
 fn candle_mistral_agrees_on_directories() {
     for name in ["mistral-window-f16", "mistral-gelu-tanh-f16", "llama-gelu-bf16"] {
@@ -39,7 +40,7 @@ fn candle_mistral_agrees_on_directories() {
 
 #[test]
 fn candle_qwen_agrees_on_directories() {
-    // It masks by the window even where `use_sliding_window` says that there is none.
+    // candle applies the window even if `use_sliding_window` is false.
     let mut config = config_json("qwen2-bias-f32");
     config["sliding_window"] = config["max_position_embeddings"].clone();
     check_qwen2("qwen2-bias-f32", config, directory_tensors("qwen2-bias-f32"));
@@ -54,7 +55,7 @@ fn candle_agrees_on_gguf_files() {
         let (config, tensors) = gguf_model(name);
         check_llama(name, &config, tensors);
     }
-    // candle does not read `rope_freqs.weight`, but computes the same from the configuration it was made from.
+    // candle does not read `rope_freqs.weight`, but computes the same values from this configuration.
     let (mut config, tensors) = gguf_model("gguf-bf16-llama3-rope");
     config["rope_scaling"] = json!({
         "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -91,7 +92,7 @@ fn check_mistral(name: &str, config: Value, tensors: Tensors, has_window: bool) 
     let builder = VarBuilder::from_tensors(tensors, DType::F32, &Device::Cpu);
     let mut model = mistral::Model::new(&config, builder).unwrap();
     check_prefill(name, &mut model);
-    // Its decode step forgets the window.
+    // candle's decode step ignores the window.
     if !has_window {
         check_decode(name, &mut model);
     }
@@ -113,11 +114,11 @@ fn check_qwen3(name: &str, config: Value, tensors: Tensors) {
     check_decode(name, &mut model);
 }
 
-/// One of candle's decoders that keep their own cache.
+/// A decoder of candle's that keeps its own cache.
 trait Reference {
     fn clear(&mut self);
 
-    /// The logits of the last of `ids`, `[1, n]`, which stand at `offset` and after.
+    /// The logits after the last of `ids`, `[1, n]`, whose positions start at `offset`.
     fn logits(&mut self, ids: &Tensor, offset: usize) -> Tensor;
 }
 
@@ -176,7 +177,7 @@ pub fn directory_tensors(name: &str) -> Tensors {
     shards.flat_map(|file| candle_core::safetensors::load(file, &Device::Cpu).unwrap()).collect()
 }
 
-/// A configuration and dequantized weights under Hugging Face's names and in its row order.
+/// The configuration and the dequantized weights, with Hugging Face's names and row order.
 pub fn gguf_model(name: &str) -> (Value, Tensors) {
     let mut file = File::open(path(name)).unwrap();
     let content = gguf_file::Content::read(&mut file).unwrap();
@@ -211,7 +212,7 @@ pub fn gguf_model(name: &str) -> (Value, Tensors) {
     (config, tensors)
 }
 
-/// Undoes the row order that converters give q and k: neighbouring pairs of a head become its two halves again.
+/// Undoes the row order that GGUF converters give to q and k: adjacent pairs of rows of a head become its two halves again.
 fn halves_from_pairs(tensor: &Tensor, heads: usize) -> Tensor {
     let (rows, cols) = tensor.dims2().unwrap();
     let pairs = tensor.reshape((heads, rows / heads / 2, 2, cols)).unwrap();

@@ -1,4 +1,4 @@
-//! Compares our numbers on the real model with transformers' float32 continuations of a dozen prompts.
+//! Compares our numbers on the real model with the float32 continuations of a dozen prompts by transformers.
 //!
 //! Every case is teacher-forced: the golden tokens are fed, and the most likely next token is compared at each of them. If all
 //! agree, greedy decoding gives exactly the golden text.
@@ -10,10 +10,10 @@ use serde_json::Value;
 use crate::paths::{Blocks, Fed, Row, assert_same_bits, feed, feed_together};
 use crate::runners::{Numbers, Setup, smollm2_runner};
 
-/// How often the default arithmetic must choose float32's token.
+/// The minimum share of positions at which the default arithmetic chooses the same token as float32.
 const DEFAULT_AGREEMENT: f64 = 0.97;
 
-/// A prompt, and what float32 says greedily after it.
+/// A prompt and its greedy continuation in float32.
 struct Case {
     prompt: Vec<u32>,
     output: Vec<u32>,
@@ -45,13 +45,13 @@ fn default_arithmetic_agrees_in_top1() {
     assert!(share >= DEFAULT_AGREEMENT, "{agreeing} of {compared} agree\n{report}");
 }
 
-/// All cases at once, in chunks and decode steps, against each alone, whole.
+/// Compares all cases in one batch, in chunks and decode steps, with each case alone and whole.
 #[test]
 fn batch_mates_do_not_change_a_bit() {
     for numbers in [Numbers::Float32, Numbers::Default] {
         let mut runner = smollm2_runner(Setup::new(numbers));
         let runner = runner.as_mut();
-        // In float32 the long prompt would take most of the time and show nothing that the others do not.
+        // In float32 the long prompt would take most of the time and test nothing that the others do not.
         let longest = if numbers == Numbers::Float32 { 100 } else { usize::MAX };
         let cases = Case::load_all().into_iter().filter(|case| case.prompt.len() <= longest);
         let ids: Vec<Vec<u32>> = cases.map(|case| [&case.prompt[..], &case.output[..8]].concat()).collect();
@@ -71,7 +71,7 @@ fn batch_mates_do_not_change_a_bit() {
     }
 }
 
-/// Agreeing positions, compared positions, and a line for each position that differs.
+/// Returns the agreeing positions, the compared positions, and a line for each position that differs.
 fn top1_agreement(numbers: Numbers) -> (usize, usize, String) {
     let cases = Case::load_all();
     let mut runner = smollm2_runner(Setup::new(numbers));
@@ -101,6 +101,6 @@ fn top1_agreement(numbers: Numbers) -> (usize, usize, String) {
 
 /// The lowest id among the largest logits.
 fn argmax(logits: &[f32]) -> usize {
-    assert!(logits.iter().all(|logit| logit.is_finite()), "logits are numbers");
+    assert!(logits.iter().all(|logit| logit.is_finite()), "a logit is not finite");
     (0..logits.len()).reduce(|best, id| if logits[id] > logits[best] { id } else { best }).unwrap()
 }

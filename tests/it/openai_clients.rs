@@ -1,4 +1,4 @@
-//! The official OpenAI clients for Python and Node against the real server. The checks are in the scripts below
+//! Tests the real server with the official OpenAI clients for Python and Node. The checks are in the scripts in
 //! `tests/clients`.
 
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 
 use crate::real_server::RealServer;
 
-/// Where the clients are installed; doing so is up to the first test that needs them.
+/// The folder of the clients. The first test that needs them installs them.
 static CLIENTS: LazyLock<PathBuf> = LazyLock::new(|| {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |target| root.join(target));
@@ -16,7 +16,8 @@ static CLIENTS: LazyLock<PathBuf> = LazyLock::new(|| {
     target.join("clients")
 });
 
-/// The golden texts are those of float32 arithmetic; the first token of the one that is asked for is a close call.
+/// The golden texts were computed in float32. The first token of the text that is compared is so close to another one that the
+/// default arithmetic might choose that.
 const GOLDEN_DTYPE: [&str; 2] = ["--dtype", "float32"];
 
 fn run(mut command: Command) -> Output {
@@ -27,14 +28,14 @@ fn script(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients").join(name)
 }
 
-/// Runs the checks and shows what the script said if one fails.
+/// Runs the checks and shows the script's output if one fails.
 async fn check(mut command: Command, server: &RealServer, checks: &[&str]) {
     command.arg(&server.base_url).args(checks);
     let output = tokio::task::spawn_blocking(move || run(command)).await.expect("no panic");
     let said = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let (told, error) = (said(&output.stdout), said(&output.stderr));
     assert!(output.status.success(), "{}\n{told}{error}", output.status);
-    assert_eq!(told.lines().collect::<Vec<_>>(), checks, "not every check was made");
+    assert_eq!(told.lines().collect::<Vec<_>>(), checks, "some checks did not run");
 }
 
 async fn python(server: &RealServer, checks: &[&str]) {

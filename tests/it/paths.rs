@@ -1,16 +1,16 @@
-//! The ways in which a sequence can pass through a runner: whole, in chunks, token by token, among others, over blocks that
-//! were filled before. All must give the same bits.
+//! The paths of a sequence through a runner: whole, in chunks, token by token, in a batch with others, and on top of blocks
+//! that are already filled. All must give the same bits.
 
 use outrigger::engine::fake_runner::{FakeModel, FakeRunner};
 use outrigger::engine::{LogitsEntry, LogitsRunner};
 
-/// Chunk sizes around vector widths, blocks (16) and attention stretches (64), and none of these.
+/// Chunk sizes at and around vector widths, the block size (16) and the length of attention stretches (64), and others.
 pub const CHUNKS: [usize; 8] = [3, 7, 16, 17, 33, 64, 100, 128];
 
 /// Logits after the token at a position.
 pub type Row = (usize, Vec<f32>);
 
-/// Feeds `ids[start..]` in chunks of `chunk` tokens; the logits at the end of each chunk.
+/// Feeds `ids[start..]` in chunks of `chunk` tokens. Returns the logits at the end of each chunk.
 pub fn feed(runner: &mut dyn LogitsRunner, table: &[u32], ids: &[u32], start: usize, chunk: usize) -> Vec<Row> {
     let mut rows = Vec::new();
     let mut position = start;
@@ -24,14 +24,14 @@ pub fn feed(runner: &mut dyn LogitsRunner, table: &[u32], ids: &[u32], start: us
     rows
 }
 
-/// A sequence of its own blocks in a batch of several, fed by a plan of chunk sizes (the last one repeats).
+/// A sequence in a batch of several. It has its own blocks and is fed in chunks of these sizes (the last size repeats).
 pub struct Fed<'a> {
     pub ids: &'a [u32],
     pub table: &'a [u32],
     pub chunks: &'a [usize],
 }
 
-/// Feeds all sequences together, one chunk of each in every batch, until each has ended; the rows of each.
+/// Feeds all sequences together, one chunk of each in every batch, until each has ended. Returns the rows of each.
 pub fn feed_together(runner: &mut dyn LogitsRunner, sequences: &[Fed<'_>]) -> Vec<Vec<Row>> {
     let mut rows = vec![Vec::new(); sequences.len()];
     let mut fed = vec![0; sequences.len()];
@@ -65,7 +65,7 @@ pub fn feed_together(runner: &mut dyn LogitsRunner, sequences: &[Fed<'_>]) -> Ve
     unreachable!()
 }
 
-/// Hands out block tables whose blocks lie scattered over the pool.
+/// Allocates block tables whose blocks are scattered over the pool.
 pub struct Blocks {
     free: Vec<u32>,
     block_size: usize,
@@ -74,7 +74,7 @@ pub struct Blocks {
 impl Blocks {
     pub fn new(runner: &dyn LogitsRunner) -> Self {
         let count = runner.num_blocks();
-        // Odd blocks first, then the even ones downwards: neighbours in a table are never neighbours in the pool.
+        // Tables take blocks from the end: first odd blocks, then even ones, so that a table's blocks are scattered.
         let odd = (0..count).filter(|block| block % 2 == 1);
         let even = (0..count).rev().filter(|block| block % 2 == 0);
         Self { free: even.chain(odd).collect(), block_size: runner.block_size() }
@@ -90,7 +90,7 @@ impl Blocks {
     }
 }
 
-/// Every row has the bits of the reference at its position.
+/// Asserts that every row has the bits of the reference at its position.
 pub fn assert_same_bits(what: &str, rows: &[Row], reference: &[Row]) {
     assert!(!rows.is_empty(), "{what}: nothing was computed");
     for (position, logits) in rows {
@@ -101,7 +101,7 @@ pub fn assert_same_bits(what: &str, rows: &[Row], reference: &[Row]) {
     }
 }
 
-/// Every path of this file, over one runner; the logits of all positions, as token by token gives them.
+/// Checks every path with one runner. Returns the logits of all positions, computed token by token.
 pub fn check_every_path(what: &str, runner: &mut dyn LogitsRunner, ids: &[u32]) -> Vec<Row> {
     let mut blocks = Blocks::new(runner);
     let table = blocks.table(ids.len());
@@ -132,7 +132,7 @@ fn check_whole_and_chunked(
     blocks.give_back(table);
 }
 
-/// A second sequence continues differently over the first one's blocks, and leaves them as they were.
+/// A second sequence shares the first one's blocks as its prefix, continues differently, and does not change them.
 fn check_prefix_hit(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Blocks, table: &[u32], ids: &[u32]) {
     let shared = 5 * runner.block_size();
     let other: Vec<u32> = ids[..shared].iter().chain(ids.iter().rev()).copied().take(ids.len()).collect();
@@ -144,7 +144,7 @@ fn check_prefix_hit(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Bloc
     blocks.give_back(hit[5..].to_vec());
 }
 
-/// A sequence goes on in a copy of its last, half-filled block; the original goes on in its own.
+/// A sequence continues in a copy of its last, half-filled block; the original sequence continues in its own block.
 fn check_copied_block(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Blocks, ids: &[u32], reference: &[Row]) {
     let fork = 4 * runner.block_size() + 5;
     let original = blocks.table(ids.len());
@@ -161,7 +161,7 @@ fn check_copied_block(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Bl
     blocks.give_back(original);
 }
 
-/// Prefill and decode of several sequences mixed in one batch; each gets what it gets alone.
+/// Prefill and decode of several sequences in one batch give each sequence the same bits as alone.
 fn check_among_others(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Blocks, ids: &[u32], reference: &[Row]) {
     let backwards: Vec<u32> = ids.iter().rev().copied().collect();
     let short = &backwards[20..37];
@@ -184,7 +184,7 @@ fn check_among_others(what: &str, runner: &mut dyn LogitsRunner, blocks: &mut Bl
     tables.into_iter().for_each(|table| blocks.give_back(table));
 }
 
-/// A table that begins with the blocks of the first `shared` tokens (full blocks) and goes on with fresh ones.
+/// A table that begins with the blocks of the first `shared` tokens (full blocks) and continues with new ones.
 pub fn share_prefix(runner: &dyn LogitsRunner, blocks: &mut Blocks, table: &[u32], shared: usize) -> Vec<u32> {
     assert_eq!(shared % runner.block_size(), 0);
     let full = shared / runner.block_size();

@@ -1,5 +1,5 @@
-//! The three probes, in both directions: faults that a restart mends fail liveness, states in which traffic should go elsewhere
-//! fail readiness, and neither a long prompt nor many clients look like a fault.
+//! The three probes. Faults that a restart fixes must fail liveness, and states in which traffic should go elsewhere must fail
+//! readiness. Neither a long prompt nor many clients may look like a fault.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use tokio::net::TcpListener;
 
 use crate::real_server::{CHAT, COMPLETIONS, Event, EventStream, RealServer, completion};
 
-/// The codes of the reasons that a probe gives.
+/// The codes of the reasons in a probe's answer.
 async fn reasons(server: &RealServer, path: &str) -> Vec<String> {
     let body = server.get(path).await.body;
     let reasons = body["reasons"].as_array().unwrap_or_else(|| panic!("{path}: {body}"));
@@ -19,10 +19,10 @@ async fn probes(server: &RealServer, result: &str) -> f64 {
     server.metric("outrigger_probe_results_total", &format!("result=\"{result}\"")).await
 }
 
-/// Reads to the end of a stream that must fail: the last event is an error, and `[DONE]` is not claimed.
+/// Reads a stream that must fail to its end: the last event must be an error, without `[DONE]`.
 async fn error_at_the_end(mut stream: EventStream) -> Value {
     let events = stream.rest().await;
-    assert!(!events.contains(&Event::Done), "a broken stream says that it is done");
+    assert!(!events.contains(&Event::Done), "a failed stream sent [DONE]");
     match events.last() {
         Some(Event::Data(chunk)) if chunk.get("error").is_some() => chunk["error"].clone(),
         other => panic!("the stream ends with {other:?}"),
@@ -55,7 +55,7 @@ async fn a_hang_fails_readiness_then_liveness_and_ends_the_process() {
     let unready_after = start.elapsed();
     assert_eq!(reasons(&server, "/readyz").await, ["engine_stalled"]);
     let live_while_unready = server.status("/livez").await == Some(200);
-    assert!(live_while_unready || start.elapsed() >= LIVENESS, "liveness fails before its bound");
+    assert!(live_while_unready || start.elapsed() >= LIVENESS, "liveness failed before its timeout");
     server.until("to be restarted", async |server| server.status("/livez").await == Some(503)).await;
     let dead_after = start.elapsed();
 
@@ -68,7 +68,7 @@ async fn a_hang_fails_readiness_then_liveness_and_ends_the_process() {
     let failed = "failed".to_owned();
     server.until("failed", async |server| reasons(server, "/livez").await.contains(&failed)).await;
     assert_eq!(server.metric("outrigger_node_state", "state=\"failed\"").await, 1.0);
-    // The front is alive: it ends streams and refuses new ones in words.
+    // The front is alive: it ends streams and refuses new ones with an error message.
     let refused = server.post(COMPLETIONS, &completion(1)).await;
     assert_eq!((refused.status.as_u16(), refused.error("code")), (503, "engine_failed"), "{}", refused.body);
     assert_eq!(error_at_the_end(stream).await["code"], "engine_failed");
@@ -131,7 +131,7 @@ async fn a_broken_device_fails_the_node_at_once_with_its_reason_and_ends_the_pro
     stream.chunks(3).await;
     server.inject(&json!({"fault": "device"})).await;
     assert_eq!(error_at_the_end(stream).await["code"], "engine_failed");
-    // The node had failed before its streams were told.
+    // The node failed before its streams ended.
     assert_eq!((server.status("/livez").await, server.status("/readyz").await), (Some(503), Some(503)));
     assert_eq!(server.metric("outrigger_node_state", "state=\"failed\"").await, 1.0);
     let reasons = server.get("/livez").await.body["reasons"].to_string();
@@ -148,13 +148,13 @@ async fn damaged_weights_make_unready_with_the_reason_and_are_not_a_hang() {
     let right_before = probes(&server, "ok").await;
     server.inject(&json!({"fault": "corrupt_weights"})).await;
     server.until("unready", async |server| server.status("/readyz").await == Some(503)).await;
-    // The first probe that began after the damage tells it; one may have been under way.
+    // The first probe that started after the damage detects it. One that was already running may still pass.
     let right_after = probes(&server, "ok").await;
     assert!(right_after <= right_before + 2.0, "{right_before} {right_after}");
     assert_eq!(reasons(&server, "/readyz").await, ["probe_failed"]);
     let body = server.get("/readyz").await.body;
     assert!(body["reasons"][0]["message"].as_str().is_some_and(|text| text.contains("wrong numbers")), "{body}");
-    // It stays so, and a restart is not asked for, as it is configured: the engine runs.
+    // The node stays unready. With a threshold of 0, wrong numbers never fail liveness.
     server.until("probed again", async |server| probes(server, "wrong").await >= 3.0).await;
     assert_eq!(server.status("/readyz").await, Some(503));
     assert_eq!(server.status("/livez").await, Some(200));
@@ -177,7 +177,7 @@ async fn logits_that_are_no_numbers_end_the_stream_with_a_typed_error_then_make_
     assert!(server.exit().await.code().is_some_and(|code| code != 0));
 }
 
-/// The whole context as one step, several times longer than the bound on a hang.
+/// A prefill of the whole context in one step takes several times as long as the stall and liveness timeouts.
 #[tokio::test]
 async fn a_long_prefill_is_not_a_hang() {
     let plain = RealServer::ready(&["--max-num-batched-tokens", "8192"]).await;
@@ -217,8 +217,11 @@ async fn a_long_prefill_is_not_a_hang() {
     }
     let took = start.elapsed();
     assert_eq!(answer.await.expect("no panic").expect("an answer").status(), 200);
-    assert!(was_running, "the engine looked idle from outside");
-    assert!(took > bound && looks > 3, "{took:?} with a bound of {bound:?}, {looks} looks: the test does not test");
+    assert!(was_running, "the request never counted as running");
+    assert!(
+        took > bound && looks > 3,
+        "{took:?} with a bound of {bound:?}, {looks} rounds of probes: too short to test anything"
+    );
 }
 
 #[tokio::test]
@@ -269,7 +272,7 @@ async fn startup_tells_its_phase_and_then_that_it_is_over() {
     assert_eq!(server.post(COMPLETIONS, &completion(1)).await.status, 200);
 }
 
-/// A hub that takes the connection and says nothing holds the node in its first phase.
+/// A hub that accepts the connection and does not answer keeps the node in its download phase.
 #[tokio::test]
 async fn a_node_that_downloads_is_alive_unready_and_says_so() {
     let hub = TcpListener::bind("127.0.0.1:0").await.expect("a port");
@@ -299,7 +302,7 @@ async fn a_node_that_downloads_is_alive_unready_and_says_so() {
     assert_eq!((early.status.as_u16(), early.error("code")), (503, "model_loading"), "{}", early.body);
     assert!(early.retry_after().is_some(), "{:?}", early.headers);
     assert_eq!(server.get("/v1/models").await.body["data"], json!([]));
-    // There is nothing to finish.
+    // There is no work to finish.
     server.signal(libc::SIGTERM);
     assert_eq!(server.exit().await.code(), Some(0));
     drop(held);

@@ -1,4 +1,4 @@
-//! The process as an operator sees it: exit codes, signals, its output, and its answers while loading and shutting down.
+//! Tests the process as an operator sees it: exit codes, signals, output, and answers while it loads and shuts down.
 
 use std::time::{Duration, Instant};
 
@@ -65,7 +65,7 @@ async fn what_outlasts_the_shutdown_timeout_ends_honestly() {
     let mut arguments = slow_model(folder.path());
     arguments.push("--shutdown-timeout=200ms".to_owned());
     let mut server = Server::ready(&arguments.iter().map(String::as_str).collect::<Vec<_>>()).await;
-    // On no machine could all of these end within the timeout.
+    // Too much work for any machine to finish within the timeout.
     let requests: Vec<_> = (0..100)
         .map(|_| tokio::spawn(reqwest::Client::new().post(server.url("/v1/completions")).json(&request(1500)).send()))
         .collect();
@@ -81,7 +81,7 @@ async fn what_outlasts_the_shutdown_timeout_ends_honestly() {
     assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
     let mut cut = 0;
     for request in requests {
-        // A connection that was refused during the drain has no answer; one that was accepted has an honest one.
+        // A connection that was refused during the drain has no answer. An accepted one must have a correct answer.
         let Ok(Ok(answer)) = request.await else { continue };
         let status = answer.status().as_u16();
         let Ok(body) = answer.json::<serde_json::Value>().await else { continue };
@@ -92,7 +92,7 @@ async fn what_outlasts_the_shutdown_timeout_ends_honestly() {
             other => panic!("{other}: {body}"),
         }
     }
-    assert!(cut > 0, "nothing was cut: the test does not test");
+    assert!(cut > 0, "no request was cut off, so the test tests nothing");
 }
 
 #[tokio::test]

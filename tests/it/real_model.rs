@@ -1,4 +1,4 @@
-//! The catalog's default model, downloaded once for all tests in the way the server does it.
+//! The catalog's default model. It is downloaded once for all tests, with the server's own code.
 
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -9,8 +9,8 @@ use outrigger::hub::{self, Progress};
 /// The catalog id.
 pub const ID: &str = "smollm2-135m-instruct";
 
-/// Where the tests keep it: `$OUTRIGGER_HOME` where that is set, else below `target/`, so that it outlives a run. Give it
-/// to a server under test as `OUTRIGGER_HOME`.
+/// The folder of the model: `$OUTRIGGER_HOME` if it is set, otherwise a folder in `target/`, so that it is kept between runs.
+/// Pass it to a server under test as `--home`.
 pub fn home() -> PathBuf {
     match std::env::var_os("OUTRIGGER_HOME") {
         Some(home) => home.into(),
@@ -18,11 +18,11 @@ pub fn home() -> PathBuf {
     }
 }
 
-/// The file, downloaded if need be. Several test processes may ask at once: one downloads, the others wait.
+/// The model's file, downloaded if necessary. Several test processes may call this at once: one downloads, the others wait.
 pub fn path() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();
     PATH.get_or_init(|| {
-        // On a thread of its own: a test that asks may be on a runtime already.
+        // On a separate thread, because the calling test may already run on a runtime.
         let thread = std::thread::spawn(|| {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let config = hub::Config::new(home());

@@ -1,5 +1,5 @@
-//! The real binary with the real model, and a client that exposes all of HTTP. At most two such servers run at a time, so that
-//! tests do not starve each other.
+//! The real binary with the real model, and a client that exposes all of HTTP. At most two such servers run at a time, so
+//! that tests do not starve each other.
 
 use std::collections::BTreeMap;
 use std::ops::{Deref, DerefMut};
@@ -23,15 +23,15 @@ use crate::server::{PATIENCE, Server};
 const SERVERS_AT_A_TIME: usize = 2;
 
 static PLACES: Semaphore = Semaphore::const_new(SERVERS_AT_A_TIME);
-/// By their arguments.
+/// The shared servers, by their arguments.
 static SHARED: Mutex<BTreeMap<Vec<String>, Weak<RealServer>>> = Mutex::const_new(BTreeMap::new());
 
-/// For a test with servers of its own: keeps others from crowding it.
+/// Takes one of the places for servers, for a test that starts its own.
 pub async fn a_place() -> SemaphorePermit<'static> {
     PLACES.acquire().await.expect("never closed")
 }
 
-/// Keeps every other such server away: for tests that need the whole machine.
+/// Takes all places for servers, for a test that needs the whole machine.
 pub async fn every_place() -> SemaphorePermit<'static> {
     PLACES.acquire_many(SERVERS_AT_A_TIME as u32).await.expect("never closed")
 }
@@ -40,12 +40,12 @@ pub const CHAT: &str = "/v1/chat/completions";
 pub const COMPLETIONS: &str = "/v1/completions";
 
 pub struct RealServer {
-    // Ends before its place is given to another.
+    // Declared before the place, so that the server ends before its place is free.
     server: Server,
     _place: SemaphorePermit<'static>,
 }
 
-/// What came back, whole.
+/// A complete answer.
 #[derive(Debug)]
 pub struct Answer {
     pub status: StatusCode,
@@ -54,10 +54,10 @@ pub struct Answer {
 }
 
 impl RealServer {
-    /// Starts, and returns as soon as it listens.
+    /// Starts a server and returns as soon as it listens.
     pub async fn start(arguments: &[&str]) -> Self {
         let place = PLACES.acquire().await.expect("never closed");
-        // The memory of the machine that runs the tests is not what they test.
+        // The tests must not depend on the machine's memory.
         let mut all = vec!["--memory-warn-mark", "1", "--memory-shrink-mark", "1", "--memory-removal-mark", "1"];
         let home = real_model::home();
         if !arguments.contains(&"--home") {
@@ -69,14 +69,14 @@ impl RealServer {
         Self { server, _place: place }
     }
 
-    /// Starts and waits until it is ready.
+    /// Starts a server and waits until it is ready.
     pub async fn ready(arguments: &[&str]) -> Self {
         let server = Self::start(arguments).await;
         server.until("ready", async |server| server.status("/readyz").await == Some(200)).await;
         server
     }
 
-    /// As `ready`, shared by the tests that run at the same time and change nothing in it.
+    /// As `ready`, but shared by tests that run at the same time and do not change the server.
     pub async fn shared(arguments: &[&str]) -> Arc<Self> {
         let key = arguments.iter().map(ToString::to_string).collect();
         let mut shared = SHARED.lock().await;
@@ -88,7 +88,7 @@ impl RealServer {
         server
     }
 
-    /// Polls `holds` until it is so.
+    /// Polls until `holds` returns true.
     pub async fn until(&self, what: &str, holds: impl AsyncFn(&Self) -> bool) {
         within(what, async {
             while !holds(self).await {
@@ -110,7 +110,7 @@ impl RealServer {
         Answer::of(self.send(path, body, headers).await).await
     }
 
-    /// Opens a stream; its head has arrived and is 200.
+    /// Opens a stream. Returns when the head of the answer has arrived; its status must be 200.
     pub async fn stream(&self, path: &str, body: &Value) -> EventStream {
         self.stream_with(path, body, &[]).await
     }
@@ -130,8 +130,8 @@ impl RealServer {
         within("answered", request.send()).await.expect("an answer")
     }
 
-    /// Sends these bytes over a connection of their own and returns what comes until `is_enough` of it is there or the
-    /// server closes the connection.
+    /// Sends these bytes over a new connection. Returns what the server sends until `is_enough` returns true or the server
+    /// closes the connection.
     pub async fn raw(&self, bytes: &[u8], is_enough: impl Fn(&str) -> bool) -> String {
         let address = self.base_url.strip_prefix("http://").expect("a URL");
         let mut connection = TcpStream::connect(address).await.expect("a connection");
@@ -146,7 +146,7 @@ impl RealServer {
         String::from_utf8(answer).expect("the answer is text")
     }
 
-    /// The sum of a metric's series whose labels hold `label`; 0 where there is none.
+    /// The sum of a metric's series whose labels contain `label`; 0 if there is none.
     pub async fn metric(&self, name: &str, label: &str) -> f64 {
         let text = reqwest::get(self.url("/metrics")).await.expect("an answer").text().await.expect("text");
         let of_series = |line: &str| {
@@ -157,17 +157,17 @@ impl RealServer {
         text.lines().filter(|line| !line.starts_with('#')).filter_map(of_series).sum()
     }
 
-    /// Sequences in the batch.
+    /// The number of running sequences.
     pub async fn running(&self) -> f64 {
         self.metric("vllm:num_requests_running", "").await
     }
 
-    /// Sequences that wait for a place in it.
+    /// The number of waiting sequences.
     pub async fn waiting(&self) -> f64 {
         self.metric("vllm:num_requests_waiting", "").await
     }
 
-    /// `POST /debug/fault`; needs `--fault-injection`.
+    /// Injects a fault with `POST /debug/fault`. The server needs `--fault-injection`.
     pub async fn inject(&self, fault: &Value) {
         let answer = reqwest::Client::new().post(self.url("/debug/fault")).json(fault).send().await.expect("an answer");
         assert_eq!(answer.status(), StatusCode::ACCEPTED, "{fault}");
@@ -192,12 +192,12 @@ impl Answer {
     async fn of(response: reqwest::Response) -> Self {
         let (status, headers) = (response.status(), response.headers().clone());
         let text = within("a whole body", response.text()).await.expect("a body");
-        // What is not JSON is shown as it is.
+        // A body that is not JSON is kept as a string.
         let body = serde_json::from_str(&text).unwrap_or(Value::String(text));
         Self { status, headers, body }
     }
 
-    /// The member of `error`.
+    /// A string member of `error`; empty if it is missing.
     pub fn error(&self, member: &str) -> &str {
         self.body["error"][member].as_str().unwrap_or_default()
     }
@@ -216,14 +216,14 @@ pub enum Event {
     Comment(String),
 }
 
-/// A stream of them. Dropping it closes the connection.
+/// A stream of events. Dropping it closes the connection.
 pub struct EventStream {
     bytes: BoxStream<'static, Result<bytes::Bytes, String>>,
     buffer: BytesMut,
 }
 
 impl EventStream {
-    /// The next event; None at the end, an error when the connection is cut.
+    /// The next event. `None` at the end; an error if the connection breaks.
     pub async fn next(&mut self) -> Option<Result<Event, String>> {
         loop {
             if let Some(end) = self.buffer.windows(2).position(|pair| pair == b"\n\n") {
@@ -254,7 +254,7 @@ impl EventStream {
         chunks
     }
 
-    /// Everything up to the end.
+    /// All remaining events.
     pub async fn rest(&mut self) -> Vec<Event> {
         let mut events = Vec::new();
         while let Some(event) = self.next().await {
@@ -284,12 +284,12 @@ pub fn data(events: &[Event]) -> impl Iterator<Item = &Value> {
     })
 }
 
-/// A completion of exactly `tokens` tokens, the same ones every time.
+/// The body of a completion of exactly `tokens` tokens, which are always the same.
 pub fn completion(tokens: u64) -> Value {
     json!({"model": "default", "prompt": "The sea is", "max_tokens": tokens, "ignore_eos": true, "temperature": 0})
 }
 
-/// `work`, or a failed test if it takes longer than anything may.
+/// Runs `work`. Panics if it takes longer than `PATIENCE`.
 pub async fn within<T>(what: &str, work: impl Future<Output = T>) -> T {
     timeout(PATIENCE, work).await.unwrap_or_else(|_| panic!("not {what} after {PATIENCE:?}"))
 }

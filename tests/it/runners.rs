@@ -1,4 +1,4 @@
-//! Runners over the fixtures and over the real model.
+//! Runners for the fixtures and the real model.
 
 use std::path::Path;
 
@@ -10,12 +10,12 @@ use outrigger::engine::{self, LogitsRunner};
 
 use crate::{fixtures, real_model};
 
-/// Which arithmetic.
+/// The arithmetic of a runner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Numbers {
-    /// `--dtype float32`: weights, activations and KV cache.
+    /// As `--dtype float32`: weights, activations and KV cache.
     Float32,
-    /// What the server does when nothing is said.
+    /// The server's default.
     Default,
 }
 
@@ -32,12 +32,12 @@ impl Setup {
     }
 }
 
-/// A runner over a fixture, with room for ten sequences or more.
+/// A runner for a fixture, with room for at least ten sequences.
 pub fn fixture_runner(name: &str, setup: Setup) -> Box<dyn LogitsRunner> {
     load(&fixtures::path(name), setup, 16 << 20)
 }
 
-/// A runner over SmolLM2, with room for all golden cases at once.
+/// A runner for SmolLM2, with room for all golden cases at once.
 pub fn smollm2_runner(setup: Setup) -> Box<dyn LogitsRunner> {
     load(real_model::path(), setup, 256 << 20)
 }

@@ -1,4 +1,4 @@
-//! A real server process on a free port. It ends when dropped. Its log is shown if the test fails.
+//! A real server process on a free port. It is killed when dropped. Its log is shown if the test fails.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// How long anything may take on a busy machine before the test gives up.
+/// Time limit for every wait, long enough for a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Server {
@@ -20,12 +20,12 @@ pub struct Server {
     pub base_url: String,
 }
 
-/// `models/fixtures/NAME` of the repository.
+/// The path of a fixture.
 pub fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/fixtures").join(name)
 }
 
-/// The program with an environment free of a developer's own settings.
+/// The program, with an environment that contains none of the developer's settings.
 pub fn outrigger() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_outrigger"));
     for (name, _) in std::env::vars_os() {
@@ -38,12 +38,12 @@ pub fn outrigger() -> Command {
 }
 
 impl Server {
-    /// Starts with `--port 0` and these arguments; returns as soon as it listens, the model not yet loaded.
+    /// Starts a server with `--port 0` and these arguments. Returns as soon as it listens, before the model is loaded.
     pub fn start(arguments: &[&str]) -> Self {
         Self::start_as(outrigger(), arguments)
     }
 
-    /// As `start`, but this program, whose standard output must be piped. Only a piped standard error is kept as the log.
+    /// As `start`, with this command, whose standard output must be piped. The log is kept only if standard error is piped.
     pub fn start_as(mut program: Command, arguments: &[&str]) -> Self {
         let mut child = program.args(["serve", "--port", "0"]).args(arguments).spawn().expect("the program starts");
         let log = Arc::new(Mutex::new(String::new()));
@@ -64,14 +64,14 @@ impl Server {
         server
     }
 
-    /// Starts and waits until it is ready.
+    /// Starts a server and waits until it is ready.
     pub async fn ready(arguments: &[&str]) -> Self {
         let server = Self::start(arguments);
         server.wait_until("ready", async |server: &Self| server.status("/readyz").await == Some(200)).await;
         server
     }
 
-    /// The next line of its standard output, empty at its end.
+    /// The next line of the standard output; empty at the end.
     pub fn next_line(&mut self) -> String {
         let mut line = String::new();
         self.stdout.read_line(&mut line).expect("its output is text");
@@ -82,7 +82,7 @@ impl Server {
         format!("{}{path}", self.base_url)
     }
 
-    /// The status of a GET, None when nobody answers.
+    /// The status of a GET. `None` if nobody answers.
     pub async fn status(&self, path: &str) -> Option<u16> {
         Some(reqwest::get(self.url(path)).await.ok()?.status().as_u16())
     }
@@ -109,7 +109,7 @@ impl Server {
         assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
     }
 
-    /// Waits for its end.
+    /// Waits until the process exits.
     pub async fn exit(&mut self) -> ExitStatus {
         let start = Instant::now();
         loop {

@@ -1,4 +1,4 @@
-//! Compares small tokenizers, as GGUF metadata and as `tokenizer.json`, with the libraries that define them
+//! Compares small tokenizers, from GGUF metadata and from `tokenizer.json`, with the libraries that define them
 //! (`tests/golden/small_tokenizers.py`).
 
 use std::collections::BTreeMap;
@@ -29,7 +29,7 @@ fn metadata(entries: impl IntoIterator<Item = (&'static str, Metadata)>) -> BTre
     entries.into_iter().map(|(key, value)| (format!("tokenizer.ggml.{key}"), value)).collect()
 }
 
-/// The vocabulary of all byte-level cases, its last two tokens a control and a user-defined one.
+/// The vocabulary of all byte-level cases. Its last two tokens are a control token and a user-defined token.
 fn byte_level_gguf(golden: &Value, pre: &str) -> BTreeMap<String, Metadata> {
     let tokens: Vec<&str> = items(&golden["tokens"]).iter().map(|token| token.as_str().unwrap()).collect();
     let types = (0..tokens.len()).map(|_| 1).chain([3, 4]).map(Metadata::U64).collect();
@@ -43,7 +43,7 @@ fn byte_level_gguf(golden: &Value, pre: &str) -> BTreeMap<String, Metadata> {
     ])
 }
 
-/// The case's `tokenizer.json`, its vocabulary put back.
+/// Writes the case's `tokenizer.json` with the vocabulary and merges, which the golden file stores once for all cases.
 fn write_tokenizer_json(directory: &Path, golden: &Value, case: &Value) {
     let mut definition = case["tokenizer"].clone();
     let tokens = items(&golden["tokens"]).iter().enumerate();
@@ -108,7 +108,7 @@ fn sentence_piece_vocabularies_give_the_library_s_ids_and_texts() {
         for encoded in items(&case["encoded"]) {
             let text = encoded["text"].as_str().unwrap();
             assert_eq!(tokenizer.encode(text, false).unwrap(), ids(&encoded["ids"]), "{text:?}");
-            // The frame of a text is the token at its beginning, as the file does not say otherwise.
+            // The file does not say how to frame texts, so a framed text starts with the BOS token.
             let framed = tokenizer.encode(text, true).unwrap();
             assert_eq!(framed, [&[1], ids(&encoded["ids"]).as_slice()].concat());
         }
@@ -155,7 +155,7 @@ fn tokenizer_config_says_how_texts_are_framed_and_which_tokens_end() {
     write_tokenizer_json(path, byte_level, &byte_level["cases"][0]);
     let plain = Tokenizer::from_dir(path).unwrap();
     let the = plain.encode("the", true).unwrap();
-    // No file names one, but this one is known to end a turn.
+    // No file names an EOS token, but this token is known to end a turn.
     let end = plain.encode("<|end|>", false).unwrap()[0];
     assert_eq!((plain.bos_token_id(), plain.eos_token_ids()), (None, [end].as_slice()));
     assert!(plain.chat_template().unwrap().render(&json!([]), None, true, &Default::default()).is_err());
@@ -179,7 +179,7 @@ fn tokenizer_config_says_how_texts_are_framed_and_which_tokens_end() {
     };
     assert_eq!(render(&tokenizer, None), "<|end|>2<tool>");
 
-    // A template in a file of its own goes first; one for tools is used when there are tools.
+    // A template in a separate file takes precedence, and a template for tools is used when there are tools.
     std::fs::write(path.join("chat_template.jinja"), "default").unwrap();
     std::fs::create_dir(path.join("additional_chat_templates")).unwrap();
     std::fs::write(path.join("additional_chat_templates/tool_use.jinja"), "tools").unwrap();

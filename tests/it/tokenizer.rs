@@ -39,16 +39,17 @@ fn the_real_model_s_special_tokens() {
     let tokenizer = real_tokenizer();
     assert_eq!(tokenizer.vocab_size(), 49_152);
     assert_eq!((tokenizer.bos_token_id(), tokenizer.eos_token_ids()), (Some(1), [2, 0].as_slice()));
-    // `<|endoftext|>` ends a text as `<|im_end|>` ends a turn.
+    // `<|endoftext|>` (0) ends a text, and `<|im_end|>` (2) ends a turn.
     assert_eq!(tokenizer.token_text(2).as_deref(), Some("<|im_end|>"));
     assert!(tokenizer.is_special(2) && !tokenizer.is_special(100));
     assert_eq!(tokenizer.decode(&[2, 504, 1], true), "The");
-    // The file says not to frame texts.
+    // The file says that texts are not framed.
     assert_eq!(tokenizer.encode("The", true).unwrap(), tokenizer.encode("The", false).unwrap());
     assert_eq!(tokenizer.token_text(49_152), None);
 }
 
-/// Every token of the real vocabulary on its own and in the golden outputs: one by one gives what all at once does.
+/// Detokenizes the whole vocabulary, forwards and backwards, and the golden outputs: one token at a time gives the same text as
+/// all at once.
 #[test]
 fn detokenizing_the_real_vocabulary_step_by_step() {
     let tokenizer = real_tokenizer();
