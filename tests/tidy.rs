@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 
 use outrigger::config::{Invocation, KEYS};
 
-/// From the top: a module may name only modules of lower rank, and itself. Equal ranks are siblings, and strangers.
+/// The layers from top to bottom. A module may use only itself and modules of lower layers, not others of its own layer.
 const LAYERS: &[&[&str]] = &[
     &["main"],
     &["app", "drill"],
@@ -95,7 +95,7 @@ enum Token {
     Punctuation(char),
 }
 
-/// Idents and punctuation with their lines; comments, strings, chars and lifetimes are left out.
+/// Identifiers and punctuation with their lines. Comments, strings, chars and lifetimes are left out.
 fn scan(source: &str) -> Vec<(Token, usize)> {
     let chars: Vec<char> = source.chars().collect();
     let mut tokens = Vec::new();
@@ -163,7 +163,7 @@ fn end_of_char_or_lifetime(chars: &[char], quote: usize) -> usize {
     }
 }
 
-/// `r"`, `r#"`, `b"`, `br#"`, `c"`, `b'` begin literals; `r#type` and plain idents do not.
+/// Whether a prefixed literal starts at `at`: `r"`, `r#"`, `b"`, `br#"`, `c"` or `b'`, but not `r#type` or an identifier.
 fn starts_literal(chars: &[char], at: usize) -> bool {
     let after_letters = find_from(chars, at, |c| !matches!(c, 'r' | 'b' | 'c'));
     let after_hashes = find_from(chars, after_letters, |c| c != '#');
@@ -191,7 +191,7 @@ fn end_of_prefixed_literal(chars: &[char], at: usize) -> usize {
     chars.len()
 }
 
-/// Every path of the file, `use` groups unfolded.
+/// Every path of the file, with `use` groups unfolded.
 fn paths(source: &str) -> Vec<FoundPath> {
     let tokens = scan(source);
     let mut found = Vec::new();
@@ -205,7 +205,7 @@ fn paths(source: &str) -> Vec<FoundPath> {
     found
 }
 
-/// Reads the path that starts at `at` (an ident), appends it behind `prefix`, and returns where it ends.
+/// Reads the path that starts at the identifier at `at`, prepends `prefix`, and returns where the path ends.
 fn read_path(tokens: &[(Token, usize)], mut at: usize, prefix: &[String], found: &mut Vec<FoundPath>) -> usize {
     let line = tokens[at].1;
     let mut segments = prefix.to_vec();
@@ -244,7 +244,7 @@ fn module_path(file: &str) -> Vec<&str> {
     stem.strip_suffix("/mod").unwrap_or(stem).split('/').collect()
 }
 
-/// The top-level module of this crate that a path names, if it names one.
+/// The top-level module of this crate that a path names, if any.
 fn named_module<'a>(path: &'a FoundPath, own: &[&str]) -> Option<&'a str> {
     let segments: Vec<&str> = path.segments.iter().map(String::as_str).collect();
     match segments.as_slice() {
@@ -257,14 +257,14 @@ fn named_module<'a>(path: &'a FoundPath, own: &[&str]) -> Option<&'a str> {
     }
 }
 
-/// What is wrong with the layering of one file of `src/`.
+/// The layer violations of one file of `src/`.
 fn layer_findings(file: &str, source: &str) -> Vec<String> {
     let own = module_path(file);
     if own == ["lib"] {
         return Vec::new();
     }
     let Some(own_rank) = rank(own[0]) else {
-        return vec![format!("src/{file}: `{}` stands in no layer; give it a place in tests/tidy.rs", own[0])];
+        return vec![format!("src/{file}: `{}` is in no layer; add it to LAYERS in tests/tidy.rs", own[0])];
     };
     let is_forbidden = |module: &str| module != own[0] && rank(module).is_some_and(|rank| rank <= own_rank);
     let mut findings: Vec<String> = paths(source)
@@ -276,7 +276,7 @@ fn layer_findings(file: &str, source: &str) -> Vec<String> {
     findings
 }
 
-/// What is wrong with the fences of one file of `src/`.
+/// The fence violations of one file of `src/`.
 fn fence_findings(file: &str, source: &str) -> Vec<String> {
     let paths = paths(source);
     let mut findings = Vec::new();
@@ -295,14 +295,14 @@ fn fence_findings(file: &str, source: &str) -> Vec<String> {
     findings
 }
 
-/// A path of one segment is a plain name, unless its line is `use name;` (or `use name as …;`).
+/// Whether a path of one segment is a whole import (`use name;` or `use name as …;`) and not just a name.
 fn is_whole_use(path: &FoundPath, source: &str) -> bool {
     let line = source.lines().nth(path.line - 1).unwrap_or_default().trim_start();
     let line = line.strip_prefix("pub ").unwrap_or(line);
     line.strip_prefix("use ").is_some_and(|rest| rest.starts_with(path.segments[0].as_str()))
 }
 
-/// What is wrong with the shape of any Rust file.
+/// What is wrong with the head or the name of a Rust file.
 fn shape_findings(file: &str, source: &str) -> Vec<String> {
     let mut findings = Vec::new();
     if !source.starts_with("//!") {
@@ -310,7 +310,7 @@ fn shape_findings(file: &str, source: &str) -> Vec<String> {
     }
     let stem = Path::new(file).file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
     if VAGUE_NAMES.contains(&stem) {
-        findings.push(format!("{file}: `{stem}` says nothing; name it after what it holds"));
+        findings.push(format!("{file}: `{stem}` is a vague name; name the file after its content"));
     }
     findings
 }
@@ -385,11 +385,11 @@ fn files_have_a_head_and_a_telling_name() {
     assert_none(files.iter().flat_map(|(file, source)| shape_findings(file, source)).collect());
 }
 
-/// The number behind `label`, at its first place in the text.
+/// The number after the first `label` in the text.
 fn number_after(text: &str, label: &str) -> u64 {
     let (_, rest) = text.split_once(label).unwrap_or_else(|| panic!("no `{label}`"));
     let digits: String = rest.trim_start().chars().take_while(char::is_ascii_digit).collect();
-    digits.parse().unwrap_or_else(|_| panic!("no number behind `{label}`"))
+    digits.parse().unwrap_or_else(|_| panic!("no number after `{label}`"))
 }
 
 /// The configuration file inside the Kubernetes manifest.
@@ -405,13 +405,13 @@ fn the_manifest_fits_the_server() {
     let file = folder.path().join("outrigger.toml");
     fs::write(&file, manifest_configuration(&manifest)).expect("written");
     let arguments = ["serve".to_owned(), format!("--config={}", file.display())];
-    // Kubernetes puts the pod's address and name in.
+    // Kubernetes sets these variables to the pod's address and name.
     let manifest_sets = |name: &str| assert!(manifest.contains(name), "the manifest sets no {name}");
     let variables = [
         ("OUTRIGGER_HOME", "/var/cache/outrigger"),
         ("OUTRIGGER_GOSSIP_ADVERTISE_ADDR", "10.0.0.7:7946"),
         ("OUTRIGGER_NODE_ID", "outrigger-0"),
-        // What a replica with a GPU sets besides.
+        // Replicas with a GPU also set this variable.
         ("OUTRIGGER_DEVICE", "cuda"),
     ];
     let variables = variables.map(|(name, value)| {
@@ -419,7 +419,7 @@ fn the_manifest_fits_the_server() {
         (name.to_owned(), value.to_owned())
     });
     let config = Invocation::read(arguments, variables).expect("a valid configuration").config;
-    assert_eq!(config.api.host, "0.0.0.0", "probes reach the pod from outside");
+    assert_eq!(config.api.host, "0.0.0.0", "probes come from outside the pod");
     assert_eq!(u64::from(config.api.port), number_after(&manifest, "name: http, containerPort:"));
     let port = |addr: Option<std::net::SocketAddr>| addr.map(|addr| u64::from(addr.port()));
     assert_eq!(port(config.cluster.gossip_addr), Some(number_after(&manifest, "name: gossip, containerPort:")));
@@ -427,14 +427,17 @@ fn the_manifest_fits_the_server() {
     assert_eq!(port(config.api.admin_addr), Some(number_after(&manifest, "name: admin, containerPort:")));
     for probe in ["/startupz", "/readyz", "/livez"] {
         let on_admin = format!("httpGet: {{ path: {probe}, port: admin }}");
-        assert!(manifest.contains(&on_admin), "{probe} is asked where clients can take every connection");
+        assert!(
+            manifest.contains(&on_admin),
+            "{probe} must use the admin port, where clients cannot take every connection"
+        );
     }
     let scraped = number_after(&manifest, "prometheus.io/port: \"");
     assert_eq!(port(config.api.admin_addr), Some(scraped));
     let grace = number_after(&manifest, "terminationGracePeriodSeconds:");
     assert!(config.process.drain_linger < config.process.shutdown_timeout);
     let needed = (config.process.shutdown_timeout + config.process.relay_timeout).as_secs();
-    assert!(grace > needed, "a grace of {grace} s cuts streams that may take {needed} s");
+    assert!(grace > needed, "a grace period of {grace} s cuts off streams that may take {needed} s");
 }
 
 #[test]
@@ -464,7 +467,7 @@ fn an_image_without_a_target_needs_no_gpu() {
     };
     assert!(stages.last().is_some_and(|last| last.starts_with("runtime AS cpu")), "the last stage is the default");
     assert!(stage("AS build-cuda").contains("--features cuda") && !stage("AS build-cpu").contains("--features"));
-    // `utility` brings NVML, by which health watches the device.
+    // `utility` provides NVML, which the health checks use to watch the device.
     assert!(stage("AS cuda").contains("NVIDIA_DRIVER_CAPABILITIES=compute,utility"));
     assert!(stages.iter().skip(1).all(|stage| !stage.contains("USER root")), "nothing runs as root");
 }

@@ -20,7 +20,7 @@ use crate::world::World;
 
 const FORGOTTEN: &str = "stream_not_found";
 
-/// What a client has of one choice.
+/// What a client has received of one choice.
 #[derive(Default)]
 struct Received {
     tokens: Vec<TokenId>,
@@ -31,11 +31,11 @@ struct Received {
 enum Ending {
     /// Every choice has ended.
     Complete,
-    /// The connection is gone, and the server with it as far as the client can tell.
+    /// The connection is lost. The client cannot tell whether the server is.
     Broken,
-    /// The client itself hung up, for so long.
+    /// The client hung up and reconnects after this time.
     HungUp(Duration),
-    /// The server said so.
+    /// The server sent an error.
     Refused(Failure),
 }
 
@@ -46,15 +46,15 @@ pub struct Client {
     world: Arc<World>,
     random: Random,
     received: Vec<Received>,
-    /// Connections made, and hang-ups done.
+    /// The numbers of connections and of hang-ups so far.
     attempts: u32,
     hang_ups: usize,
     deadline: Option<Instant>,
-    /// What the stream is called: the client's own key, or the name that a server gave it.
+    /// The stream's name: the client's own key, or the key that a server gave it.
     key: String,
-    /// The process that it was last connected to.
+    /// The process that the client was last connected to.
     connected: Option<Process>,
-    /// Since when a server has answered: the stream can be asked for by its name.
+    /// When a server first answered. From then on the client can resume the stream by its name.
     known_since: Option<Instant>,
 }
 
@@ -77,7 +77,7 @@ impl Client {
         }
     }
 
-    /// Returns when the client has what it wanted, or has seen what it must not see.
+    /// Returns when the client has received its stream, or an error when it has seen something that must not happen.
     pub async fn run(mut self) -> Result<(), Violation> {
         sleep(self.plan.starts_at).await;
         self.deadline = self.plan.deadline.map(|deadline| Instant::now() + deadline);
@@ -116,7 +116,7 @@ impl Client {
         Ok(())
     }
 
-    /// A request that nobody has answered is made anew.
+    /// Chooses the key of a request that no server has answered yet.
     fn choose_key(&mut self) {
         self.key = match self.plan.is_keyed {
             true => format!("key-{}", self.plan.request),
@@ -150,7 +150,7 @@ impl Client {
         };
         self.known_since.get_or_insert_with(Instant::now);
         let ending = self.listen(node, &mut dispatched).await;
-        // A process that stands still does not see that its client has gone.
+        // A paused process does not notice that its client is gone.
         let (world, process) = (self.world.clone(), node.process.clone());
         tokio::spawn(async move {
             world.net.resumed(process.node).await;
@@ -160,7 +160,7 @@ impl Client {
     }
 
     async fn listen(&mut self, node: &Node, dispatched: &mut Dispatched) -> Result<Ending, Violation> {
-        // Tokens come again from the first one on; what the client has is passed over.
+        // The server sends all tokens again from the first; the client skips those that it has.
         let mut positions = vec![0; self.received.len()];
         let mut ended = vec![false; self.received.len()];
         let num_scores = if self.lacks_scores() { self.reference.scores.len() } else { 0 };
@@ -184,7 +184,7 @@ impl Client {
                 event = timeout(self.plan.patience, event) => event,
             };
             match event {
-                // Silence, or an end without an end.
+                // The server is silent, or the stream stops without a final event.
                 Err(_) | Ok(None) => {
                     let how = if event.is_ok() { "is cut off" } else { "has waited long enough" };
                     self.world.trace.note(format_args!("{} {how}", self.name));
@@ -213,7 +213,7 @@ impl Client {
                     if std::mem::replace(&mut ended[choice as usize], true) {
                         return Err(self.violation(format!("choice {choice} ends twice")));
                     }
-                    // The end alone of a choice whose tokens the client has is told at once.
+                    // If the client already has all tokens of a choice, the end may come before the prompt's scores.
                     let Received { tokens, end } = &self.received[choice as usize];
                     let is_beginning = tokens.is_empty() && end.is_none() && reason.is_of_the_generation();
                     if scores.len() < num_scores && is_beginning {
@@ -239,9 +239,9 @@ impl Client {
         let expected = self.reference.choices[choice].tokens.get(position);
         if expected.map(|(expected, _)| *expected) != Some(token) {
             let expected = expected.map(|(expected, _)| expected);
-            return Err(self.violation(format!(
-                "token {position} of choice {choice} is {token} where the undisturbed run has {expected:?}"
-            )));
+            return Err(
+                self.violation(format!("token {position} of choice {choice} is {token} instead of {expected:?}"))
+            );
         }
         let received = &mut self.received[choice];
         if position < received.tokens.len() {
@@ -258,13 +258,13 @@ impl Client {
     fn finish(&mut self, choice: usize, position: usize, reason: FinishReason) -> Result<(), Violation> {
         self.world.trace.note(format_args!("{} sees the end of {choice}: {reason:?}", self.name));
         let is_late = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
-        // At its deadline a stream ends where the node that answers is, which may be before where the client was.
+        // At the deadline a stream ends at the position of the node that answers, which may be behind the client's position.
         let is_cut_short = is_late && reason == FinishReason::Deadline;
         let expected = &self.reference.choices[choice];
         let is_whole = position == expected.tokens.len() && reason == expected.end;
         if !is_whole && !is_cut_short {
             return Err(self.violation(format!(
-                "choice {choice} ends after {position} tokens with {reason:?}, where the undisturbed run ends after {} with \
+                "choice {choice} ends after {position} tokens with {reason:?}; the undisturbed run ends after {} with \
                  {:?}",
                 expected.tokens.len(),
                 expected.end
@@ -274,28 +274,29 @@ impl Client {
         Ok(())
     }
 
-    /// What a client does about an error. True when it is content with it.
+    /// Decides about an error: true if the client gives up the request, false if it tries again. An error that must not happen
+    /// is a violation.
     fn accepts(&self, node: &Node, failure: &Failure) -> Result<bool, Violation> {
         let has_begun = self.received.iter().any(|received| !received.tokens.is_empty());
         let is_late = self.deadline.is_some_and(|deadline| deadline <= Instant::now());
         let was_troubled = self.known_since.is_some_and(|since| self.world.had_trouble_since(since));
         let is_allowed = match failure.kind {
-            // A wait that is longer than the deadline may be foreseen.
+            // The server may refuse early a request whose wait would exceed its deadline.
             FailureKind::DeadlineExceeded if self.deadline.is_some() && (is_late || !has_begun) => return Ok(true),
-            // A stream whose tokens nobody knows any more stands in the queue like a fresh one.
+            // A stream whose tokens no node knows any more is queued like a new one.
             FailureKind::Overloaded
                 if self.world.has_tight_queues() && (!has_begun || was_troubled || !self.is_known()) =>
             {
                 true
             }
-            // Its entry node and the holders of its journal were lost together.
+            // The entry node and all holders of the journal were lost.
             _ if failure.code == Some(FORGOTTEN) => was_troubled,
             _ if failure.code == Some("shutting_down") && node.has_stopped() => true,
             _ => !self.world.could_serve(node),
         };
         match is_allowed {
             true => Ok(false),
-            false => Err(self.violation(format!("is told {failure} though a replica was there"))),
+            false => Err(self.violation(format!("got {failure} although a replica was available"))),
         }
     }
 
@@ -306,7 +307,8 @@ impl Client {
             key: journal_key(&self.key),
             body: [plan.request as u8; 16],
             may_exist: plan.is_keyed || self.is_known(),
-            // Only the server knows the seed of a stream that it has named; here the client knows it as well, to compare.
+            // In reality, only the server knows the seed of a stream that it has named. Here the client knows it too, so
+            // that it can compare.
             must_exist: self.is_known() && !plan.is_keyed,
             have: self.is_known().then_some(have),
         };
@@ -329,7 +331,7 @@ impl Client {
         }
     }
 
-    /// As the API sees it: what the prompt scored was told with the beginning of each choice.
+    /// Whether the prompt's scores are still missing. As in the API, they come before the first token of each choice.
     fn lacks_scores(&self) -> bool {
         let has_begun = |received: &Received| !received.tokens.is_empty() || received.end.is_some();
         self.plan.extensions.prompt_logprobs.is_some() && !self.received.iter().all(has_begun)

@@ -22,7 +22,7 @@ use crate::world::World;
 
 const SEEDS: u64 = 300;
 const REFUSED: &str = "idempotency_key_reused";
-/// For everything that ends at all.
+/// Time limit for everything that must end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// One of the two requests with the same key.
@@ -85,13 +85,13 @@ impl Rival {
         }
     }
 
-    /// Reads the stream to its end, which is as in the undisturbed run.
+    /// Reads the stream to its end and compares it with the undisturbed run.
     async fn check(&self, mut dispatched: Dispatched, what: &str) -> Result<(), Violation> {
         let violation = |text: String| Violation(format!("{what} of body {}: {text}", self.body));
         let (mut tokens, expected) = (0, &self.reference.choices[0]);
         loop {
             let event = timeout(PATIENCE, dispatched.stream.next()).await;
-            match event.map_err(|_| violation("silence".into()))? {
+            match event.map_err(|_| violation("the node is silent".into()))? {
                 Some(GenerationEvent::Scheduled { .. } | GenerationEvent::PromptLogprobs { .. }) => {}
                 Some(GenerationEvent::Token { token, .. }) => {
                     if expected.tokens.get(tokens).map(|(expected, _)| *expected) != Some(token) {
@@ -104,19 +104,19 @@ impl Rival {
                     return if is_whole { Ok(()) } else { Err(violation(format!("{reason:?} after {tokens} tokens"))) };
                 }
                 Some(GenerationEvent::Failed(failure)) => return Err(violation(failure.to_string())),
-                None => return Err(violation("cut off".into())),
+                None => return Err(violation("the stream was cut off".into())),
             }
         }
     }
 }
 
-/// What every node says of the key, asked one after another.
+/// Sends both requests to every node in turn. The older one must get its stream; the younger one must be refused.
 async fn ask_all(world: &World, rivals: &[Arc<Rival>; 2], what: &str) -> Result<(), Violation> {
     for node in world.nodes().into_iter().flatten() {
         for (rank, rival) in rivals.iter().enumerate() {
             let answer = timeout(PATIENCE, node.router.dispatch(rival.dispatch(node.process.node as u32))).await;
             let who = format!("{what}: the answer of n{} to {}", node.process.node, ["the older", "the younger"][rank]);
-            match (rank, answer.map_err(|_| Violation(format!("{who} does not come")))?) {
+            match (rank, answer.map_err(|_| Violation(format!("{who} does not arrive")))?) {
                 (0, Ok(dispatched)) => rival.check(dispatched, &who).await?,
                 (0, Err(failure)) => return Err(Violation(format!("{who} is {failure}"))),
                 (_, Err(failure)) if failure.code == Some(REFUSED) => {}
@@ -135,7 +135,7 @@ async fn story(seed: u64, is_told: bool) -> Result<u64, Violation> {
     let config = NodeConfig {
         router: outrigger::router::Config {
             journal_ttl: Duration::from_secs(600),
-            // Holders change their minds here, so the world must not check that epochs only grow.
+            // Holders change from one request to the other here, so a small memory disables the check that epochs only grow.
             journal_memory: 1 << 19,
             ..Default::default()
         },
@@ -161,7 +161,7 @@ async fn story(seed: u64, is_told: bool) -> Result<u64, Violation> {
     all_see_all.await.map_err(|_| Violation("the cluster does not form".into()))?;
     sleep(Duration::from_secs(5)).await;
 
-    // Half of the time both are of the same second.
+    // In half of the runs both requests have the same creation time.
     let (first, second) = (random.between(1, 2), random.between(1, 2));
     let mut rivals = [Rival::new(1, first, &mut random), Rival::new(2, second, &mut random)].map(Arc::new);
     let (one, other) = (0, nodes - 1);
@@ -174,7 +174,7 @@ async fn story(seed: u64, is_told: bool) -> Result<u64, Violation> {
         let router = world.nodes()[node].clone().expect("nobody dies").router;
         let dispatched = router.dispatch(rival.dispatch(100)).await;
         let dispatched =
-            dispatched.map_err(|failure| Violation(format!("n{node} refuses the first one: {failure}")))?;
+            dispatched.map_err(|failure| Violation(format!("n{node} refuses the first request: {failure}")))?;
         let rival = rival.clone();
         running.push(tokio::spawn(async move { rival.check(dispatched, "the first stream").await }));
         sleep(random.millis(0, 300)).await;
@@ -183,7 +183,7 @@ async fn story(seed: u64, is_told: bool) -> Result<u64, Violation> {
 
     rivals.sort_by_key(|rival| (rival.created, rival.body));
     let still = running.iter().filter(|stream| !stream.is_finished()).count() as u64;
-    // Whoever is asked first finds the two; all the others must not depend on it.
+    // The first node that is asked may detect the conflict; the answers of the others must not depend on that.
     ask_all(&world, &rivals, "after the partition").await?;
     for stream in running {
         stream.await.map_err(|error| Violation(error.to_string()))??;
@@ -205,5 +205,8 @@ fn one_key_for_two_bodies_on_both_sides_of_a_partition_is_the_older_ones_in_the_
         let replay = format!("SIM_CONFLICT_SEED={seed} cargo test --test sim one_key -- --nocapture");
         superseded += simulate(story(seed, false)).unwrap_or_else(|violation| panic!("{}\n    {replay}", violation.0));
     }
-    assert!(superseded > SEEDS / 20, "only {superseded} streams ran when they lost their key: that proves too little");
+    assert!(
+        superseded > SEEDS / 20,
+        "only {superseded} streams were running when they lost their key: too few for a meaningful test"
+    );
 }

@@ -25,7 +25,7 @@ pub const MAX_MODEL_LEN: usize = 128;
 /// An idle engine takes a step this often.
 const IDLE_HEARTBEAT: Duration = Duration::from_millis(500);
 
-/// What is wrong with an engine at present.
+/// The faults that an engine has at present.
 #[derive(Default)]
 struct Faults {
     returns_nan: AtomicBool,
@@ -36,7 +36,7 @@ struct Faults {
 struct FaultyRunner {
     inner: FakeRunner,
     faults: Arc<Faults>,
-    /// Then memory is found, or not, before a step is launched.
+    /// For a device, memory is checked before a step is launched instead.
     is_device: bool,
 }
 
@@ -108,14 +108,14 @@ pub fn fingerprint() -> Fingerprint {
     Fingerprint::new("5eed")
 }
 
-/// How large an engine is.
+/// The limits and the speed of an engine.
 #[derive(Clone, Debug)]
 pub struct EngineSize {
     pub seats: usize,
     pub batched_tokens: usize,
     pub blocks: u32,
     pub step: Duration,
-    /// Steps in flight.
+    /// The number of steps in flight.
     pub depth: usize,
 }
 
@@ -125,15 +125,15 @@ pub struct SimEngine {
     handle: EngineHandle,
     wake: Arc<Notify>,
     faults: Arc<Faults>,
-    /// It takes no step while this holds.
+    /// While this is true, the engine takes no step.
     stands_still: Arc<watch::Sender<bool>>,
-    /// Times the usual step.
+    /// The factor on the usual duration of a step.
     slowness: Arc<AtomicU64>,
     crash: CancellationToken,
 }
 
 impl SimEngine {
-    /// Runs until `death`.
+    /// Starts an engine that runs until `death`.
     pub fn spawn(size: &EngineSize, death: CancellationToken) -> Self {
         let (handle, stepped, faults) = make(size, true);
         let engine = Self {
@@ -161,7 +161,7 @@ impl SimEngine {
                     biased;
                     () = self.crash.cancelled() => break engine_failed(),
                     () = self.wake.notified() => {}
-                    // As the real one, it shows that it lives.
+                    // An idle engine steps from time to time to show that it is alive, like the real one.
                     () = sleep(IDLE_HEARTBEAT) => {}
                 }
             }
@@ -181,12 +181,12 @@ impl SimEngine {
         }
     }
 
-    /// Accepts nothing more, and ends what is left after the limit. Returns when all is gone.
+    /// Refuses new requests, and ends the remaining ones after the limit. Returns when all have ended.
     pub async fn drain(&self, limit: Duration) {
         let drained = self.handle.drain(now() + limit);
         tokio::pin!(drained);
         let mut is_asked = false;
-        // The engine has to see what was asked of it, once it was.
+        // Wakes the engine after the first poll has sent the request to drain.
         std::future::poll_fn(|context| {
             let poll = drained.as_mut().poll(context);
             if !std::mem::replace(&mut is_asked, true) {
@@ -219,7 +219,7 @@ impl SimEngine {
         self.faults.has_no_memory.store(lacks, Ordering::Relaxed);
     }
 
-    /// As a panic of its thread, or a lost device.
+    /// Ends the engine as a panic of its thread or a lost device would.
     pub fn crash(&self) {
         self.crash.cancel();
         self.wake.notify_one();
@@ -246,7 +246,7 @@ impl Backend for SimEngine {
     }
 }
 
-/// Lets the engine see that a stream was dropped.
+/// Wakes the engine when a stream is dropped.
 struct WakeOnDrop(Arc<Notify>);
 
 impl Drop for WakeOnDrop {
@@ -297,7 +297,7 @@ fn runner(inner: FakeRunner, faults: &Arc<Faults>, depth: usize) -> Box<dyn Mode
     }
 }
 
-/// Computes a request alone, one step at a time, in an engine of its own: what it must be everywhere.
+/// Computes a request alone in a separate engine. The result is the reference for every other run.
 pub fn compute_alone(request: GenerateRequest) -> GenerationStream {
     let size = EngineSize { seats: 8, batched_tokens: 256, blocks: 128, step: Duration::ZERO, depth: 1 };
     let (handle, mut stepped, _) = make(&size, false);

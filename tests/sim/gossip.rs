@@ -12,11 +12,11 @@ use crate::net::{Net, node_id};
 use crate::node::Node;
 use crate::random::Random;
 
-/// Reports of a node that may still be under way.
+/// The number of reports of a node that may still be in transit.
 const MAX_UNDER_WAY: usize = 6;
 
 pub struct Gossip {
-    /// Silence after which a node is held for dead.
+    /// A node counts as dead after this time without reports.
     detection: Duration,
     random: Random,
     said: BTreeMap<usize, VecDeque<Said>>,
@@ -42,7 +42,7 @@ impl Gossip {
         Self { detection, random, said: BTreeMap::new(), heard: BTreeMap::new() }
     }
 
-    /// One round: every process that moves says something, and hears some of what others said.
+    /// Runs one round: every process that is not paused sends a report and receives some reports of others.
     pub fn round(&mut self, nodes: &[Option<Node>], net: &Net) {
         let moving = |node: &&Node| !net.is_paused(node.process.node);
         for node in nodes.iter().flatten().filter(moving) {
@@ -78,7 +78,7 @@ impl Gossip {
         let which = match self.random.next() % 100 {
             0..70 => newest,
             70..85 => newest.saturating_sub(1),
-            // Something that was long under way overtakes nothing any more, and comes all the same.
+            // A report that was delayed for long may still arrive.
             85..90 => self.random.index(said.len()),
             _ => return,
         };

@@ -12,7 +12,7 @@
 //! continue. Membership is a model of gossip, not chitchat. HTTP/2 and TLS are not simulated.
 
 #![expect(clippy::disallowed_methods, reason = "the simulator waits for its own tasks")]
-#![expect(clippy::print_stdout, reason = "what a failed seed did is told on standard output")]
+#![expect(clippy::print_stdout, reason = "a failed seed's events are printed on standard output")]
 
 mod client;
 mod conflict;
@@ -37,9 +37,9 @@ use parking_lot::Mutex;
 
 use run::Outcome;
 
-/// Seeds of an ordinary test run.
+/// The number of seeds in an ordinary test run.
 const SEEDS: u64 = 5_000;
-/// A seed that takes longer than this runs in a circle.
+/// A seed that takes longer than this is in an endless loop.
 const SEED_LIMIT: Duration = Duration::from_secs(300);
 
 fn setting(name: &str) -> Option<u64> {
@@ -53,7 +53,7 @@ fn replay_line(seed: u64) -> String {
 
 #[derive(Default)]
 struct Progress {
-    /// What each thread is at, and since when.
+    /// The seed that each thread is running, and since when.
     running: Mutex<BTreeMap<usize, (u64, Instant)>>,
     failed: Mutex<BTreeMap<u64, String>>,
     done: AtomicU64,
@@ -82,7 +82,7 @@ fn every_stream_equals_its_undisturbed_run() {
         std::thread::sleep(Duration::from_millis(50));
         let running = progress.running.lock();
         if let Some((seed, _)) = running.values().find(|(_, since)| since.elapsed() > SEED_LIMIT) {
-            panic!("seed {seed} does not come to an end\n    {}", replay_line(*seed));
+            panic!("seed {seed} does not end\n    {}", replay_line(*seed));
         }
     }
     let failed = progress.failed.lock();
@@ -97,12 +97,12 @@ fn every_stream_equals_its_undisturbed_run() {
     );
     if end - first >= SEEDS {
         for count in [failovers, hand_overs, resumed, fenced] {
-            assert!(count > (end - first) / 200, "too little happens for this to prove anything");
+            assert!(count > (end - first) / 200, "too few faults had an effect for a meaningful test");
         }
     }
 }
 
-/// Takes seed after seed, until there is no more or one has failed.
+/// Runs one seed after another until none is left or one has failed.
 fn work(thread: usize, end: u64, next: &AtomicU64, progress: &Progress) {
     loop {
         let seed = next.fetch_add(1, Ordering::Relaxed);
@@ -130,5 +130,5 @@ fn a_seed_happens_the_same_way_every_time() {
     }
     let mut different: Vec<_> = digests.iter().collect();
     different.dedup();
-    assert_eq!(different.len(), digests.len(), "different seeds are different stories");
+    assert_eq!(different.len(), digests.len(), "different seeds must give different runs");
 }

@@ -21,12 +21,12 @@ use tokio_util::sync::CancellationToken;
 use crate::random::Random;
 use crate::trace::Trace;
 
-/// A connection that carries nothing for so long breaks.
+/// A connection breaks after a message on it has been held up for this long.
 const CONNECTION_PATIENCE: Duration = Duration::from_secs(15);
-/// A new one is given up after this.
+/// Time limit for establishing a connection.
 const CONNECT_PATIENCE: Duration = Duration::from_secs(1);
 
-/// A process of a node.
+/// One process of a node. Each restart has a new incarnation.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Process {
     pub node: usize,
@@ -42,21 +42,21 @@ struct Endpoint {
 
 pub struct Net {
     state: Mutex<State>,
-    /// The latest epoch of each stream that each process has taken an entry of.
+    /// The latest epoch of each stream from which each process has accepted a journal entry.
     epochs: Mutex<BTreeMap<(Process, JournalKey), u64>>,
-    /// Counts changes of what may pass.
+    /// Incremented whenever links, pauses or processes change.
     changes: watch::Sender<u64>,
-    /// Nothing is forgotten for lack of memory.
+    /// Whether no journal is dropped for lack of memory.
     keeps_all_journals: bool,
     trace: Arc<Trace>,
 }
 
 struct State {
     endpoints: BTreeMap<usize, Endpoint>,
-    /// Processes whose machine vanished with them: nobody is told.
+    /// Processes whose machine died with them: their connections hang instead of breaking.
     vanished: BTreeSet<Process>,
     paused: BTreeSet<usize>,
-    /// From whom to whom nothing passes.
+    /// Links (sender, receiver) on which no message passes.
     cuts: BTreeSet<(usize, usize)>,
     resets: BTreeMap<(usize, usize), CancellationToken>,
     random: Random,
@@ -106,7 +106,7 @@ impl Net {
         self.change(|state| state.endpoints.insert(process.node, endpoint));
     }
 
-    /// The process is gone. With its machine, connections to it hang instead of breaking.
+    /// Removes a process. If its machine dies too, connections to it hang instead of breaking.
     pub fn leave(&self, process: &Process, with_machine: bool) {
         self.change(|state| {
             if with_machine {
@@ -124,7 +124,7 @@ impl Net {
         self.change(|state| if is_cut { state.cuts.insert((from, to)) } else { state.cuts.remove(&(from, to)) });
     }
 
-    /// Breaks every connection between the two.
+    /// Breaks every connection between the two nodes.
     pub fn reset(&self, a: usize, b: usize) {
         let token = self.state.lock().resets.insert(unordered(a, b), CancellationToken::new());
         token.into_iter().for_each(|token| token.cancel());
@@ -145,7 +145,7 @@ impl Net {
         self.state.lock().cuts.contains(&(from, to))
     }
 
-    /// Returns once the node's process moves.
+    /// Returns once the node is not paused.
     pub async fn resumed(&self, node: usize) {
         let mut changes = self.changes.subscribe();
         while self.is_paused(node) {
@@ -154,7 +154,7 @@ impl Net {
         }
     }
 
-    /// What a process may still say to others, for gossip: to whom does word of `from` get, over however many hops?
+    /// The nodes that gossip from `from` can reach over any number of hops.
     pub fn reached_from(&self, from: usize) -> BTreeSet<usize> {
         let state = self.state.lock();
         let moves = |node: &usize| state.endpoints.contains_key(node) && !state.paused.contains(node);
@@ -191,7 +191,7 @@ impl Net {
         }
     }
 
-    /// The way of one message. `patience`: how long it may be held up.
+    /// Delivers one message. Fails if it is held up for longer than `patience`.
     async fn transit(&self, from: &Process, to: &Process, patience: Duration) -> Result<(), Failure> {
         sleep(self.delay()).await;
         let deadline = Instant::now() + patience;
@@ -219,7 +219,7 @@ impl Net {
     }
 }
 
-/// The calls of one process.
+/// The transport of one process.
 pub struct SimTransport {
     pub net: Arc<Net>,
     pub own: Process,
@@ -230,7 +230,7 @@ impl SimTransport {
         Process { node: index_of(&peer.id), incarnation: peer.incarnation }
     }
 
-    /// A call with one answer. It goes on when nobody waits for the answer any more.
+    /// A call with one answer. It continues even if the caller stops waiting.
     fn call<T: Send + 'static>(
         &self,
         what: &'static str,
@@ -273,7 +273,7 @@ impl SimTransport {
 }
 
 impl Net {
-    /// A holder that has heard of a later epoch must not take the word of an earlier one.
+    /// Asserts that a holder does not accept entries of an earlier epoch than it has already accepted.
     fn check_fence(&self, holder: &Process, entries: &[(JournalKey, u64)], refusals: &[JournalRefusal]) {
         let is_refused = |key: &JournalKey| {
             refusals.iter().any(|refusal| match refusal {
@@ -305,7 +305,7 @@ impl Net {
         Ok(answer)
     }
 
-    /// Carries the frames of a stream that `to` sends and `from` has asked for.
+    /// Delivers the frames of a stream from `to` to `from`, which requested it.
     async fn relay(
         &self,
         from: &Process,
@@ -322,7 +322,7 @@ impl Net {
                 () = there.death.cancelled() => return self.outlive(to, frames.closed()).await,
                 () = here.death.cancelled() => return self.outlive(from, until_end(&mut stream)).await,
                 () = frames.closed() => {
-                    // The cancellation travels like everything else, and the stream goes on until it has arrived.
+                    // The cancellation is a message too; the stream continues until it arrives.
                     let _ = self.transit(from, to, CONNECTION_PATIENCE).await;
                     return;
                 }
@@ -353,7 +353,7 @@ impl Net {
         }
     }
 
-    /// A process has died. Its connections break a moment later, or hang when its machine died as well.
+    /// After a process has died, waits until its connections break: a moment later, or after `hang` if its machine died too.
     async fn outlive(&self, dead: &Process, hang: impl Future<Output = ()>) {
         let has_vanished = self.state.lock().vanished.contains(dead);
         if has_vanished {

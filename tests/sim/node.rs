@@ -1,5 +1,5 @@
-//! A node in the simulation: the real router, admission, health and engine of one process, connected as in the server, with its
-//! real order of serving and ending.
+//! A node in the simulation: the real router, admission, health and engine of one process, connected as in the server, with
+//! the server's real order of starting and stopping.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -25,21 +25,21 @@ use crate::net::{Net, Process, SimTransport, node_id};
 pub const MODEL: &str = "model";
 pub const TOKENIZER: &str = "letters";
 
-/// The same for all nodes of a run.
+/// The configuration of all nodes of a run.
 #[derive(Clone, Debug)]
 pub struct NodeConfig {
     pub router: router::Config,
     pub admission: admission::Config,
     pub engine: EngineSize,
     pub zones: usize,
-    /// How long the phases of ending may take.
+    /// The time limits of the shutdown's phases.
     pub bounds: Bounds,
-    /// The bits of the nodes whose engines plan a step while another is in flight.
+    /// One bit for each node. Nodes whose bit is set plan a step while another is in flight.
     pub devices: u64,
 }
 
 impl NodeConfig {
-    /// No journal is forgotten for lack of memory.
+    /// Whether there is enough memory to keep all journals.
     pub fn keeps_all_journals(&self) -> bool {
         self.router.journal_memory >= 1 << 20
     }
@@ -54,31 +54,31 @@ pub struct Node {
     pub health: Health,
     pub metrics: Arc<Metrics>,
     pub engine: SimEngine,
-    /// Whatever still runs of it after this does so unseen.
+    /// Cancelled when the process dies. Tasks of it that still run have no effect.
     pub death: CancellationToken,
     pub view: Arc<watch::Sender<Arc<ClusterView>>>,
     zone: String,
     door: Arc<Door>,
 }
 
-/// What stands between clients and the node's process.
+/// The state of the node's listener and process, as clients and the simulator see it.
 #[derive(Default)]
 struct Door {
     /// New connections are refused.
     is_shut: AtomicBool,
-    /// The node has ended what still ran, and begins nothing more: connections end with the answer that they wait for.
+    /// The node has ended its remaining streams and accepts no requests: each connection closes after its current answer.
     has_stopped: AtomicBool,
-    /// The engine was told to end.
+    /// The engine was told to stop.
     ends_engine: AtomicBool,
-    /// Clients that are connected and wait for something.
+    /// The number of connections that wait for an answer.
     connections: AtomicUsize,
-    /// Told when the process is asked to end.
+    /// Notified on SIGTERM.
     signal: Notify,
-    /// The process has ended by itself.
+    /// Cancelled when the process has exited by itself.
     ended: CancellationToken,
 }
 
-/// A connection of a client's, while it is used.
+/// A client's connection while a request uses it.
 pub struct Connection(Arc<Door>);
 
 impl Drop for Connection {
@@ -88,7 +88,7 @@ impl Drop for Connection {
 }
 
 impl Node {
-    /// A fresh process, which loads for so long.
+    /// Starts a new process, which takes `loading` to load its model.
     pub fn start(process: Process, config: &NodeConfig, net: &Arc<Net>, seed: u64, loading: Duration) -> Self {
         let death = CancellationToken::new();
         let metrics = Arc::new(Metrics::new(MODEL));
@@ -133,7 +133,7 @@ impl Node {
         node
     }
 
-    /// The life of the process, as `app` lives it.
+    /// Runs the process's life cycle as `app::driver` does.
     async fn live(self, bounds: Bounds, loading: Duration, seats: usize) {
         let mut life = Life::new(bounds);
         let mut loading = pin!(self.load(loading, seats));
@@ -193,7 +193,7 @@ impl Node {
         match action {
             Action::Serve => {}
             Action::Leave => {
-                // A node that has failed meanwhile leaves all the same.
+                // The transition fails if the node has failed meanwhile; it leaves in any case.
                 let _ = self.health.lifecycle().drain("simulated");
                 self.router.leave();
             }
@@ -242,22 +242,22 @@ impl Node {
         drop(phases.wait_for(|phase| phase.state == NodeState::Failed).await);
     }
 
-    /// Its time is over: clients are told to go elsewhere.
+    /// Whether the node has ended its streams and tells clients to go elsewhere.
     pub fn has_stopped(&self) -> bool {
         self.door.has_stopped.load(Ordering::Relaxed)
     }
 
-    /// As SIGTERM.
+    /// Asks the process to shut down, as SIGTERM does.
     pub fn terminate(&self) {
         self.door.signal.notify_one();
     }
 
-    /// Returns once the process has ended by itself.
+    /// Returns once the process has exited by itself.
     pub async fn ended(&self) {
         self.door.ended.cancelled().await;
     }
 
-    /// Connects, or goes on with a connection that the client has. None: there is nobody to answer.
+    /// Opens a connection, or uses the one that the client has. `None` if the node accepts none.
     pub fn connect(&self, has_connection: bool) -> Option<Connection> {
         let is_refused = !has_connection && self.door.is_shut.load(Ordering::Relaxed);
         if is_refused || self.has_stopped() {
@@ -278,7 +278,7 @@ impl Node {
         }
     }
 
-    /// What is still held here though nobody wants it any more; nothing if all is well.
+    /// Resources that are still held although all clients are gone, as text. `None` if there are none.
     pub fn leftovers(&self) -> Option<String> {
         let (status, door) = (self.engine.status(), self.admission.status());
         let overview = self.router.overview();

@@ -1,4 +1,4 @@
-//! The reference for every stream: the undisturbed run of the same request on a separate engine.
+//! The oracle: computes the reference for every stream with an undisturbed run of the same request on a separate engine.
 
 use outrigger::cluster::JournalRecord;
 use outrigger::types::{
@@ -8,12 +8,12 @@ use outrigger::types::{
 use crate::engine::compute_alone;
 use crate::plan::ClientPlan;
 
-/// Something that must never happen, in words.
+/// A description of something that must never happen.
 #[derive(Clone, Debug)]
 pub struct Violation(pub String);
 
 pub struct Reference {
-    /// How the prompt scored, where that is asked for.
+    /// The prompt's log-probabilities, if requested.
     pub scores: Vec<TokenLogprobs>,
     pub choices: Vec<ReferenceChoice>,
 }
@@ -54,7 +54,7 @@ impl Reference {
         Self { scores, choices: choices.collect() }
     }
 
-    /// What a journal says that is not so; it may know less than all.
+    /// The first contradiction between a journal and the reference. A journal may be incomplete.
     pub fn contradiction(&self, record: &JournalRecord) -> Option<String> {
         let mut choices = record.choices.iter().zip(&self.choices).enumerate();
         choices.find_map(|(index, (known, truth))| {

@@ -1,4 +1,4 @@
-//! Derives a plan from a seed: the cluster, its clients, and the faults with their times.
+//! Derives from a seed the plan of a run: the cluster, its clients, and the faults with their times.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,18 +12,18 @@ use crate::engine::{EngineSize, VOCABULARY};
 use crate::node::NodeConfig;
 use crate::random::Random;
 
-/// Nothing goes wrong any more after this.
+/// No fault happens after this time.
 pub const PEACE: Duration = Duration::from_secs(16);
 
 pub struct Plan {
     pub nodes: usize,
     pub config: NodeConfig,
-    /// Silence after which gossip holds a node for dead.
+    /// Gossip considers a node dead after this time without reports.
     pub detection: Duration,
     pub clients: Vec<ClientPlan>,
     /// In order of time.
     pub faults: Vec<(Duration, Fault)>,
-    /// Every journal is gone once its time is over: waited for in some runs only.
+    /// Whether the run waits at the end until all journals must have expired. Only some runs do.
     pub outlives_journals: bool,
 }
 
@@ -33,45 +33,45 @@ pub struct ClientPlan {
     pub starts_at: Duration,
     /// Index of the request; twins share it.
     pub request: usize,
-    /// Its own key makes the request known everywhere; without one the server gives it a name.
+    /// Whether the client sends its own idempotency key. Otherwise the server names the stream.
     pub is_keyed: bool,
     pub prompt: Arc<[TokenId]>,
     pub sampling: Arc<SamplingParams>,
     pub extensions: Extensions,
     pub deadline: Option<Duration>,
     pub strategy: Option<Strategy>,
-    /// Hangs up after so many tokens, and comes back after this time.
+    /// After how many tokens the client hangs up, and for how long.
     pub hang_ups: Vec<(usize, Duration)>,
-    /// Gives a silent server up after this.
+    /// The client gives up a server that is silent for this long.
     pub patience: Duration,
 }
 
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// Kills the process, and with it perhaps its machine; another process comes back after a while.
+    /// Kills the process, and its machine if `with_machine`. A new process starts after `back_after`.
     Kill {
         node: usize,
         with_machine: bool,
         back_after: Duration,
     },
-    /// The process stands still.
+    /// Pauses the process.
     Pause {
         node: usize,
         lasts: Duration,
     },
-    /// Nothing passes from one to the other, and perhaps back.
+    /// Cuts the link from one node to another, and the way back if `both_ways`.
     Cut {
         from: usize,
         to: usize,
         both_ways: bool,
         lasts: Duration,
     },
-    /// Nothing passes between two halves.
+    /// Cuts all links between the members and the other nodes.
     Partition {
         members: Vec<usize>,
         lasts: Duration,
     },
-    /// The connections between two nodes break.
+    /// Breaks the connections between two nodes.
     Reset {
         a: usize,
         b: usize,
@@ -81,7 +81,7 @@ pub enum Fault {
         times: u64,
         lasts: Duration,
     },
-    /// The engine stands still; the process does not.
+    /// Stops the engine for a while; the rest of the process continues.
     Hang {
         node: usize,
         lasts: Duration,
@@ -94,20 +94,20 @@ pub enum Fault {
         node: usize,
         lasts: Duration,
     },
-    /// The engine dies; the process lives on until its streams have ended.
+    /// Crashes the engine; the process lives until its streams have ended.
     Crash {
         node: usize,
     },
-    /// Asks the process to end; then another starts.
+    /// Shuts the process down and starts another.
     Restart {
         node: usize,
     },
-    /// At one time.
+    /// Restarts two nodes at the same time.
     RestartTwo {
         one: usize,
         other: usize,
     },
-    /// One after another.
+    /// Restarts all nodes, one after another.
     RollingRestart,
 }
 
@@ -149,7 +149,7 @@ fn config(random: &mut Random) -> NodeConfig {
     let is_patient = random.percent(50);
     let bounds = Bounds {
         shutdown_timeout: if is_patient { random.millis(4000, 9000) } else { random.millis(300, 4000) },
-        // Longer than any stream takes at a replica that is well: a stream is interrupted only where no replica is.
+        // Longer than any stream takes at a healthy replica, so a stream is interrupted only if there is no replica.
         relay_timeout: Duration::from_secs(60),
         drain_linger: random.millis(0, 1500),
         failure_linger: random.millis(0, 1500),
@@ -169,7 +169,7 @@ fn clients(request: usize, faults: &[(Duration, Fault)], random: &mut Random) ->
         prompt: prompt(random),
         sampling: Arc::new(sampling(&extensions, random)),
         extensions,
-        // Twins may come at different times, and share what is left of one deadline.
+        // Twins may start at different times, but the stream that they share has one deadline, so they have none.
         deadline: (twins == 1 && random.percent(8)).then(|| random.millis(300, 12_000)),
         strategy: random.percent(15).then(|| *random.pick(&Strategy::ALL)),
         hang_ups: Vec::new(),
@@ -184,7 +184,7 @@ fn clients(request: usize, faults: &[(Duration, Fault)], random: &mut Random) ->
     (0..twins).map(client).collect()
 }
 
-/// Mostly shortly before something goes wrong.
+/// The start of a client, mostly shortly before a fault.
 fn starts_at(faults: &[(Duration, Fault)], random: &mut Random) -> Duration {
     match faults.is_empty() || random.percent(30) {
         true => random.millis(1500, 10_000),
@@ -192,7 +192,7 @@ fn starts_at(faults: &[(Duration, Fault)], random: &mut Random) -> Duration {
     }
 }
 
-/// Comes when everything has been well for a while.
+/// A client that starts when there has been no fault for a while.
 fn latecomer(request: usize, random: &mut Random) -> ClientPlan {
     let extensions = extensions(random);
     ClientPlan {
@@ -216,7 +216,7 @@ fn hang_ups(random: &mut Random) -> Vec<(usize, Duration)> {
     hang_ups
 }
 
-/// Some prompts begin alike.
+/// A random prompt. Some prompts share a prefix.
 pub fn prompt(random: &mut Random) -> Arc<[TokenId]> {
     let common = if random.percent(40) { *random.pick(&[4, 16, 21]) } else { 0 };
     let own = random.between(1, 24);
@@ -233,7 +233,7 @@ fn extensions(random: &mut Random) -> Extensions {
 }
 
 fn sampling(extensions: &Extensions, random: &mut Random) -> SamplingParams {
-    // Whose prompt is scored may want nothing else.
+    // A request for prompt log-probabilities often generates nothing.
     let generates_nothing = random.percent(if extensions.prompt_logprobs.is_some() { 30 } else { 2 });
     let is_greedy = random.percent(25);
     let is_penalised = random.percent(30);
@@ -262,7 +262,7 @@ fn sampling(extensions: &Extensions, random: &mut Random) -> SamplingParams {
 
 fn faults(nodes: usize, random: &mut Random) -> Vec<(Duration, Fault)> {
     let latest = PEACE.as_millis() as u64 - 4000;
-    // In most runs one node is spared, so that somebody can always help.
+    // In most runs one node is spared, so that there is always a replica.
     let spared = random.percent(75).then(|| random.index(nodes));
     let mut faults: Vec<_> =
         (0..random.between(0, 9)).map(|_| (random.millis(1200, latest), fault(nodes, spared, random))).collect();

@@ -1,4 +1,4 @@
-//! Randomness from a seed: SplitMix64 (Steele, Lea and Flood, 2014).
+//! A seeded random number generator: SplitMix64 (Steele, Lea and Flood, 2014).
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ impl Random {
         random
     }
 
-    /// A stream of its own, so that what one part draws does not change what another does.
+    /// A separate generator, so that the draws of one part do not change those of another.
     pub fn fork(&mut self) -> Self {
         Self::new(self.next())
     }
@@ -24,7 +24,7 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// From `least` to `most`, both included.
+    /// A number from `least` to `most`, both included.
     pub fn between(&mut self, least: u64, most: u64) -> u64 {
         least + self.next() % (most - least + 1)
     }

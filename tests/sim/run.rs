@@ -1,4 +1,4 @@
-//! One seed from beginning to end.
+//! Runs one seed from beginning to end.
 
 use std::cell::RefCell;
 use std::panic::PanicHookInfo;
@@ -17,22 +17,22 @@ use crate::random::Random;
 use crate::trace::Trace;
 use crate::world::World;
 
-/// Long after peace, every client must have what it wanted.
+/// Time limit for all clients to receive their streams. Long after the last fault.
 const CLIENTS_LIMIT: Duration = Duration::from_secs(180);
 const REST_LIMIT: Duration = Duration::from_secs(40);
 
 thread_local! {
-    /// The first panic of the run on this thread: tasks swallow theirs.
+    /// The first panic of the run on this thread. It is recorded here because a task's panic does not end the run.
     static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
     static IS_RUNNING: RefCell<bool> = const { RefCell::new(false) };
 }
 
-/// How a run went: that nothing is wrong says little where nothing has happened.
+/// What happened in a run. A run without faults that had an effect proves little.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Of all that happened.
+    /// The digest of all events.
     pub digest: u64,
-    /// Streams that went on at another replica, as all nodes together have counted them.
+    /// Streams that continued at another replica, summed over all nodes.
     pub failovers: u64,
     pub hand_overs: u64,
     /// Streams that moved away from a slow replica.
@@ -63,7 +63,7 @@ impl Outcome {
     }
 }
 
-/// Runs the seed; an error is what must not happen.
+/// Runs the seed. An error describes something that must not happen.
 pub fn run(seed: u64, is_told: bool) -> Result<Outcome, Violation> {
     simulate(live(seed, is_told))
 }
@@ -81,7 +81,7 @@ pub fn simulate<T>(story: impl Future<Output = Result<T, Violation>>) -> Result<
     }
 }
 
-/// Runs a story on a clock that moves when everybody waits.
+/// Runs a story on a clock that advances when all tasks wait.
 pub fn within_a_runtime<T>(story: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     runtime.expect("a runtime without input and output").block_on(story)
@@ -124,7 +124,7 @@ async fn live(seed: u64, is_told: bool) -> Result<Outcome, Violation> {
         }
         Ok(())
     };
-    let is_late = |_| Violation(format!("a client has not got its stream after {CLIENTS_LIMIT:?}"));
+    let is_late = |_| Violation(format!("a client has not received its stream after {CLIENTS_LIMIT:?}"));
     timeout(CLIENTS_LIMIT, served).await.map_err(is_late)??;
     while faults.join_next().await.is_some() {}
     sleep_until((start + PEACE).max(Instant::now()) + Duration::from_secs(2)).await;
@@ -135,7 +135,7 @@ async fn live(seed: u64, is_told: bool) -> Result<Outcome, Violation> {
             let streams = node.router.overview().streams;
             if streams.journals > 0 || streams.journal_bytes > 0 {
                 let (index, journals) = (node.process.node, streams.journals);
-                return Err(Violation(format!("n{index} keeps {journals} journals beyond their time")));
+                return Err(Violation(format!("n{index} keeps {journals} expired journals")));
             }
         }
     }

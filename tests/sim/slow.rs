@@ -1,8 +1,9 @@
-//! Nodes that are neither well nor dead: one whose engine's steps take twenty times as long, and one that is cut off from all
-//! others.
+//! Nodes that are neither healthy nor dead: one whose engine's steps take twenty times as long, and one that is cut off from
+//! all others.
 //!
-//! Unlike the seeds, these are stories of one kind, so that more can be asked of them: how soon the others notice, what
-//! clients feel, that nothing moves when all are slow, and that the node is used again once it has recovered.
+//! Unlike the random plans of `main`, each run here has one known fault, so the tests can check more: how soon the other nodes
+//! detect it, how long clients wait, that no stream moves when all nodes are slow, and that the node is used again once it has
+//! recovered.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,20 +36,20 @@ const SLOW_AT: Duration = Duration::from_secs(8);
 const RELIEVED_AT: Duration = Duration::from_secs(20);
 const END: Duration = Duration::from_secs(30);
 
-/// What happens for a while.
+/// The fault of a run, from `SLOW_AT` to `RELIEVED_AT`.
 #[derive(Clone, Copy)]
 enum Trouble {
     /// These nodes are slow.
     Slow(&'static [usize]),
-    /// Nothing passes between the first node and the others.
+    /// The first node is cut off from the others.
     CutOff,
 }
 
-/// What is told of a run.
+/// The observations of a run.
 struct Told {
-    /// When each client came, and how long it took.
+    /// When each client started, and how long it took.
     clients: Vec<(Duration, Duration)>,
-    /// Ten times a second: the states of the nodes, and how much weight the first of them gives to the others.
+    /// The state of the cluster, ten times a second.
     looks: Vec<Look>,
     rescued: u64,
     failovers: u64,
@@ -57,8 +58,9 @@ struct Told {
 struct Look {
     at: Duration,
     states: Vec<NodeState>,
+    /// The weights that the first node gives to the others.
     weights: Vec<f64>,
-    /// Streams that each node's engine has.
+    /// The number of running sequences in each node's engine.
     running: Vec<u32>,
 }
 
@@ -78,7 +80,7 @@ fn config(placement: Strategy) -> NodeConfig {
     }
 }
 
-/// Clients come this often until the end.
+/// Runs a cluster with the fault, and a new client after each interval `every`.
 fn tell(placement: Strategy, seed: u64, every: Duration, trouble: Trouble) -> Told {
     within_a_runtime(async move {
         let mut random = Random::new(seed);
@@ -139,7 +141,7 @@ fn tell(placement: Strategy, seed: u64, every: Duration, trouble: Trouble) -> To
     })
 }
 
-/// Every stream has as many tokens.
+/// A client's plan. All streams have the same number of tokens.
 fn plan(index: usize, random: &mut Random) -> ClientPlan {
     ClientPlan {
         starts_at: Duration::ZERO,
@@ -162,7 +164,7 @@ fn plan(index: usize, random: &mut Random) -> ClientPlan {
 }
 
 impl Told {
-    /// Of the clients that came in this time, the duration that so many percent stay below.
+    /// The percentile of the durations of the clients that started in this interval.
     fn percentile(&self, percent: usize, from: Duration, to: Duration) -> Duration {
         let came = self.clients.iter().filter(|(at, _)| (from..to).contains(at));
         let mut times: Vec<Duration> = came.map(|(_, time)| *time).collect();
@@ -171,10 +173,10 @@ impl Told {
     }
 
     fn look(&self, at: Duration) -> &Look {
-        self.looks.iter().find(|look| look.at >= at).expect("it was looked at")
+        self.looks.iter().find(|look| look.at >= at).expect("the run is long enough")
     }
 
-    /// How often a node changed its state after it was well.
+    /// How often a node changed its state after the start.
     fn changes(&self, node: usize) -> usize {
         let settled: Vec<NodeState> =
             self.looks.iter().filter(|look| look.at > Duration::from_secs(2)).map(|look| look.states[node]).collect();
@@ -187,7 +189,7 @@ fn clients_hardly_notice_a_slow_node_whatever_the_placement() {
     for (seed, placement) in Strategy::ALL.into_iter().enumerate() {
         let told = tell(placement, seed as u64 + 1, Duration::from_millis(60), Trouble::Slow(&[1]));
         let healthy = told.percentile(95, Duration::from_secs(3), Duration::from_secs(7));
-        // Those that came shortly before had most of their stream before them.
+        // Clients that started shortly before the fault had most of their stream ahead of them.
         let troubled = told.percentile(95, SLOW_AT - healthy, RELIEVED_AT);
         assert!(troubled <= healthy * 2, "{placement:?}: p95 {troubled:?} instead of {healthy:?}");
         let worst = told.percentile(100, SLOW_AT - healthy, RELIEVED_AT);
@@ -201,7 +203,7 @@ fn clients_hardly_notice_a_slow_node_whatever_the_placement() {
         let recovered = told.look(RELIEVED_AT + Duration::from_secs(5));
         assert_eq!(recovered.states[1], NodeState::Ready, "{placement:?}: within five seconds");
         assert!(recovered.weights[0] > 0.9, "{placement:?}: {:?}", recovered.weights);
-        assert_eq!([0, 1, 2].map(|node| told.changes(node)), [0, 2, 0], "{placement:?}: nobody flaps");
+        assert_eq!([0, 1, 2].map(|node| told.changes(node)), [0, 2, 0], "{placement:?}: the number of state changes");
         assert!(told.rescued > 0 || placement == Strategy::PrefixCache, "{placement:?}: no stream was moved");
         assert_eq!(told.failovers, 0, "{placement:?}: nothing has failed");
     }
@@ -212,13 +214,18 @@ fn nothing_moves_when_all_nodes_are_equally_slow() {
     for (seed, placement) in Strategy::ALL.into_iter().enumerate() {
         let told = tell(placement, seed as u64 + 100, Duration::from_millis(900), Trouble::Slow(&[0, 1, 2]));
         assert_eq!((told.rescued, told.failovers), (0, 0), "{placement:?}");
-        assert_eq!([0, 1, 2].map(|node| told.changes(node)), [0, 0, 0], "{placement:?}: nobody is worse than another");
+        assert_eq!(
+            [0, 1, 2].map(|node| told.changes(node)),
+            [0, 0, 0],
+            "{placement:?}: no node is slower than another"
+        );
         let slowest = told.percentile(100, SLOW_AT, RELIEVED_AT);
-        assert!(slowest > Duration::from_secs(5), "{placement:?}: they were slow: {slowest:?}");
+        assert!(slowest > Duration::from_secs(5), "{placement:?}: the nodes were not slow: {slowest:?}");
     }
 }
 
-/// Its clients' streams come home: after the silence of their replica, without as long a wait for the next one.
+/// The streams of its clients continue at the node itself: after one stall timeout for the silent replica, without a second one
+/// for the next replica.
 #[test]
 fn a_node_that_is_cut_off_from_all_others_soon_computes_its_clients_streams_itself() {
     let stall = router::Config::default().peer_stall_timeout;
@@ -227,7 +234,7 @@ fn a_node_that_is_cut_off_from_all_others_soon_computes_its_clients_streams_itse
         let healthy = told.percentile(95, Duration::from_secs(3), Duration::from_secs(7));
         let slowest = told.percentile(100, SLOW_AT - healthy, RELIEVED_AT);
         assert!(slowest <= healthy * 2 + stall * 3 / 2, "{placement:?}: {slowest:?}, {healthy:?} undisturbed");
-        // Strategies that compute a request where it arrives have nothing to bring home.
+        // Some strategies compute every request where it arrives, so that no stream depends on another node.
         assert!(slowest > stall || placement != Strategy::Random, "no stream lost its replica");
     }
 }

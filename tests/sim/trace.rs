@@ -13,7 +13,7 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// `is_told`: every line goes to the standard output as well.
+    /// Creates a trace. With `is_told`, every line is also printed on standard output.
     pub fn new(is_told: bool) -> Self {
         Self { start: Instant::now(), is_told, digest: Mutex::new(Xxh3::new()) }
     }

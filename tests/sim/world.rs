@@ -1,4 +1,4 @@
-//! The simulated world: the live nodes, the current faults, and since when there are none.
+//! The simulated world: the live nodes, the current faults, and when the last ones ended.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -18,9 +18,9 @@ use crate::run::Outcome;
 use crate::trace::Trace;
 
 const GOSSIP_INTERVAL: Duration = Duration::from_millis(250);
-/// From one look into the journals to the next.
+/// The journals are checked once in this many gossip rounds.
 const ROUNDS_PER_CHECK: u32 = 3;
-/// A replica that has been well and within reach for so long must be of help: whoever is refused now is wronged.
+/// Once a replica has been healthy and reachable for this long, no request may be refused.
 const SETTLED: Duration = Duration::from_secs(6);
 
 pub struct World {
@@ -30,21 +30,22 @@ pub struct World {
     nodes: Mutex<Vec<Option<Node>>>,
     weather: Mutex<Weather>,
     random: Mutex<Random>,
-    /// What the nodes that have died had counted.
+    /// The sum of the counts of processes that have died.
     tally: Mutex<Outcome>,
-    /// What every stream must be, by its name.
+    /// The reference of every stream, by its key.
     references: Mutex<BTreeMap<JournalKey, Arc<Reference>>>,
 }
 
-/// When what was last not as it should be.
+/// The faults: which are active, and when each node or link last had one.
 struct Weather {
     incarnations: u64,
-    /// Faults that a node suffers from at present.
+    /// For each node, the number of active faults.
     troubles: Vec<u32>,
-    /// When it could last not compute for others.
+    /// For each node, when it last could not compute for others.
     unfit: Vec<Instant>,
-    /// When its process last did not move.
+    /// For each node, when its process was last paused.
     paused: Vec<Instant>,
+    /// When each link (sender, receiver) was last cut.
     broken_links: BTreeMap<(usize, usize), Instant>,
 }
 
@@ -80,15 +81,15 @@ impl World {
         self.nodes.lock()[node].clone()
     }
 
-    /// A node for a client to ask, any but the one to be avoided if there is another.
+    /// A random node for a client to ask. Not the avoided one if there is another.
     pub fn some_node(&self, avoided: Option<usize>, random: &mut Random) -> Option<Node> {
         let nodes: Vec<Node> = self.nodes().into_iter().flatten().collect();
         let others: Vec<&Node> = nodes.iter().filter(|node| Some(node.process.node) != avoided).collect();
         if others.is_empty() { nodes.first().cloned() } else { Some((*random.pick(&others)).clone()) }
     }
 
-    /// Whether a request at this node ought to be served, however young the node is: it does not stand still, and a replica
-    /// that is well has been within its reach for long enough.
+    /// Whether a request at this node must be served: the node has not been paused, and a healthy replica has been reachable
+    /// from it, for at least `SETTLED`. The node itself may have just started.
     pub fn could_serve(&self, entry: &Node) -> bool {
         let (weather, own) = (self.weather.lock(), entry.process.node);
         let is_settled = |since: &Instant| since.elapsed() >= SETTLED;
@@ -99,7 +100,7 @@ impl World {
         is_settled(&weather.paused[own]) && replicas.any(|(node, since)| is_settled(since) && reaches(node))
     }
 
-    /// Whether anything went wrong after, or shortly before.
+    /// Whether there was a fault after this time or shortly before it.
     pub fn had_trouble_since(&self, since: Instant) -> bool {
         if !self.config.keeps_all_journals() {
             return true;
@@ -113,14 +114,14 @@ impl World {
         self.references.lock().insert(key, reference);
     }
 
-    /// Whatever a node knows of a stream, it must be true; and it must not know too much.
+    /// Asserts that the journals agree with the references and stay within their memory limit.
     fn check_journals(&self, nodes: &[Option<Node>]) {
         let limit = self.config.router.journal_memory;
         for node in nodes.iter().flatten() {
             let bytes = node.router.overview().streams.journal_bytes;
             assert!(bytes <= limit, "n{} keeps {bytes} bytes of journals, of at most {limit}", node.process.node);
             let contradictions = node.metrics.stream_contradictions.get();
-            assert_eq!(contradictions, 0, "n{} has seen replicas contradict one another", node.process.node);
+            assert_eq!(contradictions, 0, "n{} has seen replicas contradict each other", node.process.node);
         }
         for (key, reference) in self.references.lock().iter() {
             for node in nodes.iter().flatten() {
@@ -136,7 +137,7 @@ impl World {
         self.config.admission.max_num_queued_requests < 100
     }
 
-    /// Lets nodes gossip for ever, and watches over them.
+    /// Runs gossip rounds forever, checks the journals, and records which nodes and links have faults.
     pub async fn gossip(self: Arc<Self>, mut gossip: Gossip) {
         let mut ticks = interval(GOSSIP_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -166,7 +167,7 @@ impl World {
         }
     }
 
-    /// Starts the node's next process, unless one lives already.
+    /// Starts the node's next process, unless one is running.
     fn start(self: &Arc<Self>, node: usize) {
         if self.node(node).is_some() {
             return;
@@ -185,7 +186,7 @@ impl World {
         let process = Process { node, incarnation };
         let started = Node::start(process, &self.config, &self.net, seed, loading);
         self.nodes.lock()[node] = Some(started.clone());
-        // Whoever looks after processes starts the next one.
+        // When the process exits by itself, another one is started, as a supervisor would do.
         let world = self.clone();
         tokio::spawn(async move {
             let death = started.death.clone();
@@ -195,7 +196,7 @@ impl World {
         });
     }
 
-    /// Ends the process, if it still lives.
+    /// Kills the process, if it is still running.
     fn kill(&self, node: &Node, with_machine: bool) {
         let index = node.process.node;
         let mut nodes = self.nodes.lock();
@@ -227,7 +228,7 @@ impl World {
         self.weather.lock().broken_links.insert((from, to), Instant::now());
     }
 
-    /// Does what is to go wrong, and undoes it when its time is over.
+    /// Causes the fault, and ends it after its duration.
     pub async fn suffer(self: Arc<Self>, fault: Fault) {
         self.trace.note(format_args!("{fault:?}"));
         match fault {
@@ -277,7 +278,7 @@ impl World {
         }
     }
 
-    /// How many times as long as usual the steps of the node's engine take.
+    /// Sets how many times as long as usual the steps of the node's engine take.
     pub fn set_slowness(&self, node: usize, times: u64) {
         self.trace.note(format_args!("n{node} takes {times} times as long"));
         self.node(node).inspect(|process| process.engine.set_slowness(times));
@@ -294,7 +295,7 @@ impl World {
         }
     }
 
-    /// Wrong numbers do not heal: in the end somebody starts another process.
+    /// Makes the node's engine return NaN. It does not recover, so after `lasts` the process is replaced.
     async fn lie(self: &Arc<Self>, node: usize, lasts: Duration) {
         let Some(process) = self.node(node) else { return };
         self.begin_trouble(node);
@@ -344,7 +345,7 @@ impl World {
         self.end_trouble(node);
     }
 
-    /// Returns once another process has taken its place.
+    /// Returns once another process has replaced this one.
     async fn next_process(&self, process: &Node) {
         process.death.cancelled().await;
         while self.node(process.process.node).is_none() {
@@ -360,21 +361,22 @@ impl World {
         self.start(node);
     }
 
-    /// Everything works again.
+    /// Ends all network faults and pauses, and starts all nodes that are down.
     pub fn make_peace(self: &Arc<Self>) {
         self.trace.note(format_args!("peace"));
         self.net.heal();
         (0..self.nodes().len()).for_each(|node| self.start(node));
     }
 
-    /// What all nodes together have counted.
+    /// The sum of all nodes' counts, including those of dead processes.
     pub fn tally(&self) -> Outcome {
         let mut tally = *self.tally.lock();
         self.nodes().iter().flatten().for_each(|node| tally.add(Outcome::of(node)));
         tally
     }
 
-    /// Whether anything is held that nobody wants any more, a while after the last client has gone.
+    /// Waits, after the last client is gone, until no node holds resources for streams. It is an error if one still does after
+    /// `limit`.
     pub async fn come_to_rest(&self, limit: Duration) -> Result<(), Violation> {
         let deadline = Instant::now() + limit;
         loop {

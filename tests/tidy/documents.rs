@@ -6,7 +6,7 @@ use std::fs;
 
 use super::{assert_none, links, root};
 
-/// The text of `document` with what stands between the marks of `name` replaced by `table`.
+/// Replaces the text between the marks of `name` in `document` by `table`. `None` if a mark is missing.
 fn with_table(document: &str, name: &str, table: &str) -> Option<String> {
     let (start, end) = (format!("<!-- {name}: begin -->\n"), format!("<!-- {name}: end -->"));
     let (before, rest) = document.split_once(&start)?;
@@ -14,7 +14,7 @@ fn with_table(document: &str, name: &str, table: &str) -> Option<String> {
     Some(format!("{before}{start}{table}{end}{after}"))
 }
 
-/// Writes `table` between the marks of `name`, or adds a finding where the document holds another.
+/// Adds a finding if the text between the marks of `name` is not `table`. With `UPDATE_DOCS`, writes `table` there instead.
 fn follow(file: &str, name: &str, table: &str, findings: &mut Vec<String>) {
     let path = root().join(file);
     let document = fs::read_to_string(&path).unwrap_or_else(|error| panic!("{file}: {error}"));
@@ -22,39 +22,40 @@ fn follow(file: &str, name: &str, table: &str, findings: &mut Vec<String>) {
         None => findings.push(format!("{file}: the marks of `{name}` are missing")),
         Some(wanted) if wanted == document => {}
         Some(wanted) if std::env::var_os("UPDATE_DOCS").is_some() => fs::write(&path, wanted).expect("writable"),
-        Some(_) => findings.push(format!("{file}: `{name}` is behind: UPDATE_DOCS=1 cargo test --test tidy")),
+        Some(_) => findings
+            .push(format!("{file}: `{name}` is out of date; update it with UPDATE_DOCS=1 cargo test --test tidy")),
     }
 }
 
-/// `UPDATE_DOCS=1 cargo test --test tidy` writes them.
+/// `UPDATE_DOCS=1 cargo test --test tidy` updates the tables and contents.
 #[test]
 fn tables_and_contents_follow_the_code() {
     let mut findings = Vec::new();
     follow("docs/configuration.md", "keys", &outrigger::config::markdown_tables(), &mut findings);
     follow("docs/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table(), &mut findings);
     follow("docs/api.md", "refused fields", &outrigger::api::openai::unsupported::markdown_tables(), &mut findings);
-    // The tables have headings of their own, so contents are last.
+    // The tables contain headings, so the contents are generated last.
     for (page, text) in links::pages().into_iter().filter(|(page, _)| is_manual(page)) {
         follow(&page, "contents", &links::contents(&text), &mut findings);
     }
     assert_none(findings);
 }
 
-/// Pages of `docs/`, but for the index of them.
+/// Whether the page is in `docs/` and is not the index.
 fn is_manual(page: &str) -> bool {
     page.starts_with("docs/") && page != "docs/README.md"
 }
 
-/// Words of the text that look like a series of ours: `vllm:…` or `outrigger_…`.
+/// Words of the text that look like a name of one of our series: `vllm:…` or `outrigger_…`.
 fn series_names(text: &str) -> Vec<&str> {
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
     let words = text.split(|c| !is_part(c));
     let is_series = |word: &&str| word.starts_with("vllm:") || word.starts_with("outrigger_");
-    // `outrigger_*` names none.
+    // `outrigger_*` is a pattern, not the name of a series.
     words.filter(is_series).filter(|word| !word.ends_with(['_', ':'])).collect()
 }
 
-/// Series that no row of the metric table produces; a histogram produces three.
+/// Names of series in the text that no row of the metric table defines. A histogram defines three series.
 fn unknown_series(text: &str, metrics_table: &str) -> Vec<String> {
     let is_known = |name: &str| {
         let family = ["_bucket", "_sum", "_count"].iter().find_map(|suffix| name.strip_suffix(suffix));
@@ -71,7 +72,7 @@ fn alerts_name_series_that_exist() {
     assert_none(unknown_series(&alerts, &outrigger::observability::metrics::markdown_table()));
 }
 
-/// The alerts that ask a human to act at once.
+/// The alerts that page a human.
 fn paging_alerts(alerts: &str) -> Vec<&str> {
     let rules = alerts.split("- alert: ").skip(1).filter(|rule| rule.contains("severity: page"));
     rules.filter_map(|rule| rule.split_once('\n')).map(|(name, _)| name.trim()).collect()

@@ -3,7 +3,7 @@
 
 use super::{assert_none, rust_files};
 
-/// The end of the group that opens at `start`, which must be a bracket; literals are passed over.
+/// The end of the group whose opening bracket is at `start`. Skips string literals.
 fn end_of_group(text: &str, start: usize) -> Option<usize> {
     let (mut depth, mut in_string, mut escaped) = (0, false, false);
     for (at, c) in text[start..].char_indices() {
@@ -24,7 +24,7 @@ fn end_of_group(text: &str, start: usize) -> Option<usize> {
     None
 }
 
-/// The fields of the variant or struct that follows an attribute: a group, or nothing.
+/// The fields, with their brackets, of the variant or struct that follows an attribute. Empty if it has none.
 fn fields(text: &str) -> &str {
     let mut at = 0;
     loop {
@@ -32,7 +32,7 @@ fn fields(text: &str) -> &str {
         let Some(offset) = rest.find(['#', '{', '(', ',', ';', '}']) else { return "" };
         let start = at + offset;
         match rest[offset..].chars().next() {
-            // Another attribute, or a comment's example.
+            // Another attribute, or one in a comment.
             Some('#') => match text[start..].find('[').and_then(|bracket| end_of_group(text, start + bracket)) {
                 Some(end) => at = end,
                 None => return "",
@@ -43,7 +43,7 @@ fn fields(text: &str) -> &str {
     }
 }
 
-/// Whether the text shows the field: as `{name…}`, or among the arguments.
+/// Whether the error's text shows the field: as `{name…}`, or among the arguments.
 fn shows(attribute: &str, field: &str) -> bool {
     let is_word = |c: char| c.is_alphanumeric() || c == '_';
     let starts = |(at, _): &(usize, &str)| {
@@ -57,13 +57,13 @@ fn shows(attribute: &str, field: &str) -> bool {
     }
 }
 
-/// A word of the sentence is no field.
+/// Whether the match is a word of the text and not a reference to a field.
 fn is_prose(attribute: &str, at: usize) -> bool {
     let quotes = attribute[..at].matches('"').count() - attribute[..at].matches("\\\"").count();
     quotes % 2 == 1 && !attribute[..at].ends_with('{')
 }
 
-/// What is wrong with the errors of one file.
+/// The errors of one file whose text contains their cause.
 fn findings(file: &str, source: &str) -> Vec<String> {
     let mut findings = Vec::new();
     for (at, opening) in source.match_indices("#[error(") {
@@ -73,7 +73,7 @@ fn findings(file: &str, source: &str) -> Vec<String> {
         let cause = if fields.contains("source:") {
             "source"
         } else if has_cause && fields.starts_with('(') {
-            // The cause is the field that the attribute stands at.
+            // The cause is the field with the attribute.
             let before = fields.find("#[source]").or_else(|| fields.find("#[from]")).unwrap_or_default();
             match fields[..before].matches(',').count() {
                 0 => "0",

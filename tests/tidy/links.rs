@@ -8,15 +8,15 @@ use std::path::Path;
 
 use super::{assert_none, root};
 
-/// Where readers start.
+/// The page where readers start.
 const FRONT_PAGE: &str = "README.md";
-/// Lists every page of `docs/`.
+/// The page that lists every page of `docs/`.
 const INDEX: &str = "docs/README.md";
 
-/// The path of every page, relative to the repository, and its text.
+/// Every page's path, relative to the repository, and its text.
 type Pages = BTreeMap<String, String>;
 
-/// Our Markdown: not that of build outputs, nor of hidden folders.
+/// All Markdown pages, except those in build outputs and hidden folders.
 pub fn pages() -> Pages {
     fn collect(folder: &Path, pages: &mut Pages) {
         for entry in fs::read_dir(folder).expect("a readable folder").map(|entry| entry.expect("an entry")) {
@@ -35,7 +35,7 @@ pub fn pages() -> Pages {
     pages
 }
 
-/// The lines that are prose: with code blocks left out, fenced or indented by four spaces, and with their numbers.
+/// The lines outside of code blocks (fenced, or indented by four spaces), with their numbers.
 fn prose(text: &str) -> Vec<(usize, &str)> {
     let (mut lines, mut fence, mut may_be_code) = (Vec::new(), None, true);
     for (index, line) in text.lines().enumerate() {
@@ -54,13 +54,13 @@ fn prose(text: &str) -> Vec<(usize, &str)> {
     lines
 }
 
-/// The line with what stands between backticks blanked.
+/// The line without the text between backticks.
 fn without_code(line: &str) -> String {
     let parts = line.split('`').enumerate();
     parts.map(|(index, part)| if index % 2 == 0 { part } else { "" }).collect()
 }
 
-/// Targets of `[text](target)` and `[name]: target`, with their lines.
+/// The targets of `[text](target)` and `[name]: target`, with their line numbers.
 fn links(text: &str) -> Vec<(usize, String)> {
     let mut found = Vec::new();
     for (number, line) in prose(text) {
@@ -73,7 +73,7 @@ fn links(text: &str) -> Vec<(usize, String)> {
     found
 }
 
-/// Levels and texts of the headings.
+/// The levels and texts of the headings.
 fn headings(text: &str) -> Vec<(usize, String)> {
     let heading = |(_, line): (usize, &str)| {
         let level = line.bytes().take_while(|byte| *byte == b'#').count();
@@ -83,7 +83,7 @@ fn headings(text: &str) -> Vec<(usize, String)> {
     prose(text).into_iter().filter_map(heading).collect()
 }
 
-/// The anchors of a page, in the order of its headings, as GitHub makes them.
+/// The anchors that GitHub generates for a page, in the order of its headings.
 fn anchors(text: &str) -> Vec<String> {
     let mut seen: BTreeMap<String, usize> = BTreeMap::new();
     let mut anchor = |(_, title): (usize, String)| {
@@ -97,7 +97,7 @@ fn anchors(text: &str) -> Vec<String> {
     headings(text).into_iter().map(&mut anchor).collect()
 }
 
-/// The list of a page's headings of the second and third level, as links.
+/// A list of links to a page's headings of the second and third level.
 pub fn contents(text: &str) -> String {
     let entry = |((level, title), anchor): ((usize, String), String)| {
         let indent = "  ".repeat(level.checked_sub(2).filter(|depth| *depth < 2)?);
@@ -106,7 +106,7 @@ pub fn contents(text: &str) -> String {
     headings(text).into_iter().zip(anchors(text)).filter_map(entry).collect()
 }
 
-/// `target` as seen from `page`, relative to the repository; none if it climbs out.
+/// Resolves `target`, relative to `page`, to a path in the repository. `None` if it is outside.
 fn resolve(page: &str, target: &str) -> Option<String> {
     let mut segments: Vec<&str> = page.split('/').collect();
     segments.pop();
@@ -123,7 +123,7 @@ fn is_of_the_web(target: &str) -> bool {
     ["https://", "http://", "mailto:"].iter().any(|scheme| target.starts_with(scheme))
 }
 
-/// Relative links as (page, line, path, anchor).
+/// All relative links, as (page, line, path, anchor).
 fn relative_links(pages: &Pages) -> Vec<(&str, usize, Option<String>, Option<String>)> {
     let mut found = Vec::new();
     for (page, text) in pages {
@@ -139,12 +139,12 @@ fn relative_links(pages: &Pages) -> Vec<(&str, usize, Option<String>, Option<Str
     found
 }
 
-/// Links that lead nowhere; `exists` knows the files that are no pages.
+/// Links to files or headings that do not exist. `exists` tells whether a file that is not a page exists.
 fn broken_links(pages: &Pages, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let mut findings = Vec::new();
     for (page, line, path, anchor) in relative_links(pages) {
         let Some(path) = path.filter(|path| pages.contains_key(path) || exists(path)) else {
-            findings.push(format!("{page}:{line}: links to a file that is not there"));
+            findings.push(format!("{page}:{line}: links to a file that does not exist"));
             continue;
         };
         if let Some(anchor) = anchor
@@ -156,7 +156,7 @@ fn broken_links(pages: &Pages, exists: impl Fn(&str) -> bool) -> Vec<String> {
     findings
 }
 
-/// Pages to which no way leads from the front page, and pages of `docs/` that the index does not list.
+/// Pages that cannot be reached from the front page, and pages of `docs/` that the index does not list.
 fn lost_pages(pages: &Pages) -> Vec<String> {
     let links = relative_links(pages);
     let linked_from = |from: &str| -> BTreeSet<&str> {

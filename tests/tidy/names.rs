@@ -8,41 +8,41 @@ use outrigger::types::FailureKind;
 
 use super::{assert_none, links, rust_files};
 
-/// Flags of the program that are not keys.
+/// Flags of the program that are not configuration keys.
 const OTHER_FLAGS: &[&str] =
     &["config", "json", "help", "version", "exercise", "nodes", "streams", "tokens", "target", "hook"];
-/// Programs whose flags stand beside ours in examples.
+/// Other programs in the examples, whose flags are not ours.
 const OTHER_PROGRAMS: &[&str] = &["cargo ", "docker ", "kubectl ", "curl ", "pip ", "SIM_SEED"];
 
 fn page(path: &str) -> String {
     links::pages().remove(path).unwrap_or_else(|| panic!("{path} is missing"))
 }
 
-/// The code of every module but tests.
+/// The sources of all modules except tests.
 fn sources() -> Vec<(String, String)> {
     let is_test = |file: &str| file.contains("tests/") || file.ends_with("tests.rs");
     rust_files("src").into_iter().filter(|(file, _)| !is_test(file)).collect()
 }
 
-/// What stands between `start` and the next `end`, wherever `start` is found.
+/// The texts between each `start` and the next `end`.
 fn between<'a>(text: &'a str, start: &str, end: char) -> BTreeSet<&'a str> {
     text.split(start).skip(1).filter_map(|rest| rest.split_once(end)).map(|(found, _)| found).collect()
 }
 
-/// Words that begin with `prefix`, of the characters of a header's or a variable's name.
+/// Names of headers, flags or variables that begin with `prefix`.
 fn words<'a>(text: &'a str, prefix: &str) -> BTreeSet<&'a str> {
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     text.split(|c| !is_part(c)).filter(|word| word.starts_with(prefix) && word.len() > prefix.len()).collect()
 }
 
-/// The code of a row of `errors.md`, which begins with a code and a status.
+/// The error code of a row of `errors.md`. Such rows begin with a code and a status.
 fn documented_code(line: &str) -> Option<&str> {
     let (code, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
     let status = rest.split(' ').next()?;
     (status.len() == 3 && status.bytes().all(|byte| byte.is_ascii_digit())).then_some(code)
 }
 
-/// The fields of the struct `name` of a source.
+/// The fields of the struct `name` in a source.
 fn struct_fields<'a>(source: &'a str, name: &str) -> BTreeSet<&'a str> {
     let (_, rest) = source.split_once(&format!("struct {name} {{\n")).unwrap_or_else(|| panic!("no struct {name}"));
     let (body, _) = rest.split_once("\n}").expect("the end of the struct");
@@ -54,13 +54,13 @@ fn struct_fields<'a>(source: &'a str, name: &str) -> BTreeSet<&'a str> {
     body.lines().filter_map(field).collect()
 }
 
-/// Rows of a table of fields: the names in the first column, and the rest of the row.
+/// The rows of a table of fields: the names in the first column, and the rest of the row.
 fn field_rows(section: &str) -> Vec<(BTreeSet<&str>, &str)> {
     let rows = section.lines().filter(|line| line.starts_with("| `")).filter_map(|line| line[2..].split_once(" | "));
     rows.map(|(names, rest)| (names.split('`').skip(1).step_by(2).collect(), rest)).collect()
 }
 
-/// Rows of the tables of request fields that do not say what the code does. `accepted` are the fields that the code reads, `refused`
+/// Rows of the tables of request fields that contradict the code. `accepted` are the fields that the code reads, `refused`
 /// those that it refuses.
 fn wrong_field_rows(section: &str, accepted: &BTreeSet<&str>, refused: &BTreeSet<&str>) -> Vec<String> {
     let mut findings = Vec::new();
@@ -69,8 +69,10 @@ fn wrong_field_rows(section: &str, accepted: &BTreeSet<&str>, refused: &BTreeSet
         for name in names {
             match (accepted.contains(name), refused.contains(name)) {
                 (true, _) if is_ignored => findings.push(format!("docs/api.md: `{name}` is read, not ignored")),
-                (_, true) => findings.push(format!("docs/api.md: `{name}` stands among the refused fields already")),
-                (false, false) if !is_ignored => findings.push(format!("docs/api.md: `{name}` is read by no code")),
+                (_, true) => findings.push(format!("docs/api.md: `{name}` is already listed among the refused fields")),
+                (false, false) if !is_ignored => {
+                    findings.push(format!("docs/api.md: `{name}` is not read by the code"))
+                }
                 _ => {}
             }
         }
@@ -78,7 +80,7 @@ fn wrong_field_rows(section: &str, accepted: &BTreeSet<&str>, refused: &BTreeSet
     findings
 }
 
-/// What is known and not told on the page.
+/// Names that are known and missing on the page.
 fn differences(known: &BTreeSet<&str>, told: &BTreeSet<&str>, page: &str) -> Vec<String> {
     known.difference(told).map(|name| format!("{page}: `{name}` is missing")).collect()
 }
@@ -95,7 +97,7 @@ fn error_codes_are_documented() {
     let mut findings = differences(&codes, &documented, "docs/errors.md");
     let is_written = |code: &str| sources.iter().any(|(_, source)| source.contains(&format!("\"{code}\"")));
     let unknown = documented.iter().filter(|code| !codes.contains(*code) && !is_written(code));
-    findings.extend(unknown.map(|code| format!("docs/errors.md: no source has the code `{code}`")));
+    findings.extend(unknown.map(|code| format!("docs/errors.md: the code `{code}` is not in the sources")));
     assert_none(findings);
 }
 
@@ -131,9 +133,9 @@ fn request_fields_are_documented() {
         never_refused.map(|name| format!("api/openai/unsupported.rs: `{name}` is a field of RequestBody")).collect();
 
     let (_, section) = api.split_once("\n## Request fields\n").expect("the section of request fields");
-    let (section, _) = section.split_once("\n### Refused fields\n").expect("the refused fields behind it");
+    let (section, _) = section.split_once("\n### Refused fields\n").expect("the section of refused fields after it");
     let rows: BTreeSet<&str> = field_rows(section).into_iter().flat_map(|(names, _)| names).collect();
-    // Only `/tokenize` reads it.
+    // Only `/tokenize` reads this field.
     accepted.remove("return_token_strs");
     findings.extend(differences(&accepted, &rows, "docs/api.md"));
     findings.extend(wrong_field_rows(section, &accepted, &refused));
@@ -146,7 +148,7 @@ fn request_fields_are_documented() {
     assert_none(findings);
 }
 
-/// Flags and variables of a page that the program does not have.
+/// Flags and variables on a page that the program does not have.
 fn unknown_keys(page: &str, text: &str) -> Vec<String> {
     let is_key = |name: &str| KEYS.iter().flat_map(|key| key.names()).any(|known| known == name.replace('-', "_"));
     let is_flag =
@@ -159,12 +161,12 @@ fn unknown_keys(page: &str, text: &str) -> Vec<String> {
         !is_key(&name) && name != "config"
     });
     let unknown = flags.filter(|flag| !is_flag(&flag[2..])).chain(variables);
-    unknown.map(|name| format!("{page}: there is no key for {name}")).collect()
+    unknown.map(|name| format!("{page}: there is no key {name}")).collect()
 }
 
 #[test]
 fn pages_name_keys_that_exist() {
-    // Pages in other folders are about other programs as well.
+    // Pages in other folders also describe other programs.
     let pages = links::pages().into_iter().filter(|(page, _)| page.starts_with("docs/") || !page.contains('/'));
     assert_none(pages.flat_map(|(page, text)| unknown_keys(&page, &text)).collect());
 }

@@ -1,4 +1,4 @@
-//! What holds for sources of every language, and across files: lengths, clocks, and names that mean one thing.
+//! Checks rules for sources of every language, and across files: maximum lengths, which clock is read, and unique type names.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,16 +6,16 @@ use std::path::{Path, PathBuf};
 
 use super::{FoundPath, assert_none, paths, root, rust_files};
 
-/// Longer files hold more than one thing.
+/// The maximum length of a file. A longer file contains more than one thing.
 const MAX_LINES: usize = 600;
-/// Of source files. Scripts have none, and open with `#!`.
+/// The extensions of source files. Scripts have none; they start with `#!`.
 const EXTENSIONS: &[&str] = &["cpp", "cu", "cuh", "h", "mjs", "py", "rs", "sh"];
-/// Not ours, or not written by hand.
+/// Folders with files that are not ours or not written by hand.
 const FOREIGN: &[&str] = &[".git", "shared", "target"];
 
-/// What the simulator runs on its own clock: time is passed in, or read from tokio's clock.
+/// Code that the simulator runs on its own clock. Time must be passed in, or read from tokio's clock.
 const SIMULATED: &[&str] = &["admission/", "app/life.rs", "cluster/", "engine/", "router/"];
-/// The engine's thread, which the simulator replaces, and the engine that only benches use.
+/// Exceptions: the engine's thread, which the simulator replaces, and the engine that only benches use.
 const REAL_TIME: &[&str] = &["engine/handle.rs", "engine/null.rs"];
 
 fn length_finding(file: &str, source: &str) -> Option<String> {
@@ -48,12 +48,12 @@ fn sources() -> Vec<(String, String)> {
     files.into_iter().filter_map(read).collect()
 }
 
-/// Lines before the first test module.
+/// The number of lines before the first test module.
 fn production(source: &str) -> usize {
     source.lines().position(|line| line.trim() == "#[cfg(test)]").unwrap_or(usize::MAX)
 }
 
-/// Reads of the machine's clock in one file of `src/`, where the simulator's should be read.
+/// Reads of the machine's clock in a file of `src/` that must use the simulator's clock.
 fn clock_findings(file: &str, source: &str) -> Vec<String> {
     let is_simulated = SIMULATED.iter().any(|home| file.starts_with(home)) && !REAL_TIME.contains(&file);
     if !is_simulated || file.ends_with("tests.rs") {
@@ -68,12 +68,12 @@ fn clock_findings(file: &str, source: &str) -> Vec<String> {
     };
     let here = paths.iter().filter(|path| path.line <= production(source)).filter(reads);
     here.map(|path| {
-        format!("src/{file}:{}: the simulator's clock does not move this: use tokio's, or pass time in", path.line)
+        format!("src/{file}:{}: this ignores the simulator's clock: use tokio's clock, or pass time in", path.line)
     })
     .collect()
 }
 
-/// Public types of `src/` that share a name. Each module's configuration is its `Config`.
+/// Public types of `src/` that share a name. `Config` is allowed: each module has one.
 fn name_findings<'a>(files: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<String> {
     let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for (file, source) in files {
