@@ -1,61 +1,64 @@
 // Attention of query rows over paged keys and values: the arithmetic and the memory layout that both kernels share.
 //
 // A row's result must have the same bits whether it is computed alone in a decode step or within a chunk of a prompt, so
-// there is one arithmetic. Absolute positions are cut into stretches of 64 and splits of four stretches. Within a split,
-// stretches follow one another in ascending order (online softmax, arXiv 1805.02867, 2205.14135) from a fresh state; splits
-// are merged in ascending order into a total. A score is a chain of matrix instructions over the head's dimensions, a
-// weighted value a chain over the stretch's positions, the sum of the weights one more column of the values, all ones. A
-// tile's rows never meet in such an instruction, and a stretch that a row does not see leaves its state as it is; so which
-// rows share a tile, which warp takes which columns, and who merges makes no difference.
+// both kernels use the same arithmetic. Absolute positions are divided into stretches of 64, and stretches into splits of
+// four. Within a split, stretches are added in ascending order (online softmax, arXiv 1805.02867, 2205.14135), starting from
+// an empty state; splits are merged in ascending order into a total. A score is a chain of matrix instructions over the
+// head's dimensions. A weighted value is a chain over the stretch's positions, and the sum of the weights is an additional
+// column of values that are all one. A matrix instruction never mixes the rows of a tile, and a stretch that a row does not
+// see does not change the row's state. So it makes no difference which rows share a tile, which warp computes which columns,
+// and which block merges.
 //
-// Keys and values of a layer lie as [block][kv_head][position in block][head_dim], query rows and output as
-// [row of the batch][head][head_dim]. Heads of other sizes than D are filled up with zeros in shared memory.
+// Keys and values of a layer are stored as [block][kv_head][position in block][head_dim], query rows and output as
+// [row of the batch][head][head_dim]. Heads smaller than D are padded with zeros in shared memory.
 #pragma once
 
 #include "prelude.cuh"
 
 constexpr uint32_t SPLIT_STRETCHES = 4;
-// Rows of a matrix instruction.
+// The number of rows of a matrix instruction.
 constexpr uint32_t TILE_ROWS = 16;
-// In place of a partial's first row: the item merges all splits of its rows itself.
+// A value of Item::partial: the item covers all splits of its rows and merges them itself.
 constexpr uint32_t WHOLE = 0xffffffffu;
 
 struct AttentionParams {
     const uint8_t* queries;  // [rows, heads, head_dim] of T, rotated, not scaled
     uint8_t* out;            // [rows, heads, head_dim] of T
-    const uint8_t* keys;     // of this layer
+    const uint8_t* keys;     // the keys and values of this layer
     const uint8_t* values;
     const uint32_t* block_tables;
     const uint32_t* plan;
     float* partials;     // rows of maximum, sum, two words of padding, then head_dim values
-    uint32_t* counters;  // how many splits of a tile are done; zero before and after
+    uint32_t* counters;  // the number of finished splits of each tile; zero before and after a launch
     uint32_t num_heads, num_kv_heads, head_dim, block_size;
-    // Query heads a KV head.
+    // The number of query heads that share a KV head.
     uint32_t group;
-    // block_size is 2^block_shift; 32 when it is no power of two.
+    // block_size is 2^block_shift; 32 if it is not a power of two.
     uint32_t block_shift;
-    // How many positions a row sees, itself included; 2^32 - 1 when all.
+    // How many positions a row sees, including its own; 2^32 - 1 for all.
     uint32_t window;
-    // Word of the plan at which the items of this launch begin.
+    // The word of the plan at which the items of this launch begin.
     uint32_t first_item;
-    // Stages of the pipeline from device to shared memory.
+    // The number of stages of the pipeline from device memory to shared memory.
     uint32_t stages;
-    // Of a score, times log2(e).
+    // The factor on scores, times log2(e).
     float scale;
-    // c · tanh(x / c), times log2(e); 0 for none. `cap_scale` brings a score to 2 log2(e) x / c.
+    // For soft-capped scores c · tanh(x / c): `cap` is c · log2(e), or 0 for no cap; a score times `cap_scale` is
+    // 2 log2(e) x / c.
     float cap, cap_scale;
 };
 
 // Consecutive rows of a sequence that share a KV head: row r is head r % group of token r / group.
 struct alignas(16) Item {
-    uint32_t first_row;  // of the batch: the sequence's first token
+    uint32_t first_row;  // row of the batch with the sequence's first token
     uint32_t start;      // that token's position
     uint32_t tile_row;   // first row r
     uint32_t rows;
     uint32_t table;  // first entry in the block tables
     uint32_t kv_head;
     uint32_t first_stretch, end_stretch;
-    // Of a single split: where the partials of split 0 begin, this split's number and how many there are, and the counter.
+    // For an item of a single split: the first partial row of split 0, this split's number, the number of splits, and the
+    // counter's index.
     uint32_t partial, split, splits, counter;
 };
 
@@ -68,7 +71,7 @@ DEVICE float minus_infinity() { return uint_as_float(0xff800000u); }
 
 // ---- what a row sees
 
-// Positions from `from` up to, not including, `to`.
+// Positions from `from` to `to`, excluding `to`.
 struct Span {
     uint32_t from, to;
 };
@@ -79,12 +82,12 @@ DEVICE Span span_of_row(const AttentionParams& p, const Item& item, uint32_t row
     return Span{to > p.window ? to - p.window : 0, to};
 }
 
-// What the item's rows see together.
+// The positions that any of the item's rows sees.
 DEVICE Span span_of_item(const AttentionParams& p, const Item& item) {
     return Span{span_of_row(p, item, 0).from, span_of_row(p, item, item.rows - 1).to};
 }
 
-// Where row `row` of the item stands among [rows of the batch, heads].
+// The index of the item's row `row` in [rows of the batch, heads].
 DEVICE uint64_t query_row(const AttentionParams& p, const Item& item, uint32_t row) {
     uint32_t r = item.tile_row + row, token = r / p.group;
     return uint64_t(item.first_row + token) * p.num_heads + item.kv_head * p.group + (r - token * p.group);
@@ -92,8 +95,8 @@ DEVICE uint64_t query_row(const AttentionParams& p, const Item& item, uint32_t r
 
 // ---- tiles in shared memory
 
-// Rows of D elements of E. Chunks of 16 bytes are permuted within each row, so that eight rows' chunks of the same number
-// lie in different banks.
+// Rows of D elements of E. The 16-byte chunks of each row are permuted so that chunks with the same number in eight
+// consecutive rows are in different banks.
 template <typename E, uint32_t D>
 struct Tile {
     static constexpr uint32_t ROW_BYTES = D * sizeof(E);
@@ -103,16 +106,16 @@ struct Tile {
     static DEVICE uint32_t offset(uint32_t row, uint32_t chunk) { return row * ROW_BYTES + (chunk ^ turn(row)) * 16; }
 };
 
-// Sixteen positions, which always lie within one block.
+// Sixteen positions, which are always within one block.
 struct Sixteen {
-    uint64_t element;  // of the first position, in the layer's keys and in its values
-    uint32_t from, to;  // those of the sixteen that are to be read
+    uint64_t element;  // index of the first position's first element in the layer's keys and values
+    uint32_t from, to;  // the positions of these sixteen that must be read
 };
 
 DEVICE Sixteen locate(const AttentionParams& p, const Item& item, Span seen, uint32_t position) {
     uint32_t from = seen.from > position ? min_index(seen.from - position, 16) : 0;
     uint32_t to = seen.to > position ? min_index(seen.to - position, 16) : 0;
-    // No block need be there.
+    // No position is read, so the block might not exist.
     if (from >= to) return Sixteen{0, 0, 0};
     uint32_t index = p.block_shift < 32 ? position >> p.block_shift : position / p.block_size;
     uint32_t block = p.block_tables[item.table + index];
@@ -120,16 +123,16 @@ DEVICE Sixteen locate(const AttentionParams& p, const Item& item, Span seen, uin
     return Sixteen{row * p.head_dim, from, to};
 }
 
-// One warp begins to copy sixteen positions to rows from `first_row` on. What is not read becomes zero: the weights of such
-// positions are zero, and must not meet a NaN.
+// One warp starts to copy sixteen positions to rows from `first_row` on. Positions that are not read become zero: their weights
+// are zero, and zero times a NaN would be NaN.
 template <typename E, uint32_t D>
 DEVICE void load_sixteen(const AttentionParams& p, unsigned char* tile, uint32_t first_row, const uint8_t* layer, const Sixteen& at) {
     using Rows = Tile<E, D>;
     uint32_t row_bytes = p.head_dim * sizeof(E);
     const uint8_t* from = layer + at.element * sizeof(E);
     if (at.from == 0 && at.to == 16 && row_bytes == Rows::ROW_BYTES) {
-        // As nearly always: all of it, and one after the other. From one step to the next only a constant part of a row's
-        // permutation changes, as 16 rows are whole periods and a step is a power of two rows.
+        // The usual case: all sixteen positions are read, and they are contiguous. Between steps, only a constant part of the
+        // permutation changes, because 16 rows are a multiple of its period and a step is a power of two rows.
         constexpr uint32_t STEP_ROWS = WARP / Rows::CHUNKS;
         const uint32_t first = Rows::offset(lane() / Rows::CHUNKS, lane() % Rows::CHUNKS);
         from += lane() * 16;
@@ -148,7 +151,7 @@ DEVICE void load_sixteen(const AttentionParams& p, unsigned char* tile, uint32_t
     }
 }
 
-// One warp begins to copy query rows `row` to `row + count` of the item.
+// One warp starts to copy query rows `row` to `row + count` of the item.
 template <typename T, uint32_t D>
 DEVICE void load_queries(const AttentionParams& p, unsigned char* tile, const Item& item, uint32_t row, uint32_t count) {
     using Rows = Tile<T, D>;
@@ -161,7 +164,7 @@ DEVICE void load_queries(const AttentionParams& p, unsigned char* tile, const It
     }
 }
 
-// Waits until at most `pending` of the thread's groups are under way.
+// Waits until at most `pending` of the thread's groups of copies are in flight.
 DEVICE void await_copies(uint32_t pending) {
     switch (pending) {
         case 0: async_copy_wait<0>(); break;
@@ -194,10 +197,10 @@ struct Number<f16> {
     static DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_f16(c, a, b); }
 };
 
-// ---- operands of the matrix instructions. Stored bytes are widened to T in registers. Four bytes of a key are two pairs of
-// dimensions, so there queries take their dimensions in the same order: 4t, 4t + 1 first, then 4t + 2, 4t + 3.
+// ---- operands of the matrix instructions. FP8 keys and values are widened to T in registers. A word of an FP8 key contains
+// two pairs of dimensions, so the queries use the same order of dimensions: 4t, 4t + 1 first, then 4t + 2, 4t + 3.
 
-// Sixteen query rows from `first_row` on, dimensions 16 step to 16 step + 15.
+// Loads sixteen query rows from `first_row` on, dimensions 16 step to 16 step + 15.
 template <typename T, typename E, uint32_t D>
 DEVICE void query_fragment(uint32_t (&a)[4], const unsigned char* tile, uint32_t first_row, uint32_t step) {
     using Rows = Tile<T, D>;
@@ -215,7 +218,7 @@ DEVICE void query_fragment(uint32_t (&a)[4], const unsigned char* tile, uint32_t
     }
 }
 
-// Keys of sixteen positions from row `first_row` on, steps `step` and `step + 1`: b[step][half of the positions].
+// Loads the keys of sixteen positions from row `first_row` on, for steps `step` and `step + 1`: b[step][half of the positions].
 template <typename T, typename E, uint32_t D>
 DEVICE void key_fragments(uint32_t (&b)[2][2][2], const unsigned char* tile, uint32_t first_row, uint32_t step) {
     using Rows = Tile<E, D>;
@@ -237,7 +240,7 @@ DEVICE void key_fragments(uint32_t (&b)[2][2][2], const unsigned char* tile, uin
     }
 }
 
-// Values of 32 positions from row 32 half on, sixteen columns from 16 group on: b[tile of eight columns][step].
+// Loads the values of 32 positions from row 32 half on, sixteen columns from 16 group on: b[tile of eight columns][step].
 template <typename T, typename E, uint32_t D>
 DEVICE void value_fragments(uint32_t (&b)[2][2][2], const unsigned char* tile, uint32_t half, uint32_t group) {
     using Rows = Tile<E, D>;
@@ -250,7 +253,8 @@ DEVICE void value_fragments(uint32_t (&b)[2][2][2], const unsigned char* tile, u
             b[i][0][0] = r[0], b[i][0][1] = r[1], b[i][1][0] = r[2], b[i][1][1] = r[3];
         }
     } else {
-        // A word has columns 2g, 2g + 1 of one position, then of the next: one tile takes the even ones, one the odd ones.
+        // A word contains columns 2g, 2g + 1 of one position, then of the next. One tile gets the even columns, the other the
+        // odd ones.
         load_matrix_x4_transposed(r, tile + Rows::offset(row, group));
         UNROLL
         for (uint32_t i = 0; i < 4; i++) {
@@ -260,7 +264,8 @@ DEVICE void value_fragments(uint32_t (&b)[2][2][2], const unsigned char* tile, u
     }
 }
 
-// Two neighbouring columns of a row in the sums of sixteen columns; `pair` is 0 or 1, `row` 0 or 1 for the lower eight.
+// Access to two adjacent columns of a row in the sums of sixteen columns. `pair` is 0 or 1; `row` is 0 for rows 0 to 7, and 1
+// for rows 8 to 15.
 template <typename E>
 struct Columns {
     static DEVICE uint32_t first(uint32_t pair) {
@@ -277,7 +282,8 @@ struct Columns {
 
 // ---- softmax
 
-// Scores of positions from `first` on, N tiles of eight, in units of log2; those that a row does not see are -inf.
+// Scales the scores of positions from `first` on (N tiles of eight) to units of log2, and sets those that a row does not see to
+// -inf.
 template <uint32_t N>
 DEVICE void mask_scores(const AttentionParams& p, float (&s)[N][4], uint32_t first, const Span (&rows)[2], bool all_seen) {
     if (p.cap == 0.0f) {
@@ -315,17 +321,18 @@ DEVICE void row_maxima(const float (&s)[N][4], float (&maxima)[2]) {
     }
 }
 
-// Takes a stretch's maximum into the running one. Returns what earlier sums are multiplied with.
+// Updates the running maximum with a stretch's maximum. Returns the factor for earlier sums. `reference` is what must be
+// subtracted from the stretch's scores.
 DEVICE float raise_maximum(float& running, float stretch, float& reference) {
     float raised = max_(running, stretch);
-    // Nothing seen yet: any finite number makes all weights zero.
+    // The row has seen no position yet: any finite reference makes all weights zero.
     reference = raised == minus_infinity() ? 0.0f : raised;
     float factor = fast_exp2(running - reference);
     running = raised;
     return factor;
 }
 
-// The state of a lane's two rows: maxima, sums of the weights (in elements 0 and 2), weighted values of 16 G columns.
+// The state of a lane's two rows: maxima, sums of the weights (elements 0 and 2), and weighted values of 16 G columns.
 template <uint32_t G>
 struct State {
     float max[2];
@@ -340,7 +347,7 @@ struct State {
         for (uint32_t i = 0; i < G * 8; i++) o[i / 8][i / 4 % 2][i % 4] = 0.0f;
     }
 
-    // Multiplies each row's sums with its factor.
+    // Multiplies each row's sums by its factor.
     DEVICE void scale(const float (&factors)[2]) {
         UNROLL
         for (uint32_t e = 0; e < 4; e++) sum[e] = sum[e] * factors[e / 2];
@@ -348,7 +355,7 @@ struct State {
         for (uint32_t i = 0; i < G * 8; i++) o[i / 8][i / 4 % 2][i % 4] = o[i / 8][i / 4 % 2][i % 4] * factors[i % 4 / 2];
     }
 
-    // Adds a stretch: `weights` are its four steps of sixteen positions, columns begin at group `first_group` of the tile.
+    // Adds a stretch. `weights` holds its four steps of sixteen positions; columns start at group `first_group` of the tile.
     template <typename T, typename E, uint32_t D>
     DEVICE void add_values(const uint32_t (&weights)[4][4], const unsigned char* tile, uint32_t first_group) {
         const uint32_t ones[2] = {Number<T>::ONES, Number<T>::ONES};
@@ -370,21 +377,22 @@ struct State {
     }
 };
 
-// What a total and a split's part are multiplied with to be added.
+// The factors for a total and for a split's part when they are added.
 struct Shares {
     float total, part;
 
     DEVICE float merge(float total_value, float part_value) const { return fma_(total_value, total, part_value * part); }
 };
 
-// Takes a split into a row's total maximum. A split of which the row sees nothing changes nothing.
+// Updates a row's total maximum with that of a split, and returns the factors. A split that the row does not see changes
+// nothing.
 DEVICE Shares merge_shares(float& total_max, float part_max, float part_sum) {
     if (part_sum == 0.0f) return Shares{1.0f, 0.0f};
     float reference, factor = raise_maximum(total_max, part_max, reference);
     return Shares{factor, fast_exp2(part_max - reference)};
 }
 
-// Two columns of an output row.
+// Writes two columns of an output row.
 template <typename T>
 DEVICE void write_pair(const AttentionParams& p, uint64_t row, uint32_t column, float low, float high) {
     uint8_t* to = p.out + (row * p.head_dim + column) * sizeof(T);

@@ -1,15 +1,15 @@
-// Attention of few query rows over many positions, as in decoding: bound by how fast keys and values come from memory.
+// Attention of few query rows over many positions, for decoding. It is bound by the bandwidth for keys and values.
 //
-// A fixed grid walks the items that the host has planned: up to sixteen rows that share a KV head, over one split or over
-// all that they see. Lengths are read from memory only, so a recorded launch serves every step. Keys and values
-// of the coming stretches, of the next items too, are under way to shared memory while one is computed.
+// A fixed grid processes the items that the host has planned: up to sixteen rows that share a KV head, over one split or over
+// all positions that they see. Lengths are read from memory only, so a recorded launch serves every step. While one stretch
+// is computed, keys and values of the next stretches, including those of the next items, are copied to shared memory.
 //
-// Four warps share a stretch: each scores sixteen positions, then takes a quarter of the value columns over all 64. Where
-// the splits of a tile are separate items, the block that finishes the last of them merges all, in order.
+// Four warps share a stretch: each computes the scores of sixteen positions, and then a quarter of the value columns over all
+// 64. If the splits of a tile are separate items, the block that finishes the last of them merges all of them in order.
 #include "attention.cuh"
 
 constexpr uint32_t SPLIT_WARPS = 4;
-// Partials that are under way together when they are merged.
+// The number of partials that are loaded together when they are merged.
 constexpr uint32_t MERGE_AHEAD = 8;
 
 template <typename T, typename E, uint32_t D>
@@ -31,8 +31,8 @@ struct SplitShared {
     DEVICE uint32_t* is_last() const { return reinterpret_cast<uint32_t*>(maxima() + SPLIT_WARPS * TILE_ROWS); }
 };
 
-// Runs ahead of the computation through the stretches of the block's items. Keys and values are a group each, committed
-// even when nothing is left, so that groups can be counted. Each warp brings the sixteen keys that it will score itself.
+// Copies the stretches of the block's items ahead of the computation. Keys and values are one group of copies each, committed
+// even if nothing is left, so that groups can be counted. Each warp copies the sixteen keys whose scores it will compute.
 template <typename T, typename E, uint32_t D>
 struct Loader {
     SplitShared<T, E, D> shared;
@@ -40,8 +40,8 @@ struct Loader {
     Item item;
     Span seen;
     uint32_t stretch;
-    uint32_t stage;  // of the next keys
-    // Keys whose values have not been asked for yet.
+    uint32_t stage;  // the stage for the next keys
+    // Whether the values of the last keys have not been requested yet.
     bool owes_values;
     Sixteen owed;
 
@@ -71,7 +71,7 @@ struct Loader {
         stage = stage + 1 == shared.stages ? 0 : stage + 1;
     }
 
-    // Of the keys that were asked for last.
+    // Requests the values of the keys that were requested last.
     DEVICE void values(const AttentionParams& p) {
         uint32_t last = stage == 0 ? shared.stages - 1 : stage - 1;
         if (owes_values) load_sixteen<E, D>(p, shared.values(last), warp() * 16, p.values, owed);
@@ -80,7 +80,7 @@ struct Loader {
     }
 };
 
-// Scores of sixteen query rows with the warp's sixteen positions.
+// Computes the scores of sixteen query rows with the warp's sixteen positions.
 template <typename T, typename E, uint32_t D>
 DEVICE void score_sixteen(float (&s)[2][4], const uint32_t (&q)[D / 16][4], const unsigned char* keys) {
     UNROLL
@@ -94,7 +94,7 @@ DEVICE void score_sixteen(float (&s)[2][4], const uint32_t (&q)[D / 16][4], cons
     }
 }
 
-// Writes the weights of the warp's sixteen positions where all warps read them.
+// Writes the weights of the warp's sixteen positions to shared memory, where all warps read them.
 template <typename T>
 DEVICE void store_weights(unsigned char* tile, const float (&s)[2][4], const float (&reference)[2]) {
     using Rows = Tile<T, STRETCH>;
@@ -135,7 +135,7 @@ DEVICE float* partial_row(const AttentionParams& p, const Item& item, uint32_t s
     return p.partials + uint64_t(item.partial + split * item.rows + row) * (p.head_dim + 4);
 }
 
-// The warp's columns of a split, for the block that will merge them.
+// Stores the warp's columns of a split for the block that will merge them.
 template <typename E, uint32_t G>
 DEVICE void store_partial(const AttentionParams& p, const Item& item, const State<G>& part) {
     UNROLL
@@ -154,7 +154,7 @@ DEVICE void store_partial(const AttentionParams& p, const Item& item, const Stat
     }
 }
 
-// The warp's columns of the finished rows.
+// Writes the warp's columns of the finished rows.
 template <typename T, typename E, uint32_t G>
 DEVICE void write_rows(const AttentionParams& p, const Item& item, const State<G>& total) {
     UNROLL
@@ -186,7 +186,7 @@ DEVICE void merge_columns(const AttentionParams& p, const Item& item, uint32_t r
         Four part[MERGE_AHEAD];
         UNROLL
         for (uint32_t i = 0; i < MERGE_AHEAD; i++) {
-            // Beyond the end the last one is read again, and left alone.
+            // Beyond the end, the last partial is read again and not used.
             const float* from = partial_row(p, item, min_index(first + i, item.splits - 1), row);
             part_max[i] = from[0];
             part_sum[i] = from[1];
@@ -207,12 +207,12 @@ DEVICE void merge_columns(const AttentionParams& p, const Item& item, uint32_t r
     write_pair<T>(p, to, column + 2, o[2] * inverse, o[3] * inverse);
 }
 
-// Counts a stored split; the last of a tile's splits merges all.
+// Counts a stored split. The block that stores the last split of a tile merges all of them.
 template <typename T>
 DEVICE void finish_split(const AttentionParams& p, const Item& item, uint32_t* is_last) {
     block_barrier();
     if (threadIdx.x == 0) {
-        // Of all that the block has written: the barrier came before.
+        // Because of the barrier before, the fence covers all that the block has written.
         global_fence();
         uint32_t done = atomic_add(p.counters + item.counter, 1) + 1;
         if (done == item.splits) p.counters[item.counter] = 0;
@@ -242,14 +242,14 @@ DEVICE void attend_items(const AttentionParams& p, unsigned char* memory) {
     for (uint32_t index = begin; index < end; index++) {
         const Item item = read_item(p, index);
         const Span rows[2] = {span_of_row(p, item, lane() / 4), span_of_row(p, item, lane() / 4 + 8)};
-        // What every row sees.
+        // The positions that every row sees.
         const Span common{span_of_row(p, item, item.rows - 1).from, span_of_row(p, item, 0).to};
         uint32_t q[D / 16][4];
         State<G> part, total;
         part.clear();
         total.clear();
         for (uint32_t stretch = item.first_stretch; stretch < item.end_stretch; stretch++) {
-            // All but the newest 2 · stages - 2 groups: the keys of this stretch.
+            // Waits for all but the newest 2 · stages - 2 groups, that is, for the keys of this stretch.
             await_copies(2 * p.stages - 2);
             if (stretch == item.first_stretch) {
                 block_barrier();
@@ -268,7 +268,7 @@ DEVICE void attend_items(const AttentionParams& p, unsigned char* memory) {
                 if (lane() % 4 == 0) shared.maxima()[warp() * TILE_ROWS + lane() / 4 + 8 * row] = maxima[row];
             }
             block_barrier();
-            // Every warp is done with the values of the stretch before and with its keys of this one.
+            // All warps have finished with the values of the previous stretch and the keys of this one.
             loader.values(p);
             loader.keys(p);
             exchange_maxima(shared.maxima(), maxima);

@@ -1,18 +1,18 @@
-// Attention of many query rows, as in prefill: bound by the tensor cores.
+// Attention of many query rows, for prefill. It is bound by the tensor cores.
 //
-// A block takes consecutive rows of a sequence that share a KV head, sixteen a warp, through all stretches that any of them
-// sees. A warp keeps the state of the split at hand in registers and the total over earlier splits in shared memory.
+// A block processes consecutive rows of a sequence that share a KV head, sixteen rows per warp, over all stretches that any of
+// them sees. A warp keeps the state of the current split in registers and the total over earlier splits in shared memory.
 #include "attention.cuh"
 
 constexpr uint32_t MAX_TILE_WARPS = 4;
 
 template <typename T, typename E, uint32_t D>
 struct TileShared {
-    // Fragments of larger heads' queries would leave too few registers.
+    // The query fragments of larger heads would leave too few registers.
     static constexpr bool QUERIES_IN_REGISTERS = D <= 128;
     static constexpr uint32_t TILE_BYTES = STRETCH * D * sizeof(E);
     static constexpr uint32_t QUERY_BYTES = TILE_ROWS * D * sizeof(T);
-    // The total of a warp takes the place of its queries when those have been read.
+    // If queries are held in registers, a warp's total reuses their shared memory once they have been read.
     static constexpr uint32_t TOTAL_BYTES = TILE_ROWS * D * sizeof(float);
     static constexpr uint32_t WARP_BYTES = TOTAL_BYTES + (QUERIES_IN_REGISTERS ? 0 : QUERY_BYTES);
 
@@ -49,7 +49,7 @@ struct Queries {
     }
 };
 
-// All warps begin to copy a stretch.
+// All warps start to copy a stretch.
 template <typename T, typename E, uint32_t D>
 DEVICE void load_stretch(const AttentionParams& p, const TileShared<T, E, D>& shared, const Item& item, Span seen, uint32_t stretch, uint32_t stage) {
     for (uint32_t part = warp(); part < STRETCH / 16; part += blockDim.x / WARP) {
@@ -59,7 +59,7 @@ DEVICE void load_stretch(const AttentionParams& p, const TileShared<T, E, D>& sh
     }
 }
 
-// The warp's rows against all positions of a stretch.
+// Computes the scores of the warp's rows with all positions of a stretch.
 template <typename T, typename E, uint32_t D>
 DEVICE void score_stretch(float (&s)[8][4], const Queries<T, E, D>& queries, const unsigned char* query_tile, const unsigned char* keys) {
     UNROLL
@@ -79,7 +79,7 @@ DEVICE void score_stretch(float (&s)[8][4], const Queries<T, E, D>& queries, con
     }
 }
 
-// A stretch's scores as the operand of the product with its values.
+// Converts a stretch's scores to weights, as the operand of the product with its values.
 template <typename T>
 DEVICE void weigh(uint32_t (&weights)[4][4], const float (&s)[8][4], const float (&reference)[2]) {
     UNROLL
@@ -90,7 +90,7 @@ DEVICE void weigh(uint32_t (&weights)[4][4], const float (&s)[8][4], const float
     }
 }
 
-// Merges the split at hand with the total in shared memory, which `has_total` says is there. The result stays in `part`.
+// Merges the current split with the total in shared memory, if `has_total` says that there is one. The result is in `part`.
 template <typename T, typename E, uint32_t D>
 DEVICE void merge_split(const TileShared<T, E, D>& shared, State<D / 16>& part, float (&total_max)[2], float (&total_sum)[2], bool has_total) {
     Shares shares[2];
@@ -133,11 +133,11 @@ DEVICE void attend_tile(const AttentionParams& p, unsigned char* memory) {
     const uint32_t first_row = warp() * TILE_ROWS, last_row = min_index(first_row + TILE_ROWS, item.rows) - 1;
     const bool has_rows = first_row < item.rows;
     const Span rows[2] = {span_of_row(p, item, first_row + lane() / 4), span_of_row(p, item, first_row + lane() / 4 + 8)};
-    // What some row of the warp sees, and what every row sees.
+    // The positions that any row of the warp sees, and those that every row sees.
     const Span any{span_of_row(p, item, first_row).from, span_of_row(p, item, last_row).to};
     const Span common{span_of_row(p, item, last_row).from, span_of_row(p, item, first_row).to};
 
-    // The tile's offsets are relative to the warp's rows: sixteen rows are two periods of its permutation.
+    // The tile's offsets are relative to the warp's rows. This works because sixteen rows are two periods of its permutation.
     load_queries<T, D>(p, shared.queries() - first_row * Tile<T, D>::ROW_BYTES, item, first_row, TILE_ROWS);
     load_stretch(p, shared, item, seen, item.first_stretch, 0);
     async_copy_commit();
@@ -153,7 +153,7 @@ DEVICE void attend_tile(const AttentionParams& p, unsigned char* memory) {
         block_barrier();
         bool more = stretch + 1 < item.end_stretch;
         if (p.stages == 2 && more) {
-            // Every warp is done with the stretch before, whose place this takes.
+            // All warps have finished the previous stretch, which this copy overwrites.
             load_stretch(p, shared, item, seen, stretch + 1, 1 - stage);
             async_copy_commit();
         }

@@ -1,4 +1,4 @@
-// Copies of blocks of the KV cache, for sequences that part after a shared beginning.
+// Copies blocks of the KV cache, for sequences that diverge after a shared prefix.
 #include "prelude.cuh"
 
 constexpr uint32_t COPY_THREADS = 256;
@@ -10,7 +10,7 @@ struct CopyBlocksParams {
     uint8_t* values;
     uint64_t num_blocks;
     uint64_t block_bytes;
-    // Source and destination; no block is both.
+    // Source and destination blocks. No block is both.
     uint32_t copies[MAX_COPIES][2];
 };
 

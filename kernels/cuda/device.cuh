@@ -1,11 +1,11 @@
-// The prelude's operations on NVIDIA devices. Nothing but single instructions and their spelling.
+// The prelude's operations on NVIDIA devices: thin wrappers of single instructions.
 #pragma once
 
 #define DEVICE __device__ __forceinline__
-// Names the parameter block `p`. MAX_THREADS is the block size it is launched with.
+// Defines a kernel whose parameter is named `p`. MAX_THREADS is the block size it is launched with.
 #define KERNEL(name, Params, MAX_THREADS) \
     extern "C" __global__ void __launch_bounds__(MAX_THREADS) name(const __grid_constant__ Params p)
-// The same for kernels that want at least BLOCKS blocks to fit a multiprocessor.
+// As KERNEL, with registers limited so that at least BLOCKS blocks fit on a multiprocessor.
 #define KERNEL_OCCUPANCY(name, Params, MAX_THREADS, BLOCKS) \
     extern "C" __global__ void __launch_bounds__(MAX_THREADS, BLOCKS) name(const __grid_constant__ Params p)
 // Static shared memory, undefined at the start of a block:  SHARED(float, scratch, [8]);
@@ -29,11 +29,11 @@ DEVICE float fma_(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float max_(float a, float b) { return fmaxf(a, b); }
 DEVICE float round_even(float x) { return rintf(x); }
 DEVICE double ceiling(double x) { return ceil(x); }
-// To the nearest integer, ties to even; x is in [0, 2^63).
+// Rounds to the nearest integer, ties to even. x is in [0, 2^63).
 DEVICE uint64_t round_to_u64(float x) { return __float2ull_rn(x); }
 DEVICE float sqrt_(float x) { return __fsqrt_rn(x); }
 DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
-// 2^x, approximate: not the same in the last bits as in the emulator.
+// 2^x, approximately. The last bits differ from the emulator's.
 DEVICE float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -55,7 +55,7 @@ DEVICE float from_f16(f16 x) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
     return y;
 }
-// Two at once, `low` in the low half.
+// Convert two numbers, with `low` in the low half of the word.
 DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t bits;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
@@ -81,7 +81,7 @@ DEVICE float from_fp8(fp8 x) {
 #include "fp8.cuh"
 #endif
 
-// Two bytes (E4M3) in the low half of a word, widened; exact.
+// Widen the two bytes (E4M3) in the low half of a word. Exact.
 #if __CUDA_ARCH__ >= 890
 DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
     uint32_t halves;
@@ -93,7 +93,8 @@ DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
     return pack_bf16(from_f16(f16{uint16_t(halves)}), from_f16(f16{uint16_t(halves >> 16)}));
 }
 #else
-// The bits in place, times what the exponents' biases differ by; a byte of all ones but the sign is NaN.
+// Moves the bits into place and multiplies by a power of two for the difference of the exponents' biases. A byte whose bits
+// are all ones, apart from the sign, is NaN.
 DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
     uint32_t spread = (two & 0xff) | (two & 0xff00) << 8, magnitude = spread & 0x007f007f;
     uint32_t nan = ((magnitude + 0x00010001) >> 7 & 0x00010001) * 0x7fff;
@@ -113,7 +114,7 @@ DEVICE uint32_t unpack_fp8_bf16(uint32_t two) {
 // ---- threads
 
 DEVICE void block_barrier() { __syncthreads(); }
-// Among the first `threads` arrivals at barrier `id` (1 to 15).
+// Waits at barrier `id` (1 to 15) until `threads` threads have arrived.
 DEVICE void named_barrier(uint32_t id, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -125,7 +126,7 @@ DEVICE uint64_t shuffle_xor(uint64_t x, uint32_t mask) { return __shfl_xor_sync(
 DEVICE float shuffle(float x, uint32_t source) { return __shfl_sync(ALL_LANES, x, source); }
 DEVICE uint32_t shuffle(uint32_t x, uint32_t source) { return __shfl_sync(ALL_LANES, x, source); }
 DEVICE uint64_t shuffle(uint64_t x, uint32_t source) { return __shfl_sync(ALL_LANES, static_cast<unsigned long long>(x), source); }
-// The value of the lane `delta` below; lanes without one keep theirs.
+// The value of the lane `delta` below this one. Lanes without such a lane keep their own value.
 DEVICE uint32_t shuffle_up(uint32_t x, uint32_t delta) { return __shfl_up_sync(ALL_LANES, x, delta); }
 DEVICE uint64_t shuffle_up(uint64_t x, uint32_t delta) { return __shfl_up_sync(ALL_LANES, static_cast<unsigned long long>(x), delta); }
 DEVICE uint32_t votes(bool x) { return __ballot_sync(ALL_LANES, x); }
@@ -134,7 +135,7 @@ DEVICE uint32_t leading_zeros(uint32_t x) { return __clz(x); }
 DEVICE uint32_t leading_zeros(uint64_t x) { return __clzll(static_cast<long long>(x)); }
 DEVICE uint32_t trailing_zeros(uint32_t x) { return x == 0 ? 32 : __ffs(x) - 1; }
 
-// Adds in shared or global memory; integers only. The old value is returned.
+// Atomic operations in shared or global memory, for integers only. They return the old value.
 DEVICE uint32_t atomic_add(uint32_t* to, uint32_t x) { return atomicAdd(to, x); }
 DEVICE uint64_t atomic_add(uint64_t* to, uint64_t x) {
     return atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(x));
@@ -145,19 +146,19 @@ DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) {
 }
 // Makes this thread's writes to global memory visible to other blocks before its later ones.
 DEVICE void global_fence() { __threadfence(); }
-// The upper half of a product.
+// The high half of a product.
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
-// ---- launches that overlap (programmatic dependent launch); no effect on devices and launches without it
+// ---- overlapping launches (programmatic dependent launch). No effect on devices and launches without it.
 
-// Waits until the kernel before this one has ended. Nothing that it writes may be read earlier.
+// Waits until the previous kernel has ended. Nothing that it writes may be read before this.
 DEVICE void grid_dependency_wait() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The next kernel may be started; it still waits for the end of this one where it calls the above.
+// Allows the next kernel to start. It still waits for the end of this one at its grid_dependency_wait.
 DEVICE void grid_dependency_launch() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -169,7 +170,7 @@ DEVICE void grid_dependency_launch() {
 struct alignas(16) Bytes16 {
     uint32_t x, y, z, w;
 };
-// Read once, so that it need not stay in the cache.
+// Loads data that is read only once and need not stay in the L1 cache.
 DEVICE Bytes16 load_streaming(const void* from) {
     Bytes16 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
@@ -177,19 +178,19 @@ DEVICE Bytes16 load_streaming(const void* from) {
 }
 DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_generic_to_shared(pointer)); }
 
-// Copies 16 bytes from global to shared memory in the background, or writes zeros when not `valid`; `from` is not read then.
+// Copies 16 bytes from global to shared memory in the background. If not `valid`, writes zeros and does not read `from`.
 DEVICE void async_copy_16(void* to, const void* from, bool valid) {
     uint32_t bytes = valid ? 16 : 0;
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes) : "memory");
 }
 DEVICE void async_copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Until at most PENDING of this thread's committed groups are under way. Other threads' copies need a barrier besides.
+// Waits until at most PENDING of this thread's committed groups are in flight. Other threads' copies also need a barrier.
 template <int PENDING>
 DEVICE void async_copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// ---- matrix instructions, by one whole warp. Fragments as the PTX manual lays them out: with g = lane / 4, t = lane % 4,
+// ---- matrix instructions, executed by a whole warp. Fragments as in the PTX manual: with g = lane / 4 and t = lane % 4,
 // A (row-major 16×16, two 16-bit elements a word): a0 = (g, 2t), a1 = (g + 8, 2t), a2 = (g, 2t + 8), a3 = (g + 8, 2t + 8);
 // B (16×8): b0 = (2t, g), b1 = (2t + 8, g), consecutive k in one word; C (16×8): c0, c1 = (g, 2t), c2, c3 = (g + 8, 2t).
 
@@ -205,14 +206,15 @@ DEVICE void mma_f16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// 16×32 by 32×8 signed bytes, four consecutive k in a word: a0 = (g, 4t), a1 = (g + 8, 4t), a2 = (g, 4t + 16), a3 = (g + 8, 4t + 16).
+// 16×32 by 32×8 signed bytes, four consecutive k in a word: a0 = (g, 4t), a1 = (g + 8, 4t), a2 = (g, 4t + 16),
+// a3 = (g + 8, 4t + 16).
 DEVICE void mma_s8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// Whether this device multiplies 8-bit floats.
+// Whether this device has matrix instructions for 8-bit floats.
 #define HAS_FP8_PRODUCTS (__CUDA_ARCH__ >= 890)
 #if HAS_FP8_PRODUCTS
 DEVICE void mma_fp8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -222,15 +224,15 @@ DEVICE void mma_fp8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 #endif
-// Loads four 8×8 matrices of 16-bit elements from shared memory: lane i gives the address of row i % 8 of matrix i / 8, 16
-// bytes; register j of lane i gets the word t = i % 4 of row i / 4 of matrix j.
+// Loads four 8×8 matrices of 16-bit elements from shared memory. Lane i passes the address of row i % 8 (16 bytes) of matrix
+// i / 8; register j of lane i gets word i % 4 of row i / 4 of matrix j.
 DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
                  : "memory");
 }
-// The same with each matrix transposed.
+// As load_matrix_x4, with each matrix transposed.
 DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

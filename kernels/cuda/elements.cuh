@@ -1,4 +1,4 @@
-// Activation elements in memory: f32, f16 or bf16, read and written several at a time in one access.
+// Reads and writes several activation elements (f32, f16 or bf16) in one access.
 #pragma once
 
 #include "prelude.cuh"
@@ -7,7 +7,7 @@ struct alignas(8) Bytes8 {
     uint32_t x, y;
 };
 
-// The low and the high element of a word.
+// Widen the low and the high element of a word.
 DEVICE void widen_pair(uint32_t word, float& low, float& high, bf16) {
     low = uint_as_float(word << 16);
     high = uint_as_float(word & 0xffff0000u);
@@ -19,7 +19,7 @@ DEVICE void widen_pair(uint32_t word, float& low, float& high, f16) {
 DEVICE uint32_t narrow_pair(float low, float high, bf16) { return pack_bf16(low, high); }
 DEVICE uint32_t narrow_pair(float low, float high, f16) { return pack_f16(low, high); }
 
-// Four elements: one access of 8 bytes, or of 16 for f32. `from` and `to` are as much aligned.
+// Four elements: one access of 8 bytes, or of 16 for f32. `from` and `to` must be aligned to its size.
 template <typename T>
 DEVICE void load4(const T* from, float (&x)[4]) {
     Bytes8 v = *reinterpret_cast<const Bytes8*>(from);

@@ -1,4 +1,5 @@
-// E4M3 by integer arithmetic, for devices without the conversion instructions and for the host: the values are the same.
+// Conversions to and from E4M3 by integer arithmetic, for the host and for devices without the conversion instructions.
+// The results are the same as those of the instructions.
 #pragma once
 
 DEVICE fp8 to_fp8(float x) {

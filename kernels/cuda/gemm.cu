@@ -1,10 +1,11 @@
-// Dense products out[m, n] = x[m, k] · w[n, k]^T by the tensor cores of Ampere and later (mma.sync).
+// Dense products out[m, n] = x[m, k] · w[n, k]^T with the tensor cores of Ampere and later (mma.sync).
 //
-// Every output element is one f32 sum from zero over ascending k, in steps of one instruction (32 bytes of k), whatever the
-// tile: so tiles may follow m and n freely and a row's bits do not change. Weights are the instruction's 16 rows and tokens
-// its 8 columns, for the sake of single tokens. Blocks copy slices of 128 bytes of k in the background, some slices ahead.
+// Every output element is one f32 sum that starts at zero and runs over ascending k, in steps of one instruction (32 bytes of
+// k), with every tile. So the tile can be chosen by m and n without changing a row's bits. Weights are the instruction's 16
+// rows and tokens its 8 columns, which wastes less for single tokens. Blocks copy slices of 128 bytes of k in the background,
+// several slices ahead.
 //
-// gemm_sm90.cu is the same product by Hopper's own instructions. It may differ from this one in last bits.
+// gemm_sm90.cu computes the same product with Hopper's instructions. Its results may differ in the last bits.
 #include "prelude.cuh"
 #include "gemm.cuh"
 
@@ -28,25 +29,25 @@ template <>
 DEVICE void multiply<fp8>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { mma_fp8(c, a, b); }
 #endif
 
-// FEATURES × TOKENS by a block of FEATURE_WARPS × TOKEN_WARPS warps, with STAGES slices in shared memory.
+// A tile of FEATURES × TOKENS, computed by a block of FEATURE_WARPS × TOKEN_WARPS warps with STAGES slices in shared memory.
 template <uint32_t FEATURES_, uint32_t TOKENS_, uint32_t FEATURE_WARPS_, uint32_t TOKEN_WARPS_, uint32_t STAGES_>
 struct Tile {
     static constexpr uint32_t FEATURES = FEATURES_, TOKENS = TOKENS_, STAGES = STAGES_;
     static constexpr uint32_t FEATURE_WARPS = FEATURE_WARPS_, THREADS = FEATURE_WARPS_ * TOKEN_WARPS_ * WARP;
-    // Blocks of 16 features and of 8 tokens that one warp computes.
+    // The numbers of 16-feature blocks and of 8-token blocks that one warp computes.
     static constexpr uint32_t WARP_FEATURES = FEATURES / FEATURE_WARPS_ / 16, WARP_TOKENS = TOKENS / TOKEN_WARPS_ / 8;
     static constexpr uint32_t ROWS_AT_ONCE = THREADS / CHUNKS, STAGE_BYTES = (FEATURES + TOKENS) * SLICE_BYTES;
     static_assert(FEATURES % ROWS_AT_ONCE == 0 && TOKENS % ROWS_AT_ONCE == 0, "a thread copies whole rows of either operand");
     static_assert(TOKENS * STAGED_ROW<FEATURES> * 4 <= STAGES * STAGE_BYTES, "the staged sums reuse the slices' memory");
 };
 
-// Rows of 128 bytes follow one another; within each, its 16-byte chunks are permuted, so that neither the copies nor the
-// loads of eight rows' same chunk meet in a bank.
+// The address of a chunk. Rows of 128 bytes are contiguous. The 16-byte chunks of each row are permuted, so that neither the
+// copies nor the loads of the same chunk of eight rows cause bank conflicts.
 DEVICE unsigned char* chunk_at(unsigned char* rows, uint32_t row, uint32_t chunk) {
     return rows + row * SLICE_BYTES + (chunk ^ row % 8) * CHUNK_BYTES;
 }
 
-// Starts this thread's share of copying `ROWS` rows from `first_row` on. Zeros stand for what lies beyond the matrix.
+// Starts this thread's share of copying `ROWS` rows from `first_row` on. Elements beyond the matrix become zero.
 template <uint32_t ROWS, typename T>
 DEVICE void copy_rows(unsigned char* to, const unsigned char* matrix, uint32_t first_row, uint32_t rows, uint64_t row_bytes, uint32_t slice) {
     uint32_t chunk = threadIdx.x % CHUNKS;
@@ -72,7 +73,7 @@ struct Product {
         copy_rows<T::TOKENS, T>(to + T::FEATURES * SLICE_BYTES, p.x, first_token, p.out.m, p.row_bytes, slice);
     }
 
-    // The warp's tokens as the second operand of two steps: each register pair is eight tokens by one step.
+    // Loads the warp's tokens as the second operand of two steps: each register pair holds eight tokens for one step.
     DEVICE void load_tokens(uint32_t (&b)[2][T::WARP_TOKENS][2], unsigned char* tokens, uint32_t first_chunk) {
         uint32_t r[4], first = warp() / T::FEATURE_WARPS * T::WARP_TOKENS * 8;
         if constexpr (T::WARP_TOKENS == 1) {
@@ -115,7 +116,7 @@ struct Product {
         }
         for (uint32_t slice = 0; slice < slices; slice++) {
             async_copy_wait<T::STAGES - 2>();
-            // All threads' copies of this slice are there, and nobody reads the slice before any more.
+            // After the barrier, all threads' copies of this slice have arrived, and no thread reads the previous slice.
             block_barrier();
             if (slice + T::STAGES - 1 < slices) copy(slice + T::STAGES - 1);
             async_copy_commit();
@@ -139,7 +140,8 @@ struct Product {
     }
 };
 
-// Blocks along x are tiles of tokens, which read the same weights at about the same time, and along y tiles of features.
+// Blocks along x are tiles of tokens, so that they read the same weights at about the same time. Blocks along y are tiles of
+// features.
 template <typename E, typename T>
 DEVICE void gemm(const GemmParams& p, unsigned char* stages) {
     Product<E, T> product{p, stages, {}, blockIdx.y * T::FEATURES, blockIdx.x * T::TOKENS};
@@ -149,7 +151,7 @@ DEVICE void gemm(const GemmParams& p, unsigned char* stages) {
     product.write();
 }
 
-// As in gpu/gemm.rs.
+// The same tiles as in gpu/gemm.rs.
 using Tile32x8 = Tile<32, 8, 2, 1, 8>;
 using Tile32x16 = Tile<32, 16, 2, 1, 8>;
 using Tile64x32 = Tile<64, 32, 4, 1, 6>;

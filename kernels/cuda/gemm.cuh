@@ -1,22 +1,23 @@
-// The end of a dense product, shared by its kernels: sums leave the tensor cores' registers through shared memory, so that
-// whole rows of the output are written at a time.
+// The epilogue of a dense product, shared by its kernels: sums go from the tensor cores' registers to shared memory, and
+// from there to the output, so that whole rows are written at a time.
 //
-// A tile of the product is FEATURES rows of the weights by TOKENS rows of activations. Sums are staged as rows of tokens,
-// each padded by four words: the eight features and four pairs of tokens that a warp stores at once fall in 32 banks.
+// A tile of the product is FEATURES rows of the weights by TOKENS rows of activations. Sums are staged with one row for each
+// token, padded by four words: the eight features and four pairs of tokens that a warp stores at once are in 32 different
+// banks.
 #pragma once
 
-// How the output is written. As in gpu/gemm.rs.
+// How the output is written. The numbers are those of gpu/gemm.rs.
 constexpr uint32_t STORE_F32 = 0, STORE_F16 = 1, STORE_BF16 = 2, ADD_F32 = 3;
 
 struct ProductOutput {
     void* rows;          // [m, row_stride] of the kind's element; n of each row are written
     const float* bias;   // [n], or null
-    const float* w_scales;  // [n] and
-    const float* x_scales;  // [m] of 8-bit operands, or null
+    const float* w_scales;  // [n], for 8-bit operands, or null
+    const float* x_scales;  // [m], for 8-bit operands, or null
     uint64_t row_stride;    // elements
     uint32_t m, n;
     uint32_t kind;
-    // Rows start at multiples of 16 bytes, so four elements can be written at once where they are within n.
+    // Not 0 if rows start at multiples of 16 bytes, so that four elements within n can be written at once.
     uint32_t in_fours;
 };
 
@@ -27,8 +28,8 @@ struct alignas(8) Bytes8 {
 template <uint32_t FEATURES>
 constexpr uint32_t STAGED_ROW = FEATURES + 4;
 
-// One m16n8 block of sums, as the instructions leave it in a warp: rows are features from `feature` on, columns tokens from
-// `token` on, both within the staged part.
+// Stages one m16n8 block of sums from a warp's registers. Its rows are features from `feature` on, its columns are tokens from
+// `token` on, both relative to the staged part.
 template <uint32_t FEATURES>
 DEVICE void stage_sums(float* staged, uint32_t feature, uint32_t token, float c0, float c1, float c2, float c3) {
     uint32_t g = lane() / 4, t = lane() % 4;
@@ -43,7 +44,7 @@ struct alignas(16) Quad {
     float x, y, z, w;
 };
 
-// Four neighbouring features, or some of them at the right edge: what their sums become, and how they are written.
+// Four consecutive features (fewer at the right edge): computes their final values from the sums, and writes them.
 struct Columns {
     const ProductOutput& out;
     uint32_t feature, count;
@@ -51,7 +52,7 @@ struct Columns {
     DEVICE Columns(const ProductOutput& out_, uint32_t feature_) : out(out_), feature(feature_) {
         count = feature >= out.n ? 0 : out.n - feature < 4 ? out.n - feature : 4;
     }
-    // Loaded for each row anew: from the cache, and the registers are needed for sums.
+    // Loads per-feature values. Called again for each row: they are cached, and the registers are needed for sums.
     DEVICE Quad load(const float* values) {
         Quad v{};
         if (count > 0) v.x = values[feature];
@@ -63,7 +64,7 @@ struct Columns {
     DEVICE bool in_one() { return count == 4 && out.in_fours; }
     DEVICE uint64_t at(uint32_t token) { return token * out.row_stride + feature; }
 
-    // The order of these roundings is part of the result.
+    // Applies scales and bias. The order of the roundings is part of the result.
     DEVICE Quad finished(Quad v, uint32_t token) {
         if (out.x_scales != nullptr) {
             float s = out.x_scales[token];
@@ -78,7 +79,7 @@ struct Columns {
     }
 
     DEVICE Quad* floats(uint32_t token) { return reinterpret_cast<Quad*>(static_cast<float*>(out.rows) + at(token)); }
-    // `old` is what stands there, for sums that are added to it.
+    // Writes four values. `old` are the previous values, used only by ADD_F32.
     DEVICE void write(uint32_t token, Quad v, Quad old) {
         Bytes8* halves = reinterpret_cast<Bytes8*>(static_cast<uint16_t*>(out.rows) + at(token));
         if (out.kind == STORE_F32) *floats(token) = v;
@@ -100,8 +101,8 @@ struct Columns {
     }
 };
 
-// Writes TOKENS staged rows as tokens from `first_token` and features from `first_feature` on, by THREADS threads of which
-// this is number `thread`: always the same columns, of rows ROWS apart. What lies beyond m or n is dropped.
+// Writes TOKENS staged rows as tokens from `first_token` and features from `first_feature` on, with THREADS threads of which
+// this is number `thread`. Each thread writes the same columns of rows that are ROWS apart. Values beyond m or n are dropped.
 template <uint32_t FEATURES, uint32_t TOKENS, uint32_t THREADS>
 DEVICE void write_staged(const ProductOutput& out, const float* staged, uint32_t first_token, uint32_t first_feature, uint32_t thread) {
     constexpr uint32_t QUADS = FEATURES / 4, ROWS = THREADS / QUADS, TOGETHER = TOKENS < 2 * ROWS ? 1 : 2;
@@ -109,7 +110,7 @@ DEVICE void write_staged(const ProductOutput& out, const float* staged, uint32_t
     uint32_t col = thread % QUADS * 4, left = out.m - first_token, rows = left < TOKENS ? left : TOKENS;
     Columns columns(out, first_feature + col);
     NO_UNROLL for (uint32_t first = thread / QUADS; first < rows; first += TOGETHER * ROWS) {
-        // All of the old values are asked for before the first is needed.
+        // All old values are requested before the first is used.
         Quad old[TOGETHER] = {};
         UNROLL for (uint32_t i = 0; i < TOGETHER; i++) {
             uint32_t row = first + i * ROWS;

@@ -1,37 +1,37 @@
-// Dense products out[m, n] = x[m, k] · w[n, k]^T by Hopper's warpgroup products (wgmma) out of tiles that the bulk copy
-// engine brings.
+// Dense products out[m, n] = x[m, k] · w[n, k]^T with Hopper's warpgroup products (wgmma), on tiles that the bulk copy engine
+// copies to shared memory.
 //
-// Every output element is one f32 sum from zero over ascending k, in steps of one instruction (32 bytes of k), whatever the
-// tile. Weights are the instruction's 64 rows, tokens its N columns. A sum depends on its own row and column alone, so a
-// tile may have fewer weights than 64: the instruction reads on into whatever follows in shared memory, and those rows of
-// sums are dropped. Small tiles are what spreads few weights over all multiprocessors when there are few tokens.
+// Every output element is one f32 sum that starts at zero and runs over ascending k, in steps of one instruction (32 bytes of
+// k), with every tile. Weights are the instruction's 64 rows, tokens its N columns. A sum depends only on its own row and
+// column, so a tile may have fewer than 64 weights: the instruction reads beyond them whatever follows in shared memory, and
+// those rows of sums are dropped. Small tiles spread few weights over all multiprocessors when there are few tokens.
 //
-// One warp copies: slices of 128 bytes of k go round a ring of stages, as far ahead as shared memory allows. One or two
-// warpgroups multiply; no register has to be moved to them (setmaxnreg), since a lone copying warp leaves 224 for each
-// thread. Blocks stay and take tile after tile. Weights depend on no earlier kernel, so the first of them are on their way
-// before that has ended.
+// One warp copies: slices of 128 bytes of k go through a ring of stages, as far ahead as shared memory allows. One or two
+// warpgroups multiply. They need no registers from the copying warp (setmaxnreg), since a single copying warp leaves 224 for
+// each thread. Blocks are persistent and compute one tile after another. Weights do not depend on earlier kernels, so the
+// first copies of weights start before the previous kernel has ended.
 #include "prelude.cuh"
 #include "gemm.cuh"
 
 struct GemmSm90Params {
-    // w [n, k] in boxes of a tile's features, x [m, k] in boxes of its tokens, by 128 bytes of k.
+    // w [n, k] in boxes of a tile's features by 128 bytes of k; x [m, k] in boxes of a tile's tokens by 128 bytes of k.
     TensorMap w, x;
     ProductOutput out;
-    uint32_t slices;  // of 128 bytes in a row
+    uint32_t slices;  // number of 128-byte slices in a row
     uint32_t token_tiles, feature_tiles;
-    // Tiles of tokens that are done for all features before the next ones are begun, so that their rows stay in the cache.
+    // How many tiles of tokens are computed for all features before the next ones, so that their rows stay in the cache.
     uint32_t token_tiles_together;
 };
 
 constexpr uint32_t SLICE_BYTES = 128, STEP_BYTES = 32, WARPGROUP = 128, WARPGROUP_WARPS = 4, INSTRUCTION_ROWS = 64;
 
-// CONSUMERS warpgroups with ROWS features each, by TOKENS; STAGES stages of SLICES slices.
+// A tile of CONSUMERS warpgroups with ROWS features each, by TOKENS tokens; the ring has STAGES stages of SLICES slices.
 template <uint32_t ROWS_, uint32_t CONSUMERS_, uint32_t TOKENS_, uint32_t SLICES_, uint32_t STAGES_>
 struct Tile {
     static constexpr uint32_t ROWS = ROWS_, CONSUMERS = CONSUMERS_, TOKENS = TOKENS_, SLICES = SLICES_, STAGES = STAGES_;
     static constexpr uint32_t FEATURES = ROWS * CONSUMERS, THREADS = CONSUMERS * WARPGROUP + WARP;
     static constexpr uint32_t SLICE_TILES = (FEATURES + TOKENS) * SLICE_BYTES, STAGE_BYTES = SLICES * SLICE_TILES;
-    // Sums leave in parts, a number of tokens at a time.
+    // Sums are written in PARTS parts of STAGED_TOKENS tokens.
     static constexpr uint32_t STAGED_TOKENS = TOKENS < 32 ? TOKENS : 32, PARTS = TOKENS / STAGED_TOKENS;
     static constexpr uint32_t STAGED_FLOATS = STAGED_TOKENS * STAGED_ROW<ROWS>;
     static_assert(ROWS <= INSTRUCTION_ROWS && (CONSUMERS == 1 || ROWS == INSTRUCTION_ROWS), "whole instructions but for the last");
@@ -49,7 +49,7 @@ DEVICE Place place_of(const GemmSm90Params& p, uint32_t tile) {
     return Place{in_group / width * T::FEATURES, (first + in_group % width) * T::TOKENS};
 }
 
-// A place in the ring, with the parity of the phase that the stage's barriers are in.
+// A position in the ring, with the parity of the current phase of the stage's barriers.
 template <typename T>
 struct Stage {
     uint32_t index = 0, parity = 0;
@@ -63,8 +63,8 @@ struct Stage {
 template <typename T>
 struct Ring {
     unsigned char* memory;
-    uint64_t* full;   // the copying thread, and the bytes
-    uint64_t* empty;  // every multiplying warp
+    uint64_t* full;   // barriers on which the copying thread and the bytes arrive
+    uint64_t* empty;  // barriers on which every multiplying warp arrives
 
     DEVICE void init() {
         for (uint32_t i = 0; i < T::STAGES; i++) {
@@ -115,7 +115,7 @@ struct Producer {
             Place place = place_of<T>(p, tile);
             for (uint32_t step = 0; step < steps; step++) {
                 if (tile != blockIdx.x || step >= ahead) {
-                    // The phase before the first counts as ended: nobody has to empty the stages at first.
+                    // The phase before the first counts as ended, so the first wait on each stage returns at once.
                     mbarrier_wait(&ring.empty[stage.index], stage.parity ^ 1);
                     copy_weights(stage.index, place, step);
                 }
@@ -147,7 +147,7 @@ struct Consumer {
         }
     }
 
-    // One step's products are under way while the next stage is waited for.
+    // While one step's products are running, waits for the next stage.
     DEVICE void sum(float (&c)[T::TOKENS / 2], Stage<T>& stage, uint32_t steps) {
         UNROLL for (uint32_t i = 0; i < T::TOKENS / 2; i++) c[i] = 0.0f;
         uint32_t before = 0;
@@ -166,7 +166,7 @@ struct Consumer {
     }
 
     DEVICE void stage(const float (&c)[T::TOKENS / 2], float* staged, uint32_t feature, uint32_t part) {
-        // Registers have no numbers at run time, so every part's are named in turn.
+        // Registers cannot be indexed at run time, so the loop over the parts is unrolled.
         UNROLL for (uint32_t i = 0; i < T::PARTS; i++) {
             if (i != part) continue;
             UNROLL for (uint32_t token = 0; token < T::STAGED_TOKENS; token += 8) {
@@ -190,7 +190,7 @@ struct Consumer {
     }
 
     DEVICE void run(uint32_t steps, uint32_t tiles) {
-        // The output may still be read by the kernel before this one.
+        // The previous kernel may still read the output.
         grid_dependency_wait();
         Stage<T> stage;
         for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -221,8 +221,8 @@ DEVICE void gemm(const GemmSm90Params& p, unsigned char* memory) {
     }
 }
 
-// As in gpu/gemm/tiles.rs. Up to 64 tokens the weights' bytes are the limit, and stages hold two slices, so that one wait
-// serves twice the bytes; beyond, the tensor cores are.
+// The same tiles as in gpu/gemm/tiles.rs. Up to 64 tokens, products are bound by the bandwidth for the weights, and stages hold
+// two slices, so that each wait covers twice the bytes. Beyond that, they are bound by the tensor cores.
 using Tile16x8 = Tile<16, 1, 8, 2, 24>;
 using Tile32x8 = Tile<32, 1, 8, 2, 16>;
 using Tile64x8 = Tile<64, 1, 8, 2, 9>;

@@ -1,18 +1,19 @@
 // The prelude's operations that only Hopper has (sm_90a): transaction barriers, bulk copies of matrix tiles, and matrix
-// products of a warpgroup. Like device.cuh nothing but single instructions; sources for other devices do not use them.
+// products of a warpgroup. Like device.cuh, thin wrappers of instructions. Sources for other devices do not use them.
 //
-// A tile in shared memory is a number of rows of 128 bytes each (64 elements of 16 bits or 128 of 8, consecutive k), starts
-// at a multiple of 1024 bytes, and is swizzled: the 16 bytes number c of row r stand at number c ^ (r % 8). `tensor_copy`
-// writes it so, and the products read it so.
+// A tile in shared memory has rows of 128 bytes (64 elements of 16 bits or 128 of 8, consecutive k) and starts at a multiple
+// of 1024 bytes. It is swizzled: 16-byte chunk c of row r is stored at chunk c ^ (r % 8). `tensor_copy` writes this layout, and
+// the products read it.
 #pragma once
 
-// ---- transaction barriers: 8 bytes of shared memory. A phase ends when all arrivals have come and all expected bytes have
-// been copied; phases count 0, 1, 0, 1, … from the start, which is the parity that a waiting thread names.
+// ---- transaction barriers: 8 bytes of shared memory. A phase ends when all arrivals have happened and all expected bytes
+// have been copied. The parities of the phases are 0, 1, 0, 1, …; a waiting thread passes the parity of the phase for which
+// it waits.
 
 DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// By the thread that has initialized barriers, before the block barrier after which others use them.
+// Called by the thread that has initialized barriers, before the block barrier after which other threads use them.
 DEVICE void mbarrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -20,11 +21,11 @@ DEVICE void mbarrier_init_fence() {
 DEVICE void mbarrier_arrive(uint64_t* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrives, and lets the phase wait for this many bytes besides.
+// Arrives, and makes the phase also wait for this many bytes.
 DEVICE void mbarrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Until the phase of this parity has ended: returns at once where the barrier is in the phase after it.
+// Waits until the phase of this parity has ended. Returns at once if the barrier is in the phase after it.
 DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
     asm volatile(
         "{\n"
@@ -41,8 +42,8 @@ DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 
 // ---- bulk copies, issued by one thread
 
-// Copies the box of the map's matrix that starts at (row, col) into a swizzled tile; beyond the matrix's edges stand zeros.
-// The bytes of the whole box count at the barrier. The map is part of the kernel's argument.
+// Copies the box of the map's matrix that starts at (row, col) into a swizzled tile. Elements beyond the matrix's edges become
+// zero. The bytes of the whole box count at the barrier. The map must be part of the kernel's argument.
 DEVICE void tensor_copy(void* tile, const TensorMap& map, uint32_t row, uint32_t col, uint64_t* barrier) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
@@ -50,7 +51,7 @@ DEVICE void tensor_copy(void* tile, const TensorMap& map, uint32_t row, uint32_t
         "l"(&map), "r"(shared_address(barrier)), "r"(col), "r"(row)
         : "memory");
 }
-// The same of a tile whose content is not used again soon, so that the cache may let it go first.
+// As tensor_copy, for a tile that is not used again soon, so that the L2 cache may evict it first.
 DEVICE void tensor_copy_streaming(void* tile, const TensorMap& map, uint32_t row, uint32_t col, uint64_t* barrier) {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -65,43 +66,43 @@ DEVICE void tensor_map_prefetch(const TensorMap& map) {
 }
 
 // ---- products of a warpgroup: c[64, N] += a[64, k] · b[N, k]^T with both operands in shared memory and k of 32 bytes (16 or
-// 32 elements). With g = lane / 4, t = lane % 4, warp w of the warpgroup holds in c[4j .. 4j + 3] the rows 16w + g (twice)
+// 32 elements). With g = lane / 4 and t = lane % 4, warp w of the warpgroup holds in c[4j .. 4j + 3] the rows 16w + g (twice)
 // and 16w + g + 8 (twice) at columns 8j + 2t and 8j + 2t + 1.
 //
 //     wgmma_fence(c);
-//     wgmma<bf16, N>(c, a, b) …            // a number of them, one after another
+//     wgmma<bf16, N>(c, a, b) …            // any number of products
 //     wgmma_commit();
-//     wgmma_wait<0>(c);                    // c may be read, and the tiles overwritten
+//     wgmma_wait<0>(c);                    // now c may be read, and the tiles may be overwritten
 
-// Names a tile as an operand. Rows are in groups of 8 that follow at 1024 bytes; the leading offset has no meaning here.
+// The descriptor of a tile as an operand. Groups of 8 rows are 1024 bytes apart; the leading offset is not used here.
 DEVICE uint64_t wgmma_operand(const void* tile) {
     uint64_t start = (shared_address(tile) & 0x3ffff) >> 4, leading = 1, stride = 1024 >> 4, swizzle_128 = 1;
     return start | leading << 16 | stride << 32 | swizzle_128 << 62;
 }
-// The same tile `bytes` of k further on, within its 128.
+// The descriptor of the same tile, `bytes` of k further on, within the 128 bytes of a row.
 DEVICE uint64_t wgmma_advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
 
-// Keeps the compiler from moving what reads or writes the sums across this point.
+// Prevents the compiler from moving reads or writes of the sums across this point.
 template <uint32_t COUNT>
 DEVICE void wgmma_pin(float (&c)[COUNT]) {
     UNROLL for (uint32_t i = 0; i < COUNT; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
-// Before the first product, and after any other use of the sums.
+// Must be called before the first product, and again after any other use of the sums.
 template <uint32_t COUNT>
 DEVICE void wgmma_fence(float (&c)[COUNT]) {
     wgmma_pin(c);
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
-// Makes a group of the products issued since the last.
+// Commits the products since the last commit as a group.
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most PENDING groups are under way. The sums may be used only after <0>.
+// Waits until at most PENDING groups are in flight. The sums may be used only after wgmma_wait<0>.
 template <int PENDING, uint32_t COUNT>
 DEVICE void wgmma_wait(float (&c)[COUNT]) {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
     wgmma_pin(c);
 }
 
-// The instruction's spelling. Its sums are operands 0 .. N/2 - 1, the tiles the next two.
+// The text of the instruction. The sums are operands 0 .. N/2 - 1, and the tiles the next two.
 #define SUMS_4 "%0, %1, %2, %3"
 #define SUMS_8 SUMS_4 ", %4, %5, %6, %7"
 #define SUMS_16 SUMS_8 ", %8, %9, %10, %11, %12, %13, %14, %15"

@@ -1,26 +1,27 @@
-// RMSNorm of rows of the residual stream, in each of the forms that the products read. The CPU's is in kernels/src/rows.rs.
+// RMSNorm of rows of the residual stream, in each of the forms that the products read. The CPU kernel is in
+// kernels/src/rows.rs.
 //
-// A row's arithmetic depends on its length alone: a thread's squares go into four sums, those through the prelude's trees.
+// A row's arithmetic depends only on its length: each thread adds its squares to four sums, which the prelude's trees add up.
 #include "quantize.cuh"
 #include "rows.cuh"
 
 struct RmsNormParams {
     const float* hidden;      // [rows, cols]
     const float* weight;      // [cols]
-    const uint32_t* sources;  // [gridDim.x]: the row of `hidden` behind each output row; null for the same;
-                              // of a bucket's unused rows it may be any number
+    const uint32_t* sources;  // [gridDim.x]: the row of `hidden` for each output row, or null for the same row;
+                              // may be any number for a bucket's unused rows
     void* out;                // [gridDim.x, cols]
     float* scales;            // [gridDim.x], only for fp8
     uint32_t cols, rows;
     float epsilon;
 };
 
-// Vectors of four that a thread keeps in registers between the passes over a row, 8192 columns in all. The rest of a longer
-// row is read again.
+// The number of vectors of four that a thread keeps in registers between the passes over a row: 8192 columns in total. The
+// rest of a longer row is read again.
 constexpr uint32_t HELD = 8;
 constexpr uint32_t STRIDE = ROW_THREADS * 4;
 
-// A row as one thread sees it.
+// One thread's part of a row.
 struct NormRow {
     float x[HELD][4], weight[HELD][4];
     const float* row;
@@ -28,8 +29,8 @@ struct NormRow {
     uint32_t cols;
     float inverse;
 
-    // Reads the weights, which may be done before the kernel ahead has ended; then the row, and sums its squares over the
-    // block.
+    // Reads the weights, which may be read before the previous kernel has ended; then reads the row and sums its squares over
+    // the block.
     DEVICE void load(const RmsNormParams& p, float (&scratch)[ROW_WARPS]) {
         grid_dependency_launch();
         load_weights(p);
@@ -75,8 +76,8 @@ struct NormRow {
         for (uint32_t i = 0; i < 4; i++) squares[i] = fma_(x[i], x[i], squares[i]);
     }
 
-    // Calls visit(column, values) for the thread's normed vectors, x / sqrt(mean(x²) + epsilon) * weight. Whole warps call
-    // it: a lane beyond the end of the row has zeros.
+    // Calls visit(column, values) for the thread's normalized vectors, x / sqrt(mean(x²) + epsilon) * weight. Whole warps call
+    // `visit`: a lane beyond the end of the row gets zeros.
     template <typename Visit>
     DEVICE void each(Visit visit) const {
         uint32_t first = threadIdx.x * 4, of_warp = warp() * WARP * 4;
@@ -121,7 +122,7 @@ KERNEL(rms_norm_f32, RmsNormParams, ROW_THREADS) { rms_norm<float>(p); }
 KERNEL(rms_norm_f16, RmsNormParams, ROW_THREADS) { rms_norm<f16>(p); }
 KERNEL(rms_norm_bf16, RmsNormParams, ROW_THREADS) { rms_norm<bf16>(p); }
 
-// With a scale for each row.
+// The FP8 form, with a scale for each row.
 KERNEL(rms_norm_fp8, RmsNormParams, ROW_THREADS) {
     SHARED(float, sums, [ROW_WARPS]);
     SHARED(uint32_t, maxima, [ROW_WARPS]);
@@ -143,7 +144,8 @@ KERNEL(rms_norm_fp8, RmsNormParams, ROW_THREADS) {
     });
 }
 
-// In eight bits, for products with quantized weights: bit for bit the f32 form, quantized. Eight lanes have a group.
+// The form quantized to eight bits, for products with quantized weights. It has the same bits as quantizing the f32 form. Eight
+// lanes share a group.
 struct RmsNormQuantizedParams {
     RmsNormParams norm;  // its `out` and `scales` are not used
     QuantizedTarget out;

@@ -1,5 +1,6 @@
-// What every kernel source includes: number types, arithmetic, warps, barriers, asynchronous copies, matrix instructions.
-// Under nvcc these are the device's own (device.cuh); compiled for the host, emulation/host.h gives them the same meaning.
+// Included by every kernel source: number types, arithmetic, warps, barriers, asynchronous copies, matrix instructions.
+// Under nvcc these are the device's own (device.cuh). When compiled for the host, emulation/host.h implements them with the
+// same results.
 //
 // A kernel takes one argument, a struct of plain data that Rust mirrors with #[repr(C)]:
 //
@@ -11,7 +12,7 @@
 //     }
 //
 // Rules that keep results the same on every device and in the emulator: products and sums are not contracted (-fmad=false;
-// write fma_() where one rounding is meant), reductions go through the fixed trees below, no atomics on floats.
+// write fma_() for a single rounding), reductions use the fixed trees below, and there are no atomics on floats.
 #pragma once
 
 #include <stddef.h>
@@ -19,7 +20,7 @@
 
 constexpr uint32_t WARP = 32;
 constexpr uint32_t ALL_LANES = 0xffffffffu;
-// Positions whose attention scores are reduced together, whatever the block size. As on the CPU.
+// The number of positions whose attention scores are reduced together, whatever the block size. The same as on the CPU.
 constexpr uint32_t STRETCH = 64;
 
 struct alignas(2) bf16 {
@@ -28,11 +29,11 @@ struct alignas(2) bf16 {
 struct alignas(2) f16 {
     uint16_t bits;
 };
-// Four exponent and three mantissa bits, no infinities (E4M3, arXiv 2209.05433).
+// E4M3 (arXiv 2209.05433): four exponent bits, three mantissa bits, no infinities.
 struct alignas(1) fp8 {
     uint8_t bits;
 };
-// A matrix in device memory as the bulk copy engine reads it, encoded by the driver.
+// The driver's description of a matrix in device memory for the bulk copy engine.
 struct alignas(64) TensorMap {
     unsigned char encoded[128];
 };
@@ -61,7 +62,7 @@ DEVICE float widen(bf16 x) { return uint_as_float(uint32_t(x.bits) << 16); }
 DEVICE float widen(f16 x) { return from_f16(x); }
 DEVICE float widen(fp8 x) { return from_fp8(x); }
 
-// e^x to 2 ulp, 0 below -87: bit for bit the CPU kernels' (kernels/src/simd/mod.rs).
+// e^x to 2 ulp, and 0 below -87. The same bits as in the CPU kernels (kernels/src/simd/mod.rs).
 DEVICE float exact_exp(float x) {
     float clamped = x < -87.0f ? -87.0f : x;
     clamped = clamped > 88.0f ? 88.0f : clamped;
@@ -79,7 +80,7 @@ DEVICE float exact_exp(float x) {
     return x < -87.0f ? 0.0f : value;
 }
 
-// Over the whole warp, in a fixed tree; every lane gets the result.
+// Reductions over the whole warp, in a fixed tree. Every lane gets the result.
 template <typename T>
 DEVICE T warp_sum(T x) {
     for (uint32_t offset = 16; offset > 0; offset /= 2) x = x + shuffle_xor(x, offset);
@@ -90,8 +91,8 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-// Over a block of WARPS whole warps, in a fixed tree; every thread gets the result. Ends with a barrier, so that `scratch`
-// may be used again.
+// The sum over a block of WARPS whole warps, in a fixed tree. Every thread gets the result. Ends with a barrier, so that
+// `scratch` may be reused.
 template <uint32_t WARPS>
 DEVICE float block_sum(float x, float (&scratch)[WARPS]) {
     x = warp_sum(x);

@@ -1,16 +1,16 @@
-// Activation rows in eight bits, as the products with quantized weights read them: per group of 32 inputs, scale =
-// max|x| / 127 and q = round(x * (127 / max|x|)), rounded like the CPU's (kernels/src/rows.rs).
+// Quantization of activation rows to eight bits, for the products with quantized weights. For each group of 32 inputs,
+// scale = max|x| / 127 and q = round(x * (127 / max|x|)), rounded as in the CPU kernels (kernels/src/rows.rs).
 //
-// Rows stand in tiles of eight, inputs in pairs of groups. Of a pair and tile, lane 4g + t of the matrix instruction has
-// four words: for each group inputs 4t … 4t + 3 and 4t + 16 … 4t + 19 of row g. A last group without a partner has zeros
-// for one.
+// Rows are stored in tiles of eight, and inputs in pairs of groups. For each pair and tile, lane 4g + t of the matrix
+// instruction has four words: for each group, inputs 4t … 4t + 3 and 4t + 16 … 4t + 19 of row g. If the number of groups is
+// odd, the last group is paired with zeros.
 #pragma once
 
 #include "elements.cuh"
 
 constexpr uint32_t GROUP = 32;
 constexpr uint32_t TILE_ROWS = 8;
-// Groups whose absolute values are all at most this large count as zero, as on the CPU.
+// If all values of a group are at most this large, they become zero, as on the CPU.
 constexpr float NEGLIGIBLE_GROUP = 1e-30f;
 
 struct QuantizedTarget {
@@ -20,15 +20,15 @@ struct QuantizedTarget {
     uint32_t tiles, pairs;
 };
 
-// A lane's share of a group, of which it has 4 * WORDS inputs.
+// A lane's share of a group: 4 * WORDS inputs.
 template <uint32_t WORDS>
 struct Group {
     uint32_t words[WORDS];
     float scale, sum;
 };
 
-// Quantizes a group that 8 / WORDS neighbouring lanes hold. Whole warps call it. A value that is not finite makes the scale
-// NaN, so that it reaches the logits.
+// Quantizes a group that is held by 8 / WORDS adjacent lanes. Whole warps must call it. A value that is not finite makes the
+// scale NaN, which reaches the logits.
 template <uint32_t WORDS>
 DEVICE Group<WORDS> quantize_group(const float (&x)[4 * WORDS]) {
     uint32_t largest = 0;
@@ -60,7 +60,7 @@ DEVICE Group<WORDS> quantize_group(const float (&x)[4 * WORDS]) {
     return group;
 }
 
-// Where the words of one lane of a pair and tile begin.
+// The index of a lane's 16 bytes for a pair and a tile.
 DEVICE size_t lane_index(const QuantizedTarget& to, uint32_t pair, uint32_t tile, uint32_t of_lane) {
     return (size_t(pair) * to.tiles + tile) * WARP + of_lane;
 }
@@ -73,7 +73,7 @@ DEVICE void put_factors(const QuantizedTarget& to, uint32_t row, uint32_t group,
     to.sums[at] = sum;
 }
 
-// Writes WORDS neighbouring words of `row`, from input `first` on. What is beyond the last pair is left.
+// Writes WORDS consecutive words of `row`, from input `first` on. Does nothing beyond the last pair.
 template <uint32_t WORDS>
 DEVICE void put_group(const QuantizedTarget& to, uint32_t row, uint32_t first, const Group<WORDS>& part) {
     uint32_t group = first / GROUP, g = row % TILE_ROWS;

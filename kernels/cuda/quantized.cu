@@ -1,7 +1,7 @@
-// Activations to eight bits, their products with quantized weights for few rows, and embeddings. The arithmetic is told in
-// quantized.cuh; products of many rows are in quantized_wide.cu.
+// Quantization of activations, products of few rows with quantized weights, and embeddings. quantized.cuh describes the
+// arithmetic; products of many rows are in quantized_wide.cu.
 //
-// Few rows are bound by the memory that the weights come from, so each warp reads its fragments straight into registers,
+// Products of few rows are bound by the bandwidth for the weights, so each warp reads its fragments straight into registers,
 // several pairs ahead, and the inputs are split over the warps of a block.
 #include "quantized.cuh"
 
@@ -15,7 +15,7 @@ struct QuantizeParams {
     uint32_t rows, cols;
 };
 
-// A warp for each tile and pair, four lanes for each row.
+// One warp for each tile and pair, and four lanes for each row.
 template <typename T>
 DEVICE void quantize_rows(const QuantizeParams& p) {
     grid_dependency_launch();
@@ -51,8 +51,8 @@ KERNEL(quantize_rows_bf16, QuantizeParams, THREADS) { quantize_rows<bf16>(p); }
 
 // ---- products of few rows
 
-// Reads a pair of groups of the rows from `first` on, whose index over pairs and tiles is `index`. Rows that are not there
-// are not read: they would cost a single row most of its bandwidth.
+// Loads a pair of groups of the rows from `first` on; `index` is its index over pairs and tiles. Rows that do not exist are not
+// read: with a single row, they would take most of the bandwidth.
 template <bool MINIMUM>
 DEVICE void load_columns(Columns<MINIMUM>& columns, const QuantizedProductParams& p, uint32_t first, size_t index) {
     uint32_t g = lane() / 4, t = lane() % 4;
@@ -68,12 +68,12 @@ DEVICE void load_columns(Columns<MINIMUM>& columns, const QuantizedProductParams
     }
 }
 
-// A tile of features by R tiles of rows a block; each warp takes one span of the inputs, with DEPTH pairs of weights under
-// way. Weights may be read before the kernel ahead of this one has ended.
+// A block computes a tile of features by R tiles of rows. Each warp sums one run of the inputs, with DEPTH pairs of weights in
+// flight. Weights may be read before the previous kernel has ended.
 template <typename Format, uint32_t R, uint32_t DEPTH>
 DEVICE void multiply_quantized(const QuantizedProductParams& p) {
     constexpr uint32_t ROWS = R * TILE_ROWS;
-    // A row has four floats more than the tile, so that the lanes of a warp meet different banks.
+    // Rows are padded by four floats, so that the lanes of a warp access different banks.
     constexpr uint32_t STRIDE = TILE_FEATURES + 4;
     SHARED(float, partial, [SPANS * ROWS * STRIDE]);
     grid_dependency_launch();
@@ -121,7 +121,7 @@ DEVICE void multiply_quantized(const QuantizedProductParams& p) {
     }
 }
 
-// Kernels by the rows of a block. What they compute for a row is the same.
+// Kernels by the number of rows of a block. All compute the same result for a row.
 #define QUANTIZED_KERNELS(name, Format)                                                                                    \
     KERNEL_OCCUPANCY(multiply_##name##_8, QuantizedProductParams, THREADS, 2) { multiply_quantized<Format, 1, 4>(p); }     \
     KERNEL_OCCUPANCY(multiply_##name##_16, QuantizedProductParams, THREADS, 2) { multiply_quantized<Format, 2, 4>(p); }    \
@@ -143,7 +143,7 @@ struct QuantizedEmbedParams {
     uint32_t vocab, cols, pairs;
 };
 
-// Rows of the table as f32. A token that is no row of the table gives a row of NaN, which reaches the logits.
+// Rows of the table as f32. A token that is not in the table gives a row of NaN, which reaches the logits.
 template <typename Format>
 DEVICE void embed_quantized(const QuantizedEmbedParams& p) {
     grid_dependency_launch();
@@ -153,7 +153,7 @@ DEVICE void embed_quantized(const QuantizedEmbedParams& p) {
     uint32_t feature = known ? token : 0, side = feature % TILE_FEATURES / 8;
     const uint8_t* tile = p.weights + feature / TILE_FEATURES * pair_offset<Format>(p.pairs);
     float* out = p.hidden + size_t(blockIdx.x) * p.cols;
-    // Four threads a pair of groups, eight values of each.
+    // Four threads process each pair of groups, with eight values of each group per thread.
     for (uint32_t i = threadIdx.x; i < p.pairs * 4; i += THREADS) {
         uint32_t pair = i / 4, t = i % 4;
         Format weights;

@@ -1,17 +1,17 @@
-// What the products with GGUF-quantized weights share: formats, fragments and the arithmetic. Integers are exact within a
-// group of 32 inputs, and groups are added by fused multiply-adds. The CPU's are in kernels/src/matrix/quantized.rs, with the
-// same arithmetic of a group; the packing for the device is kernels/src/gpu/quantized/packing.rs.
+// Shared by the products with GGUF-quantized weights: formats, fragments and the arithmetic. Within a group of 32 inputs,
+// integer sums are exact; groups are added by fused multiply-adds. The CPU kernels (kernels/src/matrix/quantized.rs) use the
+// same arithmetic within a group. The weights are packed for the device by kernels/src/gpu/quantized/packing.rs.
 //
-// The weights stand in tiles of sixteen output features, and within a tile pair by pair of groups, the way the matrix
-// instruction takes them: with g = lane / 4 and t = lane % 4, a lane has inputs 4t … 4t + 3 and 4t + 16 … 4t + 19 of
-// features g and g + 8. So a warp reads every pair as whole lines and has its fragments in registers, without shared memory.
-// Quantized activations stand the same way, see quantize.cuh.
+// The weights are stored in tiles of sixteen output features, and a tile as pairs of groups, in the order of the matrix
+// instruction's fragments: with g = lane / 4 and t = lane % 4, a lane has inputs 4t … 4t + 3 and 4t + 16 … 4t + 19 of
+// features g and g + 8. So a warp reads every pair as whole cache lines straight into its fragments, without shared memory.
+// Quantized activations are stored in the same order, see quantize.cuh.
 //
-// One output is summed thus: the pairs are cut into SPANS runs of equal length (the last ones may be short or empty);
-// within a run groups are added in order, and then the runs in order. Neither depends on the number of rows nor on the
-// kernel. The CPU adds all groups in order: that chain would leave one warp to sixteen features, too few for the memory's
-// latency. A sum in another order differs by at most about 2 * groups * 2^-24 of the sum of its terms' absolute values, and
-// typically by 1e-7 of the result's norm.
+// The order of summation of an output: the pairs are divided into SPANS runs of equal length (the last ones may be shorter
+// or empty); groups are added in order within a run, and then the runs in order. This depends neither on the number of rows
+// nor on the kernel. The CPU adds all groups in order. On the device, such a chain would allow only one warp for sixteen
+// features, which is too few to hide the memory's latency. A sum in another order differs by at most about
+// 2 * groups * 2^-24 of the sum of its terms' absolute values, and typically by 1e-7 of the result's norm.
 #pragma once
 
 #include "quantize.cuh"
@@ -19,7 +19,8 @@
 constexpr uint32_t TILE_FEATURES = 16;
 constexpr uint32_t SPANS = 8;
 
-// Integers from -2^22 to 2^22 - 1 added to these bits are the bits of a float that is as much larger than INTEGER_ORIGIN.
+// Converts integers to floats: an integer n from -2^22 to 2^22 - 1, added to INTEGER_BITS, gives the bits of the float
+// INTEGER_ORIGIN + n.
 constexpr uint32_t INTEGER_BITS = 0x4b400000u;
 constexpr float INTEGER_ORIGIN = 12582912.0f;
 
@@ -32,7 +33,7 @@ DEVICE float half_of(uint32_t word, uint32_t index) { return from_f16(f16{uint16
 
 DEVICE uint32_t word_at(const uint8_t* from) { return *reinterpret_cast<const uint32_t*>(from); }
 
-// Where weights are read from.
+// The memory from which weights are read.
 enum class From { GLOBAL, SHARED };
 
 template <From FROM>
@@ -43,17 +44,17 @@ DEVICE void load_words(const uint8_t* from, uint32_t* words) {
 
 // ---- formats
 //
-// Each holds what a lane needs of one pair of groups of one tile: `load` reads it, from the pair and, where a type has
-// blocks of four pairs, from the factors behind them; `fragment` unpacks the bytes of one
-// group (0 or 1 of the pair) to signed ones, `scale` gives what the integer is multiplied by, for inputs below (half 0) or
-// from 16 on (half 1) of the group, of feature g (side 0) or g + 8 (side 1). Where unpacking leaves the quants times a power
-// of two the scale is that much smaller, which is exact. `minimum` is what the scaled sum of the inputs is multiplied by.
+// Each format struct holds a lane's part of one pair of groups of one tile. `load` reads it from the pair and, for types with
+// blocks of four pairs, from the factors after the block. `fragment` unpacks one group (0 or 1 of the pair) to signed bytes.
+// `scale` is the factor of the integer sum, for inputs 0 to 15 (half 0) or 16 to 31 (half 1) of the group, and for feature g
+// (side 0) or g + 8 (side 1). If unpacking leaves the quants multiplied by a power of two, `scale` is divided by it, which is
+// exact. `minimum` is the factor of the scaled sum of the inputs.
 
-// Four-bit words: inputs 4t … in the low and inputs 4t + 16 … in the high nibbles; word 2 * group + side.
+// 4-bit quants: inputs 4t … in the low nibbles and inputs 4t + 16 … in the high nibbles of word 2 * group + side.
 struct Nibbles {
     uint32_t words[4];
 
-    // 0 … 15.
+    // The nibbles as numbers from 0 to 15.
     DEVICE void unsigned_fragment(uint32_t group, uint32_t (&a)[4]) const {
         UNROLL
         for (uint32_t side = 0; side < 2; side++) {
@@ -62,7 +63,7 @@ struct Nibbles {
             a[2 + side] = word >> 4 & 0x0f0f0f0fu;
         }
     }
-    // Sixteen times the nibbles' two's complement.
+    // The nibbles as signed numbers (two's complement), times 16.
     DEVICE void signed_fragment(uint32_t group, uint32_t (&a)[4]) const {
         UNROLL
         for (uint32_t side = 0; side < 2; side++) {
@@ -112,7 +113,7 @@ struct Q4_1 {
 struct Q8_0 {
     static constexpr bool HALVES = false, MINIMUM = false;
     static constexpr uint32_t PAIR_BYTES = 1024 + 64, FACTOR_BYTES = 0;
-    uint32_t quants[8];  // per group: inputs 4t … of both sides, then inputs 4t + 16 …
+    uint32_t quants[8];  // for each group: inputs 4t … of both sides, then inputs 4t + 16 …
     Bytes8 scales;
 
     template <From FROM>
@@ -131,13 +132,13 @@ struct Q8_0 {
     DEVICE float minimum(uint32_t, uint32_t) const { return 0.0f; }
 };
 
-// Four pairs make a block of 256 inputs, which ends in the features' factors.
+// Four pairs form a block of 256 inputs. The features' factors follow the block.
 struct Q4K {
     static constexpr bool HALVES = false, MINIMUM = true;
     static constexpr uint32_t PAIR_BYTES = 512 + 64, FACTOR_BYTES = 64;
     Nibbles quants;
-    uint32_t steps[2];    // per side four bytes: the scales of both groups, the minimums of both
-    uint32_t factors[2];  // per side: f16 factor of the scales, f16 factor of the minimums
+    uint32_t steps[2];    // for each side four bytes: the scales of both groups, then the minimums of both
+    uint32_t factors[2];  // for each side: f16 factor of the scales, f16 factor of the minimums
 
     template <From FROM>
     DEVICE void load(const uint8_t* pair, const uint8_t* behind, uint32_t of_lane) {
@@ -162,8 +163,8 @@ struct Q6K {
     static constexpr bool HALVES = true, MINIMUM = false;
     static constexpr uint32_t PAIR_BYTES = 512 + 256 + 64, FACTOR_BYTES = 32;
     Nibbles low;
-    Bytes8 high;        // a word a group: bits 2 * (2 * side + half) and the next of each byte
-    uint32_t steps[2];  // per side four bytes, each plus 128: half 0 and 1 of group 0, half 0 and 1 of group 1
+    Bytes8 high;        // one word for each group: the high bits of (side, half) are bits 2 * (2 * side + half) and the next
+    uint32_t steps[2];  // for each side four bytes, each plus 128: halves 0 and 1 of group 0, halves 0 and 1 of group 1
     f16 factors[2];
 
     template <From FROM>
@@ -177,7 +178,7 @@ struct Q6K {
             factors[side] = *reinterpret_cast<const f16*>(behind + feature * 2);
         }
     }
-    // Four times the quants' two's complement of six bits.
+    // The quants as signed 6-bit numbers (two's complement), times 4.
     DEVICE void fragment(uint32_t group, uint32_t (&a)[4]) const {
         uint32_t top = group ? high.y : high.x;
         UNROLL
@@ -193,12 +194,12 @@ struct Q6K {
     DEVICE float minimum(uint32_t, uint32_t) const { return 0.0f; }
 };
 
-// Bytes of a tile up to a pair.
+// The offset of a pair in its tile.
 template <typename Format>
 DEVICE size_t pair_offset(uint32_t pair) {
     return size_t(pair) * Format::PAIR_BYTES + pair / 4 * Format::FACTOR_BYTES;
 }
-// The factors that a pair shares, within its tile.
+// The offset of a pair's factors in its tile.
 template <typename Format>
 DEVICE size_t factors_offset(uint32_t pair) {
     return pair_offset<Format>(pair / 4 * 4) + 4 * Format::PAIR_BYTES;
@@ -221,17 +222,17 @@ struct QuantizedProductParams {
     uint32_t rows, features, pairs;
     uint32_t element, add;
 };
-// As gpu::Element numbers them.
+// The numbers of gpu::Element.
 constexpr uint32_t ELEMENT_F32 = 0, ELEMENT_F16 = 1;
 
-// What a lane needs of one pair of groups of eight rows: the quants of row g, the factors of rows 2t and 2t + 1.
+// A lane's part of one pair of groups of eight rows: the quants of row g, and the factors of rows 2t and 2t + 1.
 template <bool MINIMUM>
 struct Columns {
     Bytes16 quants;
     float scales[4], sums[4];
 };
 
-// Adds one group's part to a tile of sums; `half` picks the scale.
+// Adds one group's products to a tile of sums.
 DEVICE void add_products(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float (&scale)[2],
                          const float* column_scales) {
     int32_t c[4] = {int32_t(INTEGER_BITS), int32_t(INTEGER_BITS), int32_t(INTEGER_BITS), int32_t(INTEGER_BITS)};
@@ -243,7 +244,7 @@ DEVICE void add_products(float (&sums)[4], const uint32_t (&a)[4], const uint32_
     }
 }
 
-// One pair of groups of one tile of features by one tile of rows.
+// Adds the products of one pair of groups, of one tile of features by one tile of rows.
 template <typename F>
 DEVICE void add_pair(float (&sums)[4], const F& weights, const Columns<F::MINIMUM>& columns) {
     UNROLL
@@ -269,7 +270,7 @@ DEVICE void add_pair(float (&sums)[4], const F& weights, const Columns<F::MINIMU
     }
 }
 
-// Writes one sum: added to what is there, or with the bias alone.
+// Writes one sum. If `add` is set, the previous value is added first; then the bias, if there is one.
 DEVICE void put(const QuantizedProductParams& p, uint32_t row, uint32_t feature, float sum) {
     size_t at = size_t(row) * p.row_stride + feature;
     if (p.add) sum = static_cast<float*>(p.out)[at] + sum;

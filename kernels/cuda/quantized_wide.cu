@@ -1,16 +1,16 @@
-// Products of many rows with quantized weights, as prefill has them: bound by arithmetic, so a block stages a tile of 128
-// features by 64 rows in shared memory and each warp takes 32 by 32 of it. The arithmetic is told in quantized.cuh.
+// Products of many rows with quantized weights, for prefill. They are bound by arithmetic, so a block stages a tile of 128
+// features by 64 rows in shared memory, of which each warp computes 32 by 32. quantized.cuh describes the arithmetic.
 #include "quantized.cuh"
 
 constexpr uint32_t THREADS = 256;
-// Tiles of a block, and of one of its warps, which stand four by two.
+// The tiles of a block, and of each of its warps, which are arranged four by two.
 constexpr uint32_t FEATURE_TILES = 8, ROW_TILES = 8;
 constexpr uint32_t WARP_FEATURE_TILES = 2, WARP_ROW_TILES = 4;
 static_assert(THREADS == ROW_TILES * WARP, "a warp copies a tile of rows");
-// Pairs of groups in shared memory: one that is read, two under way.
+// Pairs of groups in shared memory: one that is read, and two in flight.
 constexpr uint32_t STAGES = 3;
 
-// One pair of groups in shared memory, in units of 16 bytes.
+// The layout of one pair of groups in shared memory, in units of 16 bytes.
 template <typename Format>
 struct Stage {
     static constexpr uint32_t PAIR = Format::PAIR_BYTES / 16, WEIGHTS = PAIR + Format::FACTOR_BYTES / 16;
@@ -20,14 +20,14 @@ struct Stage {
     static constexpr uint32_t UNITS = SUMS_AT + (Format::MINIMUM ? SCALES : 0);
 };
 
-// What a thread copies of every pair, as offsets into the block's part of the operands, which are the same for all pairs.
-// Tiles that are not there are the last one once more: what comes of them is not written.
+// What a thread copies of every pair: offsets into the block's part of the operands, which are the same for all pairs. In place
+// of tiles beyond the end, the last tile is copied again; the results are not written.
 template <typename Format>
 struct Copies {
     using S = Stage<Format>;
     static constexpr uint32_t UNITS = FEATURE_TILES * S::WEIGHTS, EACH = (UNITS + THREADS - 1) / THREADS;
     const uint8_t* weights;  // the block's first tile
-    uint32_t units[EACH];    // bytes from there, in the first pair
+    uint32_t units[EACH];    // byte offsets from there, for the first pair
     bool factors[EACH];
     uint32_t row_tiles, row_tile;
 
@@ -55,7 +55,7 @@ struct Copies {
             uint32_t at = threadIdx.x + i * THREADS;
             if (at < UNITS) async_copy_16(stage + at, from + units[i] + (factors[i] ? to_factors : 0), true);
         }
-        // The tiles of a pair stand side by side, and each is one warp's.
+        // The row tiles of a pair are contiguous, and each is copied by one warp.
         size_t index = size_t(pair) * row_tiles + row_tile;
         async_copy_16(stage + S::QUANTS_AT + threadIdx.x, p.quants + (index * WARP + lane()) * 16, true);
         if (lane() < 4) {
@@ -67,7 +67,7 @@ struct Copies {
     }
 };
 
-// A warp's part of the pair that stands in `stage`.
+// Adds the warp's products of the pair in `stage`.
 template <typename Format>
 DEVICE void add_staged(float (&sums)[WARP_FEATURE_TILES][WARP_ROW_TILES][4], const Bytes16* stage) {
     using S = Stage<Format>;
@@ -107,7 +107,8 @@ DEVICE void multiply_wide(const QuantizedProductParams& p) {
     float totals[WARP_FEATURE_TILES][WARP_ROW_TILES][4] = {}, sums[WARP_FEATURE_TILES][WARP_ROW_TILES][4] = {};
     for (uint32_t pair = 0; pair < p.pairs; pair++) {
         async_copy_wait<STAGES - 2>();
-        // All of this pair has arrived, and nobody reads the pair before it any more, whose place the next one takes.
+        // After the barrier, this pair has arrived completely, and no thread reads the previous pair, which the next copy
+        // overwrites.
         block_barrier();
         uint32_t next = pair + STAGES - 1;
         if (next < p.pairs) copies.start(stages + next % STAGES * Stage<Format>::UNITS, p, next);

@@ -1,8 +1,8 @@
-// Rotary position embedding (arXiv 2104.09864) of new tokens, and their keys' and values' way into the cache.
+// Applies rotary position embedding (arXiv 2104.09864) to new tokens and writes their keys and values into the cache.
 #include "elements.cuh"
 
 constexpr uint32_t ROPE_WARPS = 8;
-// Pairs of dimensions that a lane takes, two neighbouring ones at a time: heads of at most 256 dimensions.
+// Steps in which a lane processes its pairs of dimensions, two adjacent pairs per step: heads have at most 256 dimensions.
 constexpr uint32_t LANE_STEPS = 2;
 
 struct RopeAppendParams {
@@ -12,18 +12,18 @@ struct RopeAppendParams {
     const float* cos;  // [positions, head_dim / 2]
     const float* sin;
     const uint32_t* positions;  // [rows]
-    const uint32_t* slots;      // [rows]: block · block_size + position in the block; beyond the cache: write nothing
+    const uint32_t* slots;      // [rows]: block · block_size + position in the block; a row beyond the cache writes nothing
     uint8_t* queries;           // [rows, heads, head_dim] of T
     uint8_t* keys;              // of this layer: [block][kv_head][position in block][head_dim] of E
     uint8_t* values;
     uint32_t num_heads, num_kv_heads, head_dim, block_size;
     uint32_t num_positions, num_slots;
-    // Of qkv: 0 f32, 1 f16, 2 bf16.
+    // The element type of qkv: 0 f32, 1 f16, 2 bf16.
     uint32_t element;
     float epsilon;
 };
 
-// Elements `at` and `at + 1` of the projections; `at` is even.
+// Loads elements `at` and `at + 1` of the projections. `at` is even.
 DEVICE void load_two(const RopeAppendParams& p, uint64_t at, float (&x)[2]) {
     if (p.element == 0) {
         const float* from = static_cast<const float*>(p.qkv) + at;
@@ -47,7 +47,7 @@ DEVICE void store_two<fp8>(uint8_t* row, uint32_t column, float low, float high)
     *reinterpret_cast<uint16_t*>(row + column) = uint16_t(to_fp8(low).bits | to_fp8(high).bits << 8);
 }
 
-// One warp: a head's two halves, normalized when there are weights, then rotated. A position beyond the table gives NaN.
+// One warp normalizes a head (if there are weights) and rotates it. A position beyond the table gives NaN.
 template <typename To>
 DEVICE void rotate_head(const RopeAppendParams& p, uint64_t from, uint32_t position, const float* weight, uint8_t* to) {
     uint32_t half = p.head_dim / 2;
@@ -99,7 +99,7 @@ DEVICE void copy_head(const RopeAppendParams& p, uint64_t from, uint8_t* to) {
     }
 }
 
-// A warp takes a head of a row: query heads first, then key heads, then value heads.
+// Each warp processes one head of a row: query heads first, then key heads, then value heads.
 template <typename T, typename E>
 DEVICE void append_row(const RopeAppendParams& p) {
     uint32_t heads = p.num_heads + 2 * p.num_kv_heads, head = blockIdx.y * ROPE_WARPS + warp(), row = blockIdx.x;

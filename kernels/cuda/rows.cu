@@ -1,5 +1,5 @@
-// Operations on activation rows, each row for itself: embedding, gated activations, conversions (RMSNorm is in norm.cu). The CPU's are in
-// kernels/src/rows.rs. Rows have a multiple of eight elements and no gaps, so that every access is 16 (or 8) bytes wide.
+// Operations on single activation rows: embedding, gated activations, conversions. RMSNorm is in norm.cu, the CPU kernels are
+// in kernels/src/rows.rs. Rows have a multiple of eight elements and no gaps, so that every access is 16 (or 8) bytes wide.
 #include "quantize.cuh"
 #include "rows.cuh"
 
@@ -12,7 +12,7 @@ struct EmbedParams {
     uint32_t vocab, cols;
 };
 
-// A token that is no row of the table gives a row of NaN, which reaches the logits.
+// A token that is not in the table gives a row of NaN, which reaches the logits.
 template <typename T>
 DEVICE void embed(const EmbedParams& p) {
     grid_dependency_launch();
@@ -35,10 +35,10 @@ KERNEL(embed_f32, EmbedParams, ROW_THREADS) { embed<float>(p); }
 KERNEL(embed_f16, EmbedParams, ROW_THREADS) { embed<f16>(p); }
 KERNEL(embed_bf16, EmbedParams, ROW_THREADS) { embed<bf16>(p); }
 
-// Tokens that the previous step sampled on the device, for the rows that wait for one.
+// Fills in tokens that the previous step sampled on the device, for the rows whose token is not known on the host.
 struct NextTokensParams {
     const uint32_t* sampled;
-    const uint32_t* sources;  // [rows]: which of `sampled`; one beyond them leaves the row's token as it is
+    const uint32_t* sources;  // [rows]: index in `sampled`; an index beyond its end leaves the row's token unchanged
     uint32_t* tokens;         // [rows]
     uint32_t rows, num_sampled;
 };
@@ -60,11 +60,11 @@ struct GatedParams {
     uint32_t width, activation;
 };
 constexpr uint32_t GATED_THREADS = 128;
-// Any other number is the gate with the error function.
+// Any other number means GELU with the error function.
 constexpr uint32_t SILU = 0, GELU_TANH = 2;
 
-// The error function to about 2e-7. Up to 1 an odd polynomial, beyond it 1 - e^(-x²) q(x): least-squares fits in Chebyshev
-// nodes, of our own making. Beyond 4 it is 1 in f32.
+// The error function with an error of about 2e-7: an odd polynomial up to 1, and 1 - e^(-x²) q(x) above. Both are our own
+// least-squares fits at Chebyshev nodes. Above 4, the result is 1 in f32.
 DEVICE float error_function(float x) {
     float a = uint_as_float(absolute_bits(x));
     if (a <= 1.0f) {
@@ -119,7 +119,8 @@ DEVICE void gated_activation(const GatedParams& p) {
     store8(static_cast<T*>(p.out) + size_t(blockIdx.x) * p.width + at, gate);
 }
 
-// The same in eight bits, for a product with quantized weights: bit for bit the f32 form, quantized. Four lanes have a group.
+// The gated activation quantized to eight bits, for a product with quantized weights. It has the same bits as quantizing the
+// f32 form. Four lanes share a group.
 struct GatedQuantizedParams {
     GatedParams gated;  // its `out` is not used
     QuantizedTarget out;
@@ -174,7 +175,7 @@ struct QuantizeFp8Params {
     uint32_t cols;
 };
 
-// The second pass finds the row in the first-level cache: every thread reads again what it has read.
+// The second pass reads the row from the L1 cache: every thread reads the same elements again.
 template <typename T>
 DEVICE void quantize_fp8(const QuantizeFp8Params& p) {
     SHARED(uint32_t, maxima, [ROW_WARPS]);

@@ -1,22 +1,23 @@
-// What the kernels over whole rows share: one block takes a row, thread t the vectors t, t + 256, ….
+// Shared by the kernels over whole rows: one block processes a row, and thread t the vectors t, t + 256, ….
 #pragma once
 
 #include "elements.cuh"
 
 constexpr uint32_t ROW_THREADS = 256;
 constexpr uint32_t ROW_WARPS = ROW_THREADS / WARP;
-// FP8's largest number.
+// The largest FP8 number.
 constexpr float FP8_MAX = 448.0f;
-// Values to be scaled that are all at most this large count as zero; their inverse scale would overflow.
+// If all values of a row are at most this large, they become zero, since their inverse scale would overflow.
 constexpr float NEGLIGIBLE = 1e-30f;
 
 struct Fp8Scale {
-    // What a value is multiplied by, and what its fp8 form is multiplied by to get it back. The latter is NaN when the row
-    // has a value that is not finite.
+    // A value times `inverse` gives its FP8 form; the FP8 form times `scale` gives the value. `scale` is NaN if the row has a
+    // value that is not finite.
     float inverse, scale;
 };
 
-// For a row whose largest absolute value has these bits. Bits of absolute values order as the values do, and NaN last.
+// The scale of a row whose largest absolute value has these bits. Bits of absolute values are ordered like the values, with
+// NaN last.
 DEVICE Fp8Scale fp8_scale(uint32_t largest) {
     if (largest >= 0x7f800000u) return Fp8Scale{0.0f, uint_as_float(0x7fffffff)};
     float max = uint_as_float(largest);

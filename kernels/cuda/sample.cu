@@ -1,11 +1,11 @@
-// Sampling, the part that all of a row's slices take: changes and maximum (sample_scan), masses and the draw of rows that
-// are not truncated (sample_masses), and the candidates of those that are (sample_masses, sample_nucleus). What is left to
-// do with candidates stands in sample_pick.cu.
+// Sampling, the part that runs on all slices of a row: changes and the maximum (sample_scan), masses and the draw of rows that
+// are not truncated (sample_masses), and the candidates of truncated rows (sample_masses, sample_nucleus). sample_pick.cu
+// then chooses among the candidates.
 #include "sample.cuh"
 
-// ---- changes: bias, ban, penalties, in the order of sample/change.rs
+// ---- changes: bias, barred tokens, penalties, in the order of sample/change.rs
 
-// A block's slice of a row while it is changed: in shared memory, as words.
+// A block's slice of a row while it is changed, in shared memory as words.
 struct ChangedSlice {
     uint32_t* logits;  // [SLICE]
     float* row;        // the row in device memory
@@ -15,7 +15,8 @@ struct ChangedSlice {
 
     DEVICE bool holds(uint32_t token) const { return token - first < len; }
 
-    // A result too large for f32 becomes the largest; a NaN (only from parameters that are none) the least.
+    // A result that is too large for f32 becomes the largest f32. A NaN (only from parameters that are not numbers) becomes
+    // -inf.
     DEVICE void set(uint32_t token, float changed) const {
         float logit = changed != changed ? -INFINITE : changed;
         logit = logit > 3.402823466e38f ? 3.402823466e38f : logit;
@@ -24,7 +25,7 @@ struct ChangedSlice {
     }
     DEVICE float get(uint32_t token) const { return uint_as_float(logits[token - first]); }
 
-    // Keeps the raw logits of the tokens that a list names, every `stride` words.
+    // Saves the raw logits of the tokens in a list with an entry every `stride` words.
     DEVICE void save(uint32_t list, uint32_t num, uint32_t stride) const {
         for (uint32_t i = threadIdx.x; i < num; i += SLICE_THREADS) {
             uint32_t at = list + i * stride;
@@ -40,7 +41,7 @@ struct ChangedSlice {
     }
 };
 
-// The token `pending` counts as emitted once more; `is_listed` is shared memory.
+// Applies the penalties. The token `pending` counts as emitted once more. `is_listed` is in shared memory.
 DEVICE void apply_penalties(const ChangedSlice& slice, const SampleRow& sample, uint32_t pending, uint32_t& is_listed) {
     if (threadIdx.x == 0) is_listed = 0;
     block_barrier();
@@ -83,12 +84,13 @@ DEVICE void apply_changes(const ChangedSlice& slice, const SampleRow& sample, Sa
 
 // ---- maximum
 
-// A bucket of the distance below the maximum: eight to an octave, so that it tells apart what is near.
+// The bucket of a logit's distance below the maximum. There are eight buckets for each octave, so that small distances are
+// resolved finely.
 constexpr uint32_t DISTANCE_BUCKETS = 2048;
 DEVICE uint32_t distance_bucket(float max, float logit) { return float_as_uint(max - logit) >> 20; }
 
-// Of the last block: how far below the maximum the top k can reach. The k best group maxima are k tokens, so no token below
-// all of them is among the top k. `space` is shared memory for the histogram.
+// Called by the last block: finds how far below the maximum the top k can reach. The k best group maxima are k tokens, so a
+// token below all of them is not in the top k. `space` is shared memory for the histogram.
 DEVICE void bound_top_k(const SampleParams& p, const SampleRow& sample, SampleState& state, uint32_t* space,
                         uint64_t (&scratch)[SLICE_WARPS], Found& found) {
     Histogram<DISTANCE_BUCKETS> histogram{space, space + DISTANCE_BUCKETS};
@@ -103,7 +105,7 @@ DEVICE void bound_top_k(const SampleParams& p, const SampleRow& sample, SampleSt
     if (threadIdx.x == 0) state.bound_distance = found.bin;
 }
 
-// Of the last block: the maxima of the row, whether it is valid, and the token if it is greedy.
+// Called by the last block: finds the maxima of the row, whether it is valid, and the token if it is greedy.
 DEVICE void finish_scan(const SampleParams& p, SampleState& state, uint32_t turn,
                         uint64_t (&scratch)[SLICE_WARPS]) {
     size_t slice = size_t(blockIdx.y) * p.slices + threadIdx.x;
@@ -117,7 +119,7 @@ DEVICE void finish_scan(const SampleParams& p, SampleState& state, uint32_t turn
         state.max = from_ascending(key);
         state.raw_max = from_ascending(raw_key);
         state.listed = 0;
-        // What draws later overwrites the token; an invalid row gives one that the next step can embed.
+        // A later draw overwrites the token. An invalid row gets a token that the next step can embed.
         uint32_t token = is_valid ? ~uint32_t(best) : 0;
         p.sampled[turn * p.max_rows + blockIdx.y] = token;
         p.results[blockIdx.y] = SampleResult{token, is_valid, 0, 0.0f, state.raw_max, 0, 0, 0};
@@ -179,7 +181,7 @@ KERNEL(sample_scan, SampleParams, SLICE_THREADS) {
 
 // ---- candidates
 
-// What a thread sees of its slice, token by token.
+// Calls visit(index, id, logit) for each of the thread's tokens in its slice.
 template <typename Visit>
 DEVICE void for_own_tokens(const SampleParams& p, const SampleRow& sample, const uint32_t* words, Visit visit) {
     const float* row = p.logits + size_t(blockIdx.y) * p.vocab;
@@ -190,8 +192,8 @@ DEVICE void for_own_tokens(const SampleParams& p, const SampleRow& sample, const
     }
 }
 
-// Adds the slice's candidates to the row's list, in no particular order: those of `bound_mass` or more, or near enough for
-// the top k. Of the latter the key is listed, since they are chosen by logit; of the others the mass.
+// Adds the slice's candidates to the row's list, in no particular order: tokens with at least `bound_mass`, or near enough for
+// the top k. For a top k, the list contains keys, since it is chosen by logit; otherwise it contains masses.
 DEVICE void gather(const SampleParams& p, const SampleRow& sample, SampleState& state, uint64_t bound_mass,
                    uint32_t& count, uint32_t& base) {
     if (threadIdx.x == 0) count = 0;
@@ -226,7 +228,7 @@ DEVICE void gather(const SampleParams& p, const SampleRow& sample, SampleState& 
 
 // ---- masses
 
-// Eight buckets of mass to an octave, the largest masses first.
+// Buckets of masses, eight for each octave, the largest masses first.
 constexpr uint32_t MASS_BUCKETS = 512;
 constexpr uint32_t LARGEST_BUCKET = 44 * 8;
 DEVICE uint32_t mass_bucket(uint64_t mass) {
@@ -238,9 +240,9 @@ DEVICE uint64_t least_mass_in(uint32_t bucket) {
     return uint64_t(8 + place % 8) << (place / 8) >> 3;
 }
 
-// Of the last block: the least mass that a token of the nucleus can have. If the group maxima of that mass or more reach
-// the nucleus' share already, so do all tokens of it. Where they do not, a token is dropped only if all that are as small
-// have less than the tail's share.
+// Called by the last block: finds a lower bound for the mass of the nucleus' tokens. If the group maxima with at least a
+// certain mass already reach the nucleus' share, so do all tokens with at least that mass. If the group maxima do not reach
+// it, a token is dropped only if all tokens that are as small have less than the tail's share.
 DEVICE void bound_nucleus(const SampleParams& p, const SampleRow& sample, SampleState& state, uint64_t total,
                           uint32_t (&space)[2 * MASS_BUCKETS], uint64_t (&scratch)[SLICE_WARPS], Found& found) {
     Histogram<MASS_BUCKETS> histogram{space, space + MASS_BUCKETS};
@@ -261,8 +263,8 @@ DEVICE void bound_nucleus(const SampleParams& p, const SampleRow& sample, Sample
     }
 }
 
-// Of the last block: the token at a point of the row's mass, in the order of ids. First the slice, then sixteen ids in a
-// row a thread.
+// Called by the last block: draws the token at a point of the row's mass, in the order of ids. First finds the slice; then each
+// thread searches sixteen consecutive ids.
 DEVICE void draw(const SampleParams& p, const SampleRow& sample, const SampleState& state,
                  uint64_t (&scratch)[SLICE_WARPS], Found& found) {
     uint64_t sum = threadIdx.x < p.slices ? p.slice_sums[size_t(blockIdx.y) * p.slices + threadIdx.x] : 0;

@@ -1,19 +1,21 @@
-// Sampling, what log-probabilities need of the raw row: its mass at temperature 1, the token's rank, the best tokens.
+// Sampling, the part for log-probabilities. Computes from the raw logits: the row's mass at temperature 1, the sampled token's
+// rank, and the best tokens.
 #include "sample.cuh"
 
-// Puts back the raw logits of the tokens that a list names, every `stride` words; notes that of the sampled token.
+// Restores the raw logits of the tokens in a list with an entry every `stride` words. Sets `own` if the sampled token is among
+// them.
 DEVICE void restore(const SampleHeader& header, uint32_t list, uint32_t num, uint32_t stride, uint32_t first, uint32_t len,
                     uint32_t token, uint32_t* logits, uint32_t& own) {
     for (uint32_t i = threadIdx.x; i < num; i += SLICE_THREADS) {
         uint32_t at = list + i * stride, id = header.words[at];
         uint32_t raw = float_as_uint(header.saved[at]);
-        // Lists that name the same token have kept the same logit.
+        // If several lists contain a token, they have saved the same logit.
         if (id - first < len) logits[id - first] = raw;
         if (id == token) own = raw;
     }
 }
 
-// The best `num` of the slice, best first, 0 where there are no more. Every thread looks through its own tokens.
+// The best `num` tokens of the slice, best first, then zeros. Every thread searches its own tokens.
 DEVICE void slice_best(const uint32_t* logits, uint32_t first, uint32_t len, uint32_t num, uint64_t* tops,
                        uint64_t (&scratch)[SLICE_WARPS]) {
     uint32_t taken = 0;
@@ -43,7 +45,7 @@ DEVICE void slice_best(const uint32_t* logits, uint32_t first, uint32_t len, uin
     }
 }
 
-// Of the last block: merges the slices' best, a slice a thread.
+// Called by the last block: merges the slices' best tokens, with one thread for each slice.
 DEVICE void row_best(const SampleParams& p, uint32_t num, uint64_t (&scratch)[SLICE_WARPS]) {
     const uint64_t* tops = p.slice_tops + (size_t(blockIdx.y) * p.slices + threadIdx.x) * p.max_logprobs;
     uint32_t next = 0;

@@ -1,8 +1,8 @@
-// Sampling, the part for truncated rows: top-k, min-p and top-p among the candidates, and the draw. One block a row.
+// Sampling, the part for truncated rows: top-k, min-p and top-p among the candidates, and the draw. One block for each row.
 //
-// Up to LISTED candidates are sorted in shared memory. A row with more of them (nearly flat, or a huge top_k) is searched
-// as it is: the place where a sum over all tokens reaches its target is found by digits, 512 ways at a time, until what is
-// left can be sorted. Both give the same token.
+// Up to LISTED candidates are sorted in shared memory. A row with more candidates (nearly flat, or a huge top_k) is searched
+// without a list: a radix search finds the item at which a sum over all tokens reaches its target, with 512 bins per pass,
+// until the remaining items can be sorted. Both ways give the same token.
 #include "sample.cuh"
 
 constexpr uint32_t BINS = 512;
@@ -18,7 +18,7 @@ struct PickShared {
 
 // ---- lists in shared memory
 
-// Sorts the first `len` items, filling up with NO_ITEM to a power of two, which is returned (bitonic; Batcher 1968).
+// Sorts the first `len` items (bitonic; Batcher 1968). Pads them with NO_ITEM to a power of two, which is returned.
 DEVICE uint32_t sort_items(uint64_t* items, uint32_t len) {
     uint32_t size = 2;
     while (size < len) size *= 2;
@@ -41,8 +41,8 @@ DEVICE uint32_t sort_items(uint64_t* items, uint32_t len) {
     return size;
 }
 
-// Of sorted items: the index of the first at which the weights, summed in order, reach `target`, and the sum before it.
-// Threads take neighbouring items. All together must reach it.
+// Finds the index of the first of the sorted items at which the weights, summed in order, reach `target`, and the sum before
+// it. Each thread sums consecutive items. The total must reach `target`.
 template <typename Weight>
 DEVICE Found item_reaching(PickShared& shared, uint32_t len, uint64_t target, Weight weight) {
     uint32_t each = (len + PICK_THREADS - 1) / PICK_THREADS, first = threadIdx.x * each;
@@ -78,7 +78,7 @@ DEVICE uint32_t pick_listed(const SampleParams& p, const SampleRow& sample, cons
         len = sample.top_k < len ? sample.top_k : len;
         for (uint32_t i = threadIdx.x; i < len; i += PICK_THREADS) {
             uint32_t id = uint32_t(items[i]) & ID_MASK;
-            // A token that is not allowed has a key of -inf, whatever its logit.
+            // A token that is not allowed has the key of -inf, whatever its logit.
             bool is_out = uint32_t(items[i] >> ID_BITS) == ~KEY_OF_NEGATIVE_INFINITY;
             uint64_t mass = is_out ? 0 : mass_of(row[id], state.max, sample.scale);
             items[i] = mass >= sample.min_mass ? candidate(mass, id) : NO_ITEM;
@@ -89,7 +89,7 @@ DEVICE uint32_t pick_listed(const SampleParams& p, const SampleRow& sample, cons
     for (uint32_t i = threadIdx.x; i < len; i += PICK_THREADS) own += listed_mass(items[i]);
     uint64_t total = block_total<PICK_WARPS>(own, shared.scratch);
     if (sample.top_p < 1.0f) {
-        // A nucleus without a limit of its own before it is a share of the whole row.
+        // If top_p is the only limit, the nucleus is a share of the whole row's mass.
         if (sample.flags & NUCLEUS) total = state.total;
         sort_items(items, len);
         len = item_reaching(shared, len, nucleus_mass(sample.top_p, total), listed_mass).bin + 1;
@@ -97,7 +97,7 @@ DEVICE uint32_t pick_listed(const SampleParams& p, const SampleRow& sample, cons
         for (uint32_t i = threadIdx.x; i < len; i += PICK_THREADS) own += listed_mass(items[i]);
         total = block_total<PICK_WARPS>(own, shared.scratch);
     }
-    // Ids first, for the draw; no id has all bits set.
+    // Repacks the items with the id first, for the draw. No id has all bits set, so NO_ITEM stays last.
     for (uint32_t i = threadIdx.x; i < len; i += PICK_THREADS) {
         uint64_t item = items[i];
         if (item != NO_ITEM) items[i] = (item & ID_MASK) << (64 - ID_BITS) | (candidate_mass(item) - 1);
@@ -110,19 +110,19 @@ DEVICE uint32_t pick_listed(const SampleParams& p, const SampleRow& sample, cons
 
 // ---- whole rows
 
-// A row's tokens, and which of them the limits found so far leave.
+// A row's tokens, filtered by the limits found so far.
 struct Tokens {
     const SampleParams& p;
     const SampleRow& sample;
     const SampleState& state;
     const float* row;
     const uint32_t* words;
-    uint64_t last_key;        // of the top k
-    uint64_t last_candidate;  // of the nucleus
+    uint64_t last_key;        // the last key in the top k
+    uint64_t last_candidate;  // the last candidate in the nucleus
 
     DEVICE float logit(uint32_t id) const { return is_allowed(sample, words, id) ? row[id] : -INFINITE; }
     DEVICE uint64_t key(uint32_t id) const { return uint64_t(~ascending(logit(id))) << ID_BITS | id; }
-    // 0 for tokens that are left out.
+    // The token's mass; 0 for tokens that are filtered out.
     DEVICE uint64_t mass(uint32_t id) const {
         float own = logit(id);
         uint64_t mass = mass_of(own, state.max, sample.scale);
@@ -146,7 +146,7 @@ struct ByMass {
 
 DEVICE uint32_t bit_length(uint64_t x) { return x == 0 ? 0 : 64 - leading_zeros(x); }
 
-// Adds to a bin; when a whole warp has the same one, its lanes add up first rather than queue for it.
+// Adds to a bin. If all lanes of the warp have the same bin, the warp sums first, so that the lanes do not serialize.
 DEVICE void add_together(const PickShared& shared, bool is_in, uint32_t bin, uint64_t weight) {
     uint32_t lanes = votes(is_in);
     if (lanes == 0) return;
@@ -162,8 +162,8 @@ DEVICE void add_together(const PickShared& shared, bool is_in, uint32_t bin, uin
     }
 }
 
-// The item at which the weights of the row's items, summed in ascending order of items, reach `target`, which all together
-// do.
+// Finds the item at which the weights of the row's items, summed in ascending order of items, reach `target`. The total must
+// reach `target`.
 template <typename Order>
 DEVICE uint64_t item_in_row(PickShared& shared, uint32_t vocab, uint64_t target, const Order& order) {
     uint64_t low = 0, high = NO_ITEM, before = 0;
@@ -205,7 +205,7 @@ DEVICE uint64_t item_in_row(PickShared& shared, uint32_t vocab, uint64_t target,
     return shared.items[found.bin];
 }
 
-// Each warp takes as many whole groups of ids; the mass of its tokens, the same in all lanes.
+// The mass of the warp's tokens, ids `first` to `end`. All lanes get the result.
 DEVICE uint64_t warp_mass(const Tokens& tokens, uint32_t first, uint32_t end) {
     uint64_t sum = 0;
     for (uint32_t id = first + lane(); id < end; id += WARP) sum += tokens.mass(id);

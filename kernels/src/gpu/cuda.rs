@@ -25,7 +25,7 @@ use modules::{LoadedFunction, Modules};
 use opening::{PrimaryContext, succeed};
 use staging::Staging;
 
-/// For uploads up to this size the driver's own staging is as fast.
+/// Up to this size, the driver's own staging is as fast as ours.
 const SMALL_UPLOAD_BYTES: usize = 64 << 10;
 
 pub(super) fn open(index: u32) -> Result<Box<dyn Driver>, DeviceError> {
@@ -39,16 +39,16 @@ struct CudaDriver {
     modules: Modules,
     functions: Mutex<Vec<LoadedFunction>>,
     events: Mutex<Vec<Event>>,
-    /// Dropped graphs leave an empty entry.
+    /// The instantiated graphs by id; `None` for a dropped graph.
     graphs: Mutex<Vec<Option<GraphExec>>>,
-    /// Page-locked ranges, start to length.
+    /// Page-locked ranges: start address to length.
     locked: Mutex<BTreeMap<usize, usize>>,
-    /// Made at the first large upload.
+    /// Created at the first large upload.
     staging: Mutex<Option<Staging>>,
     capturing: AtomicBool,
 }
 
-// SAFETY: the driver's handles may be used from any thread whose context is current, which `enter` sees to before each call.
+// SAFETY: the driver's handles may be used from any thread whose context is current, which `enter` ensures before each call.
 unsafe impl Send for CudaDriver {}
 // SAFETY: as above; the tables are behind locks.
 unsafe impl Sync for CudaDriver {}
@@ -96,7 +96,7 @@ impl CudaDriver {
         lock(&self.events)[event.0]
     }
 
-    /// Whether the whole range is page-locked memory of ours.
+    /// Whether the whole range is within page-locked memory that this driver allocated.
     fn is_locked(&self, from: *const u8, bytes: usize) -> bool {
         let locked = lock(&self.locked);
         let before = locked.range(..=from.addr()).next_back();
@@ -379,7 +379,8 @@ unsafe impl Driver for CudaDriver {
 }
 
 impl Drop for CudaDriver {
-    /// All buffers are gone by now, since they hold the device. Errors mean that the context is lost, and everything in it.
+    /// All buffers have been dropped, since they hold the device. An error means that the context is lost, and with it
+    /// everything in it.
     fn drop(&mut self) {
         let _ = self.synchronize();
         if self.context.enter() != Status::SUCCESS {
@@ -389,7 +390,7 @@ impl Drop for CudaDriver {
         if let Some(staging) = lock(&self.staging).take() {
             staging.free(self);
         }
-        // SAFETY: all of these are ours, made once and used no more.
+        // SAFETY: this driver created all of these, and nothing uses them any more.
         unsafe {
             for exec in lock(&self.graphs).drain(..).flatten() {
                 library.graph_exec_destroy(exec);
@@ -403,7 +404,7 @@ impl Drop for CudaDriver {
     }
 }
 
-/// What a status means to the caller.
+/// The error for a status.
 fn failure(library: &Library, operation: &'static str, status: Status, bytes: usize) -> DeviceError {
     if status == Status::OUT_OF_MEMORY {
         return DeviceError::OutOfMemory { bytes };

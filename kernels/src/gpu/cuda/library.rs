@@ -1,8 +1,8 @@
 //! The functions of `libcuda` that we call, found at run time: one binary serves machines with and without a driver.
 //!
-//! Types and numbers are those of cudarc's bindings. Its functions are not called, because they panic where the library or one
-//! of its functions is missing, which is an ordinary error here; and because they give a status as an enum, which must not
-//! hold what a later driver may say. So functions are looked up below, and a [`Status`] is a number.
+//! Types and numbers are those of cudarc's bindings. Its functions are not used, because they panic if the library or one of
+//! its functions is missing, which is an ordinary error here; and because they return a status as an enum, which is undefined
+//! behaviour if a later driver returns a new status. So functions are looked up below, and a [`Status`] is a number.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::sync::OnceLock;
@@ -81,7 +81,7 @@ impl Status {
     }
 }
 
-/// Blocks that form a cluster, along x.
+/// The launch attribute for clusters of this many blocks along x.
 pub fn cluster(blocks: c_uint) -> LaunchAttribute {
     attribute(
         CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION,
@@ -89,7 +89,7 @@ pub fn cluster(blocks: c_uint) -> LaunchAttribute {
     )
 }
 
-/// Programmatic stream serialization: the launch need not wait for the end of the kernel before it.
+/// The launch attribute for programmatic stream serialization: the kernel may start before the previous one has ended.
 pub fn overlap() -> LaunchAttribute {
     attribute(
         CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
@@ -209,7 +209,7 @@ impl Library {
         LIBRARY.get_or_init(Self::load).as_ref().map_err(String::clone)
     }
 
-    /// `CUDA_ERROR_…: explanation`, in the driver's words.
+    /// The driver's name and description of a status, as `CUDA_ERROR_…: description`.
     pub fn describe(&self, status: Status) -> String {
         let (mut name, mut text) = (std::ptr::null(), std::ptr::null());
         // SAFETY: both get a static string, or null for a status that the driver does not know.

@@ -1,4 +1,4 @@
-//! The embedded kernels: loaded when the device is opened, found by name.
+//! The embedded kernels. They are loaded when the device is opened and found by name.
 
 use std::ffi::{CStr, CString, c_int, c_void};
 
@@ -10,7 +10,7 @@ use super::opening::{PrimaryContext, succeed};
 /// The compiled form of one source file, for every generation that it supports.
 struct Image {
     name: &'static str,
-    /// Machine code of compute capability 9.0 alone.
+    /// Whether it contains only machine code for compute capability 9.0.
     hopper_only: bool,
     bytes: &'static [u8],
 }
@@ -25,7 +25,7 @@ static IMAGES: &[Image] = include!(concat!(env!("OUT_DIR"), "/images.rs"));
 #[derive(Clone, Copy)]
 pub struct LoadedFunction {
     pub raw: RawFunction,
-    /// The size of the struct that it takes.
+    /// The size of the kernel's parameter struct.
     pub parameter_bytes: usize,
 }
 
@@ -35,7 +35,8 @@ pub struct Modules {
 }
 
 impl Modules {
-    /// Fast, unless there is no machine code for the device and the driver has to compile the PTX, which it caches.
+    /// Loads all modules. This is fast, unless there is no machine code for the device: then the driver compiles the PTX and
+    /// caches the result.
     pub fn load(context: &PrimaryContext, properties: &Properties) -> Result<Self, DeviceError> {
         let mut loaded = Self { modules: Vec::new(), shared_memory_per_block: properties.shared_memory_per_block };
         for image in IMAGES.iter().filter(|image| properties.capability == 90 || !image.hopper_only) {

@@ -1,4 +1,4 @@
-//! Opens a device by its number. Errors say what the operator can do.
+//! Opens a device by its index. Errors say what the operator can do.
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int};
@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::super::{DeviceError, Properties};
 use super::library::{Context, DeviceAttribute, DeviceOrdinal, Library, Status};
 
-/// CUDA 13.0, which compiled our kernels.
+/// CUDA 13.0, with which our kernels are compiled.
 const MIN_DRIVER_VERSION: c_int = 13_000;
 const MIN_DRIVER: &str = "580";
 const MIN_CAPABILITY: u32 = 80;
 
 thread_local! {
-    /// The context that this thread has made current, of those opened by this process; 0 for none.
+    /// The serial number of the context that this thread has made current; 0 for none.
     static CURRENT: Cell<u64> = const { Cell::new(0) };
 }
 
@@ -22,7 +22,7 @@ pub struct PrimaryContext {
     pub library: &'static Library,
     device: DeviceOrdinal,
     context: Context,
-    /// A unique number, since addresses of contexts can be reused.
+    /// A unique number, since the address of a released context can be reused.
     serial: u64,
 }
 

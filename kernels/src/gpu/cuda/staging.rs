@@ -9,10 +9,10 @@ use super::library::Status;
 use super::opening::succeed;
 use super::{CudaDriver, Event};
 
-/// Large enough that the cost of starting threads is negligible.
+/// The size of a buffer: large enough that the cost of starting threads is negligible.
 const BUFFER_BYTES: usize = 16 << 20;
 const MAX_THREADS: usize = 4;
-/// Smaller parts do not get a thread of their own.
+/// A part smaller than this does not get its own thread.
 const MIN_BYTES_PER_THREAD: usize = 1 << 20;
 
 pub struct Staging {
@@ -23,7 +23,7 @@ pub struct Staging {
 
 struct Buffer {
     memory: *mut u8,
-    /// Recorded after the copy that reads the buffer.
+    /// The event that is recorded after the copy that reads the buffer.
     fetched: Event,
 }
 
