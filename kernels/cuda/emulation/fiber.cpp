@@ -1,5 +1,5 @@
-// On x86-64 a switch saves the registers that a call preserves and changes the stack pointer: some nanoseconds. Elsewhere
-// the C library's contexts do it, slower.
+// On x86-64, a switch saves the callee-saved registers and changes the stack pointer, which takes a few nanoseconds. On other
+// processors it uses the C library's contexts, which are slower.
 #include "fiber.h"
 
 #include <stdint.h>
@@ -68,7 +68,7 @@ void switch_fiber(void** save, void* to) { outrigger_switch_fiber(save, to); }
 #else
 
 void* Stack::prepare(void (*entry)()) {
-    // The context itself lies at the low end, which a stack that small does not reach.
+    // The context itself is stored at the low end, below the stack.
     ucontext_t* context = new (memory_ + GUARD_BYTES) ucontext_t;
     getcontext(context);
     context->uc_stack.ss_sp = memory_ + GUARD_BYTES + sizeof(ucontext_t);

@@ -1,11 +1,11 @@
-// Stacks, and the switch from one to another.
+// Fibers: stacks, and switching from one to another.
 #pragma once
 
 #include <stddef.h>
 
 namespace emulation {
 
-// Pages of a fiber's stack are taken only as they are touched; one below it faults.
+// The size of a fiber's stack. Its pages are allocated when they are first accessed; an access below the stack faults.
 constexpr size_t STACK_BYTES = 256 * 1024;
 
 class Stack {
@@ -16,14 +16,14 @@ public:
     Stack(const Stack&) = delete;
     Stack& operator=(const Stack&) = delete;
 
-    // Makes the stack such that switching to it calls `entry`, which must not return.
+    // Prepares the stack so that switching to it calls `entry`, which must not return.
     void* prepare(void (*entry)());
 
 private:
     unsigned char* memory_;
 };
 
-// Saves the running fiber's state and goes on with `to`, a value that an earlier switch saved or `prepare` returned.
+// Saves the running fiber's state and continues with `to`, a value that an earlier switch saved or that `prepare` returned.
 void switch_fiber(void** save, void* to);
 
 }  // namespace emulation

@@ -1,4 +1,4 @@
-// Transaction barriers, bulk copies and products of a warpgroup.
+// Implements transaction barriers, bulk copies and products of a warpgroup.
 #include <algorithm>
 
 #include "../prelude.cuh"
@@ -24,10 +24,10 @@ TransactionBarrier& barrier_at(uint64_t* address) {
     return found->second;
 }
 
-// In a swizzled tile, or from it: the 16 bytes number c of row r stand at number c ^ (r % 8), counted by address.
+// Converts an offset to a swizzled tile's, or back: 16-byte chunk c of row r is stored at chunk c ^ (r % 8), by address.
 size_t swizzled(size_t offset) { return offset ^ (offset >> 7 & 7) << 4; }
 
-// The bytes between the map's row `row` and its end that a line of the box gets, and zeros.
+// Reads a line of a box: the bytes of the map's row `row` from `col` on, and zeros beyond its end.
 void read_line(const EncodedMap& map, uint64_t row, uint64_t col, unsigned char* line) {
     memset(line, 0, TILE_ROW_BYTES);
     if (row >= map.rows || col >= map.cols) return;
@@ -106,7 +106,7 @@ void multiply(float* const* c, uint32_t n, const unsigned char* a, const unsigne
     }
 }
 
-// Takes the sums from the threads, which have poison until the product is done.
+// Takes the sums from the threads, whose registers are poison until the product is done.
 void take_sums(PendingProduct& product) {
     uint32_t count = product.n / 2;
     product.sums.resize(size_t(count) * WARPGROUP_LANES);

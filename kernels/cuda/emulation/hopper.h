@@ -1,5 +1,5 @@
-// Hopper's operations on the host: the names of hopper.cuh. Bulk copies take place when somebody waits at their barrier,
-// products of a warpgroup when it waits for them; until then tiles and sums are poison.
+// Hopper's operations on the host, with the names of hopper.cuh. Bulk copies are performed when a thread waits at their
+// barrier, and products of a warpgroup when it waits for them. Until then, tiles and sums are poison.
 #pragma once
 
 namespace emulation {

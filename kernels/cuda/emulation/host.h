@@ -1,10 +1,10 @@
-// The prelude's operations on the host, where kernels run in emulation: the same names as in device.cuh, with the meaning
-// that the PTX manual gives the instructions there. Where that leaves a value undefined, it is poison here.
+// The prelude's operations on the host, where kernels are emulated: the same names as in device.cuh, with the semantics of the
+// PTX manual. A value that is undefined there is poison here.
 #pragma once
 
 #include "machine.h"
 
-// Sources stand in an unnamed namespace here (kernels/build/emulator.rs), so these are their own in each.
+// Each source is compiled in an unnamed namespace (kernels/build/emulator.rs), so these definitions are local to it.
 #define DEVICE inline
 #define KERNEL(name, Params, MAX_THREADS)                                                            \
     void name(const Params& p);                                                                      \

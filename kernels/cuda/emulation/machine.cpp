@@ -31,12 +31,12 @@ std::vector<Kernel>& kernels() {
     return all;
 }
 
-// What a thread of the operating system needs to run blocks.
+// Runs blocks on a thread of the operating system.
 class Multiprocessor {
 public:
     Multiprocessor();
     ~Multiprocessor();
-    // Whether the block ran to its end; else `error` says what went wrong.
+    // Runs a block. Returns whether it ran to its end; otherwise `error` says what went wrong.
     bool run(const Kernel& kernel, const Launch& launch, Index block, bool before_dependency);
 
     void wait_for(const char* what);
@@ -45,7 +45,7 @@ public:
     [[noreturn]] void fail(const char* message);
 
     std::string error;
-    // What the block touched that is not its own, or null.
+    // The address outside of its memory that the block accessed, or null.
     void* touched = nullptr;
     Block block;
     unsigned char* shared_region;
@@ -71,7 +71,7 @@ private:
 
 thread_local Multiprocessor* multiprocessor = nullptr;
 
-// Frees the multiprocessor of a thread that ends.
+// Frees a thread's multiprocessor when the thread ends.
 struct Owner {
     ~Owner() { delete multiprocessor; }
 };
@@ -123,7 +123,7 @@ void Multiprocessor::prepare(const Kernel& kernel, const Launch& launch, Index i
     block.shared_variables.clear();
     block.transaction_barriers.clear();
     for (Barrier& barrier : block.barriers) barrier.waiting.clear();
-    // The block's memory ends where a page that faults begins, but for what alignment leaves over.
+    // The block's memory ends where a page that faults begins, except for padding to the alignment.
     size_t room = (launch.shared_bytes + SHARED_ALIGNMENT - 1) / SHARED_ALIGNMENT * SHARED_ALIGNMENT;
     block.dynamic_shared = shared_region + SHARED_REGION - room;
     memset(block.dynamic_shared, POISON, room);
@@ -183,7 +183,7 @@ void Multiprocessor::describe_trap() {
     error = where(*current) + (memory ? formatted("touches %p", trapped_address) : formatted("stopped by signal %d", trapped_signal));
 }
 
-// What can be said only when all threads have ended.
+// Checks what can be checked only when all threads have ended.
 void Multiprocessor::check_end() {
     const Launch& launch = *block.launch;
     std::string where = formatted("kernel %s, block %s", block.kernel->name, name_of(block.index).c_str());
@@ -206,13 +206,13 @@ void Multiprocessor::check_end() {
     }
 }
 
-// Goes on with another thread, or with the scheduler when the block has ended.
+// Continues with another thread, or with the scheduler if the block has ended or no thread can run.
 void Multiprocessor::run_next() {
     Thread* before = current;
     if (ready_.empty()) {
         if (live_ > 0) error = describe_deadlock();
         switch_fiber(&before->stack_pointer, scheduler_);
-        abort();  // a fiber that the scheduler got control from is never continued
+        abort();  // not reached: the scheduler never switches back to this fiber
     }
     current = ready_.pop(block.launch->order, random_);
     if (current != before) switch_fiber(&before->stack_pointer, current->stack_pointer);
@@ -241,7 +241,7 @@ void Multiprocessor::fail(const char* message) {
 
 std::string Multiprocessor::describe_deadlock() const {
     std::string text = formatted("kernel %s, block %s: no thread can go on;", block.kernel->name, name_of(block.index).c_str());
-    // One line for each run of threads in the same state.
+    // One entry for each run of consecutive threads in the same state.
     const uint32_t MAX_STATES = 8;
     uint32_t states = 0;
     for (uint32_t i = 0; i < block.threads && states < MAX_STATES; states++) {
@@ -317,7 +317,7 @@ void wait_at_barrier(uint32_t id, uint32_t expected, const char* what) {
         wait_for(what);
         return;
     }
-    // All of them stand in the queue again, the last one to come as well: it has no right to go first.
+    // All of them go back to the queue, including the last one to arrive, which must not always run first.
     std::vector<Thread*> together;
     together.swap(barrier.waiting);
     Thread* self = current;
@@ -343,7 +343,7 @@ void declare_shared(void* address, size_t bytes) {
     block.shared_variables.push_back({address, bytes});
 }
 
-// What the instructions in the headers beside this need of the block.
+// What the instructions in the other headers of this folder need of the block.
 
 void finish_copies(size_t pending) {
     Thread& thread = *current;
@@ -377,7 +377,7 @@ uint32_t shared_window_address(const void* pointer) {
     if (byte < base || byte >= base + current->block->launch->shared_bytes) {
         fault("%p is not in the block's dynamic shared memory", pointer);
     }
-    // Dynamic shared memory begins at 1024, as on a device, where the first bytes are the system's.
+    // Dynamic shared memory begins at 1024, as on a device, where the first bytes are reserved for the system.
     return uint32_t(byte - base) + 1024;
 }
 
@@ -387,7 +387,7 @@ using namespace emulation;
 
 extern "C" {
 
-// The number of the kernel of this name, or -1.
+// The index of the kernel with this name, or -1.
 int64_t outrigger_emulator_find(const char* name, size_t* params_bytes, uint32_t* max_threads) {
     for (size_t i = 0; i < kernels().size(); i++) {
         const Kernel& kernel = kernels()[i];
@@ -399,8 +399,9 @@ int64_t outrigger_emulator_find(const char* name, size_t* params_bytes, uint32_t
     return -1;
 }
 
-// Runs one block; `before_dependency` until a thread of it waits for the kernel before, whose writes are hidden so long. When it fails, `message` gets the reason, cut to `capacity` bytes with its final zero, and `touched` the
-// address that is not the kernel's, where that was it.
+// Runs one block. With `before_dependency`, the writes of earlier kernels are hidden until a thread of the block waits for the
+// previous kernel. On failure, `message` gets the reason, cut to `capacity` bytes with its final zero, and `touched` gets the
+// address outside of the kernel's memory, if such an access was the reason.
 bool outrigger_emulator_run(size_t kernel, const Launch* launch, const uint32_t* block, bool before_dependency, char* message,
                             size_t capacity, void** touched) {
     Multiprocessor& own = own_multiprocessor();

@@ -1,8 +1,8 @@
-// The machine that runs kernels on the host: one block at a time on each thread of the operating system, the block's
-// threads as fibers that run until they meet others (a shuffle, a barrier, a matrix instruction). In between they run in
-// an order that the launch chooses, so that a missing barrier shows as a wrong result in one order or another.
+// The machine that runs kernels on the host: each thread of the operating system runs one block at a time, with the block's
+// threads as fibers. A fiber runs until it must wait for other threads (in a shuffle, a barrier, a matrix instruction). The
+// launch chooses the order in which they run, so that a missing barrier causes a wrong result in one order or another.
 //
-// It knows nothing of what the instructions compute: those are in the headers beside it.
+// It does not know what the instructions compute: that is in the other headers of this folder.
 #pragma once
 
 #include <stddef.h>
@@ -18,29 +18,29 @@ constexpr uint32_t WARPGROUP_LANES = 128;
 constexpr uint32_t MAX_BLOCK_THREADS = 1024;
 constexpr uint32_t BARRIERS = 16;
 constexpr size_t MAX_SHARED_BYTES = 227 * 1024;
-// What memory holds before it is written: NaN as float, bf16, f16 and fp8.
+// The byte with which memory is filled before it is written: NaN as float, bf16, f16 and fp8.
 constexpr unsigned char POISON = 0xff;
 
 struct Index {
     uint32_t x, y, z;
 };
 
-// The order in which threads run between the points where they meet, and blocks after one another.
+// The order in which blocks run, and in which threads run between the points where they wait for each other.
 enum class Order : uint32_t {
-    // In turn, lowest first.
+    // In turn, the lowest first.
     Forward,
-    // The highest first, and as far as it gets.
+    // The highest first, as far as it can run.
     Backward,
-    // Whichever, from the launch's seed.
+    // A random order from the launch's seed.
     Shuffled,
 };
 
 // Whether kernels have written an allocation since the host last waited for all of them.
 enum class RegionState : uint32_t {
-    // Not yet: its pages are read-only, and the first write to them is noticed.
+    // Not written yet. Its pages are read-only, so that the first write is detected.
     Unwritten,
     Written,
-    // Written, and out of reach until the kernel waits for those before it.
+    // Written, and inaccessible until the kernel waits for the previous ones.
     Hidden,
 };
 
@@ -56,7 +56,7 @@ struct Launch {
     Order order;
     uint64_t seed;
     const void* params;
-    // The launch may overlap the one before it, so that every block must wait for that one's end.
+    // Not 0 if the launch may overlap the previous one, so that every block must wait for that one's end.
     uint32_t overlap;
     // The allocations, by address.
     Region* regions;
@@ -70,12 +70,12 @@ struct Kernel {
     uint32_t max_threads;
 };
 
-// Makes a kernel known by name when the program starts.
+// Registers a kernel by its name when the program starts.
 struct Registration {
     explicit Registration(const Kernel& kernel);
 };
 
-// 16 bytes on their way to shared memory, or zeros.
+// A pending copy of 16 bytes to shared memory, or of zeros if `from` is null.
 struct AsyncCopy {
     void* to;
     const void* from;
@@ -84,7 +84,7 @@ struct AsyncCopy {
 struct Block;
 struct Thread;
 
-// Threads that execute an instruction together. Each arrives with its operands; the last one computes for all of them.
+// Threads that execute an instruction together. Each arrives with its operands; the last one to arrive computes for all.
 struct Party {
     uint32_t size = 0;
     uint32_t arrived = 0;
@@ -99,16 +99,16 @@ struct PendingProduct {
     uint32_t n;
     const unsigned char* a;
     const unsigned char* b;
-    // Of each thread.
+    // Each thread's sums.
     float* c[WARPGROUP_LANES];
-    // The sums before the product, while the threads' own are poison; empty when an earlier pending product has them.
+    // The sums before the product, while the threads' own are poison. Empty if an earlier pending product holds them.
     std::vector<float> sums;
 };
 
 struct Warpgroup : Party {
     bool fenced = false;
     std::vector<PendingProduct> products;
-    // Ends of committed groups.
+    // The ends of committed groups in `products`.
     std::vector<size_t> groups;
 };
 
@@ -119,23 +119,23 @@ struct Thread {
     uint32_t lane = 0;
     Block* block = nullptr;
     Party* warp = nullptr;
-    // None for threads of an incomplete warpgroup.
+    // Null for threads of an incomplete warpgroup.
     Warpgroup* warpgroup = nullptr;
-    // What a thread that does not run waits for.
+    // What the thread waits for, if it waits.
     const char* waits_for = nullptr;
     bool done = false;
-    // Copies issued, in order; `copy_groups` are the ends of committed groups.
+    // The pending copies in order of issue; `copy_groups` holds the ends of committed groups.
     std::vector<AsyncCopy> copies;
     std::vector<size_t> copy_groups;
 };
 
-// Threads of a block that wait for one another.
+// Threads of a block that wait for each other.
 struct Barrier {
     uint32_t expected = 0;
     std::vector<Thread*> waiting;
 };
 
-// A box of a matrix on its way to shared memory.
+// A pending copy of a box of a matrix to shared memory.
 struct BulkCopy {
     unsigned char* to;
     const void* map;
@@ -166,37 +166,37 @@ struct Block {
     uint32_t threads = 0;
     unsigned char* dynamic_shared = nullptr;
     bool waited_for_dependency = false;
-    // The kernel before may still run, as far as this block knows.
+    // Whether the block has not waited for the previous kernel yet, which may therefore still run.
     bool before_dependency = false;
     std::vector<SharedVariable> shared_variables;
     Barrier barriers[BARRIERS];
     std::map<const void*, TransactionBarrier> transaction_barriers;
 };
 
-// The thread that runs.
+// The running thread.
 extern __thread Thread* current;
 
 // Ends the launch with an error that names the kernel, the block and the running thread.
 [[noreturn]] void fault(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// The same, and the place in the kernel's source.
+// As fault, with the place in the kernel's source.
 [[noreturn]] void fault_at(const char* file, uint32_t line, const char* format, ...) __attribute__((format(printf, 3, 4)));
 
-// Lets others run until somebody wakes this thread.
+// Lets other threads run until one wakes this thread.
 void wait_for(const char* what);
 void wake(Thread* thread);
 
-// Executes an instruction together with the other threads of the party: `compute` gets the operands of all, by their
-// number in the party, once all have arrived.
+// Executes an instruction together with the other threads of the party. Once all have arrived, `compute` gets the operands of
+// all, by their number in the party.
 void meet(Party* party, const char* instruction, void* operands, void (*compute)(void* const* operands));
 
-// Waits at one of the block's barriers until `expected` threads have come.
+// Waits at one of the block's barriers until `expected` threads have arrived.
 void wait_at_barrier(uint32_t id, uint32_t expected, const char* what);
 
-// From here on the block may touch what kernels before it write.
+// Waits for the previous kernel. From here on, the block may access what earlier kernels write.
 void wait_for_dependency();
 
-// Poisons a static shared variable when the first thread of a block comes to its declaration.
+// Poisons a static shared variable when the first thread of a block reaches its declaration.
 void declare_shared(void* address, size_t bytes);
 
 template <typename Operands>

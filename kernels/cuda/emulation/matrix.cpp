@@ -1,4 +1,4 @@
-// The products behind the matrix instructions.
+// Computes the products of the matrix instructions.
 #include "../prelude.cuh"
 
 namespace emulation {
@@ -6,7 +6,7 @@ namespace {
 
 constexpr uint32_t M = 16, N = 8;
 
-// Element `k` of a fragment row that a lane holds in words of `PER_WORD` elements.
+// Element `index` of a word with PER_WORD elements.
 template <typename T, uint32_t PER_WORD>
 T element(uint32_t word, uint32_t index) {
     T value;
@@ -24,7 +24,7 @@ float rounded(float, double sum) { return float(sum); }
 // Wraps, as the instruction does without saturation.
 int32_t rounded(int32_t, int64_t sum) { return int32_t(uint32_t(uint64_t(sum))); }
 
-// c += a · b for elements of type T, PER_WORD of them in a word: K is 8 words' worth.
+// c += a · b for elements of type T, with PER_WORD elements in a word. K is the number of elements in 8 words.
 template <typename T, uint32_t PER_WORD, typename Wide, typename Sum, typename C>
 void multiply(Product<C>* const* lanes) {
     constexpr uint32_t K = 8 * PER_WORD;

@@ -1,6 +1,6 @@
-// Matrix instructions by one whole warp. A product is summed without rounding in between (in double precision, whose 53
-// bits hold the sums of such short products but for the last places) and rounded to float once; tensor cores round
-// differently, so kernels are compared within bounds.
+// Matrix instructions of a whole warp. A product is summed in double precision, whose 53 bits hold the sums of such short
+// products except for the last bits, and rounded to float once. Tensor cores round differently, so kernels are compared within
+// bounds.
 #pragma once
 
 namespace emulation {

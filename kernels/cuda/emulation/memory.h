@@ -1,6 +1,6 @@
-// Memory: streaming loads, and copies to shared memory in the background. Such a copy takes place when somebody waits for
-// it and no earlier; until then its destination is poison. So both a missing wait and a destination that is still being
-// read show as wrong results.
+// Memory: streaming loads, and copies to shared memory in the background. Such a copy is performed only when its thread waits
+// for it; until then its destination is poison. So a missing wait, or a destination that is still being read, causes a wrong
+// result.
 #pragma once
 
 struct alignas(16) Bytes16 {
@@ -15,10 +15,10 @@ inline void check_alignment(const void* pointer, size_t bytes, const char* instr
     }
 }
 
-// Does the thread's copies up to the end of all but its last `pending` groups.
+// Performs all of the thread's committed copies, except for those of its last `pending` groups.
 void finish_copies(size_t pending);
 
-// The address within the block's shared memory, as matrix descriptors have it. Of dynamic shared memory only.
+// The address within the block's shared memory, as matrix descriptors use it. For dynamic shared memory only.
 uint32_t shared_window_address(const void* pointer);
 
 }  // namespace emulation

@@ -1,4 +1,4 @@
-// Number types and arithmetic, exactly as IEEE 754 and the conversion instructions have it.
+// Number types and arithmetic, exactly as in IEEE 754 and the conversion instructions.
 #pragma once
 
 #include <math.h>
@@ -15,14 +15,14 @@ DEVICE uint32_t float_as_uint(float x) {
     return y;
 }
 DEVICE float fma_(float a, float b, float c) { return fmaf(a, b, c); }
-// Of a number and NaN, the number.
+// The maximum of a number and a NaN is the number.
 DEVICE float max_(float a, float b) { return fmaxf(a, b); }
 DEVICE float round_even(float x) { return rintf(x); }
 DEVICE double ceiling(double x) { return ceil(x); }
 DEVICE uint64_t round_to_u64(float x) { return uint64_t(rint(double(x))); }
 DEVICE float sqrt_(float x) { return sqrtf(x); }
 DEVICE float divide(float a, float b) { return a / b; }
-// Flushes what is below the normal numbers to zero, as the instruction does.
+// Flushes subnormal results to zero, as the instruction does.
 DEVICE float fast_exp2(float x) {
     float y = exp2f(x);
     return y < 1.17549435e-38f ? 0.0f : y;
@@ -53,7 +53,7 @@ DEVICE uint32_t pack_bf16(float low, float high) { return to_bf16(low).bits | ui
 DEVICE uint32_t pack_f16(float low, float high) { return to_f16(low).bits | uint32_t(to_f16(high).bits) << 16; }
 #include "../fp8.cuh"
 
-// Two bytes (E4M3) in the low half of a word, widened; exact.
+// Widen the two bytes (E4M3) in the low half of a word. Exact.
 DEVICE uint32_t unpack_fp8_f16(uint32_t two) {
     return pack_f16(from_fp8(fp8{uint8_t(two)}), from_fp8(fp8{uint8_t(two >> 8)}));
 }

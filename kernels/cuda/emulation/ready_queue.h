@@ -1,4 +1,4 @@
-// Which of the threads that can run goes next.
+// The queue that decides which of the threads that can run is next.
 #pragma once
 
 #include <stdint.h>
@@ -25,7 +25,7 @@ private:
     uint64_t state_;
 };
 
-// Threads that can run. Each is in it at most once.
+// The threads that can run. Each is in the queue at most once.
 class ReadyQueue {
 public:
     void clear() { head_ = count_ = 0; }

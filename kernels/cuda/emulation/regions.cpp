@@ -1,4 +1,4 @@
-// Opens allocations to the kernels that first write them, and hidden ones to a kernel that has waited.
+// Makes allocations writable at their first write, and hidden ones accessible to a kernel that has waited.
 #include "regions.h"
 
 #include <sys/mman.h>
@@ -36,7 +36,7 @@ bool allow_first_write(const void* address) {
     const Block& block = *current->block;
     Region* region = region_at(*block.launch, reinterpret_cast<uintptr_t>(address));
     if (region == nullptr) return false;
-    // Another thread of the system may have opened it since the fault.
+    // Another thread of the operating system may have opened it since the fault.
     if (state_of(*region) == RegionState::Written) return true;
     if (state_of(*region) == RegionState::Hidden || block.before_dependency) return false;
     open_region(*region);

@@ -1,14 +1,14 @@
-// Allocations that kernels write: noticed by the protection of their pages, at the price of a signal for each allocation.
+// Detects which allocations kernels write, by protecting their pages. This costs one signal for each allocation.
 #pragma once
 
 #include "machine.h"
 
 namespace emulation {
 
-// Whether a fault at this address was the first write to an allocation, which may now go on.
+// Whether a fault at this address was the first write to an allocation. If so, the write can now be repeated.
 bool allow_first_write(const void* address);
 
-// Ends what kernels/src/gpu/emulator/memory.rs began with hiding the allocations that kernels wrote.
+// Makes accessible again the allocations that kernels/src/gpu/emulator/memory.rs has hidden because kernels wrote them.
 void reveal_regions(const Launch& launch);
 
 }  // namespace emulation

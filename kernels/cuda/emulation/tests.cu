@@ -1,4 +1,4 @@
-// Kernels that test the emulator itself (kernels/tests/emulator.rs): what it promises to do, and what it promises to notice.
+// Kernels that test the emulator itself (kernels/tests/emulator.rs): its operations, and the mistakes that it must detect.
 #include "prelude.cuh"
 
 struct EmulationScaleParams {
@@ -13,7 +13,7 @@ KERNEL(emulation_scale, EmulationScaleParams, 256) {
     if (i < p.len) p.out[i] = p.in[i] * p.factor;
 }
 
-// Copies a number, before or after the kernel before it has surely ended.
+// Copies a number. Reads or writes it before the wait for the previous kernel, or only after it.
 struct EmulationEarlyParams {
     float* out;
     const float* in;
@@ -27,7 +27,7 @@ KERNEL(emulation_early, EmulationEarlyParams, 32) {
     *p.out = p.reads_early != 0 ? x : *p.in;
 }
 
-// Reverses 128 numbers through shared memory, with what makes it right or without.
+// Reverses 128 numbers through shared memory, with the barrier that this needs or without it.
 struct EmulationReverseParams {
     uint32_t* out;
     const uint32_t* in;
@@ -40,7 +40,7 @@ KERNEL(emulation_reverse, EmulationReverseParams, 128) {
     p.out[threadIdx.x] = numbers[127 - threadIdx.x];
 }
 
-// out: [operation][lane]
+// Tests the operations of a warp. out: [operation][lane]
 struct EmulationWarpParams {
     uint32_t* out;
 };
@@ -53,7 +53,7 @@ KERNEL(emulation_warp, EmulationWarpParams, 32) {
     p.out[128 + lane()] = warp_sum(x);
 }
 
-// Two pairs of warps, each exchanging numbers at a barrier of its own.
+// Two pairs of warps exchange numbers, each pair at its own barrier.
 struct EmulationPairsParams {
     uint32_t* out;
 };
@@ -65,7 +65,7 @@ KERNEL(emulation_pairs, EmulationPairsParams, 128) {
     p.out[threadIdx.x] = numbers[threadIdx.x ^ 32];
 }
 
-// Copies 64 words in the background, in two groups of which the first is waited for, or neither.
+// Copies 256 words in the background, in two groups, and waits for none, the first or both.
 struct EmulationAsyncParams {
     uint32_t* out;
     const uint32_t* in;
@@ -85,7 +85,7 @@ KERNEL(emulation_async, EmulationAsyncParams, 32) {
     for (uint32_t i = lane(); i < 256; i += 32) p.out[i] = words[i];
 }
 
-// Adds one per thread of the grid; the last block to come says so.
+// Counts the threads of the grid, and finds the largest thread number.
 struct EmulationCountParams {
     uint32_t* count;
     uint64_t* largest;
@@ -95,7 +95,7 @@ KERNEL(emulation_count, EmulationCountParams, 64) {
     atomic_max(p.largest, uint64_t(blockIdx.x) * 64 + threadIdx.x);
 }
 
-// One fault each, by number.
+// Makes the mistake with the number `fault`.
 struct EmulationMisuseParams {
     uint32_t* out;
     uint32_t fault;

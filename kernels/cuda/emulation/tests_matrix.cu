@@ -1,8 +1,8 @@
 // Kernels that test the emulator's matrix instructions and Hopper's copies (kernels/tests/emulator.rs).
 #include "prelude.cuh"
 
-// One product of a warp from row-major operands a [16, k], b [8, k] into c [16, 8]; k is 32 bytes. Fragments are read word
-// by word, as device.cuh describes them.
+// Computes one product of a warp from row-major operands a [16, k], b [8, k] into c [16, 8]; k is 32 bytes. Fragments are read
+// word by word, in the layout that device.cuh describes.
 struct EmulationProductParams {
     uint32_t* c;
     const uint32_t* a;
@@ -32,7 +32,7 @@ KERNEL(emulation_product, EmulationProductParams, 32) {
     for (uint32_t i = 0; i < 4; i++) p.c[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = bits[i];
 }
 
-// Loads four 8×8 matrices that stand one below the other, [32, 8] of 16 bits; out: [transposed][register][lane].
+// Loads four 8×8 matrices, stored one after another as [32, 8] of 16 bits. out: [transposed][register][lane].
 struct EmulationLoadMatrixParams {
     uint32_t* out;
     const Bytes16* in;
@@ -50,8 +50,8 @@ KERNEL(emulation_load_matrix, EmulationLoadMatrixParams, 32) {
     }
 }
 
-// c[64, 16] = a · b^T by tiles of 64 elements of k in a ring of two: one thread has them copied, all 128 multiply. `fault`
-// leaves out one of the waits.
+// Computes c[64, 16] = a · b^T with tiles of 64 elements of k in a ring of two: one thread starts the copies, and all 128
+// multiply. `fault` selects a wait, a fence or a count of bytes that is left out.
 struct EmulationTilesParams {
     TensorMap a;
     TensorMap b;
@@ -88,7 +88,7 @@ KERNEL(emulation_tiles, EmulationTilesParams, 128) {
             wgmma<bf16, 16>(c, wgmma_advance(a, bytes), wgmma_advance(b, bytes));
         }
         wgmma_commit();
-        // The last products' wait, or the one before the tile is filled again.
+        // Waits for the products: the last ones, or those whose tile is about to be filled again.
         if (tile + 1 < tiles ? p.fault != 5 : p.fault != 6) wgmma_wait<0>(c);
         block_barrier();
         if (threadIdx.x == 0 && tile + STAGES < tiles) fill(tile + STAGES);

@@ -1,4 +1,4 @@
-// What threads of a warp and of a block do together: barriers, shuffles, votes, atomics.
+// Operations of several threads of a warp or of a block: barriers, shuffles, votes, atomics.
 #pragma once
 
 namespace emulation {
@@ -75,7 +75,7 @@ DEVICE uint32_t atomic_add(uint32_t* to, uint32_t x) { return __atomic_fetch_add
 DEVICE uint64_t atomic_add(uint64_t* to, uint64_t x) { return __atomic_fetch_add(to, x, __ATOMIC_RELAXED); }
 
 namespace emulation {
-// Puts `x` where the value there is smaller, and returns the old value.
+// Replaces the value by `x` if it is smaller, and returns the old value.
 template <typename T>
 T atomic_larger(T* to, T x) {
     T old = __atomic_load_n(to, __ATOMIC_RELAXED);
@@ -90,7 +90,7 @@ DEVICE uint32_t atomic_max(uint32_t* to, uint32_t x) { return emulation::atomic_
 DEVICE uint64_t atomic_max(uint64_t* to, uint64_t x) { return emulation::atomic_larger(to, x); }
 DEVICE void global_fence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
-// Launches run one after another here. Of a launch that may overlap the one before, one block runs with what earlier kernels
-// wrote out of reach until it waits, and every block must wait.
+// In the emulator, launches run one after another. If a launch may overlap the previous one, every block must wait, and one
+// block cannot access what earlier kernels wrote until it waits.
 DEVICE void grid_dependency_wait() { emulation::wait_for_dependency(); }
 DEVICE void grid_dependency_launch() {}

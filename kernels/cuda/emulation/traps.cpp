@@ -1,4 +1,4 @@
-// The signals of faulting kernels, and the functions that compiled-in checks call.
+// Handles the signals of faulting kernels, and implements the functions that compiled-in checks call.
 #include "traps.h"
 
 #include <signal.h>
@@ -23,7 +23,7 @@ struct sigaction previous[64];
 
 void on_signal(int signal, siginfo_t* what, void*) {
     if (trap_landing == nullptr) {
-        // Not a kernel's: the instruction is tried again, and whoever handled the signal before handles it.
+        // Not caused by a kernel: the instruction runs again, and the previous handler gets its signal.
         sigaction(signal, &previous[signal], nullptr);
         return;
     }
@@ -44,7 +44,7 @@ bool install() {
     return true;
 }
 
-// A stack of its own for signals, since the kernel's may be what has run out. Rust's threads have one.
+// A separate stack for signals, since the kernel's own stack may have overflowed. Rust's threads already have one.
 struct SignalStack {
     SignalStack() {
         stack_t present = {};
@@ -77,8 +77,8 @@ void catch_traps() {
 
 }  // namespace emulation
 
-// Kernels are compiled with checks of indices, alignment and shifts (kernels/build/emulator.rs). These are the functions
-// that the compiler calls when one fails, with the place in the source first in what it passes.
+// Kernels are compiled with checks of indices, alignment and shifts (kernels/build/emulator.rs). These are the functions that
+// the compiler calls when a check fails. The data that it passes starts with the place in the source.
 extern "C" {
 
 struct SourcePlace {
