@@ -59,7 +59,7 @@ impl Outcome {
         Self { exercise, skipped: Some(why.into()), ..Self::default() }
     }
 
-    /// Whether no request failed, no token was wrong, and nothing else went wrong.
+    /// Whether no request failed, no token was wrong, and there were no other problems.
     pub fn is_good(&self) -> bool {
         self.failed_requests == 0 && self.wrong_tokens == 0 && self.problems.is_empty()
     }

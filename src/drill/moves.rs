@@ -16,7 +16,7 @@ const POLL: Duration = Duration::from_millis(4);
 /// How often streams changed their node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Moves {
-    /// By kind of failure.
+    /// Streams that lost their replica and continued on another, by kind of failure.
     pub(super) failovers: BTreeMap<String, u64>,
     pub(super) hand_overs: u64,
     pub(super) resumed: u64,

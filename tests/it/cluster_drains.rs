@@ -55,7 +55,7 @@ async fn nodes_that_restart_in_turn_and_in_pairs_fail_no_request() {
     let http = reqwest::Client::new();
     let mut references = Vec::new();
     for number in 0..BODIES {
-        references.push(ask(&http, &urls, 0, &body(number)).await.expect("nothing is wrong yet"));
+        references.push(ask(&http, &urls, 0, &body(number)).await.expect("no node is restarting yet"));
     }
     let (references, goes_on, turns) =
         (Arc::new(references), Arc::new(AtomicBool::new(true)), Arc::<AtomicUsize>::default());

@@ -163,7 +163,7 @@ fn streams_are_the_same_in_any_company() {
         let tight = Setup { kv_cache_memory: 17 * block_bytes(name), ..small };
         let crowd = engine(&device, name, Setup { max_num_seqs: 9, max_num_batched_tokens: 48, ..together(tight) });
         assert_equal("together", &requests, &run_together(&crowd, &requests), &alone);
-        assert!(!crowd.status().device_time.is_zero(), "{name}: steps take the device some time");
+        assert!(!crowd.status().device_time.is_zero(), "{name}: no device time was measured");
         assert!(crowd.status().preemptions > 0, "{name}: the pool is too large for this test");
         assert_equal("from the cache", &requests, &run_together(&crowd, &requests), &alone);
         assert!(crowd.counters().prefix_cache_hits > 0, "{name}: the second round hits the prefix cache");

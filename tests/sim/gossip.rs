@@ -20,7 +20,7 @@ pub struct Gossip {
     detection: Duration,
     random: Random,
     said: BTreeMap<usize, VecDeque<Said>>,
-    /// By observer and subject.
+    /// The last report that each node received of each other, by observer and subject.
     heard: BTreeMap<(usize, usize), Heard>,
 }
 

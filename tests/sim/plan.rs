@@ -21,7 +21,7 @@ pub struct Plan {
     /// Gossip considers a node dead after this time without reports.
     pub detection: Duration,
     pub clients: Vec<ClientPlan>,
-    /// In order of time.
+    /// The faults and their times, in order of time.
     pub faults: Vec<(Duration, Fault)>,
     /// Whether the run waits at the end until all journals must have expired. Only some runs do.
     pub outlives_journals: bool,

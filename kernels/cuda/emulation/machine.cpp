@@ -1,4 +1,4 @@
-// Scheduling of a block's threads, and the interface to Rust (kernels/src/gpu/emulator).
+// Schedules a block's threads, and implements the interface to Rust (kernels/src/gpu/emulator).
 #include "machine.h"
 
 #include <signal.h>

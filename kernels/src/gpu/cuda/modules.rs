@@ -58,8 +58,8 @@ impl Modules {
         }
     }
 
-    /// Finds a kernel and loads its code now, not at its first launch, which might be part of a recording. Allows it as much
-    /// dynamic shared memory as the device has.
+    /// Finds a kernel and loads its code now, since its first launch might be part of a recording. Allows it as much dynamic
+    /// shared memory as the device has.
     pub fn function(&self, library: &Library, name: &str) -> Result<LoadedFunction, DeviceError> {
         let unknown = || DeviceError::UnknownKernel(name.to_owned());
         let symbol = CString::new(name).map_err(|_| unknown())?;
