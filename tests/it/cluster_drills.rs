@@ -1,4 +1,4 @@
-//! Drills with real processes: each exercise alone with random weights, and all exercises in a row with the real model.
+//! Drills with real processes: all exercises in a row, with random weights and with the real model.
 
 use std::process::Stdio;
 
@@ -13,98 +13,13 @@ use crate::real_model;
 use crate::server::outrigger;
 
 const SLOW_LOAD: Load = Load { streams: 32, tokens: 160, prefill_words: 150 };
-const REAL_LOAD: Load = Load { streams: 32, tokens: 96, prefill_words: 400 };
+const REAL_LOAD: Load = Load { streams: 16, tokens: 96, prefill_words: 400 };
 
-/// Runs one exercise and checks that its goals are met, which includes that a stream moved if there was a fault.
-async fn exercise(exercise: Exercise) -> Outcome {
-    let cluster = Cluster::slow().await;
+/// Runs all exercises in a row and checks that the goals of all are met. The cluster has no prefix cache: with one, the survivors
+/// would have all prompts cached from an earlier exercise.
+async fn every_exercise(cluster: Cluster, load: &Load) -> Vec<Outcome> {
     let (arena, _kept) = cluster.into_parts();
-    let mut day = GameDay::rehearse(arena, &SLOW_LOAD).await.unwrap_or_else(|error| panic!("{error}"));
-    let outcome = day.run(exercise).await.unwrap_or_else(|error| panic!("{error}"));
-    assert!(outcome.is_good() && outcome.skipped.is_none(), "{outcome:#?}");
-    assert!(outcome.streams >= SLOW_LOAD.streams, "{outcome:#?}");
-    outcome
-}
-
-#[tokio::test]
-async fn streams_are_the_same_through_every_node() {
-    let outcome = exercise(Exercise::Calm).await;
-    assert_eq!((outcome.moved(), outcome.reconnects), (0, 0), "{outcome:#?}");
-}
-
-#[tokio::test]
-async fn a_generator_may_be_killed_in_decode() {
-    exercise(Exercise::KillInDecode).await;
-}
-
-#[tokio::test]
-async fn a_generator_may_be_killed_in_prefill() {
-    exercise(Exercise::KillInPrefill).await;
-}
-
-#[tokio::test]
-async fn a_generator_may_be_paused_and_come_back() {
-    exercise(Exercise::Pause).await;
-}
-
-#[tokio::test]
-async fn a_generator_may_be_slow() {
-    let outcome = exercise(Exercise::SlowNode).await;
-    assert!(outcome.rescued > 0, "its streams should move before they time out: {outcome:#?}");
-}
-
-#[tokio::test]
-async fn an_engine_may_panic() {
-    exercise(Exercise::EnginePanic).await;
-}
-
-#[tokio::test]
-async fn a_device_may_break() {
-    exercise(Exercise::DeviceError).await;
-}
-
-#[tokio::test]
-async fn an_engine_may_hang() {
-    exercise(Exercise::EngineHang).await;
-}
-
-#[tokio::test]
-async fn logits_may_be_nan() {
-    exercise(Exercise::NanLogits).await;
-}
-
-#[tokio::test]
-async fn nodes_may_be_restarted_one_after_the_other() {
-    let outcome = exercise(Exercise::RollingRestart).await;
-    assert!(outcome.streams > 2 * SLOW_LOAD.streams, "the streams did not repeat throughout the restart: {outcome:#?}");
-}
-
-#[tokio::test]
-async fn the_entry_may_be_killed() {
-    let outcome = exercise(Exercise::KillEntry).await;
-    assert!(outcome.reconnects > 0 && outcome.resumed > 0, "{outcome:#?}");
-}
-
-#[tokio::test]
-async fn the_entrys_engine_may_die_under_its_front() {
-    exercise(Exercise::EntryEnginePanic).await;
-}
-
-#[tokio::test]
-async fn all_nodes_but_one_may_die_at_once() {
-    exercise(Exercise::AllButOne).await;
-}
-
-/// Runs all exercises in a row. Prints the table of results.
-#[tokio::test]
-async fn every_game_day_is_survived_by_the_real_model() {
-    let home = real_model::home();
-    tokio::task::spawn_blocking(real_model::path).await.expect("the model is there");
-    let home = format!("--home={}", home.display());
-    // With prefix caching, the survivors would have all prompts cached from an earlier exercise.
-    let cluster = Cluster::start(3, &[&home, "--enable-prefix-caching=false"]).await;
-    let (arena, _kept) = cluster.into_parts();
-    let mut day = GameDay::rehearse(arena, &REAL_LOAD).await.unwrap_or_else(|error| panic!("{error}"));
+    let mut day = GameDay::rehearse(arena, load).await.unwrap_or_else(|error| panic!("{error}"));
     let mut outcomes = Vec::new();
     for exercise in Exercise::ALL {
         outcomes.push(day.run(exercise).await.unwrap_or_else(|error| panic!("{error}\n{}", report::table(&outcomes))));
@@ -112,7 +27,34 @@ async fn every_game_day_is_survived_by_the_real_model() {
     let table = report::table(&outcomes);
     println!("{table}");
     assert!(report::is_good(&outcomes), "{table}");
-    assert!(outcomes.iter().all(|outcome| outcome.skipped.is_none()), "{table}");
+    for outcome in &outcomes {
+        assert!(outcome.skipped.is_none() && outcome.streams >= load.streams, "{outcome:#?}\n{table}");
+    }
+    outcomes
+}
+
+#[tokio::test]
+async fn every_exercise_keeps_every_stream() {
+    let cluster = Cluster::slow_with(3, &["--enable-prefix-caching=false"]).await;
+    let outcomes = every_exercise(cluster, &SLOW_LOAD).await;
+    let of = |exercise: Exercise| outcomes.iter().find(|outcome| outcome.exercise == exercise.name()).expect("it ran");
+    let calm = of(Exercise::Calm);
+    assert_eq!((calm.moved(), calm.reconnects), (0, 0), "{calm:#?}");
+    let slow = of(Exercise::SlowNode);
+    assert!(slow.rescued > 0, "its streams should move before they time out: {slow:#?}");
+    let rolling = of(Exercise::RollingRestart);
+    assert!(rolling.streams > 2 * SLOW_LOAD.streams, "the streams did not repeat throughout the restart: {rolling:#?}");
+    let entry = of(Exercise::KillEntry);
+    assert!(entry.reconnects > 0 && entry.resumed > 0, "{entry:#?}");
+}
+
+#[tokio::test]
+async fn every_game_day_is_survived_by_the_real_model() {
+    let home = real_model::home();
+    tokio::task::spawn_blocking(real_model::path).await.expect("the model is there");
+    let home = format!("--home={}", home.display());
+    let cluster = Cluster::start(3, &[&home, "--enable-prefix-caching=false"]).await;
+    every_exercise(cluster, &REAL_LOAD).await;
 }
 
 #[tokio::test]
