@@ -20,7 +20,7 @@ use std::time::Duration;
 use futures::future::BoxFuture;
 use outrigger::cluster::membership::Membership;
 use outrigger::cluster::seal::transport::Datagrams;
-use outrigger::cluster::{ClusterKey, ClusterView, Config, LoadReport, ModelReport, NodeDescription, PROTOCOL_VERSION};
+use outrigger::cluster::{ClusterKey, ClusterView, Config, LoadReport, ModelReport, NodeDescription, PROTOCOL};
 use outrigger::observability::Metrics;
 use outrigger::types::{Fingerprint, NodeId, NodeState};
 use parking_lot::Mutex;
@@ -101,7 +101,7 @@ async fn start(network: &Network, number: usize) -> Node {
     let port = network.bind(addr(number));
     let membership = Membership::start_on(port, &config, &keys, Arc::clone(&metrics)).await.expect("started");
     membership.describe(NodeDescription {
-        protocol: PROTOCOL_VERSION,
+        protocol: PROTOCOL,
         version: env!("CARGO_PKG_VERSION").into(),
         peer_addr: addr(number),
         zone: "zone-a".into(),

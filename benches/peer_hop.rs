@@ -22,7 +22,7 @@ use outrigger::cluster::peer_client::HttpPeerTransport;
 use outrigger::cluster::tls::PeerTls;
 use outrigger::cluster::{
     ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal,
-    LoadReport, NodeDescription, PROTOCOL_VERSION, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
+    LoadReport, NodeDescription, PROTOCOL, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
 };
 use outrigger::observability::Metrics;
 use outrigger::types::watch;
@@ -122,7 +122,7 @@ fn tls() -> PeerTls {
 
 fn peer(peer_addr: SocketAddr) -> Peer {
     let description = NodeDescription {
-        protocol: PROTOCOL_VERSION,
+        protocol: PROTOCOL,
         version: String::new(),
         peer_addr,
         zone: String::new(),
@@ -132,6 +132,7 @@ fn peer(peer_addr: SocketAddr) -> Peer {
     Peer {
         id: NodeId::new("peer"),
         incarnation: 1,
+        protocol: PROTOCOL.newest,
         description,
         report,
         reported_at: Instant::now(),

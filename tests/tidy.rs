@@ -50,9 +50,10 @@ const FENCES: &[Fence] = &[
     Fence { path: "tokio_rustls", homes: &["cluster/tls"], reason: "one place decides who is trusted" },
     Fence { path: "webpki", homes: &["cluster/tls"], reason: "one place decides who is trusted" },
     Fence { path: "rcgen", homes: &["cluster/tls"], reason: "one place makes certificates" },
+    Fence { path: "postcard", homes: &["tokenizer/bundle"], reason: "few places know the bytes between nodes" },
     Fence {
-        path: "postcard",
-        homes: &["cluster/", "tokenizer/bundle"],
+        path: "prost",
+        homes: &["cluster/wire/", "cluster/gossip"],
         reason: "few places know the bytes between nodes",
     },
     Fence {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Restarts the nodes of a cluster under clients that go round all addresses, and counts what fails (loopback, stdlib only).
 
-  drain.py BINARY [--orders each,two] [--kinds whole,streams,keep-alive,http2,prefill] [--requests 500]
+  drain.py BINARY [--orders each,two] [--kinds whole,streams,keep-alive,http2,prefill] [--requests 500] [--other BINARY]
 
 Three nodes with a model of random weights. A failure is an answer other than 2xx, a connection that breaks after it was
 accepted, or a token that differs from the same request's undisturbed one. A refused connection is a failure only if no other
@@ -11,6 +11,8 @@ address answers within a second. Exit code 1 if anything failed.
   kinds       whole: answers without streaming, streams: server-sent events; both with a connection for each request
               keep-alive: whole answers on connections that are kept; http2: the same with HTTP/2
               prefill: streams with prompts that take a while
+  other       another version: whenever a node restarts, it changes from one binary to the other, so the cluster is upgraded
+              and goes back, again and again
 """
 import argparse, collections, http.client, json, os, select, shutil, signal, socket, struct, sys, threading, time
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -265,27 +267,29 @@ def different_bodies(count, prompt, tokens, streams=False):
              'temperature': 0.8 * (i % 2), 'return_token_ids': True, 'stream': streams} for i in range(count)]
 
 
-def restart(nodes):
+def restart(nodes, other):
     for node in nodes:
         node.process.send_signal(signal.SIGTERM)
     codes = [node.process.wait() for node in nodes]
     for node in nodes:
+        if other:
+            node.command[0], node.other = getattr(node, 'other', other), node.command[0]
         node.start()
     for node in nodes:
         node.wait(2)
     return codes
 
 
-def disturb(nodes, order, load, requests):
+def disturb(nodes, order, load, requests, other):
     """Restarts in rounds until there were enough requests."""
     codes, rounds = [], 0
     while rounds == 0 or load.done < requests:
         if order == 'each':
             for node in nodes:
-                codes += restart([node])
+                codes += restart([node], other)
         else:
             for first in range(3):
-                codes += restart([nodes[first], nodes[(first + 1) % 3]])
+                codes += restart([nodes[first], nodes[(first + 1) % 3]], other)
         rounds += 1
     bad = [code for code in codes if code]
     if bad:
@@ -304,7 +308,8 @@ def measure(nodes, order, kind, args):
     alone = (time.perf_counter() - begin) / len(bodies)
     load, begin, rounds = Load([node.port for node in nodes], kind, bodies, references), time.perf_counter(), []
     clients = args.clients if kind != 'prefill' else args.prefill_clients
-    load.run(clients, lambda: rounds.append(disturb(nodes, order, load, 0 if kind == 'prefill' else args.requests)))
+    requests = args.requests if kind != 'prefill' else 0
+    load.run(clients, lambda: rounds.append(disturb(nodes, order, load, requests, args.other)))
     seconds = time.perf_counter() - begin
     failed = sum(load.failures.values())
     print(f'| {order} | {kind} | {load.done} | {failed} | {load.refused} | {alone:.2f} | {load.slowest:.2f} | {seconds:.0f} |',
@@ -327,6 +332,7 @@ def model(folder, size):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('binary')
+    parser.add_argument('--other', metavar='BINARY', help='another version, to which nodes change when they restart')
     parser.add_argument('--orders', default='each,two')
     parser.add_argument('--kinds', default='whole,streams,keep-alive,http2,prefill')
     parser.add_argument('--requests', type=int, default=500, help='at least so many for each row; fewer with `prefill`')

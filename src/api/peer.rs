@@ -18,8 +18,6 @@ use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
@@ -30,7 +28,7 @@ use tracing::debug;
 use super::listener::AcceptErrors;
 use crate::cluster::problems::ProblemReason;
 use crate::cluster::tls::{self, CalledStream, PeerTls};
-use crate::cluster::wire::{self, WireError};
+use crate::cluster::wire::{self, CallKind, WireError, WireMessage};
 use crate::cluster::{PeerFrame, PeerService, PeerStream, Problems};
 use crate::observability::Metrics;
 use crate::types::{Failure, FailureKind, GenerationEvent};
@@ -238,6 +236,10 @@ impl From<CallError> for Refusal {
                 let message = "The request is too large to pass to another replica.";
                 (StatusCode::PAYLOAD_TOO_LARGE, FailureKind::InvalidRequest, message)
             }
+            CallError::Wire(WireError::Needs(_)) => {
+                let message = "The replica's version is too old for the request.";
+                (StatusCode::CONFLICT, FailureKind::Overloaded, message)
+            }
             CallError::Wire(_) => {
                 (StatusCode::BAD_REQUEST, FailureKind::Internal, "The replica could not read the request.")
             }
@@ -280,33 +282,21 @@ impl Calls {
         if head.method != Method::POST {
             return Err(CallError::Unknown.into());
         }
-        match head.uri.path() {
-            wire::GENERATE_PATH => {
-                let call = self.read_with(body, wire::decode_call).await?;
-                Ok(Answer::stream(self.service.generate(call)?))
-            }
-            wire::FOLLOW_PATH => Ok(Answer::stream(self.service.follow(self.read(body).await?)?)),
-            wire::JOURNAL_PATH => Answer::message(&self.service.journal(self.read(body).await?)),
-            wire::LOOKUP_PATH => Answer::message(&self.service.lookup(self.read(body).await?)),
-            wire::TOKENIZER_PATH => {
+        match CallKind::at(head.uri.path()).ok_or(CallError::Unknown)? {
+            CallKind::Generate => Ok(Answer::stream(self.service.generate(self.read(body).await?)?)),
+            CallKind::Follow => Ok(Answer::stream(self.service.follow(self.read(body).await?)?)),
+            CallKind::Journal => Answer::message(&self.service.journal(self.read(body).await?)),
+            CallKind::Lookup => Answer::message(&self.service.lookup(self.read(body).await?)),
+            CallKind::Tokenizer => {
                 let digest: String = self.read(body).await?;
                 let unknown = || Failure::invalid("tokenizer", "The replica does not have this tokenizer.");
                 Ok(Answer::Whole(Some(self.service.tokenizer(&digest).ok_or_else(unknown)?)))
             }
-            _ => Err(CallError::Unknown.into()),
         }
     }
 
     /// Reads and decodes the call's body.
-    async fn read<T: DeserializeOwned>(&self, body: Incoming) -> Result<T, CallError> {
-        self.read_with(body, wire::decode_message).await
-    }
-
-    async fn read_with<T>(
-        &self,
-        body: Incoming,
-        decode: impl FnOnce(&[u8]) -> Result<T, WireError>,
-    ) -> Result<T, CallError> {
+    async fn read<T: WireMessage>(&self, body: Incoming) -> Result<T, CallError> {
         // Our own client announces the size of its calls.
         let size = body.size_hint().upper().map_or(wire::MAX_MESSAGE_BYTES, |size| size as usize);
         if size > wire::MAX_MESSAGE_BYTES {
@@ -314,7 +304,7 @@ impl Calls {
         }
         let units = size.div_ceil(MEMORY_UNIT) as u32;
         let _memory = self.memory.try_acquire_many(units).map_err(|_| CallError::Crowded)?;
-        Ok(decode(&collect(body, size).await?)?)
+        Ok(wire::decode_message(&collect(body, size).await?)?)
     }
 }
 
@@ -345,7 +335,7 @@ impl Answer {
         Self::Stream(stream)
     }
 
-    fn message<T: Serialize>(message: &T) -> Result<Self, Refusal> {
+    fn message<T: WireMessage>(message: &T) -> Result<Self, Refusal> {
         Ok(Self::Whole(Some(wire::encode_message(message).map_err(CallError::from)?)))
     }
 }

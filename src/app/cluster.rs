@@ -20,7 +20,7 @@ use crate::cluster::peer_client::HttpPeerTransport;
 use crate::cluster::reach::Reach;
 use crate::cluster::reload::{CurrentKeys, Reload, check_permissions};
 use crate::cluster::tls::PeerTls;
-use crate::cluster::{self, KeyRing, ModelReport, NodeDescription, PROTOCOL_VERSION, PeerTransport};
+use crate::cluster::{self, KeyRing, ModelReport, NodeDescription, PROTOCOL, PeerTransport};
 use crate::config::Config;
 use crate::health::Health;
 use crate::observability::Metrics;
@@ -147,7 +147,7 @@ impl Cluster {
     pub fn describe(&self, models: Vec<ModelReport>) {
         let Some(network) = &self.network else { return };
         self.membership.describe(NodeDescription {
-            protocol: PROTOCOL_VERSION,
+            protocol: PROTOCOL,
             version: env!("CARGO_PKG_VERSION").to_owned(),
             peer_addr: network.peer_addr,
             zone: self.zone.clone(),

@@ -1,16 +1,17 @@
 //! Encodes and decodes the values that nodes publish through gossip. Values from the network are checked against the limits in
 //! `load_report`. Pure.
 //!
-//! A value is Postcard data, written with seven bits per character, since chitchat carries text and needs it short. Numbers are
-//! rounded to what affects decisions, so that small fluctuations are not sent.
+//! A value is a Protocol Buffers message (`wire::schema`), written with seven bits per character, since chitchat carries text and
+//! needs it short. Numbers are rounded to what affects decisions, so that small fluctuations are not sent.
 
-use serde::{Deserialize, Serialize};
+use prost::Message;
 
 use super::load_report::{
-    LoadReport, MAX_HOT_PREFIXES, MAX_REASON_BYTES, MAX_REASONS, ModelReport, NodeDescription, PROTOCOL_VERSION,
-    PaceReport,
+    LoadReport, MAX_HOT_PREFIXES, MAX_REASON_BYTES, MAX_REASONS, ModelReport, NodeDescription, PaceReport,
 };
-use crate::types::NodeState;
+use super::protocol::{PROTOCOL, ProtocolRange, VERSION_1};
+use super::wire::schema;
+use crate::types::{Fingerprint, NodeState};
 
 /// Maximum size of the text of a report or a prefix list, and of a description.
 pub const MAX_REPORT_BYTES: usize = 1024;
@@ -29,40 +30,31 @@ const RATE_STEP: f32 = 0.1;
 /// Why a value from the network is rejected.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum GossipError {
-    #[error("the node uses protocol version {0}, this node {PROTOCOL_VERSION}")]
-    OtherProtocol(u16),
+    #[error("the node speaks {0} of the protocol, this node {PROTOCOL}")]
+    OtherProtocol(ProtocolRange),
     #[error("the value is malformed or exceeds its limits")]
     Malformed,
 }
 
-/// A report without its pace and its prefixes, which have keys of their own.
-#[derive(Serialize, Deserialize)]
-struct WireReport {
-    /// Differs from the previous report's, so that an unchanged report counts as a new value.
-    sequence: u8,
-    state: NodeState,
-    ready: bool,
-    reasons: Vec<String>,
-    running: u32,
-    waiting: u32,
-    waiting_tokens: u64,
-    seats: u32,
-    queue_saturation: u16,
-    kv_usage: u16,
-    memory_pressure: u16,
-    time_to_first_token: u32,
-    inter_token_latency: u32,
-    drain_tokens_per_second: u32,
-    free_token_budget: u64,
-}
+/// The number of a state is its index. An unknown one counts as `Failed`: the node gets nothing.
+const STATES: [NodeState; 7] = [
+    NodeState::Starting,
+    NodeState::Warming,
+    NodeState::Ready,
+    NodeState::Degraded,
+    NodeState::Draining,
+    NodeState::Stopped,
+    NodeState::Failed,
+];
 
 /// Encodes the report without its pace and its prefixes. Reasons are cut and numbers are clamped to their limits.
 pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
-    let ratio = |value: f32| (value.clamp(0.0, 1.0) * RATIO_STEPS).round() as u16;
+    let ratio = |value: f32| (value.clamp(0.0, 1.0) * RATIO_STEPS).round() as u32;
+    let state = STATES.iter().position(|state| *state == report.state).expect("every state is listed");
     let steps = |value: f32, step: f32| (value / step).round() as u32;
-    let wire = WireReport {
-        sequence,
-        state: report.state,
+    let wire = schema::WireReport {
+        sequence: sequence.into(),
+        state: state as u32,
         ready: report.ready,
         reasons: report.reasons.iter().take(MAX_REASONS).map(|reason| cut(reason, MAX_REASON_BYTES)).collect(),
         running: report.running,
@@ -80,27 +72,21 @@ pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
     to_text(&wire)
 }
 
-/// Decodes a report, without pace and prefixes.
+/// Decodes a report, without pace and prefixes. What exceeds the limits is cut: a later version may have other limits.
 pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
-    let wire: WireReport = from_text(text, MAX_REPORT_BYTES)?;
-    let ratios = [wire.queue_saturation, wire.kv_usage, wire.memory_pressure];
-    let is_within = ratios.iter().all(|&ratio| f32::from(ratio) <= RATIO_STEPS)
-        && wire.reasons.len() <= MAX_REASONS
-        && wire.reasons.iter().all(|reason| reason.len() <= MAX_REASON_BYTES);
-    if !is_within {
-        return Err(GossipError::Malformed);
-    }
+    let wire: schema::WireReport = from_text(text, MAX_REPORT_BYTES)?;
+    let ratio = |steps: u32| (steps as f32 / RATIO_STEPS).min(1.0);
     Ok(LoadReport {
-        state: wire.state,
-        ready: wire.ready,
-        reasons: wire.reasons,
+        state: STATES.get(wire.state as usize).copied().unwrap_or(NodeState::Failed),
+        ready: wire.ready && (wire.state as usize) < STATES.len(),
+        reasons: wire.reasons.iter().take(MAX_REASONS).map(|reason| cut(reason, MAX_REASON_BYTES)).collect(),
         running: wire.running,
         waiting: wire.waiting,
         waiting_tokens: wire.waiting_tokens,
         seats: wire.seats,
-        queue_saturation: f32::from(wire.queue_saturation) / RATIO_STEPS,
-        kv_usage: f32::from(wire.kv_usage) / RATIO_STEPS,
-        memory_pressure: f32::from(wire.memory_pressure) / RATIO_STEPS,
+        queue_saturation: ratio(wire.queue_saturation),
+        kv_usage: ratio(wire.kv_usage),
+        memory_pressure: ratio(wire.memory_pressure),
         time_to_first_token: wire.time_to_first_token as f32 * FIRST_TOKEN_STEP_SECONDS,
         inter_token_latency: wire.inter_token_latency as f32 * TOKEN_STEP_SECONDS,
         drain_tokens_per_second: wire.drain_tokens_per_second as f32 * RATE_STEP,
@@ -110,23 +96,13 @@ pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
     })
 }
 
-/// Later versions may append fields.
-#[derive(Serialize, Deserialize)]
-struct WirePace {
-    /// Differs from the previous one's, so that an unchanged pace counts as a new value.
-    sequence: u8,
-    unit_nanos: u64,
-    age_millis: u32,
-}
-
 pub fn encode_pace(pace: &PaceReport, sequence: u8) -> String {
     let unit_nanos = (f64::from(pace.unit_seconds) * 1e9) as u64;
-    to_text(&WirePace { sequence, unit_nanos, age_millis: (pace.age_seconds * 1e3) as u32 })
+    to_text(&schema::WirePace { sequence: sequence.into(), unit_nanos, age_millis: (pace.age_seconds * 1e3) as u32 })
 }
 
 pub fn decode_pace(text: &str) -> Result<PaceReport, GossipError> {
-    let bytes = unpack(text, MAX_REPORT_BYTES)?;
-    let (wire, _) = postcard::take_from_bytes::<WirePace>(&bytes).map_err(|_| GossipError::Malformed)?;
+    let wire: schema::WirePace = from_text(text, MAX_REPORT_BYTES)?;
     let unit_seconds = (wire.unit_nanos as f64 / 1e9) as f32;
     match unit_seconds > 0.0 {
         true => Ok(PaceReport { unit_seconds, age_seconds: wire.age_millis as f32 / 1e3 }),
@@ -161,11 +137,21 @@ pub fn encode_description(description: &NodeDescription) -> String {
         !model.names.is_empty()
             && [model.fingerprint.as_str(), &model.tokenizer].iter().all(|id| id.len() <= MAX_NAME_BYTES)
     };
-    let mut wire = NodeDescription {
+    let model = |model: ModelReport| schema::WireModel {
+        names: model.names,
+        fingerprint: model.fingerprint.as_str().to_owned(),
+        tokenizer: model.tokenizer,
+        max_model_len: model.max_model_len,
+        created: model.created,
+    };
+    let models = description.models.iter().map(bounded).filter(is_whole).take(MAX_MODELS).map(model);
+    let mut wire = schema::WireDescription {
+        oldest_protocol: description.protocol.oldest.into(),
+        newest_protocol: description.protocol.newest.into(),
         version: cut(&description.version, MAX_NAME_BYTES),
+        peer_addr: description.peer_addr.to_string(),
         zone: cut(&description.zone, MAX_NAME_BYTES),
-        models: description.models.iter().map(bounded).filter(is_whole).take(MAX_MODELS).collect(),
-        ..description.clone()
+        models: models.collect(),
     };
     loop {
         let text = to_text(&wire);
@@ -176,28 +162,40 @@ pub fn encode_description(description: &NodeDescription) -> String {
     }
 }
 
-/// Of another protocol version, only the version number is read.
+/// Of a node with which this one shares no protocol version, only its versions are read. Models and names beyond the limits are left
+/// out: a later version may have other limits.
 pub fn decode_description(text: &str) -> Result<NodeDescription, GossipError> {
     let bytes = unpack(text, MAX_DESCRIPTION_BYTES)?;
-    let (protocol, _) = postcard::take_from_bytes::<u16>(&bytes).map_err(|_| GossipError::Malformed)?;
-    if protocol != PROTOCOL_VERSION {
+    if bytes.first() == Some(&1) {
+        return Err(GossipError::OtherProtocol(VERSION_1));
+    }
+    let wire = schema::WireDescription::decode(&*bytes).map_err(|_| GossipError::Malformed)?;
+    let version = |version: u32| u16::try_from(version).map_err(|_| GossipError::Malformed);
+    let protocol = ProtocolRange { oldest: version(wire.oldest_protocol)?, newest: version(wire.newest_protocol)? };
+    if PROTOCOL.common(protocol).is_none() {
         return Err(GossipError::OtherProtocol(protocol));
     }
-    let description: NodeDescription = postcard::from_bytes(&bytes).map_err(|_| GossipError::Malformed)?;
-    let is_short = |name: &str| name.len() <= MAX_NAME_BYTES;
-    let is_sound = |model: &ModelReport| {
-        (1..=MAX_NAMES).contains(&model.names.len())
-            && model.names.iter().all(|name| is_short(name))
-            && is_short(model.fingerprint.as_str())
-            && is_short(&model.tokenizer)
+    let is_short = |name: &String| name.len() <= MAX_NAME_BYTES;
+    let model = |model: schema::WireModel| {
+        let names: Vec<String> = model.names.into_iter().filter(is_short).take(MAX_NAMES).collect();
+        let is_sound = !names.is_empty() && is_short(&model.fingerprint) && is_short(&model.tokenizer);
+        is_sound.then(|| ModelReport {
+            names,
+            fingerprint: Fingerprint::new(model.fingerprint),
+            tokenizer: model.tokenizer,
+            max_model_len: model.max_model_len,
+            created: model.created,
+        })
     };
-    let is_within = description.models.len() <= MAX_MODELS
-        && description.models.iter().all(is_sound)
-        && is_short(&description.version)
-        && is_short(&description.zone)
-        && description.peer_addr.port() != 0
-        && !description.peer_addr.ip().is_unspecified();
-    if is_within { Ok(description) } else { Err(GossipError::Malformed) }
+    let description = NodeDescription {
+        protocol,
+        version: cut(&wire.version, MAX_NAME_BYTES),
+        peer_addr: wire.peer_addr.parse().map_err(|_| GossipError::Malformed)?,
+        zone: cut(&wire.zone, MAX_NAME_BYTES),
+        models: wire.models.into_iter().filter_map(model).take(MAX_MODELS).collect(),
+    };
+    let can_be_called = description.peer_addr.port() != 0 && !description.peer_addr.ip().is_unspecified();
+    if can_be_called { Ok(description) } else { Err(GossipError::Malformed) }
 }
 
 /// How quickly other nodes should learn of a change.
@@ -246,12 +244,12 @@ fn cut(text: &str, max: usize) -> String {
     text[..text.floor_char_boundary(max)].to_owned()
 }
 
-fn to_text<T: Serialize>(value: &T) -> String {
-    pack(&postcard::to_stdvec(value).expect("plain data always encodes"))
+fn to_text(value: &impl Message) -> String {
+    pack(&value.encode_to_vec())
 }
 
-fn from_text<T: for<'de> Deserialize<'de>>(text: &str, max_bytes: usize) -> Result<T, GossipError> {
-    postcard::from_bytes(&unpack(text, max_bytes)?).map_err(|_| GossipError::Malformed)
+fn from_text<T: Message + Default>(text: &str, max_bytes: usize) -> Result<T, GossipError> {
+    T::decode(&*unpack(text, max_bytes)?).map_err(|_| GossipError::Malformed)
 }
 
 /// Writes bytes as ASCII, seven bits per character, lowest bits first. The last character is padded with zero bits.
@@ -296,7 +294,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::types::Fingerprint;
 
     prop_compose! {
         fn reports()(
@@ -323,7 +320,7 @@ mod tests {
 
     fn description(models: Vec<ModelReport>) -> NodeDescription {
         NodeDescription {
-            protocol: PROTOCOL_VERSION,
+            protocol: PROTOCOL,
             version: "0.1.0".into(),
             peer_addr: "10.0.0.1:7947".parse().expect("an address"),
             zone: "a".into(),
@@ -417,16 +414,58 @@ mod tests {
     }
 
     #[test]
-    fn a_pace_comes_back_nearly_exact_and_may_grow_in_later_versions() {
+    fn a_pace_comes_back_nearly_exact() {
         let pace = PaceReport { unit_seconds: 0.003_217, age_seconds: 1.25 };
         let text = encode_pace(&pace, 3);
-        assert!(text.len() <= 9 && text != encode_pace(&pace, 4), "{} bytes", text.len());
+        assert!(text.len() <= 12 && text != encode_pace(&pace, 4), "{} bytes", text.len());
         let back = decode_pace(&text).expect("our own");
         assert!((back.unit_seconds - pace.unit_seconds).abs() < 1e-7 && back.age_seconds == pace.age_seconds);
-        let later = postcard::to_stdvec(&(3u8, 3_217_000u64, 1250u32, "more")).expect("plain");
-        assert!((decode_pace(&pack(&later)).expect("the beginning counts").unit_seconds - 0.003_217).abs() < 1e-7);
-        let never = postcard::to_stdvec(&(3u8, 0u64, 0u32)).expect("plain");
-        assert_eq!(decode_pace(&pack(&never)), Err(GossipError::Malformed));
+        let never = schema::WirePace { sequence: 3, unit_nanos: 0, age_millis: 0 };
+        assert_eq!(decode_pace(&to_text(&never)), Err(GossipError::Malformed));
+    }
+
+    /// The text with a field of a later version: number 1000.
+    fn grown(text: &str) -> String {
+        pack(&[&unpack(text, text.len()).expect("our own")[..], &[0xc2, 0x3e, 1, 7]].concat())
+    }
+
+    #[test]
+    fn what_later_versions_add_is_skipped_and_what_exceeds_our_limits_is_cut() {
+        let report = LoadReport { state: NodeState::Ready, ready: true, running: 3, ..LoadReport::default() };
+        assert_eq!(decode_report(&grown(&encode_report(&report, 1))), Ok(report));
+        let pace = encode_pace(&PaceReport { unit_seconds: 0.5, age_seconds: 0.0 }, 1);
+        assert_eq!(decode_pace(&grown(&pace)), decode_pace(&pace));
+        let known = description(vec![model(vec!["m".into()])]);
+        let later = NodeDescription { protocol: ProtocolRange { oldest: PROTOCOL.oldest, newest: 9 }, ..known.clone() };
+        assert_eq!(decode_description(&grown(&encode_description(&later))), Ok(later));
+
+        let unknown = schema::WireReport { state: 99, ready: true, running: 1, ..schema::WireReport::default() };
+        let report = decode_report(&to_text(&unknown)).expect("read");
+        assert_eq!((report.state, report.ready, report.running), (NodeState::Failed, false, 1));
+        let long = schema::WireReport {
+            reasons: vec!["r".repeat(150); 5],
+            queue_saturation: 2000,
+            ..schema::WireReport::default()
+        };
+        let report = decode_report(&to_text(&long)).expect("cut");
+        assert_eq!((report.reasons.len(), report.reasons[0].len()), (MAX_REASONS, MAX_REASON_BYTES));
+        assert_eq!(report.queue_saturation, 1.0);
+        let crowded = schema::WireDescription {
+            oldest_protocol: PROTOCOL.oldest.into(),
+            newest_protocol: PROTOCOL.newest.into(),
+            peer_addr: "10.0.0.1:1".into(),
+            zone: "z".repeat(MAX_NAME_BYTES + 1),
+            models: vec![
+                schema::WireModel { names: vec!["n".into(); MAX_NAMES + 1], ..Default::default() };
+                MAX_MODELS + 1
+            ],
+            ..schema::WireDescription::default()
+        };
+        let cut = decode_description(&to_text(&crowded)).expect("cut");
+        assert_eq!(
+            (cut.zone.len(), cut.models.len(), cut.models[0].names.len()),
+            (MAX_NAME_BYTES, MAX_MODELS, MAX_NAMES)
+        );
     }
 
     #[test]
@@ -436,11 +475,14 @@ mod tests {
     }
 
     #[test]
-    fn another_protocol_is_recognised_whatever_follows_its_number() {
-        let mut bytes = postcard::to_stdvec(&(PROTOCOL_VERSION + 1)).expect("plain");
-        bytes.extend([0xff; 40]);
-        assert_eq!(decode_description(&pack(&bytes)), Err(GossipError::OtherProtocol(PROTOCOL_VERSION + 1)));
-        assert_eq!(decode_description(""), Err(GossipError::Malformed));
+    fn another_protocol_is_recognised() {
+        for (oldest, newest) in [(PROTOCOL.newest + 1, PROTOCOL.newest + 2), (1, PROTOCOL.oldest - 1), (9, 1)] {
+            let protocol = ProtocolRange { oldest, newest };
+            let other = NodeDescription { protocol, ..description(Vec::new()) };
+            assert_eq!(decode_description(&encode_description(&other)), Err(GossipError::OtherProtocol(protocol)));
+        }
+        // Version 1 had another format, which began with its number.
+        assert_eq!(decode_description(&pack(&[1, 0xff, 0xff, 3])), Err(GossipError::OtherProtocol(VERSION_1)));
         assert_eq!(decode_description("ä"), Err(GossipError::Malformed));
     }
 
@@ -512,7 +554,7 @@ mod tests {
 
         #[test]
         fn any_text_is_taken_or_refused(text in "\\PC{0,200}", bytes in prop::collection::vec(any::<u8>(), 0..400)) {
-            for text in [text, pack(&bytes), pack(&[&[PROTOCOL_VERSION as u8][..], &bytes[..]].concat())] {
+            for text in [text, pack(&bytes), pack(&[&[8, PROTOCOL.oldest as u8, 16, PROTOCOL.newest as u8][..], &bytes[..]].concat())] {
                 let _ = (decode_report(&text), decode_pace(&text), decode_prefixes(&text), decode_description(&text));
             }
         }

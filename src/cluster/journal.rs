@@ -3,13 +3,12 @@
 use std::fmt;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::types::{Fingerprint, FinishReason, NodeId, RequestId, SamplingParams, TokenId};
 
 /// Identifies a stream in the whole cluster: a digest of tenant, key and prompt index.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct JournalKey([u8; 16]);
 
 impl JournalKey {
@@ -24,6 +23,10 @@ impl JournalKey {
         Self(std::array::from_fn(|index| digest[index]))
     }
 
+    pub fn from_bytes(bytes: [u8; 16]) -> Self {
+        Self(bytes)
+    }
+
     pub fn bytes(&self) -> &[u8; 16] {
         &self.0
     }
@@ -36,7 +39,7 @@ impl fmt::Debug for JournalKey {
 }
 
 /// The part of a journal that does not change while the stream runs.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct JournalHead {
     pub key: JournalKey,
     /// Digest of the request body. The same key with another body is the client's mistake.
@@ -60,7 +63,7 @@ impl JournalHead {
 }
 
 /// The progress of one choice.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ChoiceProgress {
     pub tokens: Vec<TokenId>,
     pub finished: Option<FinishReason>,
@@ -75,7 +78,7 @@ impl ChoiceProgress {
 }
 
 /// A stream as known to a node that holds its journal.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct JournalRecord {
     pub head: Arc<JournalHead>,
     /// Increases by one each time a node takes the stream over.
@@ -93,7 +96,7 @@ impl JournalRecord {
 }
 
 /// A change to a journal.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum JournalEntry {
     /// The whole stream so far. Replaces the holder's record, unless that has a later epoch.
     Put(JournalRecord),
@@ -108,10 +111,12 @@ pub enum JournalEntry {
     },
     /// The stream has wrong tokens, and must not be continued from this journal.
     Drop { key: JournalKey, epoch: u64 },
+    /// From a node of a later version, in a way that this version does not understand. It is answered with this.
+    Unreadable(JournalRefusal),
 }
 
 /// Why a holder rejects an entry.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JournalRefusal {
     /// Another node has taken the stream over.
     Fenced { key: JournalKey, epoch: u64 },
@@ -119,4 +124,12 @@ pub enum JournalRefusal {
     Unknown { key: JournalKey },
     /// The holder has no memory left for it.
     Full { key: JournalKey },
+}
+
+impl JournalRefusal {
+    pub fn key(&self) -> JournalKey {
+        match self {
+            JournalRefusal::Fenced { key, .. } | JournalRefusal::Unknown { key } | JournalRefusal::Full { key } => *key,
+        }
+    }
 }

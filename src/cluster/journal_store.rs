@@ -75,6 +75,7 @@ impl JournalStore {
                 self.settle(key, now);
                 Ok(())
             }
+            JournalEntry::Unreadable(refusal) => Err(refusal),
             JournalEntry::Drop { key, epoch } => {
                 if self.get(&key).is_some_and(|record| record.epoch <= epoch && record.entry == *from) {
                     self.remove(key);

@@ -6,10 +6,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::protocol::ProtocolRange;
 use crate::types::{Fingerprint, NodeState};
-
-/// Version of the calls between nodes and their contents. Nodes with different versions do not share streams.
-pub const PROTOCOL_VERSION: u16 = 1;
 
 /// Reasons in a report, and bytes of each.
 pub const MAX_REASONS: usize = 4;
@@ -20,7 +18,8 @@ pub const MAX_HOT_PREFIXES: usize = 64;
 /// The description of a node. Changes rarely.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct NodeDescription {
-    pub protocol: u16,
+    /// The versions of the protocol that it speaks.
+    pub protocol: ProtocolRange,
     /// Version of the software.
     pub version: String,
     /// Address for calls from peers.

@@ -11,7 +11,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use super::journal::{JournalEntry, JournalKey, JournalRecord, JournalRefusal};
@@ -22,7 +21,7 @@ use crate::types::{
 };
 
 /// Asks a peer to generate.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct GenerateCall {
     pub id: RequestId,
     /// The replica's fingerprint. A peer whose replica has another one refuses.
@@ -35,13 +34,11 @@ pub struct GenerateCall {
     pub remaining: Option<Duration>,
     /// Whether this continues a stream that has started; then queue limits do not apply.
     pub is_continuation: bool,
-    /// See `wire::encode_call` for the encoding.
-    #[serde(skip)]
     pub extensions: Extensions,
 }
 
 /// Asks the entry node of a running stream for its events.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FollowCall {
     pub key: JournalKey,
     /// For each choice, the tokens that the caller already has.
@@ -49,7 +46,7 @@ pub struct FollowCall {
 }
 
 /// Journal entries for a holder, in order.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct JournalBatch {
     pub from: NodeId,
     pub entries: Vec<JournalEntry>,

@@ -23,6 +23,8 @@ pub struct Peer {
     /// Higher for a later process with the same name.
     pub incarnation: u64,
     pub description: NodeDescription,
+    /// The version of the protocol in which it is called.
+    pub protocol: u16,
     pub report: LoadReport,
     /// When the report arrived, by this node's clock.
     pub reported_at: Instant,

@@ -193,7 +193,7 @@ impl Ledger {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::{LoadReport, NodeDescription};
+    use crate::cluster::{LoadReport, NodeDescription, PROTOCOL};
 
     #[test]
     fn a_stream_is_there_from_its_acceptance_to_its_end() {
@@ -201,8 +201,9 @@ mod tests {
         let peer = Peer {
             id: NodeId::new("b"),
             incarnation: 1,
+            protocol: PROTOCOL.newest,
             description: NodeDescription {
-                protocol: 1,
+                protocol: PROTOCOL,
                 version: String::new(),
                 peer_addr: "127.0.0.1:7000".parse().expect("an address"),
                 zone: String::new(),

@@ -299,7 +299,7 @@ fn weight(entry: &JournalEntry) -> usize {
             1024 + 4 * (record.head.prompt.len() + tokens)
         }
         JournalEntry::Append { tokens, .. } => 64 + 4 * tokens.len(),
-        JournalEntry::Drop { .. } => 64,
+        JournalEntry::Drop { .. } | JournalEntry::Unreadable(_) => 64,
     }
 }
 

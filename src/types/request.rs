@@ -27,8 +27,7 @@ pub struct GenerateRequest {
     pub extensions: Extensions,
 }
 
-/// What may be asked beside the sampling. Nodes of the first version of the protocol do not know it, and refuse a request
-/// that asks for any of it.
+/// What may be asked beside the sampling.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extensions {
     pub cache_salt: Option<CacheSalt>,

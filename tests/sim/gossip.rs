@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrigger::cluster::{ClusterView, LoadReport, NodeDescription, Peer};
+use outrigger::cluster::{ClusterView, LoadReport, NodeDescription, PROTOCOL, Peer};
 use tokio::time::Instant;
 
 use crate::net::{Net, node_id};
@@ -87,7 +87,9 @@ impl Gossip {
         let reported_at = now.into_std();
         let age = report.pace.map_or(Duration::ZERO, |pace| Duration::from_secs_f32(pace.age_seconds));
         let measured_at = reported_at.checked_sub(age).unwrap_or(reported_at);
-        let peer = Arc::new(Peer { id, incarnation, description, report, reported_at, measured_at, stability: 1.0 });
+        let protocol = PROTOCOL.common(description.protocol).expect("all nodes speak a common version");
+        let peer = Peer { id, incarnation, protocol, description, report, reported_at, measured_at, stability: 1.0 };
+        let peer = Arc::new(peer);
         let heard = Heard { observer: observer.process.incarnation, peer, at: now };
         self.heard.insert((observer.process.node, subject), heard);
     }

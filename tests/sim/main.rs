@@ -16,6 +16,7 @@
 
 mod client;
 mod conflict;
+mod dialect;
 mod engine;
 mod gossip;
 mod net;

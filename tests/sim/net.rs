@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use crate::dialect::Dialect;
 use crate::random::Random;
 use crate::trace::Trace;
 
@@ -256,16 +257,17 @@ impl SimTransport {
         let (net, own, peer) = (self.net.clone(), self.own.clone(), Self::process(peer));
         let (sender, receiver) = oneshot::channel();
         tokio::spawn(async move {
-            let result = match net.exchange(what, &own, &peer, open).await {
-                Ok(Ok(stream)) => stream,
-                Ok(Err(failure)) | Err(failure) => {
+            let answer = net.exchange(what, &own, &peer, open).await;
+            let stream = match answer.and_then(|answer| answer.map_err(|failure| Dialect::of(&peer).failure(failure))) {
+                Ok(stream) => stream,
+                Err(failure) => {
                     let _ = sender.send(Err(failure));
                     return;
                 }
             };
             let (frames, relayed) = PeerStream::channel();
             if sender.send(Ok(relayed)).is_ok() {
-                net.relay(&own, &peer, result, frames).await;
+                net.relay(&own, &peer, stream, frames).await;
             }
         });
         Box::pin(async move { receiver.await.unwrap_or_else(|_| Err(disconnected())) })
@@ -275,13 +277,7 @@ impl SimTransport {
 impl Net {
     /// Asserts that a holder does not accept entries of an earlier epoch than it has already accepted.
     fn check_fence(&self, holder: &Process, entries: &[(JournalKey, u64)], refusals: &[JournalRefusal]) {
-        let is_refused = |key: &JournalKey| {
-            refusals.iter().any(|refusal| match refusal {
-                JournalRefusal::Fenced { key: refused, .. }
-                | JournalRefusal::Unknown { key: refused }
-                | JournalRefusal::Full { key: refused } => refused == key,
-            })
-        };
+        let is_refused = |key: &JournalKey| refusals.iter().any(|refusal| refusal.key() == *key);
         let mut epochs = self.epochs.lock();
         for (key, epoch) in entries.iter().filter(|(key, _)| !is_refused(key)) {
             let latest = epochs.entry((holder.clone(), *key)).or_default();
@@ -338,7 +334,7 @@ impl Net {
             }
             loop {
                 let is_over = matches!(frame, PeerFrame::Event(GenerationEvent::Failed(_)));
-                let is_heard = frames.send(frame).is_ok();
+                let is_heard = Dialect::of(to).frames(frame).into_iter().all(|frame| frames.send(frame).is_ok());
                 if is_over {
                     return;
                 }
@@ -370,10 +366,12 @@ async fn until_end(stream: &mut PeerStream) {
 
 impl PeerTransport for SimTransport {
     fn generate(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        let call = Dialect::of(&self.own).message(&call);
         self.open("generate", peer, move |router| PeerService::generate(router, call))
     }
 
     fn follow(&self, peer: &Peer, call: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
+        let call = Dialect::of(&self.own).message(&call);
         self.open("follow", peer, move |router| PeerService::follow(router, call))
     }
 
@@ -382,19 +380,23 @@ impl PeerTransport for SimTransport {
         let of = |entry: &JournalEntry| match entry {
             JournalEntry::Put(record) => (record.head.key, record.epoch),
             JournalEntry::Append { key, epoch, .. } | JournalEntry::Drop { key, epoch } => (*key, *epoch),
+            JournalEntry::Unreadable(refusal) => (refusal.key(), 0),
         };
+        let batch = Dialect::of(&self.own).message(&batch);
+        let dialect = Dialect::of(&holder);
         let entries: Vec<_> = batch.entries.iter().map(of).collect();
         self.call("journal", peer, move |router| {
             let refusals = PeerService::journal(router, batch);
             if net.keeps_all_journals {
                 net.check_fence(&holder, &entries, &refusals);
             }
-            refusals
+            dialect.message(&refusals)
         })
     }
 
     fn lookup(&self, peer: &Peer, key: JournalKey) -> BoxFuture<'static, Result<Option<JournalRecord>, Failure>> {
-        self.call("lookup", peer, move |router| PeerService::lookup(router, key))
+        let (key, dialect) = (Dialect::of(&self.own).message(&key), Dialect::of(&Self::process(peer)));
+        self.call("lookup", peer, move |router| dialect.message(&PeerService::lookup(router, key)))
     }
 
     fn tokenizer(&self, peer: &Peer, digest: String) -> BoxFuture<'static, Result<Bytes, Failure>> {

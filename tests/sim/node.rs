@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use outrigger::admission::{self, AdmissionController};
 use outrigger::app::life::{Action, Bounds, Life, Seen};
-use outrigger::cluster::{ClusterView, ModelReport, NodeDescription, PROTOCOL_VERSION};
+use outrigger::cluster::{ClusterView, ModelReport, NodeDescription, PROTOCOL};
 use outrigger::health::inference_probe::InferenceProbe;
 use outrigger::health::{self, Health, watch_engine};
 use outrigger::observability::Metrics;
@@ -270,7 +270,7 @@ impl Node {
     pub fn description(&self) -> NodeDescription {
         let is_loaded = self.router.local().is_some();
         NodeDescription {
-            protocol: PROTOCOL_VERSION,
+            protocol: PROTOCOL,
             version: "simulated".into(),
             peer_addr: ([127, 0, 0, 1], 1).into(),
             zone: self.zone.clone(),

@@ -22,7 +22,8 @@ use crate::cluster::peer_client::HttpPeerTransport;
 use crate::cluster::tls::PeerTls;
 use crate::cluster::{
     ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalHead, JournalKey, JournalRecord,
-    JournalRefusal, LoadReport, NodeDescription, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
+    JournalRefusal, LoadReport, NodeDescription, PROTOCOL, Peer, PeerFrame, PeerService, PeerStream, PeerTransport,
+    Problems,
 };
 use crate::observability::Metrics;
 use crate::types::{
@@ -176,12 +177,18 @@ impl Callee {
 }
 
 fn peer(addr: SocketAddr, incarnation: u64) -> Peer {
-    let description =
-        NodeDescription { protocol: 1, version: "0".into(), peer_addr: addr, zone: "".into(), models: Vec::new() };
+    let description = NodeDescription {
+        protocol: PROTOCOL,
+        version: "0".into(),
+        peer_addr: addr,
+        zone: "".into(),
+        models: Vec::new(),
+    };
     let report = LoadReport::default();
     Peer {
         id: NodeId::new("b"),
         incarnation,
+        protocol: PROTOCOL.newest,
         description,
         report,
         reported_at: Instant::now(),

@@ -11,7 +11,7 @@ use super::roster::Strangers;
 use super::seeds::Seed;
 use crate::cluster::problems::{ProblemReason, Problems};
 use crate::cluster::seal::transport::SealedTransport;
-use crate::cluster::{Config, PROTOCOL_VERSION};
+use crate::cluster::{Config, PROTOCOL};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// How long a peer may take to start and to answer.
@@ -145,7 +145,7 @@ impl Diagnosis {
             (String::new(), if why.is_empty() { format!("{count} configured") } else { why })
         });
         let of_other_protocols = strangers.of_other_protocols.into_iter().map(|(node, protocol)| {
-            (node.to_string(), format!("it uses protocol version {protocol}, this node {PROTOCOL_VERSION}"))
+            (node.to_string(), format!("it speaks {protocol} of the protocol, this node {PROTOCOL}"))
         });
         let name_taken = strangers.is_superseded.then(Default::default);
         self.problems.state(ProblemReason::Alone, alone.into_iter().collect());

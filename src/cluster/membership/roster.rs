@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::damping::{Damper, LOSS, UNREADINESS};
 use crate::cluster::gossip::{GossipError, decode_description, decode_pace, decode_prefixes, decode_report};
 use crate::cluster::load_report::{LoadReport, NodeDescription};
+use crate::cluster::protocol::{PROTOCOL, ProtocolRange};
 use crate::cluster::view::{ClusterView, Peer};
 use crate::types::{NodeId, NodeState};
 
@@ -72,8 +73,8 @@ pub(super) struct Update {
 /// Nodes that gossip in this cluster but cannot work with this node.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Strangers {
-    /// Live nodes with another protocol version, and that version.
-    pub(super) of_other_protocols: Vec<(NodeId, u16)>,
+    /// Live nodes that share no protocol version with this one, and their versions.
+    pub(super) of_other_protocols: Vec<(NodeId, ProtocolRange)>,
     /// Whether a later process uses this node's own name.
     pub(super) is_superseded: bool,
 }
@@ -85,8 +86,8 @@ struct Known {
     is_alive: bool,
     has_left: bool,
     description: Option<NodeDescription>,
-    /// Its protocol version, if it is not ours; then nothing else of it can be read.
-    other_protocol: Option<u16>,
+    /// Its protocol versions, if none is ours; then nothing else of it can be read.
+    other_protocol: Option<ProtocolRange>,
     report: LoadReport,
     reported_at: Instant,
     measured_at: Instant,
@@ -314,10 +315,12 @@ impl Known {
     }
 
     fn peer(&self, id: &NodeId, incarnation: u64, stability: f64) -> Option<Peer> {
+        let description = self.description.clone()?;
         Some(Peer {
             id: id.clone(),
             incarnation,
-            description: self.description.clone()?,
+            protocol: PROTOCOL.common(description.protocol)?,
+            description,
             report: self.report.clone(),
             reported_at: self.reported_at.into_std(),
             measured_at: self.measured_at.into_std(),

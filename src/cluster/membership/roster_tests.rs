@@ -4,7 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::cluster::gossip::{encode_description, encode_pace, encode_prefixes, encode_report};
-use crate::cluster::load_report::{PROTOCOL_VERSION, PaceReport};
+use crate::cluster::load_report::PaceReport;
+use crate::cluster::protocol::VERSION_1;
 
 /// A process as seen through gossip.
 #[derive(Clone)]
@@ -21,7 +22,7 @@ struct Process {
 
 fn description(port: u16) -> NodeDescription {
     NodeDescription {
-        protocol: PROTOCOL_VERSION,
+        protocol: PROTOCOL,
         version: "1".into(),
         peer_addr: SocketAddr::from(([10, 0, 0, 1], port)),
         zone: String::new(),
@@ -163,7 +164,7 @@ async fn this_node_is_no_peer_of_its_own() {
 async fn who_cannot_be_understood_is_left_out_and_told_of() {
     let start = Instant::now();
     let mut roster = roster();
-    let other = NodeDescription { protocol: PROTOCOL_VERSION + 1, ..description(1) };
+    let other = NodeDescription { protocol: VERSION_1, ..description(1) };
     let text = encode_description(&other);
     let foreign = Process { description: Some((1, text)), ..Process::new("a", 1, 1) };
     let broken = Process { description: Some((1, "\u{7f}".repeat(50))), ..Process::new("b", 1, 1) };
@@ -171,7 +172,7 @@ async fn who_cannot_be_understood_is_left_out_and_told_of() {
     let first = update(&mut roster, &[foreign.clone(), broken.clone(), silent.clone()], start);
     let refused: Vec<&str> = first.refused.iter().map(|(id, _)| id.as_str()).collect();
     assert_eq!(refused, ["b"], "once");
-    assert_eq!(roster.strangers().of_other_protocols, [(NodeId::new("a"), PROTOCOL_VERSION + 1)]);
+    assert_eq!(roster.strangers().of_other_protocols, [(NodeId::new("a"), VERSION_1)]);
     assert!(first.view.is_none() && first.changes.is_empty());
     assert!(update(&mut roster, &[foreign.clone(), broken.clone(), silent], start).refused.is_empty());
     // The process now publishes something valid.

@@ -6,7 +6,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::*;
 use crate::cluster::seal::DropReason;
-use crate::cluster::{ClusterKey, PROTOCOL_VERSION};
+use crate::cluster::{ClusterKey, PROTOCOL};
 use crate::types::NodeState;
 
 /// Generous, since other tests keep the cores busy.
@@ -34,7 +34,7 @@ async fn start_with(config: &Config, secret: u8) -> Node {
     let membership = Membership::start(config, &keys, Arc::clone(&metrics)).await.expect("a port");
     let peer_addr = membership.gossip_addr().expect("clustered");
     membership.describe(NodeDescription {
-        protocol: PROTOCOL_VERSION,
+        protocol: PROTOCOL,
         version: "1".into(),
         peer_addr,
         zone: "z".into(),

@@ -108,7 +108,7 @@ pub struct PeerConnection {
 
 impl PeerConnection {
     /// Resolves with the head of the response. Dropping the future, or later the response's body, cancels the call at the peer.
-    pub async fn send(&self, path: &'static str, message: Bytes) -> Result<Response<Incoming>, SendError> {
+    pub async fn send(&self, path: &str, message: Bytes) -> Result<Response<Incoming>, SendError> {
         let uri = Uri::builder().scheme("https").authority(AUTHORITY).path_and_query(path).build();
         let mut request = Request::new(Full::new(message));
         *request.method_mut() = Method::POST;

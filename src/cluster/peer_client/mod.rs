@@ -15,8 +15,6 @@ use futures::future::BoxFuture;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::{Response, StatusCode};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
 use tokio::time::timeout;
 
 use self::connections::{ConnectError, Connections, PeerAddress, SendError};
@@ -25,7 +23,7 @@ use super::journal::{JournalKey, JournalRecord, JournalRefusal};
 use super::tls::PeerTls;
 use super::transport::{FollowCall, GenerateCall, JournalBatch, PeerStream, PeerTransport};
 use super::view::{ClusterView, Peer};
-use super::wire::{self, WireError};
+use super::wire::{self, CallKind, WireError, WireMessage};
 use crate::types::{Failure, FailureKind, tasks, watch};
 
 /// Time limit for a peer to begin its answer, and for pauses in an answer that is not a stream. A healthy peer answers at once,
@@ -66,10 +64,10 @@ impl HttpPeerTransport {
     fn stream(
         &self,
         peer: &Peer,
-        path: &'static str,
+        call: CallKind,
         message: Result<Bytes, WireError>,
     ) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        let answer = self.call(peer, path, message);
+        let answer = self.call(peer, call, message);
         async move {
             let body = answer.await?.into_body();
             let (frames, stream) = PeerStream::bounded_channel(UNREAD_FRAMES);
@@ -80,13 +78,13 @@ impl HttpPeerTransport {
     }
 
     /// A call with a response that is read as a whole.
-    fn ask<T: Serialize>(
+    fn ask<T: WireMessage>(
         &self,
         peer: &Peer,
-        path: &'static str,
+        call: CallKind,
         message: &T,
     ) -> BoxFuture<'static, Result<Bytes, Failure>> {
-        let answer = self.call(peer, path, wire::encode_message(message));
+        let answer = self.call(peer, call, wire::encode_message(message));
         async move {
             let body = answer.await?.into_body();
             collect(body, wire::MAX_MESSAGE_BYTES).await.map_err(disconnected)
@@ -98,13 +96,13 @@ impl HttpPeerTransport {
     fn call(
         &self,
         peer: &Peer,
-        path: &'static str,
+        call: CallKind,
         message: Result<Bytes, WireError>,
     ) -> impl Future<Output = Result<Response<Incoming>, Failure>> + Send + 'static + use<> {
-        let (connections, peer) = (self.connections.clone(), PeerAddress::of(peer));
+        let (connections, path, peer) = (self.connections.clone(), call.path(peer.protocol), PeerAddress::of(peer));
         async move {
             let message = message.map_err(unsendable)?;
-            let response = send(&connections, &peer, path, message).await.map_err(unreachable)?;
+            let response = send(&connections, &peer, &path, message).await.map_err(unreachable)?;
             if response.status() == StatusCode::OK {
                 return Ok(response);
             }
@@ -116,25 +114,25 @@ impl HttpPeerTransport {
 
 impl PeerTransport for HttpPeerTransport {
     fn generate(&self, peer: &Peer, call: GenerateCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        self.stream(peer, wire::GENERATE_PATH, wire::encode_call(&call))
+        self.stream(peer, CallKind::Generate, wire::encode_message(&call))
     }
 
     fn follow(&self, peer: &Peer, call: FollowCall) -> BoxFuture<'static, Result<PeerStream, Failure>> {
-        self.stream(peer, wire::FOLLOW_PATH, wire::encode_message(&call))
+        self.stream(peer, CallKind::Follow, wire::encode_message(&call))
     }
 
     fn journal(&self, peer: &Peer, batch: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {
-        let answer = self.ask(peer, wire::JOURNAL_PATH, &batch);
+        let answer = self.ask(peer, CallKind::Journal, &batch);
         async move { decode_answer(&answer.await?) }.boxed()
     }
 
     fn lookup(&self, peer: &Peer, key: JournalKey) -> BoxFuture<'static, Result<Option<JournalRecord>, Failure>> {
-        let answer = self.ask(peer, wire::LOOKUP_PATH, &key);
+        let answer = self.ask(peer, CallKind::Lookup, &key);
         async move { decode_answer(&answer.await?) }.boxed()
     }
 
     fn tokenizer(&self, peer: &Peer, digest: String) -> BoxFuture<'static, Result<Bytes, Failure>> {
-        self.ask(peer, wire::TOKENIZER_PATH, &digest)
+        self.ask(peer, CallKind::Tokenizer, &digest)
     }
 }
 
@@ -142,7 +140,7 @@ impl PeerTransport for HttpPeerTransport {
 async fn send(
     connections: &Arc<Connections>,
     peer: &PeerAddress,
-    path: &'static str,
+    path: &str,
     message: Bytes,
 ) -> Result<Response<Incoming>, CallError> {
     let limit = answer_timeout(message.len());
@@ -176,7 +174,7 @@ async fn collect(mut body: Incoming, limit: usize) -> Result<Bytes, CallError> {
     }
 }
 
-fn decode_answer<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Failure> {
+fn decode_answer<T: WireMessage>(bytes: &[u8]) -> Result<T, Failure> {
     wire::decode_message(bytes).map_err(|error| disconnected(error.into()))
 }
 

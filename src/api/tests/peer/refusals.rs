@@ -9,7 +9,8 @@ use tokio::net::TcpStream;
 
 use super::{Callee, Caller, FakeService, assert_counts, call, tls};
 use crate::api::tests::sockets::in_time;
-use crate::cluster::{GenerateCall, wire};
+use crate::cluster::wire::{self, CallKind};
+use crate::cluster::{GenerateCall, PROTOCOL};
 use crate::types::{Failure, FailureKind};
 
 #[tokio::test]
@@ -20,7 +21,8 @@ async fn a_call_that_is_too_large_is_refused_on_either_side() {
     let refused = caller.generate(&peer, large).await.err().expect("refused");
     assert_eq!(refused.kind, FailureKind::InvalidRequest);
 
-    let refused = post(&callee, wire::GENERATE_PATH, vec![0; wire::MAX_MESSAGE_BYTES + 1].into()).await;
+    let refused =
+        post(&callee, &CallKind::Generate.path(PROTOCOL.newest), vec![0; wire::MAX_MESSAGE_BYTES + 1].into()).await;
     assert_eq!((refused.0, refused.1.kind), (413, FailureKind::InvalidRequest));
     let large = GenerateCall { prompt: vec![u32::MAX; 2_000_000].into(), ..call(2) };
     assert_counts(caller.accepted(&peer, large).await, 2).await;
@@ -30,11 +32,11 @@ async fn a_call_that_is_too_large_is_refused_on_either_side() {
 async fn what_is_no_call_is_refused() {
     let callee = Callee::start(1, FakeService::counting()).await;
     let noise = || Bytes::from_static(&[0xff; 100]);
-    for path in [wire::GENERATE_PATH, wire::FOLLOW_PATH, wire::JOURNAL_PATH, wire::LOOKUP_PATH, wire::TOKENIZER_PATH] {
-        let (status, failure) = post(&callee, path, noise()).await;
+    for path in CallKind::ALL.map(|call| call.path(PROTOCOL.newest)) {
+        let (status, failure) = post(&callee, &path, noise()).await;
         assert_eq!((status, failure.kind), (400, FailureKind::Internal), "{path}");
     }
-    let (status, failure) = post(&callee, "/outrigger/v1/nothing", noise()).await;
+    let (status, failure) = post(&callee, "/outrigger/v2/nothing", noise()).await;
     assert_eq!((status, failure.kind), (404, FailureKind::Internal));
 }
 

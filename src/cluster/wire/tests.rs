@@ -2,15 +2,19 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord};
+use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};
 use crate::cluster::transport::{FollowCall, GenerateCall, JournalBatch};
-use crate::types::{ChoiceStart, Fingerprint, NodeId, RequestId, SamplingParams, StopCause};
+use crate::types::{
+    CacheSalt, ChoiceStart, Extensions, Fingerprint, FinishReason, NodeId, RequestId, SamplingParams, StopCause,
+    TokenLogprobs,
+};
 
 fn failures() -> impl Strategy<Value = Failure> {
     let code = prop_oneof![Just(None), (0..CODES.len()).prop_map(|index| Some(CODES[index]))];
@@ -90,10 +94,11 @@ proptest! {
     fn any_bytes_are_an_error_or_a_value(bytes in vec(any::<u8>(), 0..600), step in 1..100usize) {
         let _ = decode_in_pieces(&bytes, step);
         let _ = decode_failure(&bytes);
-        let _ = decode_call(&bytes);
+        let _ = decode_message::<GenerateCall>(&bytes);
         let _ = decode_message::<FollowCall>(&bytes);
         let _ = decode_message::<JournalBatch>(&bytes);
         let _ = decode_message::<Option<JournalRecord>>(&bytes);
+        let _ = decode_message::<Vec<JournalRefusal>>(&bytes);
     }
 
     /// Real messages with a few changed bytes are parsed further than random bytes.
@@ -110,7 +115,7 @@ proptest! {
             bytes[at] = *byte;
         }
         let _ = decode_in_pieces(&bytes[..cut.index(bytes.len())], 7);
-        let mut call = encode_call(&extended_call()).expect("small").to_vec();
+        let mut call = encode_message(&extended_call()).expect("small").to_vec();
         let mut batch = encode_message(&journal_batch()).expect("small").to_vec();
         for (at, byte) in damage {
             for message in [&mut call, &mut batch] {
@@ -118,7 +123,7 @@ proptest! {
                 message[at] = byte;
             }
         }
-        let _ = decode_call(&call);
+        let _ = decode_message::<GenerateCall>(&call);
         let _ = decode_message::<JournalBatch>(&batch);
     }
 }
@@ -149,7 +154,7 @@ fn extended_call() -> GenerateCall {
     GenerateCall { extensions, ..generate_call() }
 }
 
-fn journal_batch() -> JournalBatch {
+fn record() -> JournalRecord {
     let key = JournalKey::new("tenant", "key", 1);
     let head = JournalHead {
         key,
@@ -162,50 +167,172 @@ fn journal_batch() -> JournalBatch {
         sampling: Arc::new(SamplingParams::default()),
     };
     let choices = vec![ChoiceProgress { tokens: vec![5], finished: Some(FinishReason::Length) }];
-    let record = JournalRecord { head: Arc::new(head), epoch: 2, entry: NodeId::new("a"), choices };
+    JournalRecord { head: Arc::new(head), epoch: 2, entry: NodeId::new("a"), choices }
+}
+
+fn journal_batch() -> JournalBatch {
+    let (record, key) = (record(), record().head.key);
     let append = JournalEntry::Append { key, epoch: 2, choice: 0, start: 1, tokens: vec![6], finished: None };
     let drop = JournalEntry::Drop { key, epoch: 3 };
     JournalBatch { from: NodeId::new("a"), entries: vec![JournalEntry::Put(record), append, drop] }
 }
 
-#[test]
-fn calls_come_back_as_they_were() {
-    let call = generate_call();
-    assert_eq!(decode_call(&encode_call(&call).expect("small")).expect("our own"), call);
-    let batch = journal_batch();
-    assert_eq!(decode_message::<JournalBatch>(&encode_message(&batch).expect("small")).expect("our own"), batch);
-    let follow = FollowCall { key: JournalKey::new("t", "k", 0), have: vec![0, 300] };
-    assert_eq!(decode_message::<FollowCall>(&encode_message(&follow).expect("small")).expect("our own"), follow);
+/// What comes out of the other side.
+fn across<T: WireMessage>(message: &T) -> Result<T, WireError> {
+    decode_message(&encode_message(message).expect("small"))
 }
 
-/// A node of the first version decodes a call as `decode_message` does.
 #[test]
-fn an_older_node_reads_what_it_can_do_and_refuses_what_it_cannot() {
-    let as_before = |call: &GenerateCall| decode_message::<GenerateCall>(&encode_call(call).expect("small"));
-    let plain = generate_call();
-    assert_eq!(as_before(&plain).expect("as before"), plain);
-    let sampling = SamplingParams { min_tokens: 2, ..(*plain.sampling).clone() };
-    let stops_later = GenerateCall { sampling: Arc::new(sampling), ..plain.clone() };
-    for call in [extended_call(), stops_later] {
-        assert!(matches!(as_before(&call), Err(WireError::Trailing { .. })), "{call:?}");
-        assert_eq!(decode_call(&encode_call(&call).expect("small")).expect("our own"), call);
+fn messages_come_back_as_they_were() {
+    for call in [generate_call(), extended_call()] {
+        assert_eq!(across(&call).expect("our own"), call);
     }
-    // In the same way this node refuses features that it does not know.
-    let mut bytes = encode_call(&plain).expect("small").to_vec();
-    bytes.extend([1, 99]);
-    assert!(matches!(decode_call(&bytes), Err(WireError::Malformed(_))));
+    let batch = journal_batch();
+    assert_eq!(across(&batch).expect("our own"), batch);
+    let key = JournalKey::new("t", "k", 0);
+    let follow = FollowCall { key, have: vec![0, 300] };
+    assert_eq!(across(&follow).expect("our own"), follow);
+    assert_eq!(across(&key).expect("our own"), key);
+    assert_eq!(across(&"digest".to_owned()).expect("our own"), "digest");
+    let refusals =
+        vec![JournalRefusal::Fenced { key, epoch: 7 }, JournalRefusal::Unknown { key }, JournalRefusal::Full { key }];
+    assert_eq!(across(&refusals).expect("our own"), refusals);
+    let JournalEntry::Put(record) = batch.entries[0].clone() else { panic!("a record") };
+    assert_eq!(across(&Some(record.clone())).expect("our own"), Some(record));
+    assert_eq!(across(&None::<JournalRecord>).expect("our own"), None);
 }
 
 #[test]
-fn messages_are_read_to_their_end_and_bounded() {
-    let mut bytes = encode_message(&7u32).expect("small").to_vec();
-    bytes.push(0);
-    assert!(matches!(decode_message::<u32>(&bytes), Err(WireError::Trailing { bytes: 1 })));
-    let large = vec![0u8; MAX_MESSAGE_BYTES + 1];
-    assert!(matches!(decode_message::<Vec<u8>>(&large), Err(WireError::TooLarge { .. })));
+fn numbers_keep_their_bits() {
+    let sampling = SamplingParams { presence_penalty: -0.0, temperature: 0.0, ..SamplingParams::default() };
+    let call = GenerateCall { sampling: Arc::new(sampling), ..generate_call() };
+    let back = across(&call).expect("our own");
+    assert_eq!(back.sampling.presence_penalty.to_bits(), (-0.0f32).to_bits());
+    let logprobs = Some(Box::new(TokenLogprobs { logprob: -0.0, rank: 1, top: vec![(5, -0.0), (6, 0.0)] }));
+    let mut bytes = Vec::new();
+    encode_frame(PeerFrame::Event(GenerationEvent::Token { choice: 0, token: 5, logprobs }), &mut bytes);
+    let frames = decode_in_pieces(&bytes, 3).expect("our own");
+    let [PeerFrame::Event(GenerationEvent::Token { logprobs: Some(back), .. })] = &frames[..] else {
+        panic!("{frames:?}");
+    };
+    let bits = [back.logprob, back.top[0].1, back.top[1].1].map(f32::to_bits);
+    assert_eq!(bits, [-0.0f32, -0.0, 0.0].map(f32::to_bits));
+}
+
+/// A field of a later version: number 1000, with some bytes.
+const LATER_FIELD: &[u8] = &[0xc2, 0x3e, 3, 1, 2, 3];
+
+#[test]
+fn fields_of_a_later_version_are_skipped_in_every_message() {
+    fn check<T: WireMessage + PartialEq + std::fmt::Debug>(message: &T) {
+        let bytes = [&encode_message(message).expect("small")[..], LATER_FIELD].concat();
+        assert_eq!(&decode_message::<T>(&bytes).expect("skipped"), message);
+    }
+    let key = JournalKey::new("t", "k", 0);
+    check(&extended_call());
+    check(&journal_batch());
+    check(&FollowCall { key, have: vec![1] });
+    check(&key);
+    check(&"digest".to_owned());
+    check(&vec![JournalRefusal::Full { key }]);
+    check(&None::<JournalRecord>);
+    let failure = Failure::new(FailureKind::Overloaded, "full");
+    let bytes = [&encode_failure(failure)[..], LATER_FIELD].concat();
+    assert_eq!(decode_failure(&bytes).expect("skipped").kind, FailureKind::Overloaded);
+}
+
+/// A frame as it is sent: its length, and its message.
+fn sent(message: &[u8]) -> Vec<u8> {
+    [&(message.len() as u32).to_le_bytes()[..], message].concat()
+}
+
+#[test]
+fn frames_of_a_later_version_are_skipped_and_unknown_ends_and_failures_replaced() {
+    let mut bytes = sent(LATER_FIELD);
+    encode_frame(PeerFrame::Heartbeat, &mut bytes);
+    bytes.extend(sent(
+        &[&schema::WireFrame { kind: Some(schema::WireFrameKind::HandOver(true)) }.encode_to_vec()[..], LATER_FIELD]
+            .concat(),
+    ));
+    assert_eq!(decode_in_pieces(&bytes, 5).expect("skipped"), [PeerFrame::Heartbeat, PeerFrame::HandOver]);
+
+    let reason = Some(schema::WireFinish { reason: 99, ..schema::WireFinish::default() });
+    let finished = schema::WireFinished { choice: 1, reason: reason.clone() };
+    let kind =
+        schema::WireFailed { kind: 99, message: "new".into(), code: Some("of_tomorrow".into()), ..Default::default() };
+    for (kind, expected) in [
+        (schema::WireFrameKind::Finished(finished), FailureKind::PeerDisconnected),
+        (schema::WireFrameKind::Failed(kind), FailureKind::Internal),
+    ] {
+        let frames =
+            decode_in_pieces(&sent(&schema::WireFrame { kind: Some(kind) }.encode_to_vec()), 9).expect("replaced");
+        let [PeerFrame::Event(GenerationEvent::Failed(failure))] = &frames[..] else { panic!("{frames:?}") };
+        assert_eq!((failure.kind, failure.code), (expected, None));
+    }
+
+    // In a journal, an unknown end is an end that is not known yet.
+    let mut found = Some(record()).to_schema();
+    found.record.as_mut().expect("given").choices[0].finished = reason;
+    let back = Option::<JournalRecord>::from_schema(found).expect("read").expect("given");
+    assert_eq!((back.choices[0].tokens.len(), &back.choices[0].finished), (1, &None));
+}
+
+#[test]
+fn what_a_later_version_needs_is_refused_if_it_is_not_known() {
+    let mut call = generate_call().to_schema();
+    call.needs = vec![4711];
+    assert!(matches!(decode_message::<GenerateCall>(&call.encode_to_vec()), Err(WireError::Needs(4711))));
+
+    let (key, mut batch) = (record().head.key, journal_batch().to_schema());
+    let Some(schema::WireEntryKind::Put(record)) = &mut batch.entries[0].kind else { panic!("a record") };
+    record.head.as_mut().expect("given").needs = vec![4711];
+    batch.entries[1].kind = None;
+    let entries = JournalBatch::from_schema(batch).expect("read").entries;
+    let (full, unknown) = (JournalRefusal::Full { key }, JournalRefusal::Unknown { key });
+    assert_eq!(entries[..2], [JournalEntry::Unreadable(full), JournalEntry::Unreadable(unknown)]);
+    assert!(matches!(entries[2], JournalEntry::Drop { .. }), "the others of the batch count");
+
+    let refusals = schema::WireRefusals {
+        refusals: vec![schema::WireRefusal { key: key.bytes().to_vec(), reason: 99, epoch: 0 }],
+    };
+    assert_eq!(Vec::from_schema(refusals).expect("read"), [JournalRefusal::Full { key }]);
+}
+
+#[test]
+fn parts_that_make_no_sense_are_refused() {
+    let changed = |change: fn(&mut schema::WireGenerate)| {
+        let mut call = extended_call().to_schema();
+        change(&mut call);
+        GenerateCall::from_schema(call)
+    };
+    assert!(changed(|_| {}).is_ok());
+    let sampling = |call: &mut schema::WireGenerate| call.sampling.as_mut().map(|sampling| sampling.biased.push(9));
+    for refused in [
+        changed(|call| call.prompt.clear()),
+        changed(|call| call.sampling = None),
+        changed(|call| call.sampling.as_mut().expect("given").top_p = None),
+        changed(|call| call.cache_salt = Some(vec![1])),
+        changed(|call| call.remaining = Some(schema::WireDuration { seconds: 1, nanos: 1_000_000_000 })),
+        GenerateCall::from_schema({
+            let mut call = generate_call().to_schema();
+            sampling(&mut call);
+            call
+        }),
+    ] {
+        assert!(matches!(refused, Err(WireError::Invalid(_))), "{refused:?}");
+    }
+    assert!(matches!(JournalKey::from_schema(schema::WireLookup { key: vec![0; 15] }), Err(WireError::Invalid(_))));
+}
+
+#[test]
+fn messages_are_bounded() {
+    let large = GenerateCall { prompt: vec![u32::MAX; MAX_MESSAGE_BYTES / 5 + 1].into(), ..generate_call() };
     assert!(matches!(encode_message(&large), Err(WireError::TooLarge { .. })));
-    // A length field that claims four thousand million elements, with no data.
-    assert!(matches!(decode_message::<Vec<u32>>(&[0xff, 0xff, 0xff, 0xff, 0x0f]), Err(WireError::Malformed(_))));
+    let large = vec![0u8; MAX_MESSAGE_BYTES + 1];
+    assert!(matches!(decode_message::<GenerateCall>(&large), Err(WireError::TooLarge { .. })));
+    // A list that claims four thousand million bytes, with no data.
+    let claim = [0x1a, 0xff, 0xff, 0xff, 0xff, 0x0f];
+    assert!(matches!(decode_message::<GenerateCall>(&claim), Err(WireError::Malformed(_))));
 }
 
 #[test]
@@ -269,13 +396,19 @@ fn every_code_below_the_api_crosses() {
     let codes: Vec<_> = given.collect();
     assert!(codes.contains(&"context_length_exceeded"), "none found: {codes:?}");
     let missing: Vec<_> = codes.iter().filter(|code| !CODES.contains(code)).collect();
-    assert!(missing.is_empty(), "CODES of cluster/wire.rs lacks {missing:?}");
+    assert!(missing.is_empty(), "CODES of cluster/wire/mod.rs lacks {missing:?}");
 }
 
 #[test]
-fn paths_name_the_version_of_the_protocol() {
-    let version = format!("/outrigger/v{}/", crate::cluster::PROTOCOL_VERSION);
-    for path in [GENERATE_PATH, FOLLOW_PATH, JOURNAL_PATH, LOOKUP_PATH, TOKENIZER_PATH] {
-        assert!(path.starts_with(&version), "{path}");
+fn paths_name_the_version_of_the_protocol_and_other_versions_are_no_calls() {
+    for call in CallKind::ALL {
+        assert_eq!(CallKind::at(&call.path(PROTOCOL.newest)), Some(call));
+        assert_eq!(CallKind::at(&call.path(PROTOCOL.oldest)), Some(call));
+        for other in [PROTOCOL.oldest - 1, PROTOCOL.newest + 1] {
+            assert_eq!(CallKind::at(&call.path(other)), None);
+        }
+    }
+    for path in ["", "/outrigger/v2", "/outrigger/v2/nothing", "/outrigger/vx/generate", "/outrigger/v2/generate/"] {
+        assert_eq!(CallKind::at(path), None, "{path}");
     }
 }
