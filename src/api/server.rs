@@ -64,15 +64,8 @@ pub(super) async fn serve_routes(
             () = shutdown.cancelled() => break,
         };
         match accepted {
-            Ok((stream, _)) => {
-                // Whoever was accepted is served, also if the shutdown comes in the same moment.
-                let (closing, place) = tokio::select! {
-                    biased;
-                    place = server.place() => place,
-                    () = shutdown.cancelled() => break,
-                };
-                server.accept(stream, closing, place);
-            }
+            // Whoever was accepted is answered, also if the shutdown comes while there is no place.
+            Ok((stream, _)) => server.accept(stream).await,
             Err(error) => {
                 if errors.note(&error).await {
                     server.places.lock().close_idle(CLOSED_FOR_FILES);
@@ -80,13 +73,7 @@ pub(super) async fn serve_routes(
             }
         }
     }
-    farewell::close(listener, |stream| {
-        let closing = Closing::default();
-        if let Some(place) = Place::take(&server.places, closing.clone()) {
-            server.accept(stream, closing, place);
-        }
-    })
-    .await;
+    farewell::close(listener, |stream| server.accept(stream)).await;
     server.connections.close();
     server.connections.wait().await;
 }
@@ -114,7 +101,7 @@ impl Server {
     }
 
     /// Waits for a place for the next connection. There is none only while every place is held by a connection younger than the
-    /// grace period.
+    /// grace period of a quarter of a second.
     async fn place(&self) -> (Closing, Place) {
         loop {
             let closing = Closing::default();
@@ -125,7 +112,9 @@ impl Server {
         }
     }
 
-    fn accept(&self, stream: TcpStream, closing: Closing, place: Place) {
+    /// Serves the connection as soon as there is a place.
+    async fn accept(&self, stream: TcpStream) {
+        let (closing, place) = self.place().await;
         self.state.metrics.http_connections_opened.inc();
         // Tokens are small writes that must not be delayed (Nagle's algorithm).
         if let Err(error) = stream.set_nodelay(true) {

@@ -12,7 +12,11 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::api::connection::Routes;
+use crate::api::places::PlaceLimits;
+use crate::api::routes::{overflow_router, router};
 use crate::api::serve;
+use crate::api::server::serve_routes;
 
 /// Nothing here takes this long unless it hangs.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
@@ -254,6 +258,41 @@ async fn who_connects_in_the_moment_of_the_shutdown_is_answered() {
         let server = tokio::spawn(serve(listener, node.state.clone(), axum::Router::new(), shutdown));
         let answer = read_all(&mut client).await;
         assert!(answer.starts_with("HTTP/1.1 "), "{answer:?}");
+        in_time("ended", server).await.expect("no panic");
+    }
+}
+
+#[tokio::test]
+async fn who_finds_every_place_taken_in_the_moment_of_the_shutdown_is_answered() {
+    // The shutdown comes before anybody is accepted, or while one who was accepted waits for a place.
+    for opened_before in [0, 2] {
+        let node = Node::new(|_, _| Ok(()));
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        let address = listener.local_addr().expect("an address");
+        // These two say nothing, and keep their places for the grace period.
+        let mut silent = Vec::new();
+        for _ in 0..2 {
+            silent.push(TcpStream::connect(address).await.expect("established"));
+        }
+        let mut clients = Vec::new();
+        for _ in 0..3 {
+            let mut client = TcpStream::connect(address).await.expect("established");
+            client.write_all(b"GET /livez HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.expect("sent");
+            clients.push(client);
+        }
+        let (state, shutdown) = (node.state.clone(), CancellationToken::new());
+        let served = router(state.clone());
+        let routes = Routes { served, overflow: overflow_router(state.clone(), "busy".to_owned()) };
+        let limits = PlaceLimits { served: 1, overflow: 1 };
+        let server = tokio::spawn(serve_routes(listener, state, routes, limits, shutdown.clone()));
+        if opened_before > 0 {
+            until("the places are taken", || node.state.metrics.http_connections_opened.get() == opened_before).await;
+        }
+        shutdown.cancel();
+        for client in &mut clients {
+            let answer = read_all(client).await;
+            assert!(answer.starts_with("HTTP/1.1 "), "{answer:?}");
+        }
         in_time("ended", server).await.expect("no panic");
     }
 }
