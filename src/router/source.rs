@@ -175,13 +175,14 @@ impl StreamSource {
                     if is_first {
                         progress.first_token(self.last_sign.saturating_duration_since(self.opened_at));
                     }
-                    progress.token(*choice);
+                    progress.token(*choice, self.last_sign);
                 }
             }
             Sign::Event(GenerationEvent::Finished { choice, .. }) => {
                 self.progress.iter_mut().for_each(|progress| progress.finished(*choice));
             }
-            Sign::Event(GenerationEvent::Failed(_)) | Sign::Heartbeat | Sign::HandOver => {}
+            Sign::Heartbeat => self.progress.iter_mut().for_each(ProgressPart::heartbeat),
+            Sign::Event(GenerationEvent::Failed(_)) | Sign::HandOver => {}
         }
     }
 }

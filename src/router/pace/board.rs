@@ -42,6 +42,8 @@ pub struct Reported {
     pub token_seconds: f64,
     pub measured_at: Instant,
     pub reported_at: Instant,
+    /// Sequences wait there: for a seat, or because they were preempted.
+    pub has_queue: bool,
     /// It has itself detected that it is slow.
     pub confesses: bool,
     /// The pace includes standstills of the process. A process that stands still hears little from others, so it is compared
@@ -160,7 +162,12 @@ impl PaceBoard {
         let mut seen = Vec::with_capacity(sights.len());
         for sight in sights {
             let window = &mut self.entries.entry(sight.replica.clone()).or_default().window;
-            sight.progress.inspect(|progress| window.look(progress, now));
+            if let Some(progress) = sight.progress {
+                if let Some(reported) = sight.reported.filter(|reported| reported.has_queue) {
+                    progress.queue_seen(reported.reported_at);
+                }
+                window.look(progress, now);
+            }
             let of_report = |reported: Reported| {
                 let is_young = now.saturating_duration_since(reported.reported_at) < BELIEVED;
                 let said = reported.token_seconds.max(reported.unit_seconds);

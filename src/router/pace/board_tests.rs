@@ -11,6 +11,7 @@ use crate::types::NodeId;
 const FACTOR: f64 = 4.0;
 const TICK: Duration = Duration::from_millis(100);
 const UNIT: f64 = 0.005;
+const HEARTBEATS: Duration = Duration::from_millis(500);
 
 /// A replica that reports before every comparison.
 struct Node {
@@ -22,7 +23,9 @@ struct Node {
     /// Time since its last step.
     idle: Duration,
     progress: Arc<StreamProgress>,
-    stream: Option<ProgressPart>,
+    streams: Vec<ProgressPart>,
+    /// How many of the streams its scheduler has preempted.
+    preempted: usize,
     owed: f64,
 }
 
@@ -33,6 +36,7 @@ fn reported(unit_seconds: f64, now: Instant) -> Reported {
         token_seconds: unit_seconds,
         measured_at,
         reported_at,
+        has_queue: false,
         confesses: false,
         stands_still: false,
     }
@@ -61,7 +65,8 @@ impl Scene {
             claim: None,
             idle: Duration::ZERO,
             progress: Arc::new(StreamProgress::new(now)),
-            stream: None,
+            streams: Vec::new(),
+            preempted: 0,
             owed: 0.0,
         };
         Self {
@@ -78,8 +83,8 @@ impl Scene {
     fn with_streams(mut self) -> Self {
         for node in &mut self.nodes[1..] {
             let mut part = node.progress.part(self.now);
-            part.token(0);
-            node.stream = Some(part);
+            part.token(0, self.now);
+            node.streams.push(part);
         }
         self
     }
@@ -91,15 +96,20 @@ impl Scene {
         let fingerprint = Fingerprint::new("same");
         while self.now.saturating_duration_since(start) < time {
             self.now += TICK;
+            let since_start = self.now.saturating_duration_since(start).as_millis();
+            let is_beat = since_start.is_multiple_of(HEARTBEATS.as_millis());
             for node in &mut self.nodes {
-                let Some(stream) = &mut node.stream else { continue };
                 node.owed += TICK.as_secs_f64() / (UNIT * node.slowness);
-                (0..node.owed as u64).for_each(|_| stream.token(0));
+                for stream in node.streams.iter_mut().skip(node.preempted) {
+                    (0..node.owed as u64).for_each(|_| stream.token(0, self.now));
+                }
                 node.owed -= node.owed.floor();
+                node.streams.iter_mut().filter(|_| is_beat).for_each(ProgressPart::heartbeat);
             }
             let sight = |node: &'_ Node| {
                 let unit_seconds = UNIT * node.claim.unwrap_or(node.slowness);
-                Reported { measured_at: self.now - node.idle, ..reported(unit_seconds, self.now) }
+                let (measured_at, has_queue) = (self.now - node.idle, node.preempted > 0);
+                Reported { measured_at, has_queue, ..reported(unit_seconds, self.now) }
             };
             let sights: Vec<Sight<'_>> = self
                 .nodes
@@ -240,6 +250,28 @@ fn other_fingerprints_are_no_siblings() {
         };
         let found = board.look(&[sight(0), sight(1), sight(2)], FACTOR, now);
         assert_eq!(found.changes, []);
+    }
+}
+
+#[test]
+fn a_replica_that_has_preempted_streams_of_this_node_is_not_slow() {
+    // One of this node's streams there goes on, or none: it serves those of others.
+    for preempted in [9, 10] {
+        let mut scene = Scene::of(3).with_streams();
+        for _ in 1..10 {
+            let part = scene.nodes[1].progress.part(scene.now);
+            scene.nodes[1].streams.push(part);
+        }
+        scene.pass(seconds(5.0));
+        scene.nodes[1].preempted = preempted;
+        scene.pass(seconds(10.0));
+        assert_eq!((scene.slow(), scene.changes.len()), (vec![], 0), "{preempted} preempted");
+        // While some are preempted, it can become slow for the others.
+        scene.nodes[1].slowness = 20.0;
+        scene.nodes[1].claim = Some(1.0);
+        scene.nodes[1].preempted = 5;
+        scene.pass(seconds(3.0));
+        assert_eq!(scene.slow(), [at(1)], "{preempted} preempted");
     }
 }
 
