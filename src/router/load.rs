@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use super::failover::now;
 use super::pace::progress::FirstTokens;
 use super::shared::{Router, RouterState};
+use super::source::Replica;
 use crate::cluster::{LoadReport, PaceReport, Peer};
 use crate::health::QueueView;
 use crate::types::Pace;
@@ -17,6 +18,22 @@ const HALF_LIFE: Duration = Duration::from_secs(5);
 /// The time between tokens is what steps take now. If the node has been idle for longer than this, it is the time per unit of
 /// work.
 const STEPS_COUNT: Duration = Duration::from_secs(3);
+
+/// The numbers of a load report that say how busy a replica is, and how fast it would replay a stream.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct ReplicaLoad {
+    pub(super) running: u32,
+    pub(super) waiting: u32,
+    pub(super) seats: u32,
+    pub(super) drain_tokens_per_second: f32,
+}
+
+impl ReplicaLoad {
+    fn of(report: &LoadReport) -> Self {
+        let LoadReport { running, waiting, seats, drain_tokens_per_second, .. } = *report;
+        Self { running, waiting, seats, drain_tokens_per_second }
+    }
+}
 
 /// The average time to the first token, in units of work, so that it follows changes of the node's pace.
 #[derive(Clone, Copy, Debug, Default)]
@@ -85,6 +102,14 @@ impl RouterState {
         // The state may have changed since the assessment.
         let ready = if report.state == state { report.ready } else { self.may_serve_here() };
         self.with_load(LoadReport { state, ready, ..report })
+    }
+
+    /// The replica's load, if known. Copies no report: when a replica becomes slow, each of its streams asks for every sibling.
+    pub(super) fn load_of(&self, replica: &Replica) -> Option<ReplicaLoad> {
+        match replica {
+            Replica::Here => Some(ReplicaLoad::of(&self.with_load(LoadReport::default()))),
+            Replica::At(node) => self.view.borrow().peers.get(node).map(|peer| ReplicaLoad::of(&peer.report)),
+        }
     }
 
     fn with_load(&self, report: LoadReport) -> LoadReport {

@@ -58,7 +58,7 @@ impl FailoverStream {
             Destination::Peer(peer, _) => Replica::At(peer.id.clone()),
             Destination::Shed(_) | Destination::Nowhere(_) => return None,
         };
-        let speed = |replica: &Replica| Some(paces.get(replica)?.speed(&self.shared.report_of(replica)?));
+        let speed = |replica: &Replica| Some(paces.get(replica)?.speed(self.shared.load_of(replica)?));
         let emitted = self.log.longest();
         let race = Race {
             tokens_left: self.want.sampling.max_tokens.saturating_sub(u32::try_from(emitted).unwrap_or(u32::MAX)),
@@ -74,12 +74,12 @@ impl FailoverStream {
     /// for another one at the same moment.
     fn has_room(&self, paces: &Paces, replica: &Replica) -> bool {
         let is_well = paces.get(replica).is_some_and(|pace| pace.is_fresh && pace.slow_since.is_none());
-        let report = self.shared.report_of(replica).filter(|_| is_well);
-        report.is_some_and(|report| {
-            let sent = self.shared.sent_since_report(replica);
-            let occupied =
-                [report.waiting, sent, self.want.sampling.n].into_iter().fold(report.running, u32::saturating_add);
-            occupied <= report.seats
-        })
+        is_well
+            && self.shared.load_of(replica).is_some_and(|load| {
+                let sent = self.shared.sent_since_report(replica);
+                let occupied =
+                    [load.waiting, sent, self.want.sampling.n].into_iter().fold(load.running, u32::saturating_add);
+                occupied <= load.seats
+            })
     }
 }

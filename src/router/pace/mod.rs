@@ -25,6 +25,7 @@ use rescue::Speed;
 use standstill::Standstills;
 
 use super::failover::now;
+use super::load::ReplicaLoad;
 use super::placement::sane;
 use super::shared::RouterState;
 use super::source::Replica;
@@ -87,8 +88,8 @@ impl ReplicaPace {
         self.slow_since.map(|_| self.ratio().unwrap_or(f64::INFINITY))
     }
 
-    pub(super) fn speed(&self, report: &LoadReport) -> Speed {
-        let tokens_per_second = f64::from(report.drain_tokens_per_second.max(0.0));
+    pub(super) fn speed(&self, load: ReplicaLoad) -> Speed {
+        let tokens_per_second = f64::from(load.drain_tokens_per_second.max(0.0));
         Speed { unit_seconds: self.unit_seconds, token_seconds: self.token_seconds, tokens_per_second }
     }
 }
@@ -133,14 +134,6 @@ impl RouterState {
         let sights: Vec<Sight<'_>> = here.into_iter().chain(there).collect();
         let findings = self.pacing.board.lock().look(&sights, self.config.slow_node_factor, now);
         self.take_in(findings);
-    }
-
-    /// The replica's report, if known.
-    pub(super) fn report_of(&self, replica: &Replica) -> Option<LoadReport> {
-        match replica {
-            Replica::Here => Some(self.own_report_now()),
-            Replica::At(node) => Some(self.view.borrow().peers.get(node)?.report.clone()),
-        }
     }
 
     fn take_in(&self, findings: Findings) {
