@@ -344,6 +344,12 @@ fn rust_files(folder: &str) -> Vec<(String, String)> {
     files.into_iter().map(read).collect()
 }
 
+/// The sources of all modules except tests.
+fn code_files() -> Vec<(String, String)> {
+    let is_test = |file: &str| file.contains("tests/") || file.ends_with("tests.rs");
+    rust_files("src").into_iter().filter(|(file, _)| !is_test(file)).collect()
+}
+
 fn assert_none(findings: Vec<String>) {
     assert!(findings.is_empty(), "\n{}", findings.join("\n"));
 }

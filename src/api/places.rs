@@ -57,7 +57,7 @@ pub struct Places {
     served: Row,
     overflow: Row,
     /// All open connections, including those that have lost their place and have not closed yet.
-    connections: HashMap<ConnectionId, Connection>,
+    connections: HashMap<ConnectionId, ConnectionState>,
     next_id: u64,
 }
 
@@ -69,7 +69,7 @@ struct Row {
     order: [BTreeSet<(Instant, ConnectionId)>; 3],
 }
 
-struct Connection {
+struct ConnectionState {
     tier: Tier,
     /// Unanswered requests, and other reasons why the connection is not idle.
     occupations: u32,
@@ -81,7 +81,7 @@ struct Connection {
     closing: Option<Closing>,
 }
 
-impl Connection {
+impl ConnectionState {
     fn activity(&self) -> Activity {
         match self.occupations {
             0 => Activity::Idle,
@@ -96,12 +96,12 @@ impl Row {
         Self { limit, taken: 0, order: Default::default() }
     }
 
-    fn insert(&mut self, id: ConnectionId, connection: &Connection) {
+    fn insert(&mut self, id: ConnectionId, connection: &ConnectionState) {
         self.order[connection.activity() as usize].insert((connection.since, id));
         self.taken += 1;
     }
 
-    fn remove(&mut self, id: ConnectionId, connection: &Connection) {
+    fn remove(&mut self, id: ConnectionId, connection: &ConnectionState) {
         let was_there = self.order[connection.activity() as usize].remove(&(connection.since, id));
         assert!(was_there, "a connection with a place stands in its row");
         self.taken -= 1;
@@ -128,7 +128,7 @@ impl Places {
         let tier = [Tier::Served, Tier::Overflow].into_iter().find(|tier| self.make_room(*tier, now))?;
         let id = ConnectionId(self.next_id);
         self.next_id += 1;
-        let connection = Connection { tier, occupations: 0, bodies: 0, since: now, closing: Some(closing) };
+        let connection = ConnectionState { tier, occupations: 0, bodies: 0, since: now, closing: Some(closing) };
         self.row(tier).insert(id, &connection);
         self.connections.insert(id, connection);
         Some(id)
@@ -136,7 +136,7 @@ impl Places {
 
     /// A request begins. Returns the tier that answers it: a connection in the overflow is served if a place has become free.
     pub fn request_begins(&mut self, id: ConnectionId, has_body: bool, now: Instant) -> Tier {
-        let waits = |connection: &Connection| connection.tier == Tier::Overflow && connection.closing.is_some();
+        let waits = |connection: &ConnectionState| connection.tier == Tier::Overflow && connection.closing.is_some();
         let is_promoted = self.connections.get(&id).is_some_and(waits) && self.make_room(Tier::Served, now);
         self.occupy(id, now);
         self.change(id, |connection| {
@@ -242,7 +242,7 @@ impl Places {
     }
 
     /// Changes a connection, and keeps the order up to date.
-    fn change(&mut self, id: ConnectionId, change: impl FnOnce(&mut Connection)) {
+    fn change(&mut self, id: ConnectionId, change: impl FnOnce(&mut ConnectionState)) {
         let Some(mut connection) = self.connections.remove(&id) else { return };
         if connection.closing.is_some() {
             self.row(connection.tier).remove(id, &connection);

@@ -28,12 +28,12 @@ const EXIT_GRACE: Duration = Duration::from_secs(2);
 
 /// How long the runtime may show no life, and how long a shutdown may take.
 #[derive(Clone, Copy, Debug)]
-struct Bounds {
+struct TimeLimits {
     front: Duration,
     ending: Duration,
 }
 
-impl Bounds {
+impl TimeLimits {
     fn of(config: &Config) -> Self {
         let process = &config.process;
         // Twice `shutdown_timeout`, because a node that fails while draining starts a new shutdown.
@@ -46,23 +46,23 @@ impl Bounds {
 /// The pure core of the watchdog.
 #[derive(Debug)]
 struct Watchdog {
-    bounds: Bounds,
+    limits: TimeLimits,
     front: StallWatch,
     ending: StallWatch,
 }
 
 impl Watchdog {
-    fn new(bounds: Bounds) -> Self {
-        Self { bounds, front: StallWatch::default(), ending: StallWatch::default() }
+    fn new(limits: TimeLimits) -> Self {
+        Self { limits, front: StallWatch::default(), ending: StallWatch::default() }
     }
 
     /// Why the process must be ended, if it must. `signs`: how often the runtime has shown that it is alive.
     fn judge(&mut self, signs: u64, state: NodeState, now: Instant) -> Option<String> {
         let is_ending = matches!(state, NodeState::Draining | NodeState::Failed | NodeState::Stopped);
-        let front = self.front.observe(1, signs, now).filter(|silence| *silence > self.bounds.front);
-        let ending = self.ending.observe(is_ending.into(), 0, now).filter(|time| *time > self.bounds.ending);
+        let front = self.front.observe(1, signs, now).filter(|silence| *silence > self.limits.front);
+        let ending = self.ending.observe(is_ending.into(), 0, now).filter(|time| *time > self.limits.ending);
         if let Some(silence) = front {
-            let limit = self.bounds.front.as_secs_f64();
+            let limit = self.limits.front.as_secs_f64();
             return Some(format!(
                 "the HTTP server has hung for {:.1} s (liveness_timeout, {limit:.1} s): it answers neither clients nor probes",
                 silence.as_secs_f64()
@@ -77,7 +77,7 @@ impl Watchdog {
 pub fn start(config: &Config, lifecycle: Lifecycle) -> anyhow::Result<()> {
     let signs = Arc::new(AtomicU64::new(0));
     spawn_background(show_life(signs.clone()));
-    let mut watchdog = Watchdog::new(Bounds::of(config));
+    let mut watchdog = Watchdog::new(TimeLimits::of(config));
     let watch = move || {
         loop {
             thread::sleep(INTERVAL);
@@ -117,11 +117,11 @@ fn end(reason: String) -> ! {
 mod tests {
     use super::*;
 
-    const BOUNDS: Bounds = Bounds { front: Duration::from_secs(30), ending: Duration::from_secs(90) };
+    const LIMITS: TimeLimits = TimeLimits { front: Duration::from_secs(30), ending: Duration::from_secs(90) };
 
     /// Looks for that long; `signs` returns the signs of life at each look. Returns when and why the process must end.
     fn run(limit: Duration, state: NodeState, signs: impl Fn(u32) -> u64) -> Option<(Duration, String)> {
-        let (mut watchdog, start) = (Watchdog::new(BOUNDS), Instant::now());
+        let (mut watchdog, start) = (Watchdog::new(LIMITS), Instant::now());
         (0..).map(|look| (look, INTERVAL * look)).take_while(|(_, time)| *time < limit).find_map(|(look, time)| {
             let reason = watchdog.judge(signs(look), state, start + time)?;
             Some((time, reason))
@@ -135,7 +135,7 @@ mod tests {
         for state in [NodeState::Starting, NodeState::Warming, NodeState::Ready, NodeState::Degraded] {
             assert_eq!(run(HOUR, state, u64::from), None, "{state:?}");
             let (after, reason) = run(HOUR, state, |look| u64::from(look.min(100))).expect("ended");
-            assert_eq!(after, INTERVAL * 100 + BOUNDS.front + INTERVAL, "{state:?}");
+            assert_eq!(after, INTERVAL * 100 + LIMITS.front + INTERVAL, "{state:?}");
             assert!(reason.contains("liveness_timeout"), "{reason}");
         }
     }
@@ -144,7 +144,7 @@ mod tests {
     fn an_ending_has_its_time_and_no_more() {
         for state in [NodeState::Draining, NodeState::Failed, NodeState::Stopped] {
             let (after, reason) = run(HOUR, state, u64::from).expect("ended");
-            assert_eq!(after, BOUNDS.ending + INTERVAL, "{state:?}");
+            assert_eq!(after, LIMITS.ending + INTERVAL, "{state:?}");
             assert!(reason.contains("shutdown"), "{reason}");
         }
     }
@@ -152,8 +152,8 @@ mod tests {
     #[test]
     fn the_times_that_are_configured_are_given() {
         let config = Config::default();
-        let bounds = Bounds::of(&config);
-        assert_eq!(bounds.front, config.health.liveness_timeout);
-        assert!(bounds.ending > config.process.shutdown_timeout * 2 + config.process.failure_linger);
+        let limits = TimeLimits::of(&config);
+        assert_eq!(limits.front, config.health.liveness_timeout);
+        assert!(limits.ending > config.process.shutdown_timeout * 2 + config.process.failure_linger);
     }
 }

@@ -42,7 +42,7 @@ pub struct Reach {
 type Process = (NodeId, u64, SocketAddr);
 
 /// The results of calls to one process.
-struct Standing {
+struct CallRecord {
     next: Instant,
     failures: u32,
     /// Why the last call failed.
@@ -54,7 +54,7 @@ impl Reach {
     pub async fn run(self, shutdown: CancellationToken) {
         let mut ticks = interval(INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut peers: BTreeMap<Process, Standing> = BTreeMap::new();
+        let mut peers: BTreeMap<Process, CallRecord> = BTreeMap::new();
         let mut dialled: BTreeMap<SocketAddr, Instant> = BTreeMap::new();
         loop {
             tokio::select! {
@@ -73,7 +73,7 @@ impl Reach {
         }
     }
 
-    async fn call_peers(&self, peers: &mut BTreeMap<Process, Standing>) {
+    async fn call_peers(&self, peers: &mut BTreeMap<Process, CallRecord>) {
         let (view, now) = (self.view.borrow().clone(), Instant::now());
         let stays = |peer: &&Arc<Peer>| !matches!(peer.report.state, NodeState::Draining | NodeState::Stopped);
         let present: BTreeMap<Process, Arc<Peer>> =
@@ -83,17 +83,17 @@ impl Reach {
         }
         peers.retain(|process, _| present.contains_key(process));
         for process in present.keys() {
-            peers.entry(process.clone()).or_insert(Standing { next: now, failures: 0, detail: String::new() });
+            peers.entry(process.clone()).or_insert(CallRecord { next: now, failures: 0, detail: String::new() });
         }
-        let due = peers.iter().filter(|(_, standing)| standing.next <= now).take(MAX_CALLS);
+        let due = peers.iter().filter(|(_, record)| record.next <= now).take(MAX_CALLS);
         let calls: FuturesUnordered<_> =
             due.map(|(process, _)| self.call(process.clone(), &present[process])).collect();
         for (process, result) in calls.collect::<Vec<_>>().await {
-            let standing = peers.get_mut(&process).expect("it was called");
-            self.learn(process.0.as_str(), standing, result);
+            let record = peers.get_mut(&process).expect("it was called");
+            self.learn(process.0.as_str(), record, result);
         }
-        let failing = peers.iter().filter(|(_, standing)| standing.failures >= FAILURES && !standing.detail.is_empty());
-        let found = failing.map(|((id, ..), standing)| (id.to_string(), standing.detail.clone()));
+        let failing = peers.iter().filter(|(_, record)| record.failures >= FAILURES && !record.detail.is_empty());
+        let found = failing.map(|((id, ..), record)| (id.to_string(), record.detail.clone()));
         self.problems.state(ProblemReason::Unreachable, found.collect());
     }
 
@@ -103,7 +103,7 @@ impl Reach {
         (process, self.transport.lookup(peer, key).await.map(drop))
     }
 
-    fn learn(&self, name: &str, standing: &mut Standing, result: Result<(), Failure>) {
+    fn learn(&self, name: &str, record: &mut CallRecord, result: Result<(), Failure>) {
         let failure = result.err().filter(|failure| match failure.kind {
             FailureKind::PeerUnreachable | FailureKind::PeerDisconnected | FailureKind::PeerStalled => true,
             // The peer answers, so it can be reached.
@@ -120,17 +120,17 @@ impl Reach {
             | FailureKind::Internal => false,
         });
         let Some(failure) = failure else {
-            *standing = Standing { next: Instant::now() + RECHECK, failures: 0, detail: String::new() };
+            *record = CallRecord { next: Instant::now() + RECHECK, failures: 0, detail: String::new() };
             return self.problems.clear(ProblemReason::Untrusted, name);
         };
-        standing.next = Instant::now() + RETRY;
-        standing.failures += 1;
+        record.next = Instant::now() + RETRY;
+        record.failures += 1;
         if tls::is_distrust(&failure) {
             // Reported as another problem.
-            standing.detail.clear();
+            record.detail.clear();
             self.problems.event_at(ProblemReason::Untrusted, name, || with_causes(&failure).to_string());
         } else {
-            standing.detail = with_causes(&failure).to_string();
+            record.detail = with_causes(&failure).to_string();
             self.problems.clear(ProblemReason::Untrusted, name);
         }
     }

@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 use super::breaker::Attempt;
 use super::dispatch::{Destination, NOT_SERVING, Want};
-use super::shared::{Departure, RouterState, has_left};
+use super::shared::{DepartureStage, RouterState, has_left};
 use super::source::{Replica, Sign, StreamSource};
 use super::stream_log::{News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
@@ -69,7 +69,7 @@ pub(super) struct FailoverStream {
     gate: Option<BoxFuture<'static, ()>>,
     /// The failure with which the stream ends when the gate opens.
     spoiled_by: Option<Failure>,
-    departure: watch::Receiver<Departure>,
+    departure: watch::Receiver<DepartureStage>,
     is_cut: watch::Receiver<bool>,
     paces: watch::Receiver<()>,
     /// The retry budget did not allow a race that was wanted.

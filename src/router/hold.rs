@@ -21,14 +21,14 @@ const MAX_HELD: usize = 1024;
 pub struct Hold {
     shared: Arc<RouterState>,
     /// Present while another node or the model may still become available; usually absent.
-    news: Option<News>,
+    news: Option<AwaitedChanges>,
     until: Instant,
     deadline: Option<Instant>,
     place: Option<HeldPlace>,
 }
 
 /// Changes that may make the next attempt succeed.
-struct News {
+struct AwaitedChanges {
     view: watch::Receiver<Arc<ClusterView>>,
     phases: watch::Receiver<NodePhase>,
     is_cut: watch::Receiver<bool>,
@@ -45,7 +45,7 @@ impl Hold {
     pub(super) fn new(shared: Arc<RouterState>, deadline: Option<Instant>) -> Self {
         let patience = now() + shared.config.failover_timeout;
         Self {
-            news: shared.may_yet_serve().then(|| News::of(&shared)),
+            news: shared.may_yet_serve().then(|| AwaitedChanges::of(&shared)),
             deadline,
             until: deadline.map_or(patience, |deadline| deadline.min(patience)),
             place: None,
@@ -109,7 +109,7 @@ impl Hold {
     }
 }
 
-impl News {
+impl AwaitedChanges {
     fn of(shared: &RouterState) -> Self {
         Self {
             view: shared.view.clone(),

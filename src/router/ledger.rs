@@ -43,7 +43,7 @@ struct Sent {
 
 /// What placement needs to know about a peer besides its report.
 #[derive(Clone, Copy, Debug)]
-pub struct Standing {
+pub struct PeerStanding {
     pub allows: bool,
     /// The peer may be called if there is no other.
     pub is_trusted: bool,
@@ -113,11 +113,11 @@ impl Ledger {
         self.0.lock().get(node).map(|account| account.progress.clone())
     }
 
-    pub fn standing(&self, peer: &Peer, now: Instant) -> Standing {
+    pub fn standing(&self, peer: &Peer, now: Instant) -> PeerStanding {
         let mut accounts = self.0.lock();
         let Some(account) = accounts.get_mut(&peer.id) else {
             let breaker = Breaker::new(peer.incarnation, now);
-            return Standing {
+            return PeerStanding {
                 allows: true,
                 is_trusted: true,
                 weight: breaker.weight(now),
@@ -134,7 +134,7 @@ impl Ledger {
         while account.sent.front().is_some_and(|sent| sent.at < peer.reported_at) {
             account.sent.pop_front();
         }
-        Standing {
+        PeerStanding {
             allows: account.breaker.allows(now),
             is_trusted: account.breaker.is_trusted(),
             weight: account.breaker.weight(now),

@@ -93,35 +93,35 @@ pub fn place(
     candidates: &[Candidate<'_>],
     random: u64,
 ) -> Placement {
-    let usable: Vec<Standing> = (candidates.iter().enumerate())
+    let usable: Vec<RatedCandidate> = (candidates.iter().enumerate())
         .filter(|(_, candidate)| is_usable(candidate, request.is_continuation))
-        .map(|(index, candidate)| Standing::new(index, candidate, request))
+        .map(|(index, candidate)| RatedCandidate::new(index, candidate, request))
         .collect();
     if usable.is_empty() {
         return Placement::Nowhere;
     }
     let mut pool = usable.clone();
-    pool.retain(|standing| request.is_continuation || !standing.is_full);
+    pool.retain(|rated| request.is_continuation || !rated.is_full);
     if pool.is_empty() {
         return Placement::Shed { retry_after: retry_after(&usable) };
     }
-    narrow(&mut pool, |standing| standing.is_known);
-    narrow(&mut pool, |standing| !standing.is_silent);
-    narrow(&mut pool, |standing| standing.is_ready);
+    narrow(&mut pool, |rated| rated.is_known);
+    narrow(&mut pool, |rated| !rated.is_silent);
+    narrow(&mut pool, |rated| rated.is_ready);
     let remaining = request.remaining.map_or(f64::INFINITY, |remaining| remaining.as_secs_f64());
-    narrow(&mut pool, |standing| standing.wait < remaining);
-    narrow(&mut pool, |standing| standing.has_budget);
+    narrow(&mut pool, |rated| rated.wait < remaining);
+    narrow(&mut pool, |rated| rated.has_budget);
     leave_out_slow_ones(&mut pool);
     if strategy == Strategy::PrefixCache {
         narrow_to_longest_prefix(&mut pool);
     }
-    narrow(&mut pool, |standing| standing.has_seats);
+    narrow(&mut pool, |rated| rated.has_seats);
     if strategy == Strategy::Balanced
         && let Some(here) = here_if_well(&pool)
     {
         return Placement::Serve(here.index);
     }
-    narrow(&mut pool, |standing| standing.is_same_zone);
+    narrow(&mut pool, |rated| rated.is_same_zone);
     Placement::Serve(choose(strategy, &pool, random).index)
 }
 
@@ -148,7 +148,7 @@ fn is_unready_by_queue(report: &LoadReport) -> bool {
 
 /// A usable candidate, evaluated for this request.
 #[derive(Clone, Copy, Debug)]
-struct Standing {
+struct RatedCandidate {
     index: usize,
     is_here: bool,
     is_same_zone: bool,
@@ -182,7 +182,7 @@ struct Standing {
     health: f64,
 }
 
-impl Standing {
+impl RatedCandidate {
     fn new(index: usize, candidate: &Candidate<'_>, request: &PlacementRequest<'_>) -> Self {
         let report = candidate.report;
         let (seats, choices) = (f64::from(report.seats), f64::from(request.choices));
@@ -288,69 +288,69 @@ fn health(candidate: &Candidate<'_>) -> f64 {
 }
 
 /// Keeps the replicas at normal pace, and slow ones with a free seat that would finish before the shortest queue of the others.
-fn leave_out_slow_ones(pool: &mut Vec<Standing>) {
-    let at_pace = pool.iter().filter(|standing| !standing.is_slow);
-    let soonest = at_pace.map(|standing| standing.wait + standing.reply_time()).fold(f64::INFINITY, f64::min);
+fn leave_out_slow_ones(pool: &mut Vec<RatedCandidate>) {
+    let at_pace = pool.iter().filter(|rated| !rated.is_slow);
+    let soonest = at_pace.map(|rated| rated.wait + rated.reply_time()).fold(f64::INFINITY, f64::min);
     if soonest.is_finite() {
-        pool.retain(|standing| !standing.is_slow || (standing.has_seats && standing.reply_time() < soonest));
+        pool.retain(|rated| !rated.is_slow || (rated.has_seats && rated.reply_time() < soonest));
     }
 }
 
 /// This node, if it is healthy and has a free seat, unless a peer has much more of the prompt cached.
-fn here_if_well(pool: &[Standing]) -> Option<&Standing> {
-    let here = pool.iter().find(|standing| standing.is_here && standing.has_seats)?;
+fn here_if_well(pool: &[RatedCandidate]) -> Option<&RatedCandidate> {
+    let here = pool.iter().find(|rated| rated.is_here && rated.has_seats)?;
     let is_well = here.is_ready && here.health >= 0.5 && here.relative_speed(pace(pool)) >= 0.5;
-    let longest = pool.iter().map(|standing| standing.matched_tokens).max().unwrap_or(0);
+    let longest = pool.iter().map(|rated| rated.matched_tokens).max().unwrap_or(0);
     (is_well && longest < here.matched_tokens + WORTH_A_HOP).then_some(here)
 }
 
 /// The best measured reply time; 0 if nothing was measured.
-fn pace(pool: &[Standing]) -> f64 {
-    let measured = pool.iter().map(Standing::reply_time).filter(|time| *time > 0.0);
+fn pace(pool: &[RatedCandidate]) -> f64 {
+    let measured = pool.iter().map(RatedCandidate::reply_time).filter(|time| *time > 0.0);
     measured.min_by(f64::total_cmp).unwrap_or(0.0)
 }
 
 /// Keeps the candidates that have most of the prompt cached, unless none has any, or their seats are occupied twice over.
-fn narrow_to_longest_prefix(pool: &mut Vec<Standing>) {
-    let is_bearable = |standing: &Standing| standing.occupied < 2.0 * standing.seats;
-    let bearable = pool.iter().filter(|standing| is_bearable(standing));
-    let longest = bearable.map(|standing| standing.matched_tokens).max().unwrap_or(0);
+fn narrow_to_longest_prefix(pool: &mut Vec<RatedCandidate>) {
+    let is_bearable = |rated: &RatedCandidate| rated.occupied < 2.0 * rated.seats;
+    let bearable = pool.iter().filter(|rated| is_bearable(rated));
+    let longest = bearable.map(|rated| rated.matched_tokens).max().unwrap_or(0);
     if longest > 0 {
-        narrow(pool, |standing| is_bearable(standing) && standing.matched_tokens == longest);
+        narrow(pool, |rated| is_bearable(rated) && rated.matched_tokens == longest);
     }
 }
 
 /// Keeps the candidates that pass, if there are any.
-fn narrow(pool: &mut Vec<Standing>, passes: impl Fn(&Standing) -> bool) {
+fn narrow(pool: &mut Vec<RatedCandidate>, passes: impl Fn(&RatedCandidate) -> bool) {
     if pool.iter().any(&passes) {
         pool.retain(passes);
     }
 }
 
 /// The pool must not be empty.
-fn choose(strategy: Strategy, pool: &[Standing], random: u64) -> &Standing {
+fn choose(strategy: Strategy, pool: &[RatedCandidate], random: u64) -> &RatedCandidate {
     match strategy {
         Strategy::Balanced => draw_balanced(pool, random),
         Strategy::PrefixCache if pool[0].matched_tokens == 0 => draw_balanced(pool, random),
-        Strategy::PrefixCache | Strategy::LeastRequest => least(pool, random, Standing::crowd),
+        Strategy::PrefixCache | Strategy::LeastRequest => least(pool, random, RatedCandidate::crowd),
         Strategy::LeastLatency => {
             // A candidate that was not measured counts as the fastest, so that it will be measured.
             let pace = pace(pool);
-            least(pool, random, |standing| {
-                let own = standing.reply_time();
-                (if own > 0.0 { own } else { pace * (1.0 + standing.occupied / standing.seats) }) / standing.health
+            least(pool, random, |rated| {
+                let own = rated.reply_time();
+                (if own > 0.0 { own } else { pace * (1.0 + rated.occupied / rated.seats) }) / rated.health
             })
         }
         Strategy::LeastKvCache => {
-            let on_the_way = |standing: &Standing| standing.occupied / standing.seats / 100.0;
-            least(pool, random, |standing| (0.01 + standing.kv_usage + on_the_way(standing)) / standing.health)
+            let on_the_way = |rated: &RatedCandidate| rated.occupied / rated.seats / 100.0;
+            least(pool, random, |rated| (0.01 + rated.kv_usage + on_the_way(rated)) / rated.health)
         }
         Strategy::Throughput => {
-            let fastest = pool.iter().map(|standing| standing.drain).fold(0.0, f64::max);
-            let rate = |standing: &Standing| if standing.drain > 0.0 { standing.drain } else { fastest.max(1.0) };
-            least(pool, random, |standing| standing.crowd() / rate(standing))
+            let fastest = pool.iter().map(|rated| rated.drain).fold(0.0, f64::max);
+            let rate = |rated: &RatedCandidate| if rated.drain > 0.0 { rated.drain } else { fastest.max(1.0) };
+            least(pool, random, |rated| rated.crowd() / rate(rated))
         }
-        Strategy::Random => draw(pool, random, |standing| standing.health),
+        Strategy::Random => draw(pool, random, |rated| rated.health),
         Strategy::PowerOfTwo => {
             let (first, second) = two_of(pool.len(), random);
             if pool[second].crowd() < pool[first].crowd() { &pool[second] } else { &pool[first] }
@@ -358,27 +358,27 @@ fn choose(strategy: Strategy, pool: &[Standing], random: u64) -> &Standing {
     }
 }
 
-fn draw_balanced(pool: &[Standing], random: u64) -> &Standing {
+fn draw_balanced(pool: &[RatedCandidate], random: u64) -> &RatedCandidate {
     let pace = pace(pool);
-    draw(pool, random, |standing| standing.balanced_weight(pace))
+    draw(pool, random, |rated| rated.balanced_weight(pace))
 }
 
 /// Draws with probabilities proportional to the weights, none of which is 0.
-fn draw(pool: &[Standing], random: u64, weight: impl Fn(&Standing) -> f64) -> &Standing {
+fn draw(pool: &[RatedCandidate], random: u64, weight: impl Fn(&RatedCandidate) -> f64) -> &RatedCandidate {
     let total: f64 = pool.iter().map(&weight).sum();
     let mut point = unit(random) * total;
-    let drawn = pool.iter().find(|standing| {
-        point -= weight(standing);
+    let drawn = pool.iter().find(|rated| {
+        point -= weight(rated);
         point < 0.0
     });
     drawn.unwrap_or(&pool[pool.len() - 1])
 }
 
 /// The cheapest; of equals this node, since a hop costs time, else a random one.
-fn least(pool: &[Standing], random: u64, cost: impl Fn(&Standing) -> f64) -> &Standing {
+fn least(pool: &[RatedCandidate], random: u64, cost: impl Fn(&RatedCandidate) -> f64) -> &RatedCandidate {
     let lowest = pool.iter().map(&cost).min_by(f64::total_cmp).expect("the pool is not empty");
-    let cheapest: Vec<&Standing> = pool.iter().filter(|standing| cost(standing) <= lowest).collect();
-    let here = cheapest.iter().find(|standing| standing.is_here);
+    let cheapest: Vec<&RatedCandidate> = pool.iter().filter(|rated| cost(rated) <= lowest).collect();
+    let here = cheapest.iter().find(|rated| rated.is_here);
     here.unwrap_or(&cheapest[(random % cheapest.len() as u64) as usize])
 }
 
@@ -393,9 +393,9 @@ fn two_of(len: usize, random: u64) -> (usize, usize) {
 }
 
 /// When the waiting work of all candidates will be done.
-fn retry_after(usable: &[Standing]) -> Duration {
-    let backlog: f64 = usable.iter().map(|standing| standing.backlog).sum();
-    let drain: f64 = usable.iter().map(|standing| standing.drain).sum();
+fn retry_after(usable: &[RatedCandidate]) -> Duration {
+    let backlog: f64 = usable.iter().map(|rated| rated.backlog).sum();
+    let drain: f64 = usable.iter().map(|rated| rated.drain).sum();
     let seconds = if drain > 0.0 { backlog / drain } else { 0.0 };
     Duration::try_from_secs_f64(seconds).unwrap_or(MAX_RETRY_AFTER).clamp(MIN_RETRY_AFTER, MAX_RETRY_AFTER)
 }

@@ -406,7 +406,7 @@ proptest! {
         let placed = place(strategy, &request, &candidates, random);
         prop_assert_eq!(placed, place(strategy, &request, &candidates, random), "equal for equal inputs");
         let usable = || candidates.iter().filter(|candidate| is_usable(candidate, is_continuation));
-        let is_full = |candidate: &Candidate<'_>| Standing::new(0, candidate, &request).is_full;
+        let is_full = |candidate: &Candidate<'_>| RatedCandidate::new(0, candidate, &request).is_full;
         match placed {
             Placement::Serve(index) => {
                 prop_assert!(is_usable(&candidates[index], is_continuation));
@@ -424,14 +424,14 @@ proptest! {
     #[test]
     fn full_means_seats_taken_and_queue_full(report in any_report(), circumstances in any_circumstances()) {
         let candidate = candidate(1, &report, &circumstances);
-        let standing = Standing::new(1, &candidate, &REQUEST);
-        if standing.is_full {
+        let rated = RatedCandidate::new(1, &candidate, &REQUEST);
+        if rated.is_full {
             prop_assert!(report.running + report.waiting + candidate.sent_choices >= report.seats);
             prop_assert!(report.queue_saturation > 0.0 || candidate.sent_choices > 0);
         }
         if report.running + report.waiting >= report.seats && report.queue_saturation >= 1.0 {
-            prop_assert!(standing.is_full);
+            prop_assert!(rated.is_full);
         }
-        prop_assert!(standing.health > 0.0 && standing.health <= 1.0);
+        prop_assert!(rated.health > 0.0 && rated.health <= 1.0);
     }
 }

@@ -11,7 +11,7 @@ use super::Router;
 use super::dispatch::NOT_SERVING;
 use super::failover::now;
 use super::hot_prefixes;
-use super::shared::{Departure, RouterState};
+use super::shared::{DepartureStage, RouterState};
 use super::source::{Sign, StreamSource};
 use super::stream_log::Cursor;
 use crate::admission::Demand;
@@ -141,7 +141,7 @@ async fn serve(
     mut source: StreamSource,
     frames: UnboundedSender<PeerFrame>,
     mut unfinished: usize,
-    mut departure: watch::Receiver<Departure>,
+    mut departure: watch::Receiver<DepartureStage>,
 ) {
     shared.metrics.streams_served.inc();
     let mut ticks = interval(shared.heartbeat_interval());

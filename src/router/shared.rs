@@ -76,7 +76,7 @@ pub struct RouterParts {
 
 /// How far a node has gone on its way out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Departure {
+pub(super) enum DepartureStage {
     Stays,
     /// What it computes is handed to peers, and nothing is begun here that a peer could take.
     HandsOver,
@@ -114,7 +114,7 @@ pub struct RouterState {
     open_streams: AtomicU32,
     /// Requests held while the node starts.
     pub(super) held: AtomicUsize,
-    pub(super) departure: watch::Sender<Departure>,
+    pub(super) departure: watch::Sender<DepartureStage>,
     pub(super) is_cut: watch::Sender<bool>,
 }
 
@@ -154,7 +154,7 @@ impl Router {
             draws: seed.into(),
             open_streams: 0.into(),
             held: 0.into(),
-            departure: watch::Sender::new(Departure::Stays),
+            departure: watch::Sender::new(DepartureStage::Stays),
             is_cut: watch::Sender::new(false),
         };
         Self { shared: Arc::new(shared) }
@@ -220,13 +220,13 @@ impl Router {
 
     /// This node is leaving: moves its streams elsewhere if possible, and starts nothing that a peer could take.
     pub fn leave(&self) {
-        self.shared.departure.send_replace(Departure::HandsOver);
+        self.shared.departure.send_replace(DepartureStage::HandsOver);
     }
 
     /// The node computes nothing any more. Streams go on where peers compute them; those that no peer takes end, and their
     /// clients are told how to go on elsewhere.
     pub fn stop_computing(&self) {
-        self.shared.departure.send_replace(Departure::OnlyRelays);
+        self.shared.departure.send_replace(DepartureStage::OnlyRelays);
     }
 
     /// Ends all streams, and tells clients how to continue elsewhere. No new stream is started.
@@ -286,11 +286,11 @@ impl RouterState {
     }
 
     pub(super) fn leaves(&self) -> bool {
-        *self.departure.borrow() >= Departure::HandsOver
+        *self.departure.borrow() >= DepartureStage::HandsOver
     }
 
     pub(super) fn only_relays(&self) -> bool {
-        *self.departure.borrow() == Departure::OnlyRelays
+        *self.departure.borrow() == DepartureStage::OnlyRelays
     }
 
     /// Starts the generation in this node's engine.

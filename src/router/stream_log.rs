@@ -203,7 +203,7 @@ impl StreamLog {
         if state.failure.is_none() && (state.is_gated || !state.is_complete()) {
             state.listeners.push(listener);
         }
-        Some(stream.guarded_by(Departure(self.clone())))
+        Some(stream.guarded_by(ListenerGuard(self.clone())))
     }
 
     pub fn shown_fingerprint(&self) -> StreamFingerprint {
@@ -498,9 +498,9 @@ impl Listener {
 }
 
 /// Kept inside a listener's stream; notifies when it is dropped.
-struct Departure(Arc<StreamLog>);
+struct ListenerGuard(Arc<StreamLog>);
 
-impl Drop for Departure {
+impl Drop for ListenerGuard {
     fn drop(&mut self) {
         self.0.departures.notify_waiters();
     }

@@ -11,8 +11,8 @@ pub(super) enum PieceKind {
 
 #[derive(Debug)]
 pub(super) struct Pieces {
-    names: Joined,
-    bytes: Joined,
+    names: PackedPieces,
+    bytes: PackedPieces,
     special: Vec<bool>,
     strips_leading_space: bool,
     replaces_bytewise: bool,
@@ -23,8 +23,8 @@ impl Pieces {
     /// of an invalid sequence becomes one U+FFFD, as in SentencePiece.
     pub fn builder(strips_leading_space: bool, replaces_bytewise: bool) -> PiecesBuilder {
         PiecesBuilder(Pieces {
-            names: Joined::default(),
-            bytes: Joined::default(),
+            names: PackedPieces::default(),
+            bytes: PackedPieces::default(),
             special: Vec::new(),
             strips_leading_space,
             replaces_bytewise,
@@ -76,13 +76,13 @@ impl PiecesBuilder {
 
 /// Many short pieces in one allocation.
 #[derive(Debug, Default)]
-struct Joined {
+struct PackedPieces {
     bytes: Vec<u8>,
     /// Piece `i` is `bytes[ends[i - 1]..ends[i]]`.
     ends: Vec<u32>,
 }
 
-impl Joined {
+impl PackedPieces {
     fn push(&mut self, piece: &[u8]) {
         self.bytes.extend_from_slice(piece);
         self.ends.push(u32::try_from(self.bytes.len()).expect("a vocabulary's text is far below 4 GiB"));

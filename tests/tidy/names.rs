@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use outrigger::config::KEYS;
 use outrigger::types::FailureKind;
 
-use super::{assert_none, links, rust_files};
+use super::{assert_none, code_files, links};
 
 /// Flags of the program that are not configuration keys.
 const OTHER_FLAGS: &[&str] =
@@ -16,12 +16,6 @@ const OTHER_PROGRAMS: &[&str] = &["cargo ", "docker ", "kubectl ", "curl ", "pip
 
 fn page(path: &str) -> String {
     links::pages().remove(path).unwrap_or_else(|| panic!("{path} is missing"))
-}
-
-/// The sources of all modules except tests.
-fn sources() -> Vec<(String, String)> {
-    let is_test = |file: &str| file.contains("tests/") || file.ends_with("tests.rs");
-    rust_files("src").into_iter().filter(|(file, _)| !is_test(file)).collect()
 }
 
 /// The texts between each `start` and the next `end`.
@@ -87,7 +81,7 @@ fn differences(known: &BTreeSet<&str>, told: &BTreeSet<&str>, page: &str) -> Vec
 
 #[test]
 fn error_codes_are_documented() {
-    let (errors, sources) = (page("docs/errors.md"), sources());
+    let (errors, sources) = (page("docs/errors.md"), code_files());
     let documented: BTreeSet<&str> = errors.lines().filter_map(documented_code).collect();
     let mut codes: BTreeSet<&str> = FailureKind::ALL.into_iter().map(FailureKind::label).collect();
     for (_, source) in &sources {
@@ -103,7 +97,7 @@ fn error_codes_are_documented() {
 
 #[test]
 fn headers_and_routes_are_documented() {
-    let (api, sources) = (page("docs/api.md"), sources());
+    let (api, sources) = (page("docs/api.md"), code_files());
     let code: String = sources.iter().map(|(_, source)| source.as_str()).collect();
     let (known, told) = (words(&code, "x-outrigger-"), words(&api, "x-outrigger-"));
     let mut findings = differences(&known, &told, "docs/api.md");
@@ -118,7 +112,7 @@ fn headers_and_routes_are_documented() {
 
 #[test]
 fn request_fields_are_documented() {
-    let (api, sources) = (page("docs/api.md"), sources());
+    let (api, sources) = (page("docs/api.md"), code_files());
     let source = |wanted: &str| {
         let found = sources.iter().find(|(file, _)| file == wanted);
         found.unwrap_or_else(|| panic!("{wanted} is missing")).1.as_str()

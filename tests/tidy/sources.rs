@@ -1,10 +1,10 @@
 //! Checks rules for sources of every language, and across files: maximum lengths, which clock is read, and unique type names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{FoundPath, assert_none, paths, root, rust_files};
+use super::{FoundPath, assert_none, code_files, module_path, paths, root, rust_files};
 
 /// The maximum length of a file. A longer file contains more than one thing.
 const MAX_LINES: usize = 600;
@@ -73,21 +73,51 @@ fn clock_findings(file: &str, source: &str) -> Vec<String> {
     .collect()
 }
 
-/// Public types of `src/` that share a name. `Config` is allowed: each module has one.
+/// Where a type can be named: in its file, in some other files, in all.
+#[derive(Clone, Copy, PartialEq)]
+enum Visibility {
+    Private,
+    Restricted,
+    Public,
+}
+
+/// The type that a line of a source declares. A private one counts only outside of other items.
+fn declared_type(line: &str) -> Option<(Visibility, &str)> {
+    let (visibility, declaration) = match line.trim_start().strip_prefix("pub") {
+        Some(rest) if rest.starts_with('(') => (Visibility::Restricted, rest.split_once(") ")?.1),
+        Some(rest) => (Visibility::Public, rest.trim_start()),
+        None => (Visibility::Private, line),
+    };
+    let (keyword, rest) = declaration.split_once(' ')?;
+    let is_type = matches!(keyword, "struct" | "enum" | "trait" | "type" | "union");
+    is_type.then(|| (visibility, rest.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default()))
+}
+
+/// Types of `src/` that share a name: public types anywhere, or types of one layer if other files can name one of them. `Config`
+/// is allowed: each module has one.
 fn name_findings<'a>(files: impl IntoIterator<Item = (&'a str, &'a str)>) -> Vec<String> {
-    let mut places: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    // By layer and name. Public types are listed once more, without a layer.
+    let mut places: BTreeMap<(&str, &str), Vec<(Visibility, String)>> = BTreeMap::new();
     for (file, source) in files {
+        let layer = module_path(file)[0];
         for (line, text) in source.lines().enumerate().take(production(source)) {
-            let mut words = text.split_whitespace();
-            let is_type = words.next() == Some("pub")
-                && matches!(words.next(), Some("struct" | "enum" | "trait" | "type" | "union"));
-            let Some(name) = words.next().filter(|_| is_type) else { continue };
-            let name: String = name.chars().take_while(|c| c.is_alphanumeric()).collect();
-            places.entry(name).or_default().push(format!("src/{file}:{}", line + 1));
+            let Some((visibility, name)) = declared_type(text) else { continue };
+            let place = format!("src/{file}:{}", line + 1);
+            if visibility == Visibility::Public {
+                places.entry(("", name)).or_default().push((visibility, place.clone()));
+            }
+            places.entry((layer, name)).or_default().push((visibility, place));
         }
     }
-    let many = places.into_iter().filter(|(name, places)| places.len() > 1 && name != "Config");
-    many.map(|(name, places)| format!("`{name}` means {} things: {}", places.len(), places.join(", "))).collect()
+    let mut findings = BTreeSet::new();
+    for ((_, name), types) in places {
+        let is_seen = types.iter().any(|(visibility, _)| *visibility != Visibility::Private);
+        if types.len() > 1 && is_seen && name != "Config" {
+            let places: Vec<String> = types.into_iter().map(|(_, place)| place).collect();
+            findings.insert(format!("`{name}` means {} things: {}", places.len(), places.join(", ")));
+        }
+    }
+    findings.into_iter().collect()
 }
 
 #[test]
@@ -105,8 +135,8 @@ fn what_the_simulator_runs_reads_its_clock() {
 }
 
 #[test]
-fn public_types_have_names_of_their_own() {
-    let files = rust_files("src");
+fn types_have_names_of_their_own() {
+    let files = code_files();
     assert_none(name_findings(files.iter().map(|(file, source)| (file.as_str(), source.as_str()))));
 }
 
@@ -130,10 +160,17 @@ fn the_checks_find_what_is_wrong() {
 
     let twice = [("a.rs", "pub struct Shared<T> {"), ("b/c.rs", "pub enum Shared {"), ("d.rs", "pub struct Config {")];
     assert_eq!(name_findings(twice), ["`Shared` means 2 things: src/a.rs:1, src/b/c.rs:1"]);
+    for private in ["struct Departure(u8);", "enum Departure {", "pub(crate) type Departure = u8;"] {
+        let one_layer = [("router/a.rs", "pub(super) enum Departure {"), ("router/b/c.rs", private)];
+        assert_eq!(name_findings(one_layer), ["`Departure` means 2 things: src/router/a.rs:1, src/router/b/c.rs:1"]);
+    }
     let once = [
         ("a.rs", "pub struct Config {"),
         ("b.rs", "pub struct Config;"),
         ("c.rs", "#[cfg(test)]\npub struct Config2;"),
+        ("router/a.rs", "struct Step;\npub(super) struct Header;\nimpl X {\n    type Header = u8;\n}"),
+        ("router/b.rs", "struct Step;"),
+        ("cluster/b.rs", "pub(super) struct Header;"),
     ];
     assert_eq!(name_findings(once), Vec::<String>::new());
 }

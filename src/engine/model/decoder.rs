@@ -52,17 +52,17 @@ pub enum DecoderError {
     HeadDim(usize),
 }
 
-struct Layer {
+struct CpuLayer {
     input_norm: Vec<f32>,
     /// Query, key and value projections, one below the other.
-    qkv: Projection,
+    qkv: CpuProjection,
     /// Of each head of queries and of keys, `[head_dim]`, where the model has such norms.
     head_norms: Option<QueryKeyNorms>,
-    output: Projection,
+    output: CpuProjection,
     post_attention_norm: Vec<f32>,
     /// Gate, then up.
-    gate_up: Projection,
-    down: Projection,
+    gate_up: CpuProjection,
+    down: CpuProjection,
 }
 
 struct QueryKeyNorms {
@@ -70,7 +70,7 @@ struct QueryKeyNorms {
     key: Vec<f32>,
 }
 
-struct Projection {
+struct CpuProjection {
     weight: Matrix,
     bias: Option<Vec<f32>>,
 }
@@ -81,7 +81,7 @@ pub struct Decoder {
     pool: Arc<Pool>,
     level: Level,
     embeddings: Matrix,
-    layers: Vec<Layer>,
+    layers: Vec<CpuLayer>,
     norm: Vec<f32>,
     /// `None` when tied to the embeddings.
     head: Option<Matrix>,
@@ -223,7 +223,7 @@ struct Step<'a> {
     config: &'a ModelConfig,
     pool: &'a Pool,
     level: Level,
-    layer: &'a Layer,
+    layer: &'a CpuLayer,
     scratch: &'a mut Scratch,
 }
 
@@ -275,7 +275,7 @@ impl From<Activation> for rows::Activation {
     }
 }
 
-impl Projection {
+impl CpuProjection {
     fn apply(
         &self,
         pool: &Pool,
@@ -329,12 +329,12 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn layer(&mut self, index: usize) -> Result<Layer, DecoderError> {
+    fn layer(&mut self, index: usize) -> Result<CpuLayer, DecoderError> {
         let (hidden, intermediate) = (self.config.hidden_size, self.config.intermediate_size);
         let ModelConfig { qkv_bias, output_bias, mlp_bias, .. } = *self.config;
         let names = LayerNames::new(index);
         let query_size = self.config.query_size();
-        Ok(Layer {
+        Ok(CpuLayer {
             input_norm: self.reader.vector(&names.input_norm)?,
             qkv: self.projection(&names.qkv, hidden, qkv_bias)?,
             head_norms: match self.config.qk_norm {
@@ -351,7 +351,7 @@ impl Loader<'_> {
         })
     }
 
-    fn projection(&mut self, names: &[String], cols: usize, bias: bool) -> Result<Projection, DecoderError> {
+    fn projection(&mut self, names: &[String], cols: usize, bias: bool) -> Result<CpuProjection, DecoderError> {
         let weights: Vec<String> = names.iter().map(|name| format!("{name}.weight")).collect();
         let weights: Vec<&str> = weights.iter().map(String::as_str).collect();
         let weight = self.matrix(&weights, cols)?;
@@ -359,7 +359,7 @@ impl Loader<'_> {
             false => None,
             true => Some(self.reader.biases(names)?),
         };
-        Ok(Projection { weight, bias })
+        Ok(CpuProjection { weight, bias })
     }
 
     fn matrix(&mut self, names: &[&str], cols: usize) -> Result<Matrix, DecoderError> {

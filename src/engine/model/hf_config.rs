@@ -19,7 +19,7 @@ const QWEN_DEFAULT_WINDOW: usize = 4096;
 const QWEN_DEFAULT_MAX_WINDOW_LAYERS: usize = 28;
 
 #[derive(Clone, Copy, PartialEq)]
-enum Family {
+enum HfFamily {
     Llama,
     Mistral,
     Qwen2,
@@ -35,7 +35,7 @@ pub(super) fn parse(json: &Value) -> Result<ModelConfig, ModelConfigError> {
     let num_attention_heads = fields.usize("num_attention_heads")?;
     let head_dim = match fields.optional_usize("head_dim")? {
         Some(head_dim) => head_dim,
-        None if family == Family::Qwen3 => QWEN3_DEFAULT_HEAD_DIM,
+        None if family == HfFamily::Qwen3 => QWEN3_DEFAULT_HEAD_DIM,
         None => default_head_dim(hidden_size, num_attention_heads)?,
     };
     let num_hidden_layers = fields.usize("num_hidden_layers")?;
@@ -56,7 +56,7 @@ pub(super) fn parse(json: &Value) -> Result<ModelConfig, ModelConfigError> {
         sliding_window: sliding_window(&fields, family, num_hidden_layers)?,
         qkv_bias: biases.qkv,
         output_bias: biases.output,
-        qk_norm: family == Family::Qwen3,
+        qk_norm: family == HfFamily::Qwen3,
         mlp_bias: biases.mlp,
         hidden_act: activation(fields.optional_str("hidden_act")?.unwrap_or("silu"))?,
     };
@@ -88,16 +88,16 @@ pub(super) fn default_head_dim(hidden_size: usize, heads: usize) -> Result<usize
     }
 }
 
-fn family(fields: &Fields<'_>) -> Result<Family, ModelConfigError> {
+fn family(fields: &Fields<'_>) -> Result<HfFamily, ModelConfigError> {
     let named = match fields.get("architectures") {
         Some(Value::Array(names)) => names.first().and_then(Value::as_str),
         _ => None,
     };
     match named.or(fields.optional_str("model_type")?) {
-        Some("LlamaForCausalLM" | "llama") => Ok(Family::Llama),
-        Some("MistralForCausalLM" | "mistral") => Ok(Family::Mistral),
-        Some("Qwen2ForCausalLM" | "qwen2") => Ok(Family::Qwen2),
-        Some("Qwen3ForCausalLM" | "qwen3") => Ok(Family::Qwen3),
+        Some("LlamaForCausalLM" | "llama") => Ok(HfFamily::Llama),
+        Some("MistralForCausalLM" | "mistral") => Ok(HfFamily::Mistral),
+        Some("Qwen2ForCausalLM" | "qwen2") => Ok(HfFamily::Qwen2),
+        Some("Qwen3ForCausalLM" | "qwen3") => Ok(HfFamily::Qwen3),
         Some(other) => Err(ModelConfigError::Architecture(other.to_owned())),
         None => Err(ModelConfigError::Missing("architectures".to_owned())),
     }
@@ -123,11 +123,11 @@ fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), ModelConfigError> {
 }
 
 /// `None` means as many as query heads.
-fn num_key_value_heads(fields: &Fields<'_>, family: Family) -> Result<Option<usize>, ModelConfigError> {
+fn num_key_value_heads(fields: &Fields<'_>, family: HfFamily) -> Result<Option<usize>, ModelConfigError> {
     const KEY: &str = "num_key_value_heads";
     match family {
-        Family::Mistral if fields.is_absent(KEY) => Ok(Some(MISTRAL_DEFAULT_KV_HEADS)),
-        Family::Qwen2 | Family::Qwen3 if fields.is_absent(KEY) => Ok(Some(QWEN_DEFAULT_KV_HEADS)),
+        HfFamily::Mistral if fields.is_absent(KEY) => Ok(Some(MISTRAL_DEFAULT_KV_HEADS)),
+        HfFamily::Qwen2 | HfFamily::Qwen3 if fields.is_absent(KEY) => Ok(Some(QWEN_DEFAULT_KV_HEADS)),
         _ => fields.optional_usize(KEY),
     }
 }
@@ -141,22 +141,22 @@ struct Biases {
 
 /// Qwen 2 has the biases of q, k and v and no others, whatever its configuration says; neither generation has biases in
 /// its MLP.
-fn biases(fields: &Fields<'_>, family: Family) -> Result<Biases, ModelConfigError> {
+fn biases(fields: &Fields<'_>, family: HfFamily) -> Result<Biases, ModelConfigError> {
     let attention = fields.optional_bool("attention_bias")?.unwrap_or(false);
     let mlp = fields.optional_bool("mlp_bias")?.unwrap_or(false);
     Ok(match family {
-        Family::Qwen2 => Biases { qkv: true, output: false, mlp: false },
-        Family::Qwen3 => Biases { qkv: attention, output: attention, mlp: false },
-        Family::Llama | Family::Mistral => Biases { qkv: attention, output: attention, mlp },
+        HfFamily::Qwen2 => Biases { qkv: true, output: false, mlp: false },
+        HfFamily::Qwen3 => Biases { qkv: attention, output: attention, mlp: false },
+        HfFamily::Llama | HfFamily::Mistral => Biases { qkv: attention, output: attention, mlp },
     })
 }
 
-fn sliding_window(fields: &Fields<'_>, family: Family, num_layers: usize) -> Result<Option<usize>, ModelConfigError> {
+fn sliding_window(fields: &Fields<'_>, family: HfFamily, num_layers: usize) -> Result<Option<usize>, ModelConfigError> {
     match family {
-        Family::Llama => Ok(None),
-        Family::Mistral if fields.is_absent("sliding_window") => Ok(Some(MISTRAL_DEFAULT_WINDOW)),
-        Family::Mistral => fields.optional_usize("sliding_window"),
-        Family::Qwen2 | Family::Qwen3 => qwen_sliding_window(fields, num_layers),
+        HfFamily::Llama => Ok(None),
+        HfFamily::Mistral if fields.is_absent("sliding_window") => Ok(Some(MISTRAL_DEFAULT_WINDOW)),
+        HfFamily::Mistral => fields.optional_usize("sliding_window"),
+        HfFamily::Qwen2 | HfFamily::Qwen3 => qwen_sliding_window(fields, num_layers),
     }
 }
 
