@@ -320,28 +320,39 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// Every Rust file below `folder` of the repository, as (path relative to it, text), sorted.
-fn rust_files(folder: &str) -> Vec<(String, String)> {
+/// Folders of files that are not ours or not written by hand. So are hidden folders, except `OUR_HIDDEN`.
+const FOREIGN: &[&str] = &["node_modules", "shared", "target"];
+const OUR_HIDDEN: &[&str] = &[".ci"];
+
+/// Every file of ours below `base`, as (path relative to it, path), sorted.
+fn files_below(base: &Path) -> Vec<(String, PathBuf)> {
     fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
-        let Ok(entries) = fs::read_dir(folder) else { return };
-        for entry in entries.map(|entry| entry.expect("a readable folder").path()) {
-            let is_build_output = entry.file_name().is_some_and(|name| name == "target");
-            if entry.is_dir() && !is_build_output {
-                collect(&entry, files);
-            } else if entry.extension().is_some_and(|extension| extension == "rs") {
-                files.push(entry);
+        let entries = fs::read_dir(folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
+        for path in entries.map(|entry| entry.expect("a readable folder").path()) {
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let is_ours = !FOREIGN.contains(&name) && (!name.starts_with('.') || OUR_HIDDEN.contains(&name));
+            if path.is_file() {
+                files.push(path);
+            } else if path.is_dir() && is_ours {
+                collect(&path, files);
             }
         }
     }
-    let base = root().join(folder);
     let mut files = Vec::new();
-    collect(&base, &mut files);
+    collect(base, &mut files);
     files.sort();
-    let read = |path: PathBuf| {
-        let relative = path.strip_prefix(&base).expect("below its folder").to_str().expect("a UTF-8 name");
-        (relative.to_owned(), fs::read_to_string(&path).expect("readable"))
-    };
-    files.into_iter().map(read).collect()
+    let relative = |path: &Path| path.strip_prefix(base).expect("below it").to_str().expect("a UTF-8 name").to_owned();
+    files.into_iter().map(|path| (relative(&path), path)).collect()
+}
+
+/// The files of ours below `folder` of the repository whose name ends so, as (path relative to `folder`, text), sorted.
+fn texts(folder: &str, ending: &str) -> Vec<(String, String)> {
+    let files = files_below(&root().join(folder)).into_iter().filter(|(file, _)| file.ends_with(ending));
+    files.map(|(file, path)| (file, fs::read_to_string(path).expect("readable"))).collect()
+}
+
+fn rust_files(folder: &str) -> Vec<(String, String)> {
+    texts(folder, ".rs")
 }
 
 /// The sources of all modules except tests.
@@ -384,7 +395,7 @@ fn kernels_know_nothing_of_the_server() {
 
 #[test]
 fn files_have_a_head_and_a_telling_name() {
-    let folders = ["src", "kernels/src", "kernels/benches", "kernels/tests", "benches", "tests"];
+    let folders = ["src", "kernels/src", "kernels/tests", "benches", "tests"];
     let in_folder = |folder: &&str| {
         rust_files(folder).into_iter().map(|(file, source)| (format!("{folder}/{file}"), source)).collect::<Vec<_>>()
     };
@@ -534,6 +545,20 @@ mod broken_on_purpose {
         assert_eq!(fence_findings("hub/mod.rs", "let version = env!(\"CARGO_PKG_VERSION\");").len(), 0);
         assert_eq!(fence_findings("engine/model_runner.rs", "use outrigger_kernels::matmul;").len(), 0);
         assert_eq!(fence_findings("engine/scheduler.rs", "use outrigger_kernels as kernels;").len(), 1);
+    }
+
+    #[test]
+    fn only_files_of_ours_are_read() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let foreign = ["target/a.rs", "x/target/a.rs", "node_modules/a.md", "shared/a.md", ".git/a.rs", "x/.venv/a.py"];
+        let ours = [".ci/run", ".hidden", "a.rs", "target.rs", "x/a.md", "x/y/a.py"];
+        for file in foreign.into_iter().chain(ours) {
+            let path = folder.path().join(file);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("made");
+            fs::write(path, "").expect("written");
+        }
+        let found: Vec<String> = files_below(folder.path()).into_iter().map(|(file, _)| file).collect();
+        assert_eq!(found, ours);
     }
 
     #[test]

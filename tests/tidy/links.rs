@@ -3,10 +3,8 @@
 //! Reads no web pages, and understands only the Markdown that our pages use.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::path::Path;
 
-use super::{assert_none, root};
+use super::{assert_none, root, texts};
 
 /// The page where readers start.
 const FRONT_PAGE: &str = "README.md";
@@ -16,23 +14,9 @@ const INDEX: &str = "docs/README.md";
 /// Every page's path, relative to the repository, and its text.
 type Pages = BTreeMap<String, String>;
 
-/// All Markdown pages, except those in build outputs and hidden folders.
+/// All our Markdown pages.
 pub fn pages() -> Pages {
-    fn collect(folder: &Path, pages: &mut Pages) {
-        for entry in fs::read_dir(folder).expect("a readable folder").map(|entry| entry.expect("an entry")) {
-            let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-            let is_ours = !name.starts_with('.') && name != "target" && name != "node_modules";
-            if is_ours && path.is_dir() {
-                collect(&path, pages);
-            } else if is_ours && name.ends_with(".md") {
-                let relative = path.strip_prefix(root()).expect("below the root").to_string_lossy().into_owned();
-                pages.insert(relative, fs::read_to_string(&path).expect("readable"));
-            }
-        }
-    }
-    let mut pages = Pages::new();
-    collect(&root(), &mut pages);
-    pages
+    texts("", ".md").into_iter().collect()
 }
 
 /// The lines outside of code blocks (fenced, or indented by four spaces), with their numbers.

@@ -2,16 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use super::{FoundPath, assert_none, code_files, module_path, paths, root, rust_files};
+use super::{FoundPath, assert_none, code_files, files_below, module_path, paths, root, rust_files};
 
 /// The maximum length of a file. A longer file contains more than one thing.
 const MAX_LINES: usize = 600;
 /// The extensions of source files. Scripts have none; they start with `#!`.
 const EXTENSIONS: &[&str] = &["cpp", "cu", "cuh", "h", "mjs", "py", "rs", "sh"];
-/// Folders with files that are not ours or not written by hand.
-const FOREIGN: &[&str] = &[".git", "shared", "target"];
 
 /// Code that the simulator runs on its own clock. Time must be passed in, or read from tokio's clock.
 const SIMULATED: &[&str] = &["admission/", "app/life.rs", "cluster/", "engine/", "router/"];
@@ -25,27 +23,14 @@ fn length_finding(file: &str, source: &str) -> Option<String> {
 
 /// Every source file of the repository, relative to its root, and its text.
 fn sources() -> Vec<(String, String)> {
-    fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
-        for entry in fs::read_dir(folder).expect("a readable folder").map(|entry| entry.expect("an entry").path()) {
-            let name = entry.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-            if entry.is_dir() && !FOREIGN.contains(&name) {
-                collect(&entry, files);
-            } else if entry.is_file() {
-                files.push(entry);
-            }
-        }
-    }
-    let mut files = Vec::new();
-    collect(&root(), &mut files);
-    let read = |path: PathBuf| {
-        let relative = path.strip_prefix(root()).expect("below the root").to_str()?.to_owned();
+    let read = |(file, path): (String, PathBuf)| {
         let is_source = match path.extension() {
             Some(extension) => EXTENSIONS.iter().any(|known| extension == *known),
             None => fs::read(&path).is_ok_and(|bytes| bytes.starts_with(b"#!")),
         };
-        is_source.then(|| (relative, fs::read_to_string(&path).expect("text")))
+        is_source.then(|| (file, fs::read_to_string(&path).expect("text")))
     };
-    files.into_iter().filter_map(read).collect()
+    files_below(&root()).into_iter().filter_map(read).collect()
 }
 
 /// The number of lines before the first test module.
