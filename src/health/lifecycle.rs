@@ -141,6 +141,9 @@ impl Lifecycle {
         let machine = Machine::new();
         let (phases, _) = watch::channel(machine.phase.clone());
         metrics.set_node_state(machine.phase.state);
+        for cause in DegradedBy::ALL {
+            metrics.degraded.with([cause.code()]).set(0.0);
+        }
         Self { cell: Arc::new(PhaseCell { machine: Mutex::new(machine), phases, has_started: false.into(), metrics }) }
     }
 
@@ -192,6 +195,7 @@ impl Lifecycle {
     /// Adds a cause of degradation. It takes effect while the node is ready, or when it becomes ready.
     pub fn degrade(&self, cause: DegradedBy, reason: impl Into<Cow<'static, str>>) {
         let mut machine = self.cell.machine.lock();
+        self.cell.metrics.degraded.with([cause.code()]).set(1.0);
         if let Some(phase) = machine.degrade(cause, reason.into()) {
             self.cell.publish(NodeState::Ready, phase);
         }
@@ -200,6 +204,7 @@ impl Lifecycle {
     /// Removes a cause of degradation. The node is ready again when none is left.
     pub fn recover(&self, cause: DegradedBy, reason: impl Into<Cow<'static, str>>) {
         let mut machine = self.cell.machine.lock();
+        self.cell.metrics.degraded.with([cause.code()]).set(0.0);
         if let Some(phase) = machine.recover(cause, reason.into()) {
             self.cell.publish(NodeState::Degraded, phase);
         }
@@ -279,6 +284,26 @@ mod tests {
             assert!(text.contains(&line), "{line}{text}");
         }
         assert!(text.contains("outrigger_node_state{state=\"stopped\"} 1"));
+    }
+
+    #[test]
+    fn each_cause_of_degradation_has_a_series() {
+        let (lifecycle, metrics) = lifecycle();
+        let degrading = || {
+            let text = metrics.prometheus_text();
+            let line = |cause: DegradedBy, value: f64| {
+                format!("outrigger_degraded{{reason=\"{}\"}} {value:?}\n", cause.code())
+            };
+            let is_known = |cause: &DegradedBy| [0.0, 1.0].iter().any(|value| text.contains(&line(*cause, *value)));
+            assert!(DegradedBy::ALL.iter().all(is_known), "{text}");
+            DegradedBy::ALL.into_iter().filter(|cause| text.contains(&line(*cause, 1.0))).collect::<Vec<_>>()
+        };
+        assert_eq!(degrading(), []);
+        lifecycle.degrade(DegradedBy::Slow, "slow");
+        lifecycle.degrade(DegradedBy::Memory, "memory at 91 %");
+        assert_eq!(degrading(), [DegradedBy::Slow, DegradedBy::Memory]);
+        lifecycle.recover(DegradedBy::Slow, "at pace");
+        assert_eq!(degrading(), [DegradedBy::Memory]);
     }
 
     #[test]

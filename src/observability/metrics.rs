@@ -204,6 +204,8 @@ metrics! {
         "1 for the state in which the node is, 0 for the others";
     node_state_transitions: CounterVec<1> = Counter "outrigger_node_state_transitions_total" ["state"] []
         "Transitions of the node, by the state entered";
+    degraded: GaugeVec<1> = Gauge "outrigger_degraded" ["reason"] []
+        "1 while this degrades the node (slow, slow_probe, memory_high, device_memory_high, device_throttled), else 0";
     ready: Gauge = Gauge "outrigger_ready" [] []
         "1 while /readyz answers 200";
     engine_alive: Gauge = Gauge "outrigger_engine_alive" [] []

@@ -58,6 +58,7 @@ fn the_classic_text_declares_every_row_under_its_own_name() {
         gauge.with(["gpu"]).set(0.5);
     }
     metrics.device_throttled.with(["hw_thermal"]).set(1.0);
+    metrics.degraded.with(["slow"]).set(1.0);
     metrics.failovers.with(["peer_stalled"]).inc();
     metrics.slow_changes.with(["peer", "slow"]).inc();
     metrics.rescues.with(["won"]).inc();

@@ -4,6 +4,8 @@
 
 use std::fs;
 
+use outrigger::health::DegradedBy;
+
 use super::{assert_none, links, root};
 
 /// Replaces the text between the marks of `name` in `document` by `table`. `None` if a mark is missing.
@@ -72,6 +74,25 @@ fn alerts_name_series_that_exist() {
     assert_none(unknown_series(&alerts, &outrigger::observability::metrics::markdown_table()));
 }
 
+/// Reasons that the alerts ask of `outrigger_degraded` and that no node has.
+fn unknown_reasons(alerts: &str) -> Vec<String> {
+    let selectors = alerts.split("outrigger_degraded{reason=").skip(1).filter_map(|rest| rest.split_once('}'));
+    let reasons = selectors.flat_map(|(reasons, _)| reasons.trim_matches(['~', '"']).split('|'));
+    let is_known = |reason: &&str| DegradedBy::ALL.iter().any(|cause| cause.code() == *reason);
+    reasons.filter(|reason| !is_known(reason)).map(|reason| format!("no node is degraded by `{reason}`")).collect()
+}
+
+#[test]
+fn alerts_for_degraded_nodes_follow_the_configuration() {
+    let alerts = fs::read_to_string(root().join("deploy/alerts.yaml")).expect("the alerts");
+    for alert in ["OutriggerSlowNode", "OutriggerMemoryPressure"] {
+        let (_, rule) = alerts.split_once(&format!("- alert: {alert}\n")).unwrap_or_else(|| panic!("no {alert}"));
+        let (rule, _) = rule.split_once("annotations:").expect("annotations");
+        assert!(rule.contains("expr: outrigger_degraded{"), "{alert} repeats a limit that a key sets: {rule}");
+    }
+    assert_none(unknown_reasons(&alerts));
+}
+
 /// The alerts that page a human.
 fn paging_alerts(alerts: &str) -> Vec<&str> {
     let rules = alerts.split("- alert: ").skip(1).filter(|rule| rule.contains("severity: page"));
@@ -118,6 +139,12 @@ mod broken_on_purpose {
     fn alerts_that_page_are_told_from_others() {
         let alerts = "- alert: A\n  labels: { severity: warn }\n- alert: B\n  labels: { severity: page }\n";
         assert_eq!(paging_alerts(alerts), ["B"]);
+    }
+
+    #[test]
+    fn an_unknown_reason_is_found() {
+        assert_eq!(unknown_reasons("x outrigger_degraded{reason=~\"slow|memory_high\"} == 1"), Vec::<String>::new());
+        assert_eq!(unknown_reasons("x outrigger_degraded{reason=\"slowly\"} == 1").len(), 1);
     }
 
     #[test]
