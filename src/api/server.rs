@@ -11,7 +11,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
@@ -31,6 +31,11 @@ const MAX_BUFFER_BYTES: usize = 64 << 10;
 const CLOSED_FOR_FILES: usize = 32;
 /// HTTP/2 has no idle timeout in the library; pings detect dead clients.
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(30);
+/// Connections that may still be closing after they have lost their place, since each still has a file descriptor. The accept loop
+/// waits for them a moment, but not for ever: HTTP/2 may send the end of a response.
+const CLOSING_CONNECTIONS: usize = 32;
+const CLOSING_PATIENCE: Duration = Duration::from_millis(250);
+const CLOSING_RETRY: Duration = Duration::from_millis(1);
 /// How often to look for a free place when none is available. The accept loop waits meanwhile.
 const PLACE_RETRY: Duration = Duration::from_millis(5);
 
@@ -83,6 +88,8 @@ struct Server {
     routes: Routes,
     places: Arc<Mutex<Places>>,
     builder: Arc<Builder<TokioExecutor>>,
+    /// At most so many have a file descriptor, as a rule.
+    limit: usize,
     connections: TaskTracker,
     shutdown: CancellationToken,
 }
@@ -97,7 +104,8 @@ impl Server {
             .max_buf_size(MAX_BUFFER_BYTES);
         builder.http2().timer(TokioTimer::new()).keep_alive_interval(HTTP2_PING_INTERVAL);
         let places = Arc::new(Mutex::new(Places::new(limits)));
-        Self { state, routes, places, builder: Arc::new(builder), connections: TaskTracker::new(), shutdown }
+        let (builder, limit) = (Arc::new(builder), limits.served + limits.overflow + CLOSING_CONNECTIONS);
+        Self { state, routes, places, builder, limit, connections: TaskTracker::new(), shutdown }
     }
 
     /// Waits for a place for the next connection. There is none only while every place is held by a connection younger than the
@@ -112,8 +120,17 @@ impl Server {
         }
     }
 
+    /// Waits until the connections that have lost their places have closed, but for a few.
+    async fn few_are_closing(&self) {
+        let deadline = Instant::now() + CLOSING_PATIENCE;
+        while self.connections.len() >= self.limit && Instant::now() < deadline {
+            sleep(CLOSING_RETRY).await;
+        }
+    }
+
     /// Serves the connection as soon as there is a place.
     async fn accept(&self, stream: TcpStream) {
+        self.few_are_closing().await;
         let (closing, place) = self.place().await;
         self.state.metrics.http_connections_opened.inc();
         // Tokens are small writes that must not be delayed (Nagle's algorithm).
