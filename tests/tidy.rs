@@ -53,7 +53,7 @@ const FENCES: &[Fence] = &[
     Fence { path: "postcard", homes: &["tokenizer/bundle"], reason: "few places know the bytes between nodes" },
     Fence {
         path: "prost",
-        homes: &["cluster/wire/", "cluster/gossip"],
+        homes: &["cluster/wire/", "cluster/gossip", "tokenizer/bundle"],
         reason: "few places know the bytes between nodes",
     },
     Fence {

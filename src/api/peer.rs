@@ -237,7 +237,7 @@ impl From<CallError> for Refusal {
                 (StatusCode::PAYLOAD_TOO_LARGE, FailureKind::InvalidRequest, message)
             }
             CallError::Wire(WireError::Needs(_)) => {
-                let message = "The replica's version is too old for the request.";
+                let message = "No replica that is left has a version that knows all of the request's parameters.";
                 (StatusCode::CONFLICT, FailureKind::Overloaded, message)
             }
             CallError::Wire(_) => {
@@ -247,6 +247,7 @@ impl From<CallError> for Refusal {
         debug!(%error, "refused a peer's call");
         let mut failure = Failure::new(kind, message);
         failure.retry_after = (kind == FailureKind::Overloaded).then_some(RETRY_AFTER);
+        failure.code = matches!(error, CallError::Wire(WireError::Needs(_))).then_some(wire::VERSION_TOO_OLD);
         Self(status, failure)
     }
 }
@@ -282,13 +283,14 @@ impl Calls {
         if head.method != Method::POST {
             return Err(CallError::Unknown.into());
         }
-        match CallKind::at(head.uri.path()).ok_or(CallError::Unknown)? {
-            CallKind::Generate => Ok(Answer::stream(self.service.generate(self.read(body).await?)?)),
-            CallKind::Follow => Ok(Answer::stream(self.service.follow(self.read(body).await?)?)),
-            CallKind::Journal => Answer::message(&self.service.journal(self.read(body).await?)),
-            CallKind::Lookup => Answer::message(&self.service.lookup(self.read(body).await?)),
+        let call = CallKind::at(head.uri.path()).ok_or(CallError::Unknown)?;
+        match call {
+            CallKind::Generate => Ok(Answer::stream(self.service.generate(self.read(call, body).await?)?)),
+            CallKind::Follow => Ok(Answer::stream(self.service.follow(self.read(call, body).await?)?)),
+            CallKind::Journal => Answer::message(&self.service.journal(self.read(call, body).await?)),
+            CallKind::Lookup => Answer::message(&self.service.lookup(self.read(call, body).await?)),
             CallKind::Tokenizer => {
-                let digest: String = self.read(body).await?;
+                let digest: String = self.read(call, body).await?;
                 let unknown = || Failure::invalid("tokenizer", "The replica does not have this tokenizer.");
                 Ok(Answer::Whole(Some(self.service.tokenizer(&digest).ok_or_else(unknown)?)))
             }
@@ -296,11 +298,12 @@ impl Calls {
     }
 
     /// Reads and decodes the call's body.
-    async fn read<T: WireMessage>(&self, body: Incoming) -> Result<T, CallError> {
+    async fn read<T: WireMessage>(&self, call: CallKind, body: Incoming) -> Result<T, CallError> {
         // Our own client announces the size of its calls.
-        let size = body.size_hint().upper().map_or(wire::MAX_MESSAGE_BYTES, |size| size as usize);
-        if size > wire::MAX_MESSAGE_BYTES {
-            return Err(WireError::TooLarge { bytes: size, limit: wire::MAX_MESSAGE_BYTES }.into());
+        let limit = call.max_bytes();
+        let size = body.size_hint().upper().map_or(limit, |size| size as usize);
+        if size > limit {
+            return Err(WireError::TooLarge { bytes: size, limit }.into());
         }
         let units = size.div_ceil(MEMORY_UNIT) as u32;
         let _memory = self.memory.try_acquire_many(units).map_err(|_| CallError::Crowded)?;

@@ -33,7 +33,7 @@ const CLOSED_FOR_FILES: usize = 32;
 const HTTP2_PING_INTERVAL: Duration = Duration::from_secs(30);
 /// Connections that may still be closing after they have lost their place, since each still has a file descriptor. The accept loop
 /// waits for them a moment, but not for ever: HTTP/2 may send the end of a response.
-const CLOSING_CONNECTIONS: usize = 32;
+const CLOSING_CONNECTIONS: usize = 64;
 const CLOSING_PATIENCE: Duration = Duration::from_millis(250);
 const CLOSING_RETRY: Duration = Duration::from_millis(1);
 /// How often to look for a free place when none is available. The accept loop waits meanwhile.

@@ -16,6 +16,8 @@ use crate::types::{Fingerprint, NodeState};
 /// Maximum size of the text of a report or a prefix list, and of a description.
 pub const MAX_REPORT_BYTES: usize = 1024;
 pub const MAX_DESCRIPTION_BYTES: usize = 8 << 10;
+/// Values of later versions may be this many times longer.
+const HEADROOM: usize = 4;
 /// Limits of a description: models, names of each, and bytes of any name.
 pub const MAX_MODELS: usize = 32;
 pub const MAX_NAMES: usize = 16;
@@ -119,10 +121,10 @@ pub fn encode_prefixes(hashes: &[u32]) -> String {
 pub fn decode_prefixes(text: &str) -> Result<Vec<u32>, GossipError> {
     let bytes = unpack(text, MAX_REPORT_BYTES)?;
     let (hashes, rest) = bytes.as_chunks();
-    if hashes.len() > MAX_HOT_PREFIXES || !rest.is_empty() {
-        return Err(GossipError::Malformed);
+    match rest {
+        [] => Ok(hashes.iter().take(MAX_HOT_PREFIXES).map(|hash| u32::from_le_bytes(*hash)).collect()),
+        _ => Err(GossipError::Malformed),
     }
-    Ok(hashes.iter().map(|hash| u32::from_le_bytes(*hash)).collect())
 }
 
 /// Encodes the description. What exceeds the limits is left out; names are left out as a whole, since a cut name would be
@@ -271,8 +273,9 @@ fn pack(bytes: &[u8]) -> String {
     text
 }
 
+/// `max_bytes`: of this version.
 fn unpack(text: &str, max_bytes: usize) -> Result<Vec<u8>, GossipError> {
-    if text.len() > max_bytes || !text.is_ascii() {
+    if text.len() > max_bytes * HEADROOM || !text.is_ascii() {
         return Err(GossipError::Malformed);
     }
     let mut bytes = Vec::with_capacity(text.len() * 7 / 8);
@@ -442,6 +445,9 @@ mod tests {
         let unknown = schema::WireReport { state: 99, ready: true, running: 1, ..schema::WireReport::default() };
         let report = decode_report(&to_text(&unknown)).expect("read");
         assert_eq!((report.state, report.ready, report.running), (NodeState::Failed, false, 1));
+        let hashes: Vec<u8> = (0..=MAX_HOT_PREFIXES as u32).flat_map(u32::to_le_bytes).collect();
+        assert_eq!(decode_prefixes(&pack(&hashes)).map(|hashes| hashes.len()), Ok(MAX_HOT_PREFIXES));
+        assert_eq!(decode_prefixes(&pack(&[0; 5000])), Err(GossipError::Malformed), "much longer");
         let long = schema::WireReport {
             reasons: vec!["r".repeat(150); 5],
             queue_saturation: 2000,

@@ -95,7 +95,7 @@ impl JournalStore {
             let held = &kept.record;
             let is_rival = held.head.body != record.head.body;
             if is_rival && held.head.seniority() < record.head.seniority() {
-                return Err(JournalRefusal::Fenced { key, epoch: held.epoch.max(record.epoch + 1) });
+                return Err(JournalRefusal::Fenced { key, epoch: held.epoch.max(record.epoch.saturating_add(1)) });
             }
             let is_behind = held.epoch > record.epoch || (held.epoch == record.epoch && held.entry != record.entry);
             if is_behind && !is_rival {

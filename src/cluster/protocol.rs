@@ -3,6 +3,10 @@
 //! Every node publishes the oldest and the newest version that it speaks, and two nodes use the newest that both speak. New
 //! optional fields and variants need no new version (`wire::schema`); a new version is for changes that an older node would not
 //! survive, and is spoken beside the older one for at least one release. So nodes of neighbouring releases always work together.
+//!
+//! Nodes learn the versions through gossip, so the version cannot cover what gossip itself rests on: the layout of datagrams
+//! (`seal::keys`), chitchat's own format, the keys of values, and the writing of bytes as text. A change there needs a release that reads
+//! both before one that writes the new. The same holds for the set of tokenizer files, which decides the tokenizer's digest.
 
 use std::fmt;
 

@@ -263,7 +263,7 @@ impl Router {
         };
         let from = if source.is_some() { "follow" } else { "journal" };
         shared.metrics.streams_resumed.with([from]).inc();
-        let epoch = if source.is_some() { record.epoch } else { record.epoch + 1 };
+        let epoch = if source.is_some() { record.epoch } else { record.epoch.saturating_add(1) };
         let log = StreamLog::new(record.head, epoch, known, true, false).scoring(dispatch.scores_prompt());
         let log = Arc::new(log);
         if let Some(running) = shared.register(&log)

@@ -24,6 +24,7 @@ use super::dispatch::{Destination, NOT_SERVING, Want};
 use super::shared::{DepartureStage, RouterState, has_left};
 use super::source::{Replica, Sign, StreamSource};
 use super::stream_log::{News, StreamLog};
+use crate::cluster::wire::VERSION_TOO_OLD;
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
 use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeState, watch};
@@ -376,10 +377,12 @@ impl FailoverStream {
 
     /// Remembers that the replica failed, for this stream and in its breaker.
     fn exclude(&mut self, replica: Replica, attempt: Option<Attempt>, failure: &Failure) {
-        self.shared.failed(&replica, attempt, failure.kind);
-        // A replica with wrong numbers is not used again.
+        let is_too_old = failure.code == Some(VERSION_TOO_OLD);
+        // For the breaker, a replica whose version is too old has answered as it should.
+        self.shared.failed(&replica, attempt, if is_too_old { FailureKind::InvalidRequest } else { failure.kind });
+        // A replica with wrong numbers or an older version is not used again.
         let lies = matches!(failure.kind, FailureKind::NumericsInvalid | FailureKind::NumericsSuspect);
-        let until = if lies { now() + Duration::from_secs(86_400) } else { now() + EXCLUSION };
+        let until = if lies || is_too_old { now() + Duration::from_secs(86_400) } else { now() + EXCLUSION };
         self.excluded.insert(replica, until);
     }
 

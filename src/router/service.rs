@@ -23,6 +23,8 @@ use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, tasks
 
 /// Heartbeats per stall timeout: several may be lost before the peer reacts.
 const HEARTBEATS_PER_TIMEOUT: u32 = 4;
+/// Heartbeats without tokens also tell that a stream is preempted, which `pace::progress` needs to know within its window.
+const MAX_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
 impl PeerService for Router {
     fn generate(&self, call: GenerateCall) -> Result<PeerStream, Failure> {
@@ -37,7 +39,8 @@ impl PeerService for Router {
             prompt_tokens: call.prompt.len() as u64,
             choices: u32::try_from(call.choices.len()).unwrap_or(u32::MAX),
             priority: call.priority,
-            deadline: call.remaining.map(|remaining| now() + remaining),
+            // A time that no clock can hold is no deadline.
+            deadline: call.remaining.and_then(|remaining| now().checked_add(remaining)),
         };
         let prefixes = hot_prefixes::hashes(&call.prompt, call.extensions.cache_salt);
         let unfinished = call.choices.len();
@@ -107,7 +110,7 @@ impl PeerService for Router {
             if let JournalEntry::Put(record) = &entry
                 && !self.shared.yield_to(&record.head)
             {
-                return Some(JournalRefusal::Fenced { key: record.head.key, epoch: record.epoch + 1 });
+                return Some(JournalRefusal::Fenced { key: record.head.key, epoch: record.epoch.saturating_add(1) });
             }
             self.shared.journals.lock().apply(entry, &from, now()).err()
         };
@@ -130,7 +133,7 @@ impl PeerService for Router {
 
 impl RouterState {
     fn heartbeat_interval(&self) -> Duration {
-        self.config.peer_stall_timeout / HEARTBEATS_PER_TIMEOUT
+        (self.config.peer_stall_timeout / HEARTBEATS_PER_TIMEOUT).min(MAX_HEARTBEAT_INTERVAL)
     }
 }
 

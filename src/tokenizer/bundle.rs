@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
+use prost::Message;
 use sha2::{Digest, Sha256};
 
 use super::file_set::TokenizerFiles;
@@ -16,95 +16,163 @@ const PREFIX: &str = "tokenizer.";
 #[derive(Debug, thiserror::Error)]
 pub enum BundleError {
     #[error("the bundle is damaged")]
-    Damaged(#[source] postcard::Error),
+    Damaged(#[source] prost::DecodeError),
+    #[error("the GGUF metadata in the bundle is damaged")]
+    DamagedMetadata(#[source] postcard::Error),
+    #[error("the bundle holds no tokenizer that this version knows")]
+    Empty,
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
 }
 
-/// Encoded as the base followed by the additions, so that a node that knows only the base can read it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TokenizerBundle {
-    base: Base,
-    additions: Additions,
-}
-
-/// The layout of the first version.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-struct Base {
     /// End tokens of the model and the tokenizer.
     eos_token_ids: Vec<TokenId>,
     source: BundleSource,
+    /// Settings of the node that serves the model.
+    sampling_defaults: SamplingDefaults,
+    /// Replaces the model's own template.
+    chat_template: Option<String>,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq)]
 enum BundleSource {
     Gguf(BTreeMap<String, Value>),
     Directory(BTreeMap<String, Vec<u8>>),
 }
 
-/// Settings of the node that serves the model. Append new fields at the end.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-struct Additions {
-    sampling_defaults: SamplingDefaults,
-    /// Replaces the model's own template.
+/// The bundle as it is sent. Fields keep their numbers and meaning for ever. Nodes of different versions share requests only while their
+/// digests are equal, so a new field must be absent unless it is used, and a further kind of file changes the digest of
+/// every model that has it.
+#[derive(Clone, PartialEq, Message)]
+struct WireBundle {
+    #[prost(uint32, repeated, tag = "1")]
+    eos_token_ids: Vec<u32>,
+    /// The tokenizer's part of the metadata, in Postcard.
+    #[prost(bytes = "vec", optional, tag = "2")]
+    gguf: Option<Vec<u8>>,
+    #[prost(message, repeated, tag = "3")]
+    files: Vec<WireFile>,
+    #[prost(message, optional, tag = "4")]
+    sampling_defaults: Option<WireDefaults>,
+    #[prost(string, optional, tag = "5")]
     chat_template: Option<String>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct WireFile {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(bytes = "vec", tag = "2")]
+    bytes: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct WireDefaults {
+    #[prost(float, optional, tag = "1")]
+    temperature: Option<f32>,
+    #[prost(float, optional, tag = "2")]
+    top_p: Option<f32>,
+    #[prost(uint32, optional, tag = "3")]
+    top_k: Option<u32>,
+    #[prost(float, optional, tag = "4")]
+    min_p: Option<f32>,
+    #[prost(float, optional, tag = "5")]
+    repetition_penalty: Option<f32>,
+    #[prost(uint32, optional, tag = "6")]
+    max_new_tokens: Option<u32>,
+}
+
+impl WireDefaults {
+    fn of(defaults: &SamplingDefaults) -> Option<Self> {
+        let SamplingDefaults { temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens } = *defaults;
+        let wire = Self { temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens };
+        (!defaults.is_empty()).then_some(wire)
+    }
+
+    fn read(self) -> SamplingDefaults {
+        let Self { temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens } = self;
+        SamplingDefaults { temperature, top_p, top_k, min_p, repetition_penalty, max_new_tokens }
+    }
 }
 
 impl TokenizerBundle {
     pub fn from_gguf(metadata: &BTreeMap<String, Value>, eos_token_ids: Vec<TokenId>) -> Self {
         let of_tokenizer = metadata.iter().filter(|(key, _)| key.starts_with(PREFIX));
         let source = BundleSource::Gguf(of_tokenizer.map(|(key, value)| (key.clone(), value.clone())).collect());
-        Self { base: Base { eos_token_ids, source }, additions: Additions::default() }
+        Self::new(source, eos_token_ids)
     }
 
     pub fn from_files(files: TokenizerFiles, eos_token_ids: Vec<TokenId>) -> Self {
-        let source = BundleSource::Directory(files.into_bundle());
-        Self { base: Base { eos_token_ids, source }, additions: Additions::default() }
+        Self::new(BundleSource::Directory(files.into_bundle()), eos_token_ids)
+    }
+
+    fn new(source: BundleSource, eos_token_ids: Vec<TokenId>) -> Self {
+        Self { eos_token_ids, source, sampling_defaults: SamplingDefaults::default(), chat_template: None }
     }
 
     /// Sets the values for sampling parameters that a request leaves out.
-    pub fn with_sampling_defaults(mut self, defaults: SamplingDefaults) -> Self {
-        self.additions.sampling_defaults = defaults;
-        self
+    pub fn with_sampling_defaults(self, sampling_defaults: SamplingDefaults) -> Self {
+        Self { sampling_defaults, ..self }
     }
 
     /// Replaces the chat templates of the model.
-    pub fn with_chat_template(mut self, template: Option<String>) -> Self {
-        self.additions.chat_template = template;
-        self
+    pub fn with_chat_template(self, chat_template: Option<String>) -> Self {
+        Self { chat_template, ..self }
     }
 
     pub fn eos_token_ids(&self) -> &[TokenId] {
-        &self.base.eos_token_ids
+        &self.eos_token_ids
     }
 
     pub fn sampling_defaults(&self) -> &SamplingDefaults {
-        &self.additions.sampling_defaults
+        &self.sampling_defaults
     }
 
     pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = postcard::to_stdvec(&self.base).expect("a bundle serializes into memory");
-        bytes.extend(postcard::to_stdvec(&self.additions).expect("a bundle serializes into memory"));
-        bytes
+        let (mut gguf, mut files) = (None, Vec::new());
+        match &self.source {
+            BundleSource::Gguf(metadata) => gguf = Some(postcard::to_stdvec(metadata).expect("plain data")),
+            BundleSource::Directory(found) => {
+                let file = |(name, bytes): (&String, &Vec<u8>)| WireFile { name: name.clone(), bytes: bytes.clone() };
+                files = found.iter().map(file).collect();
+            }
+        }
+        let wire = WireBundle {
+            eos_token_ids: self.eos_token_ids.clone(),
+            gguf,
+            files,
+            sampling_defaults: WireDefaults::of(&self.sampling_defaults),
+            chat_template: self.chat_template.clone(),
+        };
+        wire.encode_to_vec()
     }
 
     pub fn decode(bytes: &[u8]) -> Result<Self, BundleError> {
-        let (base, rest) = postcard::take_from_bytes(bytes).map_err(BundleError::Damaged)?;
-        let additions = match rest {
-            // A bundle from a node of the first version.
-            [] => Additions::default(),
-            rest => postcard::from_bytes(rest).map_err(BundleError::Damaged)?,
+        let wire = WireBundle::decode(bytes).map_err(BundleError::Damaged)?;
+        let source = match wire.gguf {
+            Some(metadata) => {
+                BundleSource::Gguf(postcard::from_bytes(&metadata).map_err(BundleError::DamagedMetadata)?)
+            }
+            None if wire.files.is_empty() => return Err(BundleError::Empty),
+            None => BundleSource::Directory(wire.files.into_iter().map(|file| (file.name, file.bytes)).collect()),
         };
-        Ok(Self { base, additions })
+        Ok(Self {
+            eos_token_ids: wire.eos_token_ids,
+            source,
+            sampling_defaults: wire.sampling_defaults.map(WireDefaults::read).unwrap_or_default(),
+            chat_template: wire.chat_template,
+        })
     }
 
     /// Builds the tokenizer, with the chat template set by the node. Blocks while it is built.
     pub fn build(&self) -> Result<Tokenizer, BundleError> {
-        let tokenizer = match &self.base.source {
+        let tokenizer = match &self.source {
             BundleSource::Gguf(metadata) => Tokenizer::from_gguf(metadata)?,
             BundleSource::Directory(files) => Tokenizer::from_files(&TokenizerFiles::from_bundle(files.clone()))?,
         };
-        Ok(match &self.additions.chat_template {
+        Ok(match &self.chat_template {
             Some(template) => tokenizer.with_chat_template(template.clone()),
             None => tokenizer,
         })

@@ -106,13 +106,18 @@ fn what_the_node_has_decided_goes_along() {
 }
 
 #[test]
-fn a_bundle_of_the_first_version_is_read_and_the_first_version_reads_ours() {
+fn a_field_of_a_later_version_is_skipped_and_one_that_is_not_used_leaves_the_digest() {
     let bundle = bundle(&fixture()).with_chat_template(Some("x".to_owned()));
-    let old = postcard::to_stdvec(&bundle.base).expect("serializes");
-    let read = TokenizerBundle::decode(&old).expect("undamaged");
-    assert_eq!((&read.base, &read.additions), (&bundle.base, &Additions::default()));
-    // The first version decodes like this: it ignores the bytes that follow.
-    assert_eq!(postcard::from_bytes::<Base>(&bundle.encode()).expect("undamaged"), bundle.base);
+    // Field 1000 with one byte.
+    let later = [&bundle.encode()[..], &[0xc2, 0x3e, 1, 7]].concat();
+    assert_eq!(TokenizerBundle::decode(&later).expect("skipped"), bundle);
+    let plain = bundle.clone().with_chat_template(None);
+    let known = WireBundle {
+        sampling_defaults: None,
+        chat_template: None,
+        ..WireBundle::decode(&*plain.encode()).expect("ours")
+    };
+    assert_eq!(known.encode_to_vec(), plain.encode(), "what is not set takes no bytes");
 }
 
 #[test]

@@ -43,13 +43,6 @@ const KINDS: [FailureKind; 14] = [
     FailureKind::PeerStalled,
 ];
 
-fn check_needs(needs: &[u32]) -> Result<(), WireError> {
-    match needs.iter().find(|need| !KNOWN_NEEDS.contains(need)) {
-        Some(need) => Err(WireError::Needs(*need)),
-        None => Ok(()),
-    }
-}
-
 fn duration(duration: time::Duration) -> schema::WireDuration {
     schema::WireDuration { seconds: duration.as_secs(), nanos: duration.subsec_nanos() }
 }
@@ -82,36 +75,48 @@ impl WireMessage for GenerateCall {
 
     fn to_schema(&self) -> schema::WireGenerate {
         let choice = |start: &ChoiceStart| schema::WireChoice { index: start.index, emitted: start.emitted.clone() };
-        schema::WireGenerate {
+        let envelope = schema::WireEnvelope {
             id: self.id.as_str().to_owned(),
-            fingerprint: self.fingerprint.as_str().to_owned(),
             prompt: self.prompt.to_vec(),
-            choices: self.choices.iter().map(choice).collect(),
             sampling: Some(sampling(&self.sampling)),
             priority: self.priority,
             remaining: self.remaining.map(duration),
-            is_continuation: self.is_continuation,
             cache_salt: self.extensions.cache_salt.map(|salt| salt.bytes().to_vec()),
             prompt_logprobs: self.extensions.prompt_logprobs,
-            needs: Vec::new(),
+            ..schema::WireEnvelope::default()
+        };
+        schema::WireGenerate {
+            envelope: Some(envelope),
+            fingerprint: self.fingerprint.as_str().to_owned(),
+            choices: self.choices.iter().map(choice).collect(),
+            is_continuation: self.is_continuation,
         }
     }
 
     fn from_schema(call: schema::WireGenerate) -> Result<Self, WireError> {
-        check_needs(&call.needs)?;
+        let envelope = from_envelope(call.envelope)?;
         let choice = |choice: schema::WireChoice| ChoiceStart { index: choice.index, emitted: choice.emitted };
-        let salt = call.cache_salt.as_deref().map(sixteen).transpose()?;
+        let salt = envelope.cache_salt.as_deref().map(sixteen).transpose()?;
         Ok(Self {
-            id: RequestId::new(call.id),
+            id: RequestId::new(envelope.id),
             fingerprint: Fingerprint::new(call.fingerprint),
-            prompt: prompt(call.prompt)?,
+            prompt: prompt(envelope.prompt)?,
             choices: call.choices.into_iter().map(choice).collect(),
-            sampling: from_sampling(call.sampling)?,
-            priority: call.priority,
-            remaining: call.remaining.map(from_duration).transpose()?,
+            sampling: from_sampling(envelope.sampling)?,
+            priority: envelope.priority,
+            remaining: envelope.remaining.map(from_duration).transpose()?,
             is_continuation: call.is_continuation,
-            extensions: Extensions { cache_salt: salt.map(CacheSalt::new), prompt_logprobs: call.prompt_logprobs },
+            extensions: Extensions { cache_salt: salt.map(CacheSalt::new), prompt_logprobs: envelope.prompt_logprobs },
         })
+    }
+}
+
+/// The envelope, if it is there and needs nothing that this version does not know.
+fn from_envelope(envelope: Option<schema::WireEnvelope>) -> Result<schema::WireEnvelope, WireError> {
+    let envelope = envelope.ok_or(WireError::Invalid("no envelope"))?;
+    match envelope.needs.iter().find(|need| !KNOWN_NEEDS.contains(need)) {
+        Some(need) => Err(WireError::Needs(*need)),
+        None => Ok(envelope),
     }
 }
 
@@ -211,8 +216,8 @@ fn entry(entry: &JournalEntry) -> schema::WireEntry {
     schema::WireEntry { key: key.bytes().to_vec(), epoch, kind }
 }
 
-/// For an unknown kind of entry, the sender is asked for the whole record. A record that this version cannot keep is refused as
-/// if there were no room.
+/// For an unknown kind of entry, the sender is asked for the whole record. A record that needs what this version does not know is
+/// refused as if there were no room.
 fn from_entry(entry: schema::WireEntry) -> Result<JournalEntry, WireError> {
     let (key, epoch) = (key(&entry.key)?, entry.epoch);
     Ok(match entry.kind {
@@ -235,16 +240,19 @@ fn from_entry(entry: schema::WireEntry) -> Result<JournalEntry, WireError> {
 
 fn record(record: &JournalRecord) -> schema::WireRecord {
     let JournalHead { key, body, id, created, model, fingerprint, prompt, sampling: params } = &*record.head;
-    let head = schema::WireHead {
-        key: key.bytes().to_vec(),
-        body: body.to_vec(),
+    let envelope = schema::WireEnvelope {
         id: id.as_str().to_owned(),
         created: *created,
         model: model.clone(),
-        fingerprint: fingerprint.as_str().to_owned(),
         prompt: prompt.to_vec(),
         sampling: Some(sampling(params)),
-        needs: Vec::new(),
+        ..schema::WireEnvelope::default()
+    };
+    let head = schema::WireHead {
+        key: key.bytes().to_vec(),
+        body: body.to_vec(),
+        fingerprint: fingerprint.as_str().to_owned(),
+        envelope: Some(envelope),
     };
     let progress = |choice: &ChoiceProgress| schema::WireProgress {
         tokens: choice.tokens.clone(),
@@ -260,16 +268,16 @@ fn record(record: &JournalRecord) -> schema::WireRecord {
 
 fn from_record(record: schema::WireRecord) -> Result<JournalRecord, WireError> {
     let head = record.head.ok_or(WireError::Invalid("a record without a head"))?;
-    check_needs(&head.needs)?;
+    let envelope = from_envelope(head.envelope)?;
     let head = JournalHead {
         key: key(&head.key)?,
         body: sixteen(&head.body)?,
-        id: RequestId::new(head.id),
-        created: head.created,
-        model: head.model,
+        id: RequestId::new(envelope.id),
+        created: envelope.created,
+        model: envelope.model,
         fingerprint: Fingerprint::new(head.fingerprint),
-        prompt: prompt(head.prompt)?,
-        sampling: from_sampling(head.sampling)?,
+        prompt: prompt(envelope.prompt)?,
+        sampling: from_sampling(envelope.sampling)?,
     };
     let progress = |choice: schema::WireProgress| ChoiceProgress {
         tokens: choice.tokens,
@@ -397,7 +405,7 @@ pub(super) fn from_frame(frame: schema::WireFrame) -> Result<Option<PeerFrame>, 
             Some(reason) => GenerationEvent::Finished { choice, reason },
             None => {
                 let message = "The replica ended the stream in a way that this node's version does not know.";
-                GenerationEvent::Failed(Failure::new(FailureKind::PeerDisconnected, message))
+                GenerationEvent::Failed(Failure::new(FailureKind::Internal, message))
             }
         },
         WireFrameKind::Failed(failure) => GenerationEvent::Failed(from_failed(failure)?),

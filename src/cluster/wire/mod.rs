@@ -38,6 +38,14 @@ impl CallKind {
         }
     }
 
+    /// Maximum size of the call. Decoding a list of small things takes many times as much memory.
+    pub fn max_bytes(self) -> usize {
+        match self {
+            CallKind::Generate | CallKind::Journal => MAX_MESSAGE_BYTES,
+            CallKind::Follow | CallKind::Lookup | CallKind::Tokenizer => MAX_SMALL_CALL_BYTES,
+        }
+    }
+
     /// The path of the call in that version of the protocol.
     pub fn path(self, version: u16) -> String {
         format!("/outrigger/v{version}/{}", self.name())
@@ -53,6 +61,8 @@ impl CallKind {
 
 /// Maximum size of a call, and of a response that is not a stream.
 pub const MAX_MESSAGE_BYTES: usize = 64 << 20;
+/// Maximum size of a call that holds a key or a digest.
+const MAX_SMALL_CALL_BYTES: usize = 1 << 20;
 /// Maximum size of a frame, without its length prefix.
 pub const MAX_FRAME_BYTES: usize = 1 << 20;
 /// Maximum size of a failure's message between nodes; the rest is cut off.
@@ -74,7 +84,12 @@ const CODES: &[&str] = &[
     "stream_interrupted",
     "stream_not_found",
     "unsupported_parameter",
+    VERSION_TOO_OLD,
 ];
+
+/// The code with which a node refuses a request that needs something that its version does not know. It is not asked again for that
+/// stream, and otherwise goes on as before.
+pub const VERSION_TOO_OLD: &str = "version_too_old";
 
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {

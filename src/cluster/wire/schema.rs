@@ -3,10 +3,11 @@
 //! How to change a message, so that the versions before and after understand it:
 //!
 //! - A new field gets a new number. Absent means: as before the field existed. Older nodes skip it.
-//! - If a node that skips the field would compute other tokens or break a promise, the sender also lists a new number in
-//!   `needs`. A node that does not know a number in `needs` refuses the message.
+//! - If a node that skips the field would compute other tokens or break a promise, the sender also lists a new number in the
+//!   envelope's `needs`. A node that does not know a number in `needs` refuses the message.
 //! - A removed field's number is not used again.
-//! - A new variant (of a frame, an entry, an end) is skipped, refused or replaced by older nodes as said in `convert`.
+//! - A new variant (of a frame, an entry, an end) is skipped, refused or replaced by older nodes as said in `convert`. A request
+//!   that may end in a new way lists that in `needs`.
 //!
 //! Floating-point numbers are optional everywhere: proto3 does not send an ordinary field that equals zero, and loses the sign of
 //! a negative zero.
@@ -19,32 +20,46 @@ pub struct WireDuration {
     pub nanos: u32,
 }
 
-/// `GenerateCall`.
+/// A request, wherever it goes: to a peer that computes it, and into journals.
 #[derive(Clone, PartialEq, prost::Message)]
-pub struct WireGenerate {
+pub struct WireEnvelope {
     #[prost(string, tag = "1")]
     pub id: String,
-    #[prost(string, tag = "2")]
-    pub fingerprint: String,
-    #[prost(uint32, repeated, tag = "3")]
+    /// Only in journals, like `model`.
+    #[prost(uint64, tag = "2")]
+    pub created: u64,
+    #[prost(string, tag = "3")]
+    pub model: String,
+    #[prost(uint32, repeated, tag = "4")]
     pub prompt: Vec<u32>,
-    #[prost(message, repeated, tag = "4")]
-    pub choices: Vec<WireChoice>,
     #[prost(message, optional, tag = "5")]
     pub sampling: Option<WireSampling>,
+    /// Only in calls, like all fields below but `needs`.
     #[prost(sint32, tag = "6")]
     pub priority: i32,
+    /// Time left until the deadline. Nodes never exchange wall-clock times.
     #[prost(message, optional, tag = "7")]
     pub remaining: Option<WireDuration>,
-    #[prost(bool, tag = "8")]
-    pub is_continuation: bool,
     /// Sixteen bytes.
-    #[prost(bytes = "vec", optional, tag = "9")]
+    #[prost(bytes = "vec", optional, tag = "8")]
     pub cache_salt: Option<Vec<u8>>,
-    #[prost(uint32, optional, tag = "10")]
+    #[prost(uint32, optional, tag = "9")]
     pub prompt_logprobs: Option<u32>,
     #[prost(uint32, repeated, tag = "15")]
     pub needs: Vec<u32>,
+}
+
+/// `GenerateCall`.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct WireGenerate {
+    #[prost(message, optional, tag = "1")]
+    pub envelope: Option<WireEnvelope>,
+    #[prost(string, tag = "2")]
+    pub fingerprint: String,
+    #[prost(message, repeated, tag = "3")]
+    pub choices: Vec<WireChoice>,
+    #[prost(bool, tag = "4")]
+    pub is_continuation: bool,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -170,19 +185,9 @@ pub struct WireHead {
     #[prost(bytes = "vec", tag = "2")]
     pub body: Vec<u8>,
     #[prost(string, tag = "3")]
-    pub id: String,
-    #[prost(uint64, tag = "4")]
-    pub created: u64,
-    #[prost(string, tag = "5")]
-    pub model: String,
-    #[prost(string, tag = "6")]
     pub fingerprint: String,
-    #[prost(uint32, repeated, tag = "7")]
-    pub prompt: Vec<u32>,
-    #[prost(message, optional, tag = "8")]
-    pub sampling: Option<WireSampling>,
-    #[prost(uint32, repeated, tag = "15")]
-    pub needs: Vec<u32>,
+    #[prost(message, optional, tag = "4")]
+    pub envelope: Option<WireEnvelope>,
 }
 
 /// `ChoiceProgress`.
@@ -205,7 +210,7 @@ pub struct WireRefusals {
 pub struct WireRefusal {
     #[prost(bytes = "vec", tag = "1")]
     pub key: Vec<u8>,
-    /// A number of `convert::REFUSALS`.
+    /// 1: fenced, 2: unknown, 3: full; others as 3.
     #[prost(uint32, tag = "2")]
     pub reason: u32,
     #[prost(uint64, tag = "3")]

@@ -261,7 +261,7 @@ fn frames_of_a_later_version_are_skipped_and_unknown_ends_and_failures_replaced(
     let kind =
         schema::WireFailed { kind: 99, message: "new".into(), code: Some("of_tomorrow".into()), ..Default::default() };
     for (kind, expected) in [
-        (schema::WireFrameKind::Finished(finished), FailureKind::PeerDisconnected),
+        (schema::WireFrameKind::Finished(finished), FailureKind::Internal),
         (schema::WireFrameKind::Failed(kind), FailureKind::Internal),
     ] {
         let frames =
@@ -280,12 +280,13 @@ fn frames_of_a_later_version_are_skipped_and_unknown_ends_and_failures_replaced(
 #[test]
 fn what_a_later_version_needs_is_refused_if_it_is_not_known() {
     let mut call = generate_call().to_schema();
-    call.needs = vec![4711];
+    call.envelope.as_mut().expect("given").needs = vec![4711];
     assert!(matches!(decode_message::<GenerateCall>(&call.encode_to_vec()), Err(WireError::Needs(4711))));
 
     let (key, mut batch) = (record().head.key, journal_batch().to_schema());
     let Some(schema::WireEntryKind::Put(record)) = &mut batch.entries[0].kind else { panic!("a record") };
-    record.head.as_mut().expect("given").needs = vec![4711];
+    let head = record.head.as_mut().expect("given");
+    head.envelope.as_mut().expect("given").needs = vec![4711];
     batch.entries[1].kind = None;
     let entries = JournalBatch::from_schema(batch).expect("read").entries;
     let (full, unknown) = (JournalRefusal::Full { key }, JournalRefusal::Unknown { key });
@@ -300,24 +301,20 @@ fn what_a_later_version_needs_is_refused_if_it_is_not_known() {
 
 #[test]
 fn parts_that_make_no_sense_are_refused() {
-    let changed = |change: fn(&mut schema::WireGenerate)| {
+    let changed = |change: fn(&mut schema::WireEnvelope)| {
         let mut call = extended_call().to_schema();
-        change(&mut call);
+        change(call.envelope.as_mut().expect("given"));
         GenerateCall::from_schema(call)
     };
     assert!(changed(|_| {}).is_ok());
-    let sampling = |call: &mut schema::WireGenerate| call.sampling.as_mut().map(|sampling| sampling.biased.push(9));
     for refused in [
-        changed(|call| call.prompt.clear()),
-        changed(|call| call.sampling = None),
-        changed(|call| call.sampling.as_mut().expect("given").top_p = None),
-        changed(|call| call.cache_salt = Some(vec![1])),
-        changed(|call| call.remaining = Some(schema::WireDuration { seconds: 1, nanos: 1_000_000_000 })),
-        GenerateCall::from_schema({
-            let mut call = generate_call().to_schema();
-            sampling(&mut call);
-            call
-        }),
+        changed(|envelope| envelope.prompt.clear()),
+        changed(|envelope| envelope.sampling = None),
+        changed(|envelope| envelope.cache_salt = Some(vec![1])),
+        changed(|envelope| envelope.remaining = Some(schema::WireDuration { seconds: 1, nanos: 1_000_000_000 })),
+        changed(|envelope| envelope.sampling.as_mut().expect("given").top_p = None),
+        changed(|envelope| envelope.sampling.as_mut().expect("given").biased.push(9)),
+        GenerateCall::from_schema(schema::WireGenerate { envelope: None, ..extended_call().to_schema() }),
     ] {
         assert!(matches!(refused, Err(WireError::Invalid(_))), "{refused:?}");
     }

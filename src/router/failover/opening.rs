@@ -7,6 +7,7 @@ use tracing::info;
 
 use super::{FailoverStream, SEARCH_INTERVAL, is_survivable, now};
 use crate::cluster::PeerStream;
+use crate::cluster::wire::VERSION_TOO_OLD;
 use crate::router::breaker::Attempt;
 use crate::router::dispatch::{Destination, NOT_SERVING};
 use crate::router::ledger::InFlight;
@@ -159,7 +160,7 @@ impl FailoverStream {
         }
         let is_load =
             matches!(failure.kind, FailureKind::Overloaded | FailureKind::RateLimited | FailureKind::Internal)
-                && failure.code != Some(NOT_SERVING);
+                && !matches!(failure.code, Some(NOT_SERVING | VERSION_TOO_OLD));
         let tries_too_often = self.attempts > self.shared.config.max_failovers + 1;
         if !is_continuation && (tries_too_often || (is_load && !self.shared.may_retry())) {
             return self.log.fail(failure);

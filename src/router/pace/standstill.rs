@@ -12,6 +12,8 @@ const WINDOW: Duration = Duration::from_secs(5);
 /// What this much time says is enough: on a busy machine, two short pauses may follow each other.
 const LEAST_WINDOW: Duration = Duration::from_secs(3);
 
+/// The other standstills together must be at least this fraction of the longest.
+const REPEATED: f64 = 0.5;
 /// From this factor on, the process stands still most of the time.
 const MOSTLY: f64 = 2.0;
 
@@ -54,9 +56,13 @@ impl Standstills {
         let begin = (*first).clamp(ago(WINDOW), ago(LEAST_WINDOW));
         let times =
             || self.recent.iter().map(|(from, to)| to.saturating_duration_since(begin.max(*from)).as_secs_f64());
-        let longest = times().fold(0.0, f64::max);
+        let (longest, sum) = (times().fold(0.0, f64::max), times().sum::<f64>());
+        // After a long pause, the rest of the process's work is often delayed once more.
+        if sum - longest < longest * REPEATED {
+            return 1.0;
+        }
         let span = now.saturating_duration_since(begin).as_secs_f64() - longest;
-        let runs = span + longest - times().sum::<f64>();
+        let runs = span + longest - sum;
         (span / runs.max(USUAL.as_secs_f64())).max(1.0)
     }
 }
@@ -110,6 +116,12 @@ mod tests {
         for _ in 0..5 {
             now += Duration::from_secs(1);
             assert!(run(&mut standstills, &mut now, Duration::from_secs(2)).1 < 2.0);
+        }
+        for hiccup in [600, 800, 1000] {
+            now += Duration::from_secs(3);
+            run(&mut standstills, &mut now, TICK);
+            now += Duration::from_millis(hiccup);
+            assert!(run(&mut standstills, &mut now, WINDOW).1 < MOSTLY, "a pause, and a hiccup after it");
         }
         now += Duration::from_secs(3600);
         assert_eq!(run(&mut standstills, &mut now, Duration::from_secs(10)).1, 1.0, "the machine slept");

@@ -24,6 +24,10 @@ async fn a_call_that_is_too_large_is_refused_on_either_side() {
     let refused =
         post(&callee, &CallKind::Generate.path(PROTOCOL.newest), vec![0; wire::MAX_MESSAGE_BYTES + 1].into()).await;
     assert_eq!((refused.0, refused.1.kind), (413, FailureKind::InvalidRequest));
+    for call in [CallKind::Follow, CallKind::Lookup, CallKind::Tokenizer] {
+        let refused = post(&callee, &call.path(PROTOCOL.newest), vec![0; call.max_bytes() + 1].into()).await;
+        assert_eq!((refused.0, refused.1.kind), (413, FailureKind::InvalidRequest), "{call:?}");
+    }
     let large = GenerateCall { prompt: vec![u32::MAX; 2_000_000].into(), ..call(2) };
     assert_counts(caller.accepted(&peer, large).await, 2).await;
 }
@@ -38,6 +42,16 @@ async fn what_is_no_call_is_refused() {
     }
     let (status, failure) = post(&callee, "/outrigger/v2/nothing", noise()).await;
     assert_eq!((status, failure.kind), (404, FailureKind::Internal));
+}
+
+#[tokio::test]
+async fn a_call_that_needs_what_only_a_later_version_knows_is_refused_by_name() {
+    let callee = Callee::start(1, FakeService::counting()).await;
+    // A second envelope is merged into the first: this one needs feature 4711.
+    let needs = [0x0a, 4, 0x7a, 2, 0xe7, 0x24];
+    let message = [&wire::encode_message(&call(1)).expect("small")[..], &needs].concat();
+    let (status, failure) = post(&callee, &CallKind::Generate.path(PROTOCOL.newest), message.into()).await;
+    assert_eq!((status, failure.kind, failure.code), (409, FailureKind::Overloaded, Some(wire::VERSION_TOO_OLD)));
 }
 
 /// What a client that is not ours may send: the answer's status and failure.
