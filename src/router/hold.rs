@@ -142,7 +142,7 @@ impl AwaitedChanges {
 
 impl RouterState {
     /// Whether the model may soon be loaded or a peer found, even if the node has been asked to end before it was ready.
-    fn may_yet_serve(&self) -> bool {
+    pub(super) fn may_yet_serve(&self) -> bool {
         let is_loading = matches!(self.health.lifecycle().state(), NodeState::Starting | NodeState::Warming);
         !self.is_cut() && (is_loading || (self.is_clustered() && self.local().is_none()))
     }

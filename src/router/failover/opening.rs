@@ -107,7 +107,8 @@ impl FailoverStream {
             // The client should learn that all queues are full, whatever else went wrong.
             Destination::Shed(failure) if !is_continuation => self.log.fail(failure),
             Destination::Shed(failure) | Destination::Nowhere(failure) => {
-                if !is_continuation {
+                // A node that starts may know its peers by what they were before they restarted.
+                if !is_continuation && !self.shared.may_yet_serve() {
                     return self.log.fail(self.last_failure.take().unwrap_or(failure));
                 }
                 self.not_before = Some(now() + SEARCH_INTERVAL);
