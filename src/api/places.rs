@@ -12,7 +12,8 @@ use tokio_util::sync::CancellationToken;
 
 /// Minimum time before a connection can be closed in favour of another: since it was opened or became idle, since its request
 /// began if the body has not arrived, or, in the overflow, since it was answered. It is long enough for an active client to
-/// send its next request, and short enough to admit a few hundred new connections per second (fewer while the closed ones end slowly).
+/// send its next request, and short enough to admit a few hundred new connections per second (fewer
+/// while the closed ones end slowly).
 const GRACE: Duration = Duration::from_millis(250);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -164,8 +164,8 @@ pub fn encode_description(description: &NodeDescription) -> String {
     }
 }
 
-/// Of a node with which this one shares no protocol version, only its versions are read. Models and names beyond the limits are left
-/// out: a later version may have other limits.
+/// Of a node with which this one shares no protocol version, only its versions are read. Models and names beyond the limits
+/// are left out: a later version may have other limits.
 pub fn decode_description(text: &str) -> Result<NodeDescription, GossipError> {
     let bytes = unpack(text, MAX_DESCRIPTION_BYTES)?;
     if bytes.first() == Some(&1) {

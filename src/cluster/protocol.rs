@@ -5,8 +5,8 @@
 //! survive, and is spoken beside the older one for at least one release. So nodes of neighbouring releases always work together.
 //!
 //! Nodes learn the versions through gossip, so the version cannot cover what gossip itself rests on: the layout of datagrams
-//! (`seal::keys`), chitchat's own format, the keys of values, and the writing of bytes as text. A change there needs a release that reads
-//! both before one that writes the new. The same holds for the set of tokenizer files, which decides the tokenizer's digest.
+//! (`seal::keys`), chitchat's own format, the keys of values, and the writing of bytes as text. A change there needs a release that
+//! reads both before one that writes the new. The same holds for the set of tokenizer files, which decides the tokenizer's digest.
 
 use std::fmt;
 

@@ -42,9 +42,9 @@ enum BundleSource {
     Directory(BTreeMap<String, Vec<u8>>),
 }
 
-/// The bundle as it is sent. Fields keep their numbers and meaning for ever. Nodes of different versions share requests only while their
-/// digests are equal, so a new field must be absent unless it is used, and a further kind of file changes the digest of
-/// every model that has it.
+/// The bundle as it is sent. Fields keep their numbers and meaning for ever. Nodes of different versions share requests only
+/// while their digests are equal, so a new field must be absent unless it is used, and a further kind of file changes the
+/// digest of every model that has it.
 #[derive(Clone, PartialEq, Message)]
 struct WireBundle {
     #[prost(uint32, repeated, tag = "1")]
