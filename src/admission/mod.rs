@@ -110,7 +110,9 @@ impl From<Rejection> for Failure {
                     estimated_wait.as_secs_f64()
                 ),
             ),
-            RejectionReason::Closed => (FailureKind::Overloaded, "The server is shutting down.".to_string()),
+            RejectionReason::Closed => {
+                return Failure::shutting_down("The server is shutting down.").with_retry_after(rejection.retry_after);
+            }
         };
         Failure::new(kind, message).with_retry_after(rejection.retry_after)
     }

@@ -1,6 +1,5 @@
 //! Failures as HTTP responses: the status, and a body in OpenAI's shape `{"error": {message, type, param, code}}`.
 
-use std::borrow::Cow;
 use std::time::Duration;
 
 use axum::http::{HeaderValue, StatusCode, header};
@@ -9,6 +8,7 @@ use serde::Serialize;
 use tracing::{debug, error};
 
 use super::content_coding;
+use crate::types::reaction::Log;
 use crate::types::{Failure, FailureKind};
 
 /// An error response.
@@ -30,30 +30,7 @@ struct ErrorBody {
     message: String,
     r#type: &'static str,
     param: Option<String>,
-    code: Option<Cow<'static, str>>,
-}
-
-/// HTTP status and error type of each kind.
-fn status_and_type(kind: FailureKind) -> (StatusCode, &'static str) {
-    match kind {
-        FailureKind::InvalidRequest => (StatusCode::BAD_REQUEST, "invalid_request_error"),
-        FailureKind::Unauthenticated => (StatusCode::UNAUTHORIZED, "authentication_error"),
-        FailureKind::RateLimited => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error"),
-        FailureKind::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "overloaded_error"),
-        FailureKind::DeadlineExceeded => (StatusCode::GATEWAY_TIMEOUT, "timeout_error"),
-        // The client is gone, so nobody reads this status. 499 is nginx's convention; it keeps these requests apart from real
-        // errors in the metrics.
-        FailureKind::Cancelled => (StatusCode::from_u16(499).expect("a status"), "cancelled_error"),
-        FailureKind::EngineFailed => (StatusCode::SERVICE_UNAVAILABLE, "engine_error"),
-        FailureKind::NumericsInvalid | FailureKind::NumericsSuspect => {
-            (StatusCode::INTERNAL_SERVER_ERROR, "engine_error")
-        }
-        FailureKind::OutOfMemory => (StatusCode::SERVICE_UNAVAILABLE, "engine_error"),
-        FailureKind::PeerUnreachable => (StatusCode::BAD_GATEWAY, "peer_error"),
-        FailureKind::PeerDisconnected => (StatusCode::BAD_GATEWAY, "peer_error"),
-        FailureKind::PeerStalled => (StatusCode::GATEWAY_TIMEOUT, "peer_error"),
-        FailureKind::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
-    }
+    code: &'static str,
 }
 
 impl ApiError {
@@ -75,20 +52,8 @@ impl ApiError {
         Self::with_status(StatusCode::NOT_FOUND, failure.with_code("model_not_found"))
     }
 
-    /// The node cannot generate now: it is loading, draining or failed.
-    pub fn unavailable(message: impl Into<String>, code: &'static str, retry_after: Option<Duration>) -> Self {
-        let mut failure = Failure::new(FailureKind::EngineFailed, message).with_code(code);
-        failure.retry_after = retry_after;
-        Self { body: ErrorBody { r#type: "unavailable_error", ..ErrorBody::of(&failure) }, ..Self::of(&failure) }
-    }
-
     fn of(failure: &Failure) -> Self {
-        let (status, _) = status_and_type(failure.kind);
-        let status = match failure.code {
-            Some("idempotency_key_reused") => StatusCode::UNPROCESSABLE_ENTITY,
-            Some("stream_not_found") => StatusCode::NOT_FOUND,
-            _ => status,
-        };
+        let status = StatusCode::from_u16(failure.kind.reaction().status).expect("the table has HTTP statuses");
         Self { status, kind: failure.kind, body: ErrorBody::of(failure), retry_after: failure.retry_after }
     }
 
@@ -100,12 +65,11 @@ impl ApiError {
 
 impl ErrorBody {
     fn of(failure: &Failure) -> Self {
-        let (_, r#type) = status_and_type(failure.kind);
         Self {
             message: failure.message.clone(),
-            r#type,
+            r#type: failure.kind.reaction().error_type,
             param: failure.param.clone(),
-            code: failure.code.map(Cow::Borrowed).or_else(|| Some(Cow::Borrowed(failure.kind.label()))),
+            code: failure.shown_code(),
         }
     }
 }
@@ -118,27 +82,14 @@ impl From<Failure> for ApiError {
     }
 }
 
-/// Failures of the node are logged as errors. The text of a client's mistake may quote the request, so it is not logged.
 fn log(failure: &Failure) {
     let kind = failure.kind.label();
-    match failure.kind {
-        FailureKind::EngineFailed
-        | FailureKind::NumericsInvalid
-        | FailureKind::NumericsSuspect
-        | FailureKind::OutOfMemory
-        | FailureKind::PeerUnreachable
-        | FailureKind::PeerDisconnected
-        | FailureKind::PeerStalled
-        | FailureKind::Internal => {
+    match failure.kind.reaction().log {
+        Log::Fault => {
             let source = failure.source.as_deref().map(|source| source as &dyn std::error::Error);
             error!(kind, source, "a request failed: {}", failure.message);
         }
-        FailureKind::InvalidRequest
-        | FailureKind::Unauthenticated
-        | FailureKind::RateLimited
-        | FailureKind::Overloaded
-        | FailureKind::DeadlineExceeded
-        | FailureKind::Cancelled => debug!(kind, code = failure.code, "a request was refused or cut short"),
+        Log::Refusal => debug!(kind, code = failure.code, "a request was refused or cut short"),
     }
 }
 

@@ -238,7 +238,7 @@ impl From<CallError> for Refusal {
             }
             CallError::Wire(WireError::Needs(_)) => {
                 let message = "No replica that is left has a version that knows all of the request's parameters.";
-                (StatusCode::CONFLICT, FailureKind::Overloaded, message)
+                (StatusCode::CONFLICT, FailureKind::VersionTooOld, message)
             }
             CallError::Wire(_) => {
                 (StatusCode::BAD_REQUEST, FailureKind::Internal, "The replica could not read the request.")
@@ -246,8 +246,8 @@ impl From<CallError> for Refusal {
         };
         debug!(%error, "refused a peer's call");
         let mut failure = Failure::new(kind, message);
-        failure.retry_after = (kind == FailureKind::Overloaded).then_some(RETRY_AFTER);
-        failure.code = matches!(error, CallError::Wire(WireError::Needs(_))).then_some(wire::VERSION_TOO_OLD);
+        let may_pass = matches!(error, CallError::Crowded | CallError::Wire(WireError::Needs(_)));
+        failure.retry_after = may_pass.then_some(RETRY_AFTER);
         Self(status, failure)
     }
 }

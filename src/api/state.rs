@@ -124,15 +124,15 @@ impl ApiState {
             return Ok(remote);
         }
         match name {
-            Some(name) if self.remote.knew(name) => Err(ApiError::unavailable(
-                "No node that serves the model can be reached now.",
-                "no_replica",
-                Some(RETRY_AFTER),
-            )),
+            Some(name) if self.remote.knew(name) => {
+                let message = "No node that serves the model can be reached now.";
+                let failure = Failure::new(FailureKind::Unavailable, message).with_code("no_replica");
+                Err(failure.with_retry_after(RETRY_AFTER).into())
+            }
             Some(name) if self.model().is_some_and(|model| !model.has_name(name)) => {
                 Err(ApiError::model_not_found(name))
             }
-            _ => Err(self.unavailable()),
+            _ => Err(self.router.unavailable().into()),
         }
     }
 
@@ -153,16 +153,11 @@ impl ApiState {
         while !self.router.can_serve() {
             if !hold.waits().await {
                 hold.check_deadline()?;
-                return Err(self.unavailable());
+                return Err(self.router.unavailable().into());
             }
         }
         hold.succeeded();
         Ok(hold)
-    }
-
-    fn unavailable(&self) -> ApiError {
-        let failure = self.router.unavailable();
-        ApiError::unavailable(failure.message, failure.code.unwrap_or("no_replica"), failure.retry_after)
     }
 
     /// Runs the work here, or on a blocking thread if it is long. Only a few long ones run at once.

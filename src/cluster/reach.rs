@@ -17,7 +17,7 @@ use super::problems::{ProblemReason, Problems};
 use super::tls::{self, PeerTls};
 use super::transport::PeerTransport;
 use super::{ClusterView, JournalKey, Peer};
-use crate::types::{Failure, FailureKind, NodeId, NodeState, watch, with_causes};
+use crate::types::{Failure, NodeId, NodeState, watch, with_causes};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Interval of calls to a peer, after success and after failure.
@@ -104,21 +104,7 @@ impl Reach {
     }
 
     fn learn(&self, name: &str, record: &mut CallRecord, result: Result<(), Failure>) {
-        let failure = result.err().filter(|failure| match failure.kind {
-            FailureKind::PeerUnreachable | FailureKind::PeerDisconnected | FailureKind::PeerStalled => true,
-            // The peer answers, so it can be reached.
-            FailureKind::InvalidRequest
-            | FailureKind::Unauthenticated
-            | FailureKind::RateLimited
-            | FailureKind::Overloaded
-            | FailureKind::DeadlineExceeded
-            | FailureKind::Cancelled
-            | FailureKind::EngineFailed
-            | FailureKind::NumericsInvalid
-            | FailureKind::NumericsSuspect
-            | FailureKind::OutOfMemory
-            | FailureKind::Internal => false,
-        });
+        let failure = result.err().filter(|failure| !failure.kind.reaction().lesson.has_answered());
         let Some(failure) = failure else {
             *record = CallRecord { next: Instant::now() + RECHECK, failures: 0, detail: String::new() };
             return self.problems.clear(ProblemReason::Untrusted, name);

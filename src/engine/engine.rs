@@ -428,7 +428,7 @@ pub(super) fn engine_failed() -> Failure {
 }
 
 pub(super) fn draining() -> Failure {
-    Failure::new(FailureKind::Overloaded, "this server is shutting down")
+    Failure::shutting_down("this server is shutting down")
 }
 
 fn probe_is_running() -> Failure {

@@ -1,5 +1,5 @@
 //! A circuit breaker for each peer: stops requests to a peer that has just failed, and lets single probes find out whether it
-//! has recovered. The reaction depends on the kind of failure. Pure; time and jitter are passed in.
+//! has recovered. The reaction depends on what the kind of failure teaches. Pure; time and jitter are passed in.
 //!
 //! It supplements gossip: it reacts at once to what a report shows a second later.
 
@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::retry_budget::jittered;
 use crate::types::FailureKind;
+use crate::types::reaction::Lesson;
 
 /// Waiting times of an open breaker: the first one, and the limit of its doubling.
 const UNREACHABLE: Backoff = Backoff { first: Duration::from_millis(250), most: Duration::from_secs(10) };
@@ -14,10 +15,10 @@ const BROKEN: Backoff = Backoff { first: Duration::from_secs(1), most: Duration:
 /// Wrong numbers are worse than no answer, and rarely go away by themselves.
 const WRONG_NUMBERS: Backoff = Backoff { first: Duration::from_secs(60), most: Duration::from_secs(600) };
 /// A full queue changes within a moment.
-const OVERLOADED: Duration = Duration::from_millis(200);
+const BUSY: Duration = Duration::from_millis(200);
 
-/// Consecutive internal failures that open the breaker.
-const MAX_INTERNAL: u32 = 3;
+/// Consecutive failures that put the peer in doubt and open the breaker.
+const MAX_DOUBTS: u32 = 3;
 /// A probe without an outcome for this long is abandoned, and another may start.
 const PROBE_PATIENCE: Duration = Duration::from_secs(10);
 /// After being closed for this long, a breaker starts again with the first waiting time.
@@ -75,7 +76,7 @@ pub struct Breaker {
     state: State,
     /// How often the breaker has opened since it was last steady.
     trips: u32,
-    internal_in_a_row: u32,
+    doubts_in_a_row: u32,
     /// It was opened because of wrong numbers, and there was no success since.
     has_lied: bool,
     /// No new request before this time, although the breaker is closed.
@@ -92,7 +93,7 @@ impl Breaker {
             incarnation,
             state: State::Closed { since: now },
             trips: 0,
-            internal_in_a_row: 0,
+            doubts_in_a_row: 0,
             has_lied: false,
             busy_until: None,
             lack: 0.0,
@@ -164,7 +165,7 @@ impl Breaker {
             State::Closed { since } if now.saturating_duration_since(since) >= STEADY => self.trips = 0,
             State::Closed { .. } => {}
         }
-        self.internal_in_a_row = 0;
+        self.doubts_in_a_row = 0;
         self.lack = self.lack_now(now) * KEPT_AT_SUCCESS;
         self.lack_at = now;
     }
@@ -174,33 +175,26 @@ impl Breaker {
         if attempt.incarnation != self.incarnation {
             return;
         }
-        match kind {
-            // The request's own fault, or nobody's.
-            FailureKind::InvalidRequest
-            | FailureKind::Unauthenticated
-            | FailureKind::RateLimited
-            | FailureKind::DeadlineExceeded
-            | FailureKind::Cancelled => self.end_probe(attempt),
-            FailureKind::Overloaded => {
-                self.busy_until = Some(now + jittered(OVERLOADED, random));
+        match kind.reaction().lesson {
+            Lesson::Nothing => self.end_probe(attempt),
+            Lesson::Busy => {
+                self.busy_until = Some(now + jittered(BUSY, random));
                 self.answered(attempt, now);
             }
-            FailureKind::OutOfMemory => {
+            Lesson::ShortOfMemory => {
                 self.lack = (1.0 - (1.0 - self.lack_now(now)) / 2.0).min(1.0 - LEAST_WEIGHT);
                 self.lack_at = now;
                 self.answered(attempt, now);
             }
-            FailureKind::NumericsInvalid | FailureKind::NumericsSuspect => {
+            Lesson::WrongNumbers => {
                 self.has_lied = true;
                 self.open(attempt, WRONG_NUMBERS, now, random);
             }
-            FailureKind::PeerStalled | FailureKind::PeerDisconnected | FailureKind::EngineFailed => {
-                self.open(attempt, BROKEN, now, random);
-            }
-            FailureKind::PeerUnreachable => self.open(attempt, UNREACHABLE, now, random),
-            FailureKind::Internal => {
-                self.internal_in_a_row += 1;
-                if self.internal_in_a_row >= MAX_INTERNAL || self.is_probe(attempt) {
+            Lesson::Broken | Lesson::Silent => self.open(attempt, BROKEN, now, random),
+            Lesson::Unreachable => self.open(attempt, UNREACHABLE, now, random),
+            Lesson::Doubt => {
+                self.doubts_in_a_row += 1;
+                if self.doubts_in_a_row >= MAX_DOUBTS || self.is_probe(attempt) {
                     self.open(attempt, BROKEN, now, random);
                 }
             }
@@ -226,7 +220,7 @@ impl Breaker {
                 self.trips = self.trips.saturating_add(1);
             }
         }
-        self.internal_in_a_row = 0;
+        self.doubts_in_a_row = 0;
     }
 
     /// The peer is alive and answered, although it did not serve the request.
@@ -283,27 +277,17 @@ mod tests {
         for kind in FailureKind::ALL {
             let mut breaker = Breaker::new(1, now);
             fail(&mut breaker, kind, now);
-            let (state, wait) = match kind {
-                FailureKind::InvalidRequest
-                | FailureKind::Unauthenticated
-                | FailureKind::RateLimited
-                | FailureKind::DeadlineExceeded
-                | FailureKind::Cancelled
-                | FailureKind::OutOfMemory
-                | FailureKind::Internal => (BreakerState::Closed, Duration::ZERO),
-                FailureKind::Overloaded => (BreakerState::Closed, OVERLOADED),
-                FailureKind::NumericsInvalid | FailureKind::NumericsSuspect => {
-                    (BreakerState::Open, WRONG_NUMBERS.first)
-                }
-                FailureKind::PeerUnreachable => (BreakerState::Open, UNREACHABLE.first),
-                FailureKind::PeerDisconnected | FailureKind::PeerStalled | FailureKind::EngineFailed => {
-                    (BreakerState::Open, BROKEN.first)
-                }
+            let lesson = kind.reaction().lesson;
+            let (state, wait) = match lesson {
+                Lesson::Nothing | Lesson::ShortOfMemory | Lesson::Doubt => (BreakerState::Closed, Duration::ZERO),
+                Lesson::Busy => (BreakerState::Closed, BUSY),
+                Lesson::WrongNumbers => (BreakerState::Open, WRONG_NUMBERS.first),
+                Lesson::Unreachable => (BreakerState::Open, UNREACHABLE.first),
+                Lesson::Broken | Lesson::Silent => (BreakerState::Open, BROKEN.first),
             };
             assert_eq!((breaker.state(now), closed_for(&breaker, now)), (state, wait), "{kind:?}");
-            let lies = matches!(kind, FailureKind::NumericsInvalid | FailureKind::NumericsSuspect);
-            assert_eq!(breaker.is_trusted(), !lies, "{kind:?}");
-            assert_eq!(breaker.weight(now), if kind == FailureKind::OutOfMemory { 0.5 } else { 1.0 }, "{kind:?}");
+            assert_eq!(breaker.is_trusted(), lesson != Lesson::WrongNumbers, "{kind:?}");
+            assert_eq!(breaker.weight(now), if lesson == Lesson::ShortOfMemory { 0.5 } else { 1.0 }, "{kind:?}");
         }
     }
 
@@ -329,7 +313,7 @@ mod tests {
         fail(&mut breaker, FailureKind::PeerStalled, now);
         let later = now + BROKEN.first;
         let probe = breaker.begin(later).expect("the probe");
-        breaker.failed(probe, FailureKind::Cancelled, later, LATEST);
+        breaker.failed(probe, FailureKind::DeadlineExceeded, later, LATEST);
         assert_eq!(breaker.state(later), BreakerState::HalfOpen);
         let probe = breaker.begin(later).expect("another probe");
         breaker.abandoned(probe);

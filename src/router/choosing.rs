@@ -142,17 +142,21 @@ impl RouterState {
     }
 
     pub(super) fn unavailable(&self) -> Failure {
+        let retry_after = Duration::from_secs(2);
         let (message, code) = match self.health.lifecycle().state() {
             NodeState::Ready | NodeState::Degraded if !self.leaves() => match self.health.engine_is_stalled() {
                 true => ("The engine makes no progress. See /readyz.", "engine_stalled"),
                 false => ("No replica of the model can take the request now.", "no_replica"),
             },
             NodeState::Starting | NodeState::Warming => ("The model is still loading. See /startupz.", "model_loading"),
-            NodeState::Failed => ("The engine has failed. See /livez.", "engine_failed"),
+            NodeState::Failed => {
+                let failure = Failure::new(FailureKind::EngineFailed, "The engine has failed. See /livez.");
+                return failure.with_retry_after(retry_after);
+            }
             NodeState::Ready | NodeState::Degraded | NodeState::Draining | NodeState::Stopped => {
                 ("The server is shutting down.", "shutting_down")
             }
         };
-        Failure::new(FailureKind::EngineFailed, message).with_code(code).with_retry_after(Duration::from_secs(2))
+        Failure::new(FailureKind::Unavailable, message).with_code(code).with_retry_after(retry_after)
     }
 }

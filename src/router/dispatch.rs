@@ -19,10 +19,6 @@ use crate::types::{
     SamplingParams, TokenId, tasks,
 };
 
-/// The code with which a replica refuses because it is not serving. The caller could not have known, so a retry does not count
-/// against the retry budget.
-pub(super) const NOT_SERVING: &str = "shutting_down";
-
 /// A client's request, ready to be served by any replica of its model.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
@@ -347,10 +343,11 @@ impl RouterState {
                     }
                     Err(failure) => failure,
                 };
-                let is_load = matches!(refusal.kind, FailureKind::Overloaded | FailureKind::EngineFailed);
+                // Nothing was sent yet, so this is no retry.
+                let may_move = refusal.kind.reaction().elsewhere.allows(false);
                 let elsewhere = |replica: &Replica| *replica != Replica::Here;
                 match self.choose(want, &elsewhere, false) {
-                    Destination::Peer(peer, fingerprint) if is_load => Ok(self.begin_at(peer, fingerprint)),
+                    Destination::Peer(peer, fingerprint) if may_move => Ok(self.begin_at(peer, fingerprint)),
                     Destination::Here | Destination::Peer(..) | Destination::Shed(_) | Destination::Nowhere(_) => {
                         self.metrics.placements.with(["shed"]).inc();
                         Err(refusal)
@@ -388,7 +385,7 @@ fn dispatched(log: &StreamLog, stream: GenerationStream) -> Dispatched {
 
 fn forgotten() -> Failure {
     let message = "No node has the stream with this `idempotency-key` any more. Journals are kept for journal_ttl.";
-    Failure::invalid("idempotency-key", message).with_code("stream_not_found")
+    Failure { param: Some("idempotency-key".to_owned()), ..Failure::new(FailureKind::StreamNotFound, message) }
 }
 
 /// Cuts the choices to what the client has; the rest is generated again. If the prompt is scored again, choices without tokens
@@ -410,5 +407,5 @@ fn check_body(head: &JournalHead, dispatch: &Dispatch) -> Result<(), Failure> {
     }
     let message =
         "The key in `idempotency-key` belongs to a request with another body. Use a new key for a new request.";
-    Err(Failure::invalid("idempotency-key", message).with_code("idempotency_key_reused"))
+    Err(Failure { param: Some("idempotency-key".to_owned()), ..Failure::new(FailureKind::KeyReused, message) })
 }

@@ -20,18 +20,20 @@ use tokio::time::{Sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::breaker::Attempt;
-use super::dispatch::{Destination, NOT_SERVING, Want};
+use super::dispatch::{Destination, Want};
 use super::shared::{DepartureStage, RouterState, has_left};
 use super::source::{Replica, Sign, StreamSource};
 use super::stream_log::{News, StreamLog};
-use crate::cluster::wire::VERSION_TOO_OLD;
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
+use crate::types::reaction::{Avoid, Elsewhere, Loss};
 use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeState, watch};
 use opening::Opening;
 
 /// A replica that failed a stream is not used again by that stream for this long.
 const EXCLUSION: Duration = Duration::from_secs(1);
+/// Longer than any stream.
+const EXCLUSION_FOR_GOOD: Duration = Duration::from_secs(86_400);
 /// How often to look for a replica while there is none. It is also looked for whenever the cluster changes.
 const SEARCH_INTERVAL: Duration = Duration::from_millis(250);
 /// How often a stream on a leaving replica looks for another one.
@@ -332,7 +334,8 @@ impl FailoverStream {
     fn lose_primary(&mut self, failure: Failure) {
         let lost = self.primary.take().expect("it was lost");
         self.relief = None;
-        if failure.kind == FailureKind::NumericsSuspect && lost.has_spoken() {
+        let reaction = failure.kind.reaction();
+        if reaction.elsewhere == Elsewhere::UnlessItSpoke && lost.has_spoken() {
             return self.spoil(failure);
         }
         if self.take_over() {
@@ -341,23 +344,21 @@ impl FailoverStream {
             self.open();
             return self.set_alarm();
         }
-        if !is_survivable(&failure, true) || !self.shared.can_move() {
+        if !reaction.elsewhere.allows(true) || !self.shared.can_move() {
             return self.log.fail(failure);
         }
         self.exclude(lost.replica.clone(), lost.attempt, &failure);
         self.was_accepted = true;
-        // A replica that ends in order is no sign that the request breaks replicas.
-        let has_left = failure.code == Some(NOT_SERVING);
-        self.failovers += u32::from(!has_left);
+        self.failovers += u32::from(reaction.loss == Loss::Failover);
         if self.failovers > self.shared.config.max_failovers {
             warn!(request = %self.log.head.id, failovers = self.failovers, "a stream lost too many replicas");
             return self.log.fail(failure);
         }
-        match has_left {
-            true => _ = self.shared.metrics.hand_overs.inc(),
-            false => _ = self.shared.metrics.failovers.with([failure.kind.label()]).inc(),
+        match reaction.loss {
+            Loss::HandOver => _ = self.shared.metrics.hand_overs.inc(),
+            Loss::Failover => _ = self.shared.metrics.failovers.with([reaction.label]).inc(),
         }
-        info!(from = %lost.replica, cause = failure.code.unwrap_or(failure.kind.label()), "a stream lost its replica");
+        info!(from = %lost.replica, cause = failure.shown_code(), "a stream lost its replica");
         self.last_failure = Some(failure);
         match self.successor.take() {
             Some(successor) => self.primary = Some(successor),
@@ -377,12 +378,11 @@ impl FailoverStream {
 
     /// Remembers that the replica failed, for this stream and in its breaker.
     fn exclude(&mut self, replica: Replica, attempt: Option<Attempt>, failure: &Failure) {
-        let is_too_old = failure.code == Some(VERSION_TOO_OLD);
-        // For the breaker, a replica whose version is too old has answered as it should.
-        self.shared.failed(&replica, attempt, if is_too_old { FailureKind::InvalidRequest } else { failure.kind });
-        // A replica with wrong numbers or an older version is not used again.
-        let lies = matches!(failure.kind, FailureKind::NumericsInvalid | FailureKind::NumericsSuspect);
-        let until = if lies || is_too_old { now() + Duration::from_secs(86_400) } else { now() + EXCLUSION };
+        self.shared.failed(&replica, attempt, failure.kind);
+        let until = match failure.kind.reaction().avoid {
+            Avoid::Briefly => now() + EXCLUSION,
+            Avoid::ByThisStream => now() + EXCLUSION_FOR_GOOD,
+        };
         self.excluded.insert(replica, until);
     }
 
@@ -516,25 +516,6 @@ impl Drop for FailoverStream {
             self.log.close(false);
             self.shared.stream_ended(&self.log);
         }
-    }
-}
-
-/// Whether another replica may succeed. Once a replica has accepted the stream, a refusal of the request by another one is not
-/// final.
-fn is_survivable(failure: &Failure, was_accepted: bool) -> bool {
-    match failure.kind {
-        FailureKind::DeadlineExceeded | FailureKind::Cancelled => false,
-        FailureKind::InvalidRequest | FailureKind::Unauthenticated => was_accepted,
-        FailureKind::RateLimited
-        | FailureKind::Overloaded
-        | FailureKind::EngineFailed
-        | FailureKind::NumericsInvalid
-        | FailureKind::NumericsSuspect
-        | FailureKind::OutOfMemory
-        | FailureKind::PeerUnreachable
-        | FailureKind::PeerDisconnected
-        | FailureKind::PeerStalled
-        | FailureKind::Internal => true,
     }
 }
 

@@ -8,7 +8,6 @@ use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::Router;
-use super::dispatch::NOT_SERVING;
 use super::failover::now;
 use super::hot_prefixes;
 use super::shared::{DepartureStage, RouterState};
@@ -29,11 +28,12 @@ const MAX_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 impl PeerService for Router {
     fn generate(&self, call: GenerateCall) -> Result<PeerStream, Failure> {
         let shared = &self.shared;
-        let refuse = |message: &str| Failure::new(FailureKind::Overloaded, message);
         let local = shared.local().filter(|_| shared.may_serve_here());
-        let local = local.ok_or_else(|| refuse("The replica is not ready, or is leaving.").with_code(NOT_SERVING))?;
+        let local = local.ok_or_else(|| Failure::shutting_down("The replica is not ready, or is leaving."))?;
         if local.model.fingerprint != call.fingerprint {
-            return Err(refuse("The replica has another fingerprint."));
+            return Err(
+                Failure::new(FailureKind::Unavailable, "The replica has another fingerprint.").with_code("no_replica")
+            );
         }
         let demand = Demand {
             prompt_tokens: call.prompt.len() as u64,

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::breaker::Attempt;
 use super::config::Config;
-use super::dispatch::{NOT_SERVING, Want};
+use super::dispatch::Want;
 use super::failover::now;
 use super::hot_prefixes::HotPrefixes;
 use super::ledger::{InFlight, Ledger};
@@ -487,5 +487,5 @@ pub(super) fn bounded<T: Send + 'static>(
 
 /// Why a source ends whose node computes nothing any more.
 pub(super) fn has_left() -> Failure {
-    Failure::new(FailureKind::Overloaded, "The replica is shutting down.").with_code(NOT_SERVING)
+    Failure::shutting_down("The replica is shutting down.")
 }

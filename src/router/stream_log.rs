@@ -8,9 +8,9 @@ use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, mpsc};
 
 use crate::cluster::{ChoiceProgress, JournalHead, JournalKey, JournalRecord};
+use crate::types::reaction::Elsewhere;
 use crate::types::{
-    ChoiceStart, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId,
-    TokenLogprobs,
+    ChoiceStart, Failure, Fingerprint, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId, TokenLogprobs,
 };
 
 /// The fingerprint of a stream, as its clients see it. Cheap to clone.
@@ -308,7 +308,7 @@ impl StreamLog {
     /// Whether it ended because its tokens may be wrong, so that nobody may continue it.
     pub fn is_spoiled(&self) -> bool {
         let state = self.state.lock();
-        state.failure.as_ref().is_some_and(|failure| failure.kind == FailureKind::NumericsSuspect)
+        state.failure.as_ref().is_some_and(|failure| failure.kind.reaction().elsewhere == Elsewhere::UnlessItSpoke)
     }
 
     pub fn is_complete(&self) -> bool {

@@ -1,20 +1,23 @@
-//! The closed set of failures. Three exhaustive matches map a kind: to an HTTP status, to retry and breaker, to a metric
-//! label.
+//! The closed set of failures. What a kind leads to is in one table, `reaction`.
 
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum FailureKind {
     InvalidRequest,
     Unauthenticated,
-    RateLimited,
+    /// The idempotency key belongs to a request with another body.
+    KeyReused,
+    /// No node knows the stream that the client wants to resume.
+    StreamNotFound,
     Overloaded,
     DeadlineExceeded,
-    Cancelled,
+    /// The replica, or every replica, takes no requests now: it loads, leaves or is stalled. `Failure::code` says which.
+    Unavailable,
+    /// The request needs something that the replica's version does not know.
+    VersionTooOld,
     EngineFailed,
     /// The model computed NaN or infinity.
     NumericsInvalid,
@@ -28,13 +31,15 @@ pub enum FailureKind {
 }
 
 impl FailureKind {
-    pub const ALL: [FailureKind; 14] = [
+    pub const ALL: [FailureKind; 16] = [
         FailureKind::InvalidRequest,
         FailureKind::Unauthenticated,
-        FailureKind::RateLimited,
+        FailureKind::KeyReused,
+        FailureKind::StreamNotFound,
         FailureKind::Overloaded,
         FailureKind::DeadlineExceeded,
-        FailureKind::Cancelled,
+        FailureKind::Unavailable,
+        FailureKind::VersionTooOld,
         FailureKind::EngineFailed,
         FailureKind::NumericsInvalid,
         FailureKind::NumericsSuspect,
@@ -46,25 +51,20 @@ impl FailureKind {
     ];
 
     /// The label of metrics and logs.
-    pub fn label(self) -> &'static str {
-        match self {
-            FailureKind::InvalidRequest => "invalid_request",
-            FailureKind::Unauthenticated => "unauthenticated",
-            FailureKind::RateLimited => "rate_limited",
-            FailureKind::Overloaded => "overloaded",
-            FailureKind::DeadlineExceeded => "deadline_exceeded",
-            FailureKind::Cancelled => "cancelled",
-            FailureKind::EngineFailed => "engine_failed",
-            FailureKind::NumericsInvalid => "numerics_invalid",
-            FailureKind::NumericsSuspect => "numerics_suspect",
-            FailureKind::OutOfMemory => "out_of_memory",
-            FailureKind::PeerUnreachable => "peer_unreachable",
-            FailureKind::PeerDisconnected => "peer_disconnected",
-            FailureKind::PeerStalled => "peer_stalled",
-            FailureKind::Internal => "internal",
-        }
+    pub const fn label(self) -> &'static str {
+        self.reaction().label
     }
 }
+
+/// `ALL` lists every kind, in order.
+const _: () = {
+    let mut index = 0;
+    while index < FailureKind::ALL.len() {
+        assert!(FailureKind::ALL[index] as usize == index);
+        index += 1;
+    }
+    assert!(index == FailureKind::Internal as usize + 1, "`Internal` is the last kind");
+};
 
 /// A failure as it crosses layers. `message` is written for the client and names the field and the limit where there is
 /// one; `source` is for the log.
@@ -74,7 +74,8 @@ pub struct Failure {
     pub message: String,
     /// The request field at fault, as the client spelled it.
     pub param: Option<String>,
-    /// OpenAI's machine-readable code, e.g. `context_length_exceeded`.
+    /// A machine-readable code for the client that is more exact than the kind, e.g. `context_length_exceeded`. Nothing
+    /// decides by it.
     pub code: Option<&'static str>,
     pub retry_after: Option<Duration>,
     pub source: Option<Arc<dyn std::error::Error + Send + Sync>>,
@@ -92,6 +93,16 @@ impl Failure {
     /// The deadline passed before the request had a token.
     pub fn deadline_passed() -> Self {
         Self::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
+    }
+
+    /// The node is leaving, or has left.
+    pub fn shutting_down(message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Unavailable, message).with_code("shutting_down")
+    }
+
+    /// The code that the client gets.
+    pub fn shown_code(&self) -> &'static str {
+        self.code.unwrap_or(self.kind.label())
     }
 
     pub fn with_code(mut self, code: &'static str) -> Self {

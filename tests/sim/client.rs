@@ -18,8 +18,6 @@ use crate::plan::ClientPlan;
 use crate::random::Random;
 use crate::world::World;
 
-const FORGOTTEN: &str = "stream_not_found";
-
 /// What a client has received of one choice.
 #[derive(Default)]
 struct Received {
@@ -105,7 +103,7 @@ impl Client {
                     if self.accepts(&node, &failure)? {
                         return Ok(());
                     }
-                    if failure.code == Some(FORGOTTEN) {
+                    if failure.kind == FailureKind::StreamNotFound {
                         self.known_since = None;
                     }
                     avoided = Some(node.process.node);
@@ -290,7 +288,7 @@ impl Client {
                 true
             }
             // The entry node and all holders of the journal were lost.
-            _ if failure.code == Some(FORGOTTEN) => was_troubled,
+            _ if failure.kind == FailureKind::StreamNotFound => was_troubled,
             _ if failure.code == Some("shutting_down") && node.has_stopped() => true,
             _ => !self.world.could_serve(node),
         };

@@ -7,7 +7,7 @@ use std::time::Duration;
 use outrigger::app::life::Bounds;
 use outrigger::cluster::JournalKey;
 use outrigger::router::{Dispatch, Dispatched, StreamName};
-use outrigger::types::{Extensions, GenerationEvent, RequestId, SamplingParams, TokenId};
+use outrigger::types::{Extensions, FailureKind, GenerationEvent, RequestId, SamplingParams, TokenId};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::{EngineSize, VOCABULARY};
@@ -21,7 +21,6 @@ use crate::trace::Trace;
 use crate::world::World;
 
 const SEEDS: u64 = 300;
-const REFUSED: &str = "idempotency_key_reused";
 /// Time limit for everything that must end.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -119,7 +118,7 @@ async fn ask_all(world: &World, rivals: &[Arc<Rival>; 2], what: &str) -> Result<
             match (rank, answer.map_err(|_| Violation(format!("{who} does not arrive")))?) {
                 (0, Ok(dispatched)) => rival.check(dispatched, &who).await?,
                 (0, Err(failure)) => return Err(Violation(format!("{who} is {failure}"))),
-                (_, Err(failure)) if failure.code == Some(REFUSED) => {}
+                (_, Err(failure)) if failure.kind == FailureKind::KeyReused => {}
                 (_, Err(failure)) => return Err(Violation(format!("{who} is {failure}"))),
                 (_, Ok(_)) => return Err(Violation(format!("{who} is a stream"))),
             }

@@ -35,6 +35,7 @@ fn tables_and_contents_follow_the_code() {
     let mut findings = Vec::new();
     follow("docs/configuration.md", "keys", &outrigger::config::markdown_tables(), &mut findings);
     follow("docs/metrics.md", "metrics", &outrigger::observability::metrics::markdown_table(), &mut findings);
+    follow("docs/errors.md", "reactions", &outrigger::types::reaction::markdown_table(), &mut findings);
     follow("docs/api.md", "refused fields", &outrigger::api::openai::unsupported::markdown_tables(), &mut findings);
     // The tables contain headings, so the contents are generated last.
     for (page, text) in links::pages().into_iter().filter(|(page, _)| is_manual(page)) {

@@ -1,7 +1,7 @@
 //! Checks that an error's text does not contain its cause: whoever shows the error also shows its causes
 //! (`types::with_causes`), so the cause would appear twice.
 
-use super::{assert_none, rust_files};
+use super::{assert_none, code_files, rust_files};
 
 /// The end of the group whose opening bracket is at `start`. Skips string literals.
 fn end_of_group(text: &str, start: usize) -> Option<usize> {
@@ -100,8 +100,50 @@ fn errors_leave_their_causes_to_whoever_shows_them() {
     assert_none(of("src").chain(of("kernels/src")).collect());
 }
 
+/// Where kinds of failures are defined, given their consequences, and numbered for other nodes.
+const KNOW_KINDS: &[&str] = &["types/failure.rs", "types/reaction.rs", "cluster/wire/convert.rs"];
+
+/// Lines of a file that choose by the kind of a failure, other than by comparing it with a single one.
+fn choices_by_kind(file: &str, source: &str) -> Vec<String> {
+    let code = source.split("#[cfg(test)]").next().unwrap_or_default();
+    let chooses = |line: &str| {
+        line.match_indices("FailureKind::").any(|(at, kind)| {
+            let rest = line[at + kind.len()..].trim_start_matches(|c: char| c.is_ascii_alphanumeric()).trim_start();
+            let before = line[..at].trim_end();
+            let is_compared = before.ends_with("==") || before.ends_with("!=");
+            !is_compared && (rest.starts_with("=>") || rest.starts_with('|') || before.ends_with('|'))
+        }) || (line.contains("matches!(") && line.contains("FailureKind::"))
+    };
+    let lines = code.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//") && chooses(line));
+    lines
+        .map(|(index, _)| {
+            format!("src/{file}:{}: ask the table for what the kind leads to (types/reaction.rs)", index + 1)
+        })
+        .collect()
+}
+
+#[test]
+fn only_the_table_decides_by_the_kind_of_a_failure() {
+    let files = code_files().into_iter().filter(|(file, _)| !KNOW_KINDS.contains(&file.as_str()));
+    assert_none(files.flat_map(|(file, source)| choices_by_kind(&file, &source)).collect());
+}
+
 mod broken_on_purpose {
     use super::*;
+
+    #[test]
+    fn a_second_table_is_found() {
+        for source in [
+            "match kind { FailureKind::Overloaded => 1,",
+            "    | FailureKind::Internal",
+            "FailureKind::A | FailureKind::B",
+            "if matches!(failure.kind, FailureKind::Overloaded) {",
+        ] {
+            assert_eq!(choices_by_kind("a.rs", source).len(), 1, "{source}");
+        }
+        let fine = "if kind == FailureKind::A {\nx if x == FailureKind::A => 1\n// FailureKind::A | b\n#[cfg(test)]\nFailureKind::A => 1";
+        assert_eq!(choices_by_kind("a.rs", fine), [""; 0]);
+    }
 
     #[test]
     fn a_repeated_cause_is_found() {

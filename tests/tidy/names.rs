@@ -29,11 +29,11 @@ fn words<'a>(text: &'a str, prefix: &str) -> BTreeSet<&'a str> {
     text.split(|c| !is_part(c)).filter(|word| word.starts_with(prefix) && word.len() > prefix.len()).collect()
 }
 
-/// The error code of a row of `errors.md`. Such rows begin with a code and a status.
-fn documented_code(line: &str) -> Option<&str> {
+/// The error code and status of a row of `errors.md`. Such rows begin with both.
+fn documented_code(line: &str) -> Option<(&str, u16)> {
     let (code, rest) = line.strip_prefix("| `")?.split_once("` | ")?;
     let status = rest.split(' ').next()?;
-    (status.len() == 3 && status.bytes().all(|byte| byte.is_ascii_digit())).then_some(code)
+    Some((code, status.parse().ok().filter(|_| status.len() == 3)?))
 }
 
 /// The fields of the struct `name` in a source.
@@ -82,7 +82,8 @@ fn differences(known: &BTreeSet<&str>, told: &BTreeSet<&str>, page: &str) -> Vec
 #[test]
 fn error_codes_are_documented() {
     let (errors, sources) = (page("docs/errors.md"), code_files());
-    let documented: BTreeSet<&str> = errors.lines().filter_map(documented_code).collect();
+    let rows: Vec<(&str, u16)> = errors.lines().filter_map(documented_code).collect();
+    let documented: BTreeSet<&str> = rows.iter().map(|(code, _)| *code).collect();
     let mut codes: BTreeSet<&str> = FailureKind::ALL.into_iter().map(FailureKind::label).collect();
     for (_, source) in &sources {
         codes.extend(between(source, "with_code(\"", '"'));
@@ -92,6 +93,12 @@ fn error_codes_are_documented() {
     let is_written = |code: &str| sources.iter().any(|(_, source)| source.contains(&format!("\"{code}\"")));
     let unknown = documented.iter().filter(|code| !codes.contains(*code) && !is_written(code));
     findings.extend(unknown.map(|code| format!("docs/errors.md: the code `{code}` is not in the sources")));
+    for (code, status) in rows {
+        let kind = FailureKind::ALL.into_iter().find(|kind| kind.label() == code);
+        if let Some(known) = kind.map(|kind| kind.reaction().status).filter(|known| *known != status) {
+            findings.push(format!("docs/errors.md: the status of `{code}` is {known}, not {status}"));
+        }
+    }
     assert_none(findings);
 }
 
@@ -172,7 +179,7 @@ mod broken_on_purpose {
     #[test]
     fn codes_are_read_off_the_tables() {
         let text = "| code | status |\n|---|---|\n| `a_b` | 400 | x |\n| `starting`, `c` | all | x |\n| `d` | none |\n";
-        assert_eq!(text.lines().filter_map(documented_code).collect::<Vec<_>>(), ["a_b"]);
+        assert_eq!(text.lines().filter_map(documented_code).collect::<Vec<_>>(), [("a_b", 400)]);
         assert_eq!(
             between("x.with_code(\"one\").with_code(\"two\")", "with_code(\"", '"'),
             BTreeSet::from(["one", "two"])

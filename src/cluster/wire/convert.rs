@@ -25,22 +25,27 @@ pub trait WireMessage: Sized {
 /// The numbers of `needs` that this version knows.
 const KNOWN_NEEDS: &[u32] = &[];
 
-/// The number of a kind of failure is its index. An unknown one is `Internal`.
-const KINDS: [FailureKind; 14] = [
-    FailureKind::Internal,
-    FailureKind::InvalidRequest,
-    FailureKind::Unauthenticated,
-    FailureKind::RateLimited,
-    FailureKind::Overloaded,
-    FailureKind::DeadlineExceeded,
-    FailureKind::Cancelled,
-    FailureKind::EngineFailed,
-    FailureKind::NumericsInvalid,
-    FailureKind::NumericsSuspect,
-    FailureKind::OutOfMemory,
-    FailureKind::PeerUnreachable,
-    FailureKind::PeerDisconnected,
-    FailureKind::PeerStalled,
+/// A kind of failure, its number, and what the first nodes of protocol 2 send and get for a later kind: an older kind and a code.
+type Kind = (FailureKind, u32, Option<(FailureKind, &'static str)>);
+
+/// Unknown numbers are `Internal`. The numbers 3 and 6 were never sent.
+const KINDS: [Kind; 16] = [
+    (FailureKind::Internal, 0, None),
+    (FailureKind::InvalidRequest, 1, None),
+    (FailureKind::Unauthenticated, 2, None),
+    (FailureKind::Overloaded, 4, None),
+    (FailureKind::DeadlineExceeded, 5, None),
+    (FailureKind::EngineFailed, 7, None),
+    (FailureKind::NumericsInvalid, 8, None),
+    (FailureKind::NumericsSuspect, 9, None),
+    (FailureKind::OutOfMemory, 10, None),
+    (FailureKind::PeerUnreachable, 11, None),
+    (FailureKind::PeerDisconnected, 12, None),
+    (FailureKind::PeerStalled, 13, None),
+    (FailureKind::Unavailable, 14, Some((FailureKind::Overloaded, "shutting_down"))),
+    (FailureKind::VersionTooOld, 15, Some((FailureKind::Overloaded, "version_too_old"))),
+    (FailureKind::KeyReused, 16, Some((FailureKind::InvalidRequest, "idempotency_key_reused"))),
+    (FailureKind::StreamNotFound, 17, Some((FailureKind::InvalidRequest, "stream_not_found"))),
 ];
 
 fn duration(duration: time::Duration) -> schema::WireDuration {
@@ -450,22 +455,39 @@ fn from_finish(finish: schema::WireFinish) -> Option<FinishReason> {
 
 /// The failure without its source, which is only logged where it happened.
 pub(super) fn failed(failure: Failure) -> schema::WireFailed {
-    let kind = KINDS.iter().position(|kind| *kind == failure.kind).unwrap_or(0);
+    let row = |kind| KINDS.iter().find(|(known, ..)| *known == kind).expect("every kind has a row");
+    let (_, exact, older) = row(failure.kind);
+    let (kind, code) = match older {
+        Some((kind, code)) => (row(*kind).1, failure.code.or(Some(*code))),
+        None => (*exact, failure.code),
+    };
     schema::WireFailed {
-        kind: kind as u32,
+        kind,
         message: shortened(failure.message),
         param: failure.param.map(shortened),
-        code: failure.code.map(str::to_owned),
+        code: code.map(str::to_owned),
         retry_after: failure.retry_after.map(duration),
+        exact_kind: Some(*exact),
     }
 }
 
 pub(super) fn from_failed(failed: schema::WireFailed) -> Result<Failure, WireError> {
+    let numbered = |wanted: u32| KINDS.iter().find(|(_, number, _)| *number == wanted).map(|(kind, ..)| *kind);
+    let older = numbered(failed.kind).unwrap_or(FailureKind::Internal);
+    let code = failed.code.as_deref();
+    let kind = match failed.exact_kind {
+        Some(exact) => numbered(exact).unwrap_or(older),
+        None => {
+            let known =
+                |(_, _, first): &&Kind| first.is_some_and(|first| code.map(|code| (older, code)) == Some(first));
+            KINDS.iter().find(known).map_or(older, |(kind, ..)| *kind)
+        }
+    };
     Ok(Failure {
-        kind: KINDS.get(failed.kind as usize).copied().unwrap_or(FailureKind::Internal),
+        kind,
         message: shortened(failed.message),
         param: failed.param.map(shortened),
-        code: failed.code.and_then(|code| CODES.iter().find(|known| **known == code).copied()),
+        code: code.and_then(|code| CODES.iter().find(|known| **known == code).copied()),
         retry_after: failed.retry_after.map(from_duration).transpose()?,
         source: None,
     })

@@ -74,22 +74,15 @@ const LENGTH_BYTES: usize = 4;
 /// ones are dropped.
 const CODES: &[&str] = &[
     "context_length_exceeded",
-    "engine_failed",
-    "idempotency_key_reused",
+    "engine_stalled",
     "model_loading",
     "model_not_found",
     "no_replica",
     "out_of_range",
     "shutting_down",
     "stream_interrupted",
-    "stream_not_found",
     "unsupported_parameter",
-    VERSION_TOO_OLD,
 ];
-
-/// The code with which a node refuses a request that needs something that its version does not know. It is not asked again for that
-/// stream, and otherwise goes on as before.
-pub const VERSION_TOO_OLD: &str = "version_too_old";
 
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {

@@ -323,7 +323,7 @@ pub struct WireFinish {
 /// The part of a `Failure` that is sent to other nodes.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct WireFailed {
-    /// A number of `convert::KINDS`.
+    /// A number of `convert::KINDS` that the first nodes of protocol 2 know.
     #[prost(uint32, tag = "1")]
     pub kind: u32,
     #[prost(string, tag = "2")]
@@ -334,6 +334,9 @@ pub struct WireFailed {
     pub code: Option<String>,
     #[prost(message, optional, tag = "5")]
     pub retry_after: Option<WireDuration>,
+    /// The number of the kind itself, which may be a later one. Counts where it is known; absent from the first nodes.
+    #[prost(uint32, optional, tag = "6")]
+    pub exact_kind: Option<u32>,
 }
 
 /// `NodeDescription`, in gossip. The first byte of version 1 was 1, which no message begins with.

@@ -20,7 +20,11 @@ fn failures() -> impl Strategy<Value = Failure> {
     let code = prop_oneof![Just(None), (0..CODES.len()).prop_map(|index| Some(CODES[index]))];
     let kind = (0..FailureKind::ALL.len()).prop_map(|index| FailureKind::ALL[index]);
     (kind, ".{0,40}", option::of(".{0,9}"), code, option::of(any::<Duration>())).prop_map(
-        |(kind, message, param, code, retry_after)| Failure { kind, message, param, code, retry_after, source: None },
+        |(kind, message, param, code, retry_after)| {
+            // An unavailable replica always says why.
+            let code = code.or((kind == FailureKind::Unavailable).then_some("no_replica"));
+            Failure { kind, message, param, code, retry_after, source: None }
+        },
     )
 }
 
@@ -370,6 +374,26 @@ fn failures_cross_with_what_a_node_may_know() {
     assert_eq!((crossed.param.as_deref(), crossed.retry_after), (Some("prompt"), Some(Duration::from_millis(2500))));
     let unknown = Failure::new(FailureKind::Internal, "x").with_code("a_word_of_tomorrow");
     assert_eq!(decode_failure(&encode_failure(unknown)).expect("our own").code, None);
+}
+
+/// What a node of the release in which protocol 2 began makes of a failure, and what is made of its failures.
+#[test]
+fn nodes_of_the_first_release_know_later_kinds_by_an_older_kind_and_a_code() {
+    for (failure, number, code) in [
+        (Failure::shutting_down("leaves"), 4, "shutting_down"),
+        (Failure::new(FailureKind::VersionTooOld, "new"), 4, "version_too_old"),
+        (Failure::new(FailureKind::KeyReused, "used"), 1, "idempotency_key_reused"),
+        (Failure::new(FailureKind::StreamNotFound, "gone"), 1, "stream_not_found"),
+    ] {
+        let mut sent = schema::WireFailed::decode(&encode_failure(failure.clone())[..]).expect("our own");
+        assert_eq!((sent.kind, sent.code.as_deref()), (number, Some(code)), "{failure}");
+        sent.exact_kind = None;
+        assert_eq!(decode_failure(&sent.encode_to_vec()).expect("theirs"), failure);
+    }
+    let full = schema::WireFailed { kind: 4, message: "full".into(), ..Default::default() };
+    assert_eq!(decode_failure(&full.encode_to_vec()).expect("theirs").kind, FailureKind::Overloaded);
+    let newer = schema::WireFailed { exact_kind: Some(99), ..full };
+    assert_eq!(decode_failure(&newer.encode_to_vec()).expect("a later one").kind, FailureKind::Overloaded);
 }
 
 /// Codes from the layers below the API are dropped between nodes unless they are in the table.

@@ -5,14 +5,14 @@ use std::time::Instant;
 use futures::future::BoxFuture;
 use tracing::info;
 
-use super::{FailoverStream, SEARCH_INTERVAL, is_survivable, now};
+use super::{FailoverStream, SEARCH_INTERVAL, now};
 use crate::cluster::PeerStream;
-use crate::cluster::wire::VERSION_TOO_OLD;
 use crate::router::breaker::Attempt;
-use crate::router::dispatch::{Destination, NOT_SERVING};
+use crate::router::dispatch::Destination;
 use crate::router::ledger::InFlight;
 use crate::router::source::{Replica, StreamSource};
 use crate::router::stream_log::Cursor;
+use crate::types::reaction::Retry;
 use crate::types::{Failure, FailureKind, Fingerprint, NodeId};
 
 /// A peer that has been asked and has not answered.
@@ -153,17 +153,15 @@ impl FailoverStream {
     fn refused(&mut self, replica: Replica, attempt: Option<Attempt>, failure: Failure) {
         let is_continuation = self.is_continuation();
         self.exclude(replica, attempt, &failure);
-        if !is_survivable(&failure, is_continuation) || !self.shared.can_move() {
+        let reaction = failure.kind.reaction();
+        if !reaction.elsewhere.allows(is_continuation) || !self.shared.can_move() {
             if self.primary.is_none() {
                 self.log.fail(failure);
             }
             return;
         }
-        let is_load =
-            matches!(failure.kind, FailureKind::Overloaded | FailureKind::RateLimited | FailureKind::Internal)
-                && !matches!(failure.code, Some(NOT_SERVING | VERSION_TOO_OLD));
         let tries_too_often = self.attempts > self.shared.config.max_failovers + 1;
-        if !is_continuation && (tries_too_often || (is_load && !self.shared.may_retry())) {
+        if !is_continuation && (tries_too_often || (reaction.retry == Retry::Counts && !self.shared.may_retry())) {
             return self.log.fail(failure);
         }
         self.shared.metrics.placement_retries.inc();

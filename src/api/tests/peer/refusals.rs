@@ -51,7 +51,7 @@ async fn a_call_that_needs_what_only_a_later_version_knows_is_refused_by_name() 
     let needs = [0x0a, 4, 0x7a, 2, 0xe7, 0x24];
     let message = [&wire::encode_message(&call(1)).expect("small")[..], &needs].concat();
     let (status, failure) = post(&callee, &CallKind::Generate.path(PROTOCOL.newest), message.into()).await;
-    assert_eq!((status, failure.kind, failure.code), (409, FailureKind::Overloaded, Some(wire::VERSION_TOO_OLD)));
+    assert_eq!((status, failure.kind, failure.code), (409, FailureKind::VersionTooOld, None));
 }
 
 /// What a client that is not ours may send: the answer's status and failure.
