@@ -21,14 +21,14 @@ use outrigger::api::peer::serve;
 use outrigger::cluster::peer_client::HttpPeerTransport;
 use outrigger::cluster::tls::PeerTls;
 use outrigger::cluster::{
-    ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal,
-    LoadReport, NodeDescription, PROTOCOL, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
+    ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalRecord, JournalRefusal, LoadReport,
+    NodeDescription, PROTOCOL, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
 };
 use outrigger::observability::Metrics;
 use outrigger::types::watch;
 use outrigger::types::{
-    ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId, RequestId,
-    SamplingParams,
+    ChoiceStart, Envelope, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, JournalKey, NodeId,
+    RequestId, SamplingParams,
 };
 use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
@@ -68,20 +68,17 @@ fn main() {
 /// The time of each call.
 async fn measure(transport: &HttpPeerTransport, peer: &Peer, tasks: usize, calls: usize) -> Vec<Duration> {
     let prompt: Arc<[u32]> = (0..PROMPT_TOKENS).map(|token| token * 37).collect();
-    let sampling = Arc::new(SamplingParams { max_tokens: 1, ..SamplingParams::default() });
+    let sampling = SamplingParams { max_tokens: 1, ..SamplingParams::default() };
+    let envelope = Arc::new(Envelope::new(RequestId::new("cmpl-0123456789abcdef"), prompt, sampling));
     let task = async || {
         let mut latencies = Vec::with_capacity(calls / tasks);
         for _ in 0..calls / tasks {
             let call = GenerateCall {
-                id: RequestId::new("cmpl-0123456789abcdef"),
+                envelope: envelope.clone(),
                 fingerprint: Fingerprint::new("f00d"),
-                prompt: prompt.clone(),
                 choices: ChoiceStart::fresh(1),
-                sampling: sampling.clone(),
-                priority: 0,
                 remaining: None,
                 is_continuation: false,
-                extensions: Extensions::default(),
             };
             let start = Instant::now();
             let mut stream = transport.generate(peer, call).await.expect("accepted");

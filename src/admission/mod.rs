@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 
 use crate::observability::Metrics;
-use crate::types::{Failure, FailureKind};
+use crate::types::{Failure, FailureKind, GenerateRequest};
 
 use queue::AdmissionQueue;
 
@@ -53,9 +53,21 @@ pub struct Demand {
     pub prompt_tokens: u64,
     /// Choices to generate. Each takes a place in the batch. At least 1.
     pub choices: u32,
-    /// As in `GenerateRequest`: below 0 overtakes the queue.
+    /// As in the envelope: below 0 overtakes the queue.
     pub priority: i32,
     pub deadline: Option<Instant>,
+}
+
+impl Demand {
+    pub fn of(request: &GenerateRequest) -> Self {
+        let envelope = &request.envelope;
+        Self {
+            prompt_tokens: envelope.prompt.len() as u64,
+            choices: u32::try_from(request.choices.len()).unwrap_or(u32::MAX),
+            priority: envelope.priority,
+            deadline: envelope.deadline,
+        }
+    }
 }
 
 /// Why a request was refused.

@@ -4,7 +4,7 @@ use axum::http::{HeaderMap, header};
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
-use crate::types::{Failure, FailureKind};
+use crate::types::{Failure, FailureKind, Tenant};
 
 const DIGEST_PREFIX: &str = "sha256:";
 
@@ -56,13 +56,13 @@ impl ApiKeys {
         }
     }
 
-    /// Identifies the client, to keep clients' caches and idempotency keys apart. Empty if no keys are configured. The key
-    /// cannot be derived from it.
-    pub fn tenant(&self, headers: &HeaderMap) -> String {
+    /// Who sent the request.
+    pub fn tenant(&self, headers: &HeaderMap) -> Tenant {
         let token = headers.get(header::AUTHORIZATION).and_then(|header| bearer_token(header.to_str().ok()?));
         let token = token.filter(|_| !self.digests.is_empty());
         let digest = token.map(|token| Sha256::digest(token.as_bytes()));
-        digest.into_iter().flatten().take(16).map(|byte| format!("{byte:02x}")).collect()
+        let name: String = digest.into_iter().flatten().take(16).map(|byte| format!("{byte:02x}")).collect();
+        Tenant::new(name)
     }
 
     /// Compares with every key, so that the response time does not depend on which key matches.

@@ -1,66 +1,8 @@
 //! The journal of a stream: what another node needs to continue it, namely the request and the tokens so far.
 
-use std::fmt;
 use std::sync::Arc;
 
-use sha2::{Digest, Sha256};
-
-use crate::types::{Fingerprint, FinishReason, NodeId, RequestId, SamplingParams, TokenId};
-
-/// Identifies a stream in the whole cluster: a digest of tenant, key and prompt index.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct JournalKey([u8; 16]);
-
-impl JournalKey {
-    /// `part` is the index of the prompt in its request.
-    pub fn new(tenant: &str, key: &str, part: usize) -> Self {
-        let mut digest = Sha256::new();
-        for piece in [tenant.as_bytes(), key.as_bytes(), &(part as u64).to_le_bytes()] {
-            digest.update((piece.len() as u64).to_le_bytes());
-            digest.update(piece);
-        }
-        let digest = digest.finalize();
-        Self(std::array::from_fn(|index| digest[index]))
-    }
-
-    pub fn from_bytes(bytes: [u8; 16]) -> Self {
-        Self(bytes)
-    }
-
-    pub fn bytes(&self) -> &[u8; 16] {
-        &self.0
-    }
-}
-
-impl fmt::Debug for JournalKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-/// The part of a journal that does not change while the stream runs.
-#[derive(Clone, Debug, PartialEq)]
-pub struct JournalHead {
-    pub key: JournalKey,
-    /// Digest of the request body. The same key with another body is the client's mistake.
-    pub body: [u8; 16],
-    /// The id that the client sees.
-    pub id: RequestId,
-    /// The creation time that the client sees, in seconds since the epoch.
-    pub created: u64,
-    pub model: String,
-    pub fingerprint: Fingerprint,
-    pub prompt: Arc<[TokenId]>,
-    pub sampling: Arc<SamplingParams>,
-}
-
-impl JournalHead {
-    /// If two streams have the same key and different bodies, the one with the lower value keeps the key, on every node. Clock
-    /// differences may make the younger one win, but all nodes agree.
-    pub fn seniority(&self) -> (u64, [u8; 16]) {
-        (self.created, self.body)
-    }
-}
+use crate::types::{Envelope, Fingerprint, FinishReason, JournalKey, NodeId, StreamName, TokenId};
 
 /// The progress of one choice.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -80,7 +22,10 @@ impl ChoiceProgress {
 /// A stream as known to a node that holds its journal.
 #[derive(Clone, Debug, PartialEq)]
 pub struct JournalRecord {
-    pub head: Arc<JournalHead>,
+    /// It has a name.
+    pub envelope: Arc<Envelope>,
+    /// Of the tokens so far.
+    pub fingerprint: Fingerprint,
     /// Increases by one each time a node takes the stream over.
     pub epoch: u64,
     /// The node that took the stream over last.
@@ -90,6 +35,10 @@ pub struct JournalRecord {
 }
 
 impl JournalRecord {
+    pub fn name(&self) -> StreamName {
+        self.envelope.name.expect("only streams with a name have journals")
+    }
+
     pub fn is_finished(&self) -> bool {
         self.choices.iter().all(|choice| choice.finished.is_some())
     }

@@ -2,11 +2,10 @@
 //! time is passed in.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::journal::{ChoiceProgress, JournalEntry, JournalKey, JournalRecord, JournalRefusal};
-use crate::types::NodeId;
+use super::journal::{ChoiceProgress, JournalEntry, JournalRecord, JournalRefusal};
+use crate::types::{JournalKey, NodeId};
 
 /// Approximate memory of a record without its tokens.
 const RECORD_BYTES: u64 = 1024;
@@ -87,14 +86,14 @@ impl JournalStore {
 
     /// Stores the record, unless a later epoch of the stream or an older stream with the same key is stored.
     pub fn put(&mut self, mut record: JournalRecord, now: Instant) -> Result<(), JournalRefusal> {
-        let key = record.head.key;
+        let key = record.name().key;
         if size(&record) > self.max_bytes {
             return Err(JournalRefusal::Full { key });
         }
         if let Some(kept) = self.records.get(&key) {
             let held = &kept.record;
-            let is_rival = held.head.body != record.head.body;
-            if is_rival && held.head.seniority() < record.head.seniority() {
+            let is_rival = held.name() != record.name();
+            if is_rival && held.envelope.seniority() < record.envelope.seniority() {
                 return Err(JournalRefusal::Fenced { key, epoch: held.epoch.max(record.epoch.saturating_add(1)) });
             }
             let is_behind = held.epoch > record.epoch || (held.epoch == record.epoch && held.entry != record.entry);
@@ -102,7 +101,7 @@ impl JournalStore {
                 return Err(JournalRefusal::Fenced { key, epoch: held.epoch });
             }
             // Both are the same generation, so the longer one contains the other.
-            if held.head.fingerprint == record.head.fingerprint && !is_rival {
+            if held.fingerprint == record.fingerprint && !is_rival {
                 record.choices.iter_mut().zip(&held.choices).for_each(|(new, old)| extend(new, old));
             }
             let changed = kept.changed;
@@ -163,33 +162,38 @@ fn extend(choice: &mut ChoiceProgress, other: &ChoiceProgress) {
 
 fn size(record: &JournalRecord) -> u64 {
     let tokens: usize = record.choices.iter().map(|choice| choice.tokens.len()).sum();
-    let texts: usize = record.head.sampling.stop.iter().map(String::len).sum();
-    let biases = record.head.sampling.logit_bias.len() * 8;
-    let head = Arc::as_ref(&record.head);
-    RECORD_BYTES + (4 * (head.prompt.len() + tokens) + texts + biases) as u64
+    let sampling = &record.envelope.sampling;
+    let texts: usize = sampling.stop.iter().map(String::len).sum();
+    let biases = sampling.logit_bias.len() * 8;
+    RECORD_BYTES + (4 * (record.envelope.prompt.len() + tokens) + texts + biases) as u64
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::cluster::journal::JournalHead;
-    use crate::types::{Fingerprint, FinishReason, NodeId, RequestId, SamplingParams};
+    use crate::types::{Envelope, Fingerprint, FinishReason, RequestId, SamplingParams, StreamName, Tenant};
 
     const SECOND: Duration = Duration::from_secs(1);
 
+    fn key(name: &str) -> JournalKey {
+        JournalKey::new(&Tenant::new("tenant"), name, 0)
+    }
+
     fn record(name: &str, epoch: u64, entry: &str, tokens: &[u32]) -> JournalRecord {
-        let head = JournalHead {
-            key: JournalKey::new("tenant", name, 0),
-            body: [0; 16],
-            id: RequestId::new("r"),
+        let envelope = Envelope {
             created: 1,
-            model: "m".into(),
-            fingerprint: Fingerprint::new("f"),
-            prompt: Arc::from([1, 2, 3]),
-            sampling: Arc::new(SamplingParams::default()),
+            name: Some(StreamName { key: key(name), body: [0; 16] }),
+            ..Envelope::new(RequestId::new("r"), Arc::from([1, 2, 3]), SamplingParams::default())
         };
-        let choice = ChoiceProgress { tokens: tokens.to_vec(), finished: None };
-        JournalRecord { head: Arc::new(head), epoch, entry: NodeId::new(entry), choices: vec![choice] }
+        JournalRecord {
+            envelope: Arc::new(envelope),
+            fingerprint: Fingerprint::new("f"),
+            epoch,
+            entry: NodeId::new(entry),
+            choices: vec![ChoiceProgress { tokens: tokens.to_vec(), finished: None }],
+        }
     }
 
     /// Applies an entry from the node that owns most records in these tests.
@@ -200,13 +204,16 @@ mod tests {
     /// Another request with the same key, created at that time.
     fn rival(body: u8, created: u64, entry: &str, tokens: &[u32]) -> JournalRecord {
         let record = record("a", 1, entry, tokens);
-        let head = JournalHead { body: [body; 16], created, ..(*record.head).clone() };
-        JournalRecord { head: Arc::new(head), ..record }
+        let envelope = record.envelope.with(|envelope| {
+            envelope.created = created;
+            envelope.name = Some(StreamName { body: [body; 16], ..record.name() });
+        });
+        JournalRecord { envelope, ..record }
     }
 
     fn append(name: &str, epoch: u64, start: u32, tokens: &[u32], finished: bool) -> JournalEntry {
         JournalEntry::Append {
-            key: JournalKey::new("tenant", name, 0),
+            key: key(name),
             epoch,
             choice: 0,
             start,
@@ -216,13 +223,13 @@ mod tests {
     }
 
     fn tokens(store: &JournalStore, name: &str) -> Option<Vec<u32>> {
-        store.get(&JournalKey::new("tenant", name, 0)).map(|record| record.choices[0].tokens.clone())
+        store.get(&key(name)).map(|record| record.choices[0].tokens.clone())
     }
 
     #[test]
     fn a_spoiled_stream_is_forgotten_but_not_a_later_epoch_of_it() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
-        let drop = |epoch| JournalEntry::Drop { key: JournalKey::new("tenant", "a", 0), epoch };
+        let drop = |epoch| JournalEntry::Drop { key: key("a"), epoch };
         apply(&mut store, drop(1), now).expect("nothing to forget");
         apply(&mut store, JournalEntry::Put(record("a", 2, "x", &[7, 8])), now).expect("kept");
         apply(&mut store, drop(1), now).expect("late");
@@ -236,7 +243,7 @@ mod tests {
     #[test]
     fn appends_overlap_but_leave_no_gap() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
-        let key = JournalKey::new("tenant", "a", 0);
+        let key = self::key("a");
         assert_eq!(apply(&mut store, append("a", 1, 0, &[7], false), now), Err(JournalRefusal::Unknown { key }));
         apply(&mut store, JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
         apply(&mut store, append("a", 1, 1, &[8, 9], false), now).expect("overlaps");
@@ -250,7 +257,7 @@ mod tests {
     #[test]
     fn a_later_epoch_fences_the_earlier_one() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
-        let key = JournalKey::new("tenant", "a", 0);
+        let key = self::key("a");
         apply(&mut store, JournalEntry::Put(record("a", 1, "x", &[7, 8])), now).expect("kept");
         apply(&mut store, JournalEntry::Put(record("a", 2, "y", &[7])), now).expect("later");
         assert_eq!(tokens(&store, "a"), Some(vec![7, 8]), "what is known stays known");
@@ -290,7 +297,7 @@ mod tests {
     #[test]
     fn the_node_of_another_stream_adds_nothing_and_drops_nothing() {
         let (mut store, now) = (JournalStore::new(SECOND, 1 << 20), Instant::now());
-        let (key, other) = (JournalKey::new("tenant", "a", 0), NodeId::new("y"));
+        let (key, other) = (self::key("a"), NodeId::new("y"));
         store.put(record("a", 1, "x", &[1, 2]), now).expect("kept");
         assert_eq!(store.apply(append("a", 1, 2, &[9], false), &other, now), Err(JournalRefusal::Unknown { key }));
         store.apply(JournalEntry::Drop { key, epoch: 1 }, &other, now).expect("nothing to do");
@@ -321,7 +328,7 @@ mod tests {
         assert_eq!((tokens(&store, "b"), store.len()), (None, 3));
         store.put(record("e", 1, "x", &[1]), now + SECOND / 4).expect("kept");
         assert_eq!((tokens(&store, "a"), store.len()), (None, 3), "then the oldest");
-        let key = JournalKey::new("tenant", "f", 0);
+        let key = self::key("f");
         let huge = record("f", 1, "x", &vec![1; 10_000]);
         assert_eq!(store.put(huge, now), Err(JournalRefusal::Full { key }));
     }

@@ -23,7 +23,7 @@ pub mod view;
 pub mod wire;
 
 pub use config::Config;
-pub use journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};
+pub use journal::{ChoiceProgress, JournalEntry, JournalRecord, JournalRefusal};
 pub use journal_store::JournalStore;
 pub use key::{ClusterKey, KeyRing};
 pub use load_report::{LoadReport, ModelReport, NodeDescription, PaceReport};

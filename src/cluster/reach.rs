@@ -16,8 +16,8 @@ use tokio_util::sync::CancellationToken;
 use super::problems::{ProblemReason, Problems};
 use super::tls::{self, PeerTls};
 use super::transport::PeerTransport;
-use super::{ClusterView, JournalKey, Peer};
-use crate::types::{Failure, NodeId, NodeState, watch, with_causes};
+use super::{ClusterView, Peer};
+use crate::types::{Failure, JournalKey, NodeId, NodeState, Tenant, watch, with_causes};
 
 const INTERVAL: Duration = Duration::from_secs(1);
 /// Interval of calls to a peer, after success and after failure.
@@ -99,7 +99,7 @@ impl Reach {
 
     async fn call(&self, process: Process, peer: &Peer) -> (Process, Result<(), Failure>) {
         // An ordinary call with no contents.
-        let key = JournalKey::new("", "reach", 0);
+        let key = JournalKey::new(&Tenant::default(), "reach", 0);
         (process, self.transport.lookup(peer, key).await.map(drop))
     }
 

@@ -2,8 +2,7 @@
 
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use super::journal::JournalKey;
-use crate::types::NodeId;
+use crate::types::{JournalKey, NodeId};
 
 /// The nodes in their order for this key. Nodes that know the same nodes compute the same order, and it changes little when a
 /// node comes or goes.
@@ -18,13 +17,14 @@ pub fn rank<'a>(key: &JournalKey, nodes: impl Iterator<Item = &'a NodeId>) -> Ve
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::Tenant;
 
     #[test]
     fn the_order_depends_on_the_key_and_survives_a_loss() {
         let nodes: Vec<NodeId> = (0..5).map(|index| NodeId::new(format!("node-{index}"))).collect();
         let mut first = [0; 5];
         for number in 0..1000 {
-            let key = JournalKey::new("tenant", &number.to_string(), 0);
+            let key = JournalKey::new(&Tenant::new("tenant"), &number.to_string(), 0);
             let ranked = rank(&key, nodes.iter());
             assert_eq!(ranked, rank(&key, nodes.iter().rev()));
             first[nodes.iter().position(|node| node == ranked[0]).expect("one of them")] += 1;

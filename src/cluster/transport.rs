@@ -13,28 +13,21 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 
-use super::journal::{JournalEntry, JournalKey, JournalRecord, JournalRefusal};
+use super::journal::{JournalEntry, JournalRecord, JournalRefusal};
 use super::view::Peer;
-use crate::types::{
-    ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, GenerationEvent, NodeId, RequestId, SamplingParams,
-    TokenId,
-};
+use crate::types::{ChoiceStart, Envelope, Failure, FailureKind, Fingerprint, GenerationEvent, JournalKey, NodeId};
 
 /// Asks a peer to generate.
 #[derive(Clone, Debug, PartialEq)]
 pub struct GenerateCall {
-    pub id: RequestId,
+    pub envelope: Arc<Envelope>,
     /// The replica's fingerprint. A peer whose replica has another one refuses.
     pub fingerprint: Fingerprint,
-    pub prompt: Arc<[TokenId]>,
     pub choices: Vec<ChoiceStart>,
-    pub sampling: Arc<SamplingParams>,
-    pub priority: i32,
-    /// Time left until the deadline. Nodes never exchange wall-clock times.
+    /// Time left until the envelope's deadline, which does not cross: nodes have no clock in common.
     pub remaining: Option<Duration>,
     /// Whether this continues a stream that has started; then queue limits do not apply.
     pub is_continuation: bool,
-    pub extensions: Extensions,
 }
 
 /// Asks the entry node of a running stream for its events.

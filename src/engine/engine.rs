@@ -21,7 +21,7 @@ use super::pipeline::Pipeline;
 use super::scheduler::{Limits, Plan, Scheduler};
 use super::sequence::{NewSequence, Rank, SequenceId};
 use super::status_board::{RequestSlot, StatusBoard};
-use crate::types::{EngineStatus, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent};
+use crate::types::{EngineStatus, Envelope, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent};
 
 /// Numbers requests in order of arrival.
 pub(super) type Serial = u64;
@@ -129,7 +129,7 @@ impl Engine {
             let _ = events.send(GenerationEvent::Failed(draining()));
             return;
         }
-        if let Some(deadline) = request.deadline {
+        if let Some(deadline) = request.envelope.deadline {
             self.deadlines.insert((deadline, serial));
         }
         let has_tokens = request.choices.iter().any(|choice| !choice.emitted.is_empty());
@@ -236,12 +236,10 @@ impl Engine {
         // The emitted tokens move into the sequences; the request is done with them.
         let choices = std::mem::take(&mut request.choices);
         let request = request.clone();
-        let generates = request.sampling.max_tokens > 0;
+        let envelope = &request.envelope;
+        let generates = envelope.sampling.max_tokens > 0;
         // The first choice that is computed scores the prompt, for all.
-        let mut left_to_score = match request.extensions.prompt_logprobs {
-            Some(_) => request.prompt.len() - 1,
-            None => 0,
-        };
+        let mut left_to_score = if envelope.scores_prompt() { envelope.prompt.len() - 1 } else { 0 };
         let mut sibling = None;
         for start in &choices {
             if !generates && left_to_score == 0 {
@@ -250,7 +248,7 @@ impl Engine {
             }
             let generation = match start.emitted.is_empty() {
                 true => None,
-                false => match self.new_generation(&request, start.index).replay(&start.emitted) {
+                false => match self.new_generation(envelope, start.index).replay(&start.emitted) {
                     Replayed::Unfinished(generation) => Some(generation),
                     Replayed::Finished(reason) => {
                         self.send(serial, GenerationEvent::Finished { choice: start.index, reason });
@@ -261,13 +259,13 @@ impl Engine {
             };
             let num_scored = std::mem::take(&mut left_to_score);
             // The last token is computed only for what comes after it.
-            let prompt = if generates { &request.prompt[..] } else { &request.prompt[..num_scored] };
+            let prompt = if generates { &envelope.prompt[..] } else { &envelope.prompt[..num_scored] };
             let new = NewSequence {
-                rank: Rank { priority: request.priority, arrival: serial, choice: start.index },
+                rank: Rank { priority: envelope.priority, arrival: serial, choice: start.index },
                 tokens: [prompt, start.emitted.as_slice()].concat(),
                 prompt_len: prompt.len(),
                 uses_prefix_cache: self.uses_prefix_cache && uses_prefix_cache(&request),
-                cache_salt: request.extensions.cache_salt,
+                cache_salt: envelope.extensions.cache_salt,
                 num_scored,
                 sibling,
             };
@@ -298,8 +296,8 @@ impl Engine {
         self.choices[id.index()] = Some(choice);
     }
 
-    fn new_generation(&self, request: &GenerateRequest, choice: u32) -> Generation {
-        Generation::new(&self.rules, &request.sampling, choice, &request.prompt)
+    fn new_generation(&self, envelope: &Envelope, choice: u32) -> Generation {
+        Generation::new(&self.rules, &envelope.sampling, choice, &envelope.prompt)
     }
 
     pub(super) fn send(&mut self, serial: Serial, event: GenerationEvent) {
@@ -362,7 +360,7 @@ impl Engine {
             self.scheduler.remove(id);
             self.choices[id.index()] = None;
         }
-        if let Some(deadline) = request.request.deadline {
+        if let Some(deadline) = request.request.envelope.deadline {
             self.deadlines.remove(&(deadline, serial));
         }
     }
@@ -383,18 +381,18 @@ impl Engine {
         for &(id, cached) in &plan.started {
             let choice = self.choices[id.index()].as_mut().expect("a sequence has a choice");
             let request = self.requests.get_mut(&choice.serial).expect("the request is known");
-            let details = &request.request;
-            choice
-                .generation
-                .get_or_insert_with(|| Generation::new(&self.rules, &details.sampling, choice.index, &details.prompt));
+            let envelope = &request.request.envelope;
+            choice.generation.get_or_insert_with(|| {
+                Generation::new(&self.rules, &envelope.sampling, choice.index, &envelope.prompt)
+            });
             let counters = &self.board.counters;
-            if self.uses_prefix_cache && uses_prefix_cache(details) {
+            if self.uses_prefix_cache && uses_prefix_cache(&request.request) {
                 add(&counters.prefix_cache_queries, self.scheduler.sequence(id).tokens().len());
                 add(&counters.prefix_cache_hits, cached);
             }
             if !std::mem::replace(&mut request.has_left_queue, true) {
-                add(&counters.prompt_tokens, details.prompt.len());
-                let cached_tokens = cached.min(details.prompt.len()) as u32;
+                add(&counters.prompt_tokens, envelope.prompt.len());
+                let cached_tokens = cached.min(envelope.prompt.len()) as u32;
                 let _ = request.events.send(GenerationEvent::Scheduled { cached_tokens });
             }
         }
@@ -420,7 +418,7 @@ impl Engine {
 
 /// The cache holds no logits, which are what a prompt is scored by.
 fn uses_prefix_cache(request: &GenerateRequest) -> bool {
-    !request.bypass_prefix_cache && request.extensions.prompt_logprobs.is_none()
+    !request.bypass_prefix_cache && !request.envelope.scores_prompt()
 }
 
 pub(super) fn engine_failed() -> Failure {

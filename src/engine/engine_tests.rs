@@ -14,7 +14,7 @@ use super::generation::{EndRules, letters};
 use super::handle::EngineLimits;
 use super::status_board::StatusBoard;
 use crate::types::{
-    ChoiceStart, Extensions, FailureKind, FinishReason, GenerateRequest, GenerationEvent, GenerationStream, RequestId,
+    ChoiceStart, Envelope, FailureKind, FinishReason, GenerateRequest, GenerationEvent, GenerationStream, RequestId,
     SamplingParams, StopCause, TokenId, TokenLogprobs,
 };
 
@@ -136,17 +136,7 @@ pub(super) fn config() -> Config {
 }
 
 pub(super) fn request(prompt: &[TokenId], sampling: SamplingParams) -> GenerateRequest {
-    GenerateRequest {
-        id: RequestId::new("test"),
-        prompt: Arc::from(prompt),
-        choices: ChoiceStart::fresh(sampling.n),
-        sampling: Arc::new(sampling),
-        priority: 0,
-        deadline: None,
-        bypass_prefix_cache: false,
-        is_probe: false,
-        extensions: Extensions::default(),
-    }
+    GenerateRequest::fresh(Arc::new(Envelope::new(RequestId::new("test"), Arc::from(prompt), sampling)))
 }
 
 pub(super) fn model(depth: usize) -> FakeModel {
@@ -383,8 +373,12 @@ fn a_deadline_ends_a_request_with_its_tokens_and_fails_one_without(depth: usize)
     let mut harness = Harness::new(&config, model(depth));
     let sampling = SamplingParams { max_tokens: 100, ignore_eos: true, ..Default::default() };
     let deadline = Some(harness.start + Duration::from_secs(5));
-    let running = harness.submit(GenerateRequest { deadline, ..request(&[1, 2], sampling.clone()) });
-    let waiting = harness.submit(GenerateRequest { deadline, ..request(&[3, 4], sampling) });
+    let within = |request: GenerateRequest| GenerateRequest {
+        envelope: request.envelope.with(|envelope| envelope.deadline = deadline),
+        ..request
+    };
+    let running = harness.submit(within(request(&[1, 2], sampling.clone())));
+    let waiting = harness.submit(within(request(&[3, 4], sampling)));
     for _ in 0..3 {
         harness.step();
     }

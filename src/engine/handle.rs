@@ -152,17 +152,18 @@ impl EngineLimits {
 
     /// Refuses what can never be computed.
     fn check(&self, request: &GenerateRequest) -> Result<(), Failure> {
-        let num_prompt = request.prompt.len();
+        let num_prompt = request.envelope.prompt.len();
         if num_prompt == 0 {
             return Err(Failure::invalid("prompt", "`prompt` must have at least one token."));
         }
         let emitted = || request.choices.iter().flat_map(|choice| &choice.emitted);
-        if let Some(token) = request.prompt.iter().chain(emitted()).find(|&&id| id as usize >= self.vocab_size) {
+        if let Some(token) = request.envelope.prompt.iter().chain(emitted()).find(|&&id| id as usize >= self.vocab_size)
+        {
             let message = format!("token id {token} is out of range; the model's vocabulary has {}", self.vocab_size);
             return Err(Failure::invalid("prompt", message));
         }
         let longest = request.choices.iter().map(|choice| choice.emitted.len()).max().unwrap_or(0);
-        let least = longest.max(request.sampling.max_tokens.min(1) as usize);
+        let least = longest.max(request.envelope.sampling.max_tokens.min(1) as usize);
         if num_prompt + least > self.max_model_len {
             let message = format!(
                 "This model's maximum context length is {} tokens (max_model_len). However, the prompt has {num_prompt} \
@@ -172,7 +173,7 @@ impl EngineLimits {
             return Err(Failure::invalid("prompt", message).with_code("context_length_exceeded"));
         }
         self.check_choices(request)?;
-        let probe_len = num_prompt + request.sampling.max_tokens as usize;
+        let probe_len = num_prompt + request.envelope.sampling.max_tokens as usize;
         if request.is_probe && (probe_len > self.max_probe_len || request.choices.len() > 1) {
             let message = format!(
                 "a synthetic inference has one choice and at most {} tokens (probe_tokens), not {probe_len}",
@@ -188,7 +189,7 @@ impl EngineLimits {
         indices.sort_unstable();
         indices.dedup();
         let are_distinct = indices.len() == request.choices.len();
-        let are_known = indices.last().is_some_and(|&index| index < request.sampling.n);
+        let are_known = indices.last().is_some_and(|&index| index < request.envelope.sampling.n);
         match are_distinct && are_known {
             true => Ok(()),
             false => Err(Failure::invalid("n", "the choices must be distinct, and at least one, of 0 to n - 1")),

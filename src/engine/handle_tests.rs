@@ -9,8 +9,8 @@ use super::fake_runner::FakeModel;
 use super::generation::letters;
 use super::handle::{EngineHandle, EngineParts, Fault, SpawnError, spawn};
 use crate::types::{
-    Backend, ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerateRequest,
-    GenerationEvent, GenerationStream, RequestId, SamplingParams, TokenId,
+    Backend, Envelope, Failure, FailureKind, Fingerprint, FinishReason, GenerateRequest, GenerationEvent,
+    GenerationStream, RequestId, SamplingParams, TokenId,
 };
 
 /// Longer than any test should take; a test that runs into it fails.
@@ -32,17 +32,8 @@ fn engine(config: Config, model: FakeModel) -> EngineHandle {
 }
 
 fn request(prompt: &[TokenId], max_tokens: u32) -> GenerateRequest {
-    GenerateRequest {
-        id: RequestId::new("test"),
-        prompt: Arc::from(prompt),
-        choices: ChoiceStart::fresh(1),
-        sampling: Arc::new(SamplingParams { max_tokens, ignore_eos: true, ..Default::default() }),
-        priority: 0,
-        deadline: None,
-        bypass_prefix_cache: false,
-        is_probe: false,
-        extensions: Extensions::default(),
-    }
+    let sampling = SamplingParams { max_tokens, ignore_eos: true, ..Default::default() };
+    GenerateRequest::fresh(Arc::new(Envelope::new(RequestId::new("test"), Arc::from(prompt), sampling)))
 }
 
 async fn last_event(mut stream: GenerationStream) -> GenerationEvent {

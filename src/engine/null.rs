@@ -26,15 +26,15 @@ impl NullEngine {
 
 impl Backend for NullEngine {
     fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure> {
-        if request.extensions.prompt_logprobs.is_some() {
+        if request.envelope.scores_prompt() {
             return Err(Failure::invalid("prompt_logprobs", "An engine without a model scores no prompt."));
         }
         let (events, stream) = GenerationStream::channel();
         let send = |event| events.send(event).expect("the stream is still here");
         send(GenerationEvent::Scheduled { cached_tokens: 0 });
         for start in &request.choices {
-            let seed = request.sampling.seed.wrapping_add(u64::from(start.index));
-            for position in start.emitted.len() as u64..u64::from(request.sampling.max_tokens) {
+            let seed = request.envelope.sampling.seed.wrapping_add(u64::from(start.index));
+            for position in start.emitted.len() as u64..u64::from(request.envelope.sampling.max_tokens) {
                 let token = self.token(seed, position);
                 send(GenerationEvent::Token { choice: start.index, token, logprobs: None });
             }
@@ -55,22 +55,14 @@ impl Backend for NullEngine {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{ChoiceStart, Extensions, RequestId, SamplingParams};
+    use crate::types::{ChoiceStart, Envelope, RequestId, SamplingParams};
     use std::sync::Arc;
 
     #[test]
     fn every_choice_gets_its_tokens_and_an_end_at_once() {
-        let request = GenerateRequest {
-            id: RequestId::new("null"),
-            prompt: Arc::from([1]),
-            choices: vec![ChoiceStart { index: 1, emitted: vec![6, 7] }],
-            sampling: Arc::new(SamplingParams { n: 2, seed: 5, max_tokens: 4, ..Default::default() }),
-            priority: 0,
-            deadline: None,
-            bypass_prefix_cache: false,
-            is_probe: false,
-            extensions: Extensions::default(),
-        };
+        let sampling = SamplingParams { n: 2, seed: 5, max_tokens: 4, ..Default::default() };
+        let envelope = Envelope::new(RequestId::new("null"), Arc::from([1]), sampling);
+        let request = GenerateRequest::new(Arc::new(envelope), vec![ChoiceStart { index: 1, emitted: vec![6, 7] }]);
         let mut stream = NullEngine::new(9).generate(request).expect("answers");
         let events: Vec<GenerationEvent> = std::iter::from_fn(|| stream.try_next()).collect();
         assert_eq!(

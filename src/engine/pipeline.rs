@@ -117,9 +117,9 @@ impl Engine {
                 scoring: (scheduled.num_scored > 0).then(|| {
                     let request = &requests[&choice.serial].request;
                     let num_logprobs =
-                        request.extensions.prompt_logprobs.expect("a prompt is scored when it is asked for");
+                        request.envelope.extensions.prompt_logprobs.expect("a prompt is scored when it is asked for");
                     // Each row tells of the token after it.
-                    ScoreSpec { tokens: &request.prompt[end + 1 - scheduled.num_scored..=end], num_logprobs }
+                    ScoreSpec { tokens: &request.envelope.prompt[end + 1 - scheduled.num_scored..=end], num_logprobs }
                 }),
                 sampling: scheduled.wants_logits.then(|| SampleSpec {
                     state: generation.sampler(),
@@ -193,7 +193,7 @@ impl Engine {
         let logprobs = scored.into_iter().filter_map(|scored| scored.logprobs).collect();
         self.send(serial, GenerationEvent::PromptLogprobs { start: (end - entry.num_scored) as u32, logprobs });
         let request = &self.requests[&serial].request;
-        if request.sampling.max_tokens == 0 && end + 1 == request.prompt.len() {
+        if request.envelope.sampling.max_tokens == 0 && end + 1 == request.envelope.prompt.len() {
             self.finish_all_choices(serial, &FinishReason::Length);
         }
     }
@@ -214,7 +214,7 @@ impl Engine {
     fn fail_numerics(&mut self, entry: Scheduled, invalid: NumericsInvalid) {
         let serial = self.choices[entry.id.index()].as_ref().expect("a sequence has a choice").serial;
         add(&self.board.counters.numerics_invalid, 1);
-        error!(request = %self.requests[&serial].request.id, %invalid, "the model computed NaN or infinity");
+        error!(request = %self.requests[&serial].request.envelope.id, %invalid, "the model computed NaN or infinity");
         let failure = Failure::new(FailureKind::NumericsInvalid, "The model computed NaN or infinity.");
         self.fail(serial, failure.with_source(invalid));
     }

@@ -4,8 +4,7 @@ use super::config::Config;
 use super::engine_tests::{Harness, alone, at_each_depth, config, mixed_load, model, request};
 use super::fake_runner::FakeModel;
 use crate::types::{
-    CacheSalt, ChoiceStart, Extensions, FinishReason, GenerateRequest, GenerationEvent, SamplingParams, TokenId,
-    TokenLogprobs,
+    CacheSalt, ChoiceStart, FinishReason, GenerateRequest, GenerationEvent, SamplingParams, TokenId, TokenLogprobs,
 };
 
 at_each_depth! {
@@ -20,13 +19,14 @@ at_each_depth! {
 }
 
 fn scored(request: GenerateRequest, num_logprobs: u32) -> GenerateRequest {
-    let extensions = Extensions { prompt_logprobs: Some(num_logprobs), ..request.extensions };
-    GenerateRequest { extensions, ..request }
+    let envelope = request.envelope.with(|envelope| envelope.extensions.prompt_logprobs = Some(num_logprobs));
+    GenerateRequest { envelope, ..request }
 }
 
 fn salted(request: GenerateRequest, salt: u8) -> GenerateRequest {
-    let extensions = Extensions { cache_salt: Some(CacheSalt::new([salt; 16])), ..request.extensions };
-    GenerateRequest { extensions, ..request }
+    let salt = CacheSalt::new([salt; 16]);
+    let envelope = request.envelope.with(|envelope| envelope.extensions.cache_salt = Some(salt));
+    GenerateRequest { envelope, ..request }
 }
 
 /// How the prompt scored, and the other events. Scores come in order, before any token or end.
@@ -166,7 +166,8 @@ fn a_deadline_and_a_disconnect_end_the_scoring(depth: usize) {
     let prompt: Vec<TokenId> = (1..30).collect();
     let asked = scored(request(&prompt, SamplingParams { n: 2, max_tokens: 0, ..Default::default() }), 1);
     let gone = harness.submit(asked.clone());
-    let late = harness.submit(GenerateRequest { deadline: Some(harness.now()), ..asked });
+    let late = asked.envelope.with(|envelope| envelope.deadline = Some(harness.now()));
+    let late = harness.submit(GenerateRequest { envelope: late, ..asked });
     harness.step();
     harness.hang_up(gone);
     harness.run();

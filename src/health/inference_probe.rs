@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::types::{
-    Backend, ChoiceStart, Extensions, Failure, FailureKind, GenerateRequest, GenerationEvent, NodeState, RequestId,
-    SamplingParams, TokenId,
+    Backend, Envelope, Failure, FailureKind, GenerateRequest, GenerationEvent, NodeState, RequestId, SamplingParams,
+    TokenId,
 };
 
 use super::{Config, Health};
@@ -272,17 +272,11 @@ impl InferenceProbe {
             logprobs: Some(0),
             ..SamplingParams::default()
         };
-        GenerateRequest {
-            id: RequestId::new("health-probe"),
-            prompt: self.prompt.clone(),
-            choices: ChoiceStart::fresh(1),
-            sampling: Arc::new(sampling),
+        let envelope = Envelope {
             priority: i32::MIN,
-            deadline: None,
-            bypass_prefix_cache: true,
-            is_probe: true,
-            extensions: Extensions::default(),
-        }
+            ..Envelope::new(RequestId::new("health-probe"), self.prompt.clone(), sampling)
+        };
+        GenerateRequest { bypass_prefix_cache: true, is_probe: true, ..GenerateRequest::fresh(Arc::new(envelope)) }
     }
 }
 

@@ -50,7 +50,7 @@ impl Backend for FakeEngine {
     fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure> {
         let conduct = *self.conduct.lock();
         let (sender, stream) = GenerationStream::channel();
-        let max_tokens = request.sampling.max_tokens;
+        let max_tokens = request.envelope.sampling.max_tokens;
         self.requests.lock().push(request);
         let answer = move |sender: &tokio::sync::mpsc::UnboundedSender<GenerationEvent>| {
             let _ = sender.send(GenerationEvent::Scheduled { cached_tokens: 0 });
@@ -275,8 +275,8 @@ async fn the_probe_asks_as_a_probe_and_stops_when_the_node_drains() {
     let node = Node::start().await;
     node.until("probed", |node| node.engine.requests.lock().len() > 3).await;
     for request in node.engine.requests.lock().iter() {
-        assert!(request.is_probe && request.bypass_prefix_cache && request.sampling.ignore_eos);
-        assert_eq!((request.sampling.temperature, request.sampling.max_tokens), (0.0, 4));
+        assert!(request.is_probe && request.bypass_prefix_cache && request.envelope.sampling.ignore_eos);
+        assert_eq!((request.envelope.sampling.temperature, request.envelope.sampling.max_tokens), (0.0, 4));
     }
     node.health.lifecycle().drain("SIGTERM").unwrap();
     tokio::time::sleep(Duration::from_millis(50)).await;

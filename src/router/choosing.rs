@@ -84,10 +84,10 @@ impl RouterState {
             }
         }));
         let request = PlacementRequest {
-            prompt_tokens: want.prompt.len() as u64,
-            choices: want.sampling.n,
+            prompt_tokens: want.envelope.prompt.len() as u64,
+            choices: want.envelope.sampling.n,
             prefix_hashes: &want.prefixes,
-            remaining: want.deadline.map(|deadline| deadline.saturating_duration_since(now)),
+            remaining: want.envelope.deadline.map(|deadline| deadline.saturating_duration_since(now)),
             is_continuation,
         };
         let mut placement = place(want.strategy, &request, &candidates, self.draw());
@@ -123,9 +123,9 @@ impl RouterState {
     fn suits(&self, want: &Want, model: &ModelReport) -> bool {
         let has_same_numbers = want.fingerprint.as_ref() == Some(&model.fingerprint);
         let may_differ = want.fingerprint.is_none() || want.allows_other_fingerprint;
-        model.tokenizer == want.tokenizer
+        *model.tokenizer == *want.envelope.tokenizer
             && want.length() <= u64::from(model.max_model_len)
-            && (has_same_numbers || (may_differ && model.names.contains(&want.model)))
+            && (has_same_numbers || (may_differ && model.names.iter().any(|name| **name == *want.envelope.model)))
     }
 
     /// Whether requests may be placed on this node.

@@ -12,41 +12,25 @@ use super::shared::bounded;
 use super::source::{Replica, StreamSource};
 use super::stream_log::{Cursor, StreamFingerprint, StreamLog};
 use super::{Router, Strategy};
-use crate::admission::Demand;
-use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalHead, JournalKey, JournalRecord, Peer};
+use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalRecord, Peer};
 use crate::types::{
-    ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId,
-    SamplingParams, TokenId, tasks,
+    ChoiceStart, Envelope, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId, tasks,
 };
 
 /// A client's request, ready to be served by any replica of its model.
 #[derive(Clone, Debug)]
 pub struct Dispatch {
-    pub id: RequestId,
-    /// Seconds since the epoch.
-    pub created: u64,
-    /// A name of the model.
-    pub model: String,
-    /// Digest of the tokenizer that made the prompt.
-    pub tokenizer: String,
-    pub prompt: Arc<[TokenId]>,
-    pub sampling: Arc<SamplingParams>,
-    pub priority: i32,
-    pub deadline: Option<Instant>,
+    pub envelope: Arc<Envelope>,
     /// Overrides the configured strategy.
     pub strategy: Option<Strategy>,
-    pub extensions: Extensions,
     /// If no replica with the stream's fingerprint is left, one with another fingerprint may continue it.
     pub allows_other_fingerprint: bool,
-    /// The name by which the stream can be found again, if it has one.
-    pub name: Option<StreamName>,
+    pub earlier: EarlierAttempt,
 }
 
-#[derive(Clone, Debug)]
-pub struct StreamName {
-    pub key: JournalKey,
-    /// Digest of the request body.
-    pub body: [u8; 16],
+/// What is known of an earlier attempt at the same stream. Only streams with a name have one.
+#[derive(Clone, Debug, Default)]
+pub struct EarlierAttempt {
     /// The key is the client's own, so the stream may already exist.
     pub may_exist: bool,
     /// The stream must already exist: its seed was random, so it cannot be computed anew.
@@ -67,19 +51,12 @@ pub struct Dispatched {
 /// What a stream needs to be generated on any node.
 #[derive(Clone)]
 pub(super) struct Want {
-    pub(super) id: RequestId,
-    pub(super) model: String,
-    pub(super) tokenizer: String,
+    pub(super) envelope: Arc<Envelope>,
     /// The fingerprint that the replica must have, if any.
     pub(super) fingerprint: Option<Fingerprint>,
     pub(super) allows_other_fingerprint: bool,
-    pub(super) prompt: Arc<[TokenId]>,
     pub(super) prefixes: PrefixHashes,
-    pub(super) sampling: Arc<SamplingParams>,
-    pub(super) priority: i32,
-    pub(super) deadline: Option<Instant>,
     pub(super) strategy: Strategy,
-    pub(super) extensions: Extensions,
 }
 
 /// The result of choosing a replica.
@@ -93,20 +70,13 @@ pub(super) enum Destination {
 }
 
 impl Want {
-    fn new(dispatch: &Dispatch, shared: &RouterState) -> Self {
+    fn new(envelope: Arc<Envelope>, dispatch: &Dispatch, shared: &RouterState) -> Self {
         Self {
-            id: dispatch.id.clone(),
-            model: dispatch.model.clone(),
-            tokenizer: dispatch.tokenizer.clone(),
             fingerprint: None,
             allows_other_fingerprint: dispatch.allows_other_fingerprint,
-            prompt: dispatch.prompt.clone(),
-            prefixes: hot_prefixes::hashes(&dispatch.prompt, dispatch.extensions.cache_salt),
-            sampling: dispatch.sampling.clone(),
-            priority: dispatch.priority,
-            deadline: dispatch.deadline,
+            prefixes: hot_prefixes::hashes(&envelope.prompt, envelope.extensions.cache_salt),
             strategy: dispatch.strategy.unwrap_or(shared.config.placement),
-            extensions: dispatch.extensions,
+            envelope,
         }
     }
 
@@ -115,27 +85,15 @@ impl Want {
         Self { fingerprint: None, ..self.clone() }
     }
 
-    pub(super) fn demand(&self) -> Demand {
-        Demand {
-            prompt_tokens: self.prompt.len() as u64,
-            choices: self.sampling.n,
-            priority: self.priority,
-            deadline: self.deadline,
+    /// The prompt's log-probabilities are all there, and need not be computed by the next replica.
+    pub(super) fn prompt_is_scored(&mut self) {
+        if self.envelope.scores_prompt() {
+            Arc::make_mut(&mut self.envelope).extensions.prompt_logprobs = None;
         }
     }
 
     pub(super) fn request(&self, choices: Vec<ChoiceStart>, is_continuation: bool) -> GenerateRequest {
-        GenerateRequest {
-            id: self.id.clone(),
-            prompt: self.prompt.clone(),
-            choices,
-            sampling: self.sampling.clone(),
-            priority: self.engine_priority(is_continuation),
-            deadline: self.deadline,
-            bypass_prefix_cache: false,
-            is_probe: false,
-            extensions: self.extensions,
-        }
+        GenerateRequest::new(self.attempt(is_continuation), choices)
     }
 
     pub(super) fn call(
@@ -146,26 +104,25 @@ impl Want {
         now: Instant,
     ) -> GenerateCall {
         GenerateCall {
-            id: self.id.clone(),
+            envelope: self.attempt(is_continuation),
             fingerprint: fingerprint.clone(),
-            prompt: self.prompt.clone(),
             choices,
-            sampling: self.sampling.clone(),
-            priority: self.engine_priority(is_continuation),
-            remaining: self.deadline.map(|deadline| deadline.saturating_duration_since(now)),
+            remaining: self.envelope.deadline.map(|deadline| deadline.saturating_duration_since(now)),
             is_continuation,
-            extensions: self.extensions,
         }
     }
 
     /// A client that already has tokens gets priority over one that has none.
-    fn engine_priority(&self, is_continuation: bool) -> i32 {
-        self.priority.saturating_sub(i32::from(is_continuation))
+    fn attempt(&self, is_continuation: bool) -> Arc<Envelope> {
+        match is_continuation {
+            true => self.envelope.with(|envelope| envelope.priority = envelope.priority.saturating_sub(1)),
+            false => self.envelope.clone(),
+        }
     }
 
     /// Maximum length of prompt and output.
     pub(super) fn length(&self) -> u64 {
-        self.prompt.len() as u64 + u64::from(self.sampling.max_tokens)
+        self.envelope.prompt.len() as u64 + u64::from(self.envelope.sampling.max_tokens)
     }
 }
 
@@ -175,12 +132,13 @@ impl Router {
         if self.shared.is_cut() {
             return Err(self.shared.unavailable());
         }
-        if let Some(name) = dispatch.name.as_ref().filter(|name| name.may_exist) {
-            let mut hold = self.hold(dispatch.deadline);
+        if let Some(name) = dispatch.envelope.name.filter(|_| dispatch.earlier.may_exist) {
+            let must_exist = dispatch.earlier.must_exist;
+            let mut hold = self.hold(dispatch.envelope.deadline);
             let recalled = loop {
-                let recalled = self.shared.recall(name).await;
+                let recalled = self.shared.recall(&name.key, must_exist).await;
                 // The stream cannot be computed without its tokens, and peers that are not known yet may have them.
-                if !(matches!(recalled, Recalled::Nothing) && name.must_exist && hold.waits().await) {
+                if !(matches!(recalled, Recalled::Nothing) && must_exist && hold.waits().await) {
                     break recalled;
                 }
             };
@@ -194,7 +152,7 @@ impl Router {
                     };
                 }
                 Recalled::Record(record) => return self.resume(record, &dispatch).await,
-                Recalled::Nothing if name.must_exist => return Err(forgotten()),
+                Recalled::Nothing if must_exist => return Err(forgotten()),
                 Recalled::Nothing => {}
             }
         }
@@ -203,8 +161,8 @@ impl Router {
 
     async fn start(&self, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
         let shared = &self.shared;
-        let mut want = Want::new(dispatch, shared);
-        let mut hold = self.hold(dispatch.deadline);
+        let mut want = Want::new(dispatch.envelope.clone(), dispatch, shared);
+        let mut hold = self.hold(dispatch.envelope.deadline);
         let is_placeable = |want: &Want| !matches!(shared.choose(want, &|_| true, false), Destination::Nowhere(_));
         if hold.is_on() {
             while !is_placeable(&want) && hold.waits().await {}
@@ -214,20 +172,8 @@ impl Router {
         shared.first_attempt();
         let (beginning, fingerprint) = shared.begin(&want)?;
         want.fingerprint = Some(fingerprint.clone());
-        let head = Arc::new(JournalHead {
-            key: dispatch.key(),
-            body: dispatch.name.as_ref().map(|name| name.body).unwrap_or_default(),
-            id: dispatch.id.clone(),
-            created: dispatch.created,
-            model: dispatch.model.clone(),
-            fingerprint,
-            prompt: dispatch.prompt.clone(),
-            sampling: dispatch.sampling.clone(),
-        });
-        let is_named = dispatch.name.is_some();
-        let is_gated = is_named && shared.has_peers();
-        let log = StreamLog::new(head, 1, Vec::new(), is_named, is_gated).scoring(dispatch.scores_prompt());
-        let log = Arc::new(log);
+        let is_gated = want.envelope.name.is_some() && shared.has_peers();
+        let log = Arc::new(StreamLog::new(want.envelope.clone(), fingerprint, 1, Vec::new(), is_gated));
         if let Some(running) = shared.register(&log)
             && let Some(joined) = self.join(&running, dispatch)?
         {
@@ -240,28 +186,24 @@ impl Router {
     /// Continues a stream that this node does not run.
     async fn resume(&self, record: JournalRecord, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
         let shared = &self.shared;
-        check_body(&record.head, dispatch)?;
-        let mut want = Want::new(dispatch, shared);
-        want.id = record.head.id.clone();
-        // The seed of a stream named by a node is only in the journal.
-        want.sampling = record.head.sampling.clone();
-        want.fingerprint = Some(record.head.fingerprint.clone());
+        check_body(&record.envelope, dispatch)?;
+        let envelope = dispatch.envelope.resuming(&record.envelope);
+        let mut want = Want::new(envelope.clone(), dispatch, shared);
+        want.fingerprint = Some(record.fingerprint.clone());
         // The journal has the tokens but no log-probabilities, so these are computed again.
-        let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
-        let known = match record.head.sampling.logprobs.is_some() || dispatch.scores_prompt() {
-            true => truncated(&record.choices, have, dispatch.scores_prompt()),
+        let known = match envelope.sampling.logprobs.is_some() || envelope.scores_prompt() {
+            true => truncated(&record.choices, dispatch.have(), envelope.scores_prompt()),
             false => record.choices.clone(),
         };
         // Prompt log-probabilities are sent only once and are not in the journal, so they are computed again.
-        let source = match dispatch.scores_prompt() {
+        let source = match envelope.scores_prompt() {
             true => None,
             false => self.follow(&record, &known).await,
         };
         let from = if source.is_some() { "follow" } else { "journal" };
         shared.metrics.streams_resumed.with([from]).inc();
         let epoch = if source.is_some() { record.epoch } else { record.epoch.saturating_add(1) };
-        let log = StreamLog::new(record.head, epoch, known, true, false).scoring(dispatch.scores_prompt());
-        let log = Arc::new(log);
+        let log = Arc::new(StreamLog::new(envelope, record.fingerprint, epoch, known, false));
         if let Some(running) = shared.register(&log)
             && let Some(joined) = self.join(&running, dispatch)?
         {
@@ -281,7 +223,7 @@ impl Router {
         }
         let peer = shared.view.borrow().peers.get(&record.entry).cloned()?;
         let have = known.iter().map(|choice| choice.tokens.len() as u32).collect();
-        let call = FollowCall { key: record.head.key, have };
+        let call = FollowCall { key: record.name().key, have };
         let call = shared.transport.follow(&peer, call);
         let stream = bounded(call, shared.answer_limit(false)).await.ok()?;
         let cursor = Cursor::behind(known.iter());
@@ -290,19 +232,18 @@ impl Router {
 
     /// Joins a stream that runs on this node. Returns none if it has just ended.
     fn join(&self, log: &Arc<StreamLog>, dispatch: &Dispatch) -> Result<Option<Dispatched>, Failure> {
-        check_body(&log.head, dispatch)?;
-        let have = dispatch.name.as_ref().and_then(|name| name.have.as_deref()).unwrap_or_default();
-        let lacks_logprobs = log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(have);
-        if lacks_logprobs || (dispatch.scores_prompt() && !log.tells_scores_first()) {
+        check_body(&log.envelope, dispatch)?;
+        let (have, scores_prompt) = (dispatch.have(), dispatch.envelope.scores_prompt());
+        let lacks_logprobs = log.envelope.sampling.logprobs.is_some() && !log.has_logprobs_from(have);
+        if lacks_logprobs || (scores_prompt && !log.tells_scores_first()) {
             // The stream was resumed from a journal, at a position beyond this client's. The client gets its own generation,
-            // which is identical.
+            // which is identical. It has no journal of its own.
             let record = log.record(&self.shared.own);
-            let known = truncated(&record.choices, have, dispatch.scores_prompt());
-            let mut want = Want::new(dispatch, &self.shared);
-            want.fingerprint = Some(record.head.fingerprint.clone());
-            want.sampling = log.head.sampling.clone();
-            let twin = StreamLog::new(record.head, log.epoch(), known, false, false).scoring(dispatch.scores_prompt());
-            let twin = Arc::new(twin);
+            let known = truncated(&record.choices, have, scores_prompt);
+            let twin = dispatch.envelope.resuming(&record.envelope).with(|envelope| envelope.name = None);
+            let mut want = Want::new(twin.clone(), dispatch, &self.shared);
+            want.fingerprint = Some(record.fingerprint.clone());
+            let twin = Arc::new(StreamLog::new(twin, record.fingerprint, log.epoch(), known, false));
             return Ok(Some(self.launch(twin, want, None, Beginning::Anywhere)));
         }
         let joined = log.listen(&[]).map(|stream| dispatched(log, stream));
@@ -333,8 +274,8 @@ impl RouterState {
         let everywhere = |_: &Replica| true;
         match self.choose(want, &everywhere, false) {
             Destination::Here => {
-                let starts = ChoiceStart::fresh(want.sampling.n);
-                let cursor = Cursor::fresh(want.sampling.n);
+                let starts = ChoiceStart::fresh(want.envelope.sampling.n);
+                let cursor = Cursor::fresh(want.envelope.sampling.n);
                 let refusal = match self.open_here(want, starts, cursor, false) {
                     Ok(source) => {
                         self.metrics.placements.with(["local"]).inc();
@@ -369,17 +310,14 @@ impl RouterState {
 }
 
 impl Dispatch {
-    fn scores_prompt(&self) -> bool {
-        self.extensions.prompt_logprobs.is_some()
-    }
-
-    fn key(&self) -> JournalKey {
-        self.name.as_ref().map_or_else(|| JournalKey::new("", self.id.as_str(), 0), |name| name.key)
+    /// How many tokens the client has of each choice.
+    fn have(&self) -> &[u32] {
+        self.earlier.have.as_deref().unwrap_or_default()
     }
 }
 
 fn dispatched(log: &StreamLog, stream: GenerationStream) -> Dispatched {
-    let (id, created, fingerprint) = (log.head.id.clone(), log.head.created, log.shown_fingerprint());
+    let (id, created, fingerprint) = (log.envelope.id.clone(), log.envelope.created, log.shown_fingerprint());
     Dispatched { stream, id, created, fingerprint }
 }
 
@@ -400,9 +338,8 @@ fn truncated(choices: &[ChoiceProgress], have: &[u32], scores_prompt: bool) -> V
     choices.iter().enumerate().map(truncate).collect()
 }
 
-fn check_body(head: &JournalHead, dispatch: &Dispatch) -> Result<(), Failure> {
-    let body = dispatch.name.as_ref().map(|name| name.body);
-    if body == Some(head.body) && head.prompt == dispatch.prompt {
+fn check_body(known: &Envelope, dispatch: &Dispatch) -> Result<(), Failure> {
+    if known.name == dispatch.envelope.name && known.prompt == dispatch.envelope.prompt {
         return Ok(());
     }
     let message =

@@ -315,7 +315,7 @@ impl FailoverStream {
                 Some(Relief::Slow) => "its replica is slow",
                 Some(Relief::HandOver) | None => "its replica is leaving",
             };
-            info!(request = %self.log.head.id, from = %before.replica, to = %self.place_name(), cause, "a stream moved");
+            info!(request = %self.log.envelope.id, from = %before.replica, to = %self.place_name(), cause, "a stream moved");
             match relief {
                 Some(Relief::Stall) => {
                     self.failovers += 1;
@@ -351,7 +351,7 @@ impl FailoverStream {
         self.was_accepted = true;
         self.failovers += u32::from(reaction.loss == Loss::Failover);
         if self.failovers > self.shared.config.max_failovers {
-            warn!(request = %self.log.head.id, failovers = self.failovers, "a stream lost too many replicas");
+            warn!(request = %self.log.envelope.id, failovers = self.failovers, "a stream lost too many replicas");
             return self.log.fail(failure);
         }
         match reaction.loss {
@@ -437,7 +437,7 @@ impl FailoverStream {
 
     fn search(&mut self, now: Instant) {
         let since = *self.searching_since.get_or_insert(now);
-        if self.want.deadline.is_some_and(|deadline| deadline <= now) {
+        if self.want.envelope.deadline.is_some_and(|deadline| deadline <= now) {
             return match self.log.has_begun() {
                 true => self.log.finish_all(&FinishReason::Deadline),
                 false => self.log.fail(Failure::deadline_passed()),
@@ -477,7 +477,7 @@ impl FailoverStream {
         }
         if self.primary.is_none() && self.successor.is_none() && self.opening.is_none() {
             let next = self.not_before.unwrap_or(now + SEARCH_INTERVAL).max(now + Duration::from_millis(1));
-            alarm = alarm.min(next).min(self.want.deadline.map_or(next, |deadline| deadline.max(now)));
+            alarm = alarm.min(next).min(self.want.envelope.deadline.map_or(next, |deadline| deadline.max(now)));
         }
         self.alarm.as_mut().reset(alarm.into());
     }

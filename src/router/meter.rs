@@ -35,9 +35,9 @@ impl Meter {
             request.choices.iter().map(|choice| (choice.index, ChoiceMeter::default())).collect();
         Self {
             metrics,
-            prompt_tokens: request.prompt.len() as u64,
-            n: request.sampling.n,
-            max_tokens: request.sampling.max_tokens,
+            prompt_tokens: request.envelope.prompt.len() as u64,
+            n: request.envelope.sampling.n,
+            max_tokens: request.envelope.sampling.max_tokens,
             unfinished: choices.len() as u32,
             choices,
             arrived: now,
@@ -132,7 +132,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::types::{ChoiceStart, Extensions, Failure, FailureKind, RequestId, SamplingParams};
+    use crate::types::{ChoiceStart, Envelope, Failure, FailureKind, RequestId, SamplingParams};
 
     struct Metered {
         meter: Meter,
@@ -143,17 +143,9 @@ mod tests {
     impl Metered {
         fn new(choices: Vec<ChoiceStart>) -> Self {
             let (metrics, now) = (Arc::new(Metrics::new("m")), Instant::now());
-            let request = GenerateRequest {
-                id: RequestId::new("r"),
-                prompt: Arc::from([1, 2, 3]),
-                choices,
-                sampling: Arc::new(SamplingParams { n: 2, max_tokens: 50, ..Default::default() }),
-                priority: 0,
-                deadline: None,
-                bypass_prefix_cache: false,
-                is_probe: false,
-                extensions: Extensions::default(),
-            };
+            let sampling = SamplingParams { n: 2, max_tokens: 50, ..Default::default() };
+            let envelope = Envelope::new(RequestId::new("r"), Arc::from([1, 2, 3]), sampling);
+            let request = GenerateRequest::new(Arc::new(envelope), choices);
             Self { meter: Meter::new(metrics.clone(), &request, now), metrics, now }
         }
 

@@ -28,7 +28,7 @@ mod source;
 mod stream_log;
 
 pub use config::{Config, Strategy};
-pub use dispatch::{Dispatch, Dispatched, StreamName};
+pub use dispatch::{Dispatch, Dispatched, EarlierAttempt};
 pub use hold::Hold;
 pub use overview::{ClusterOverview, NodeOverview, PeerOverview, StreamCounts};
 pub use shared::{LocalReplica, NodeIdentity, Router, RouterParts};

@@ -4,9 +4,9 @@ use bytes::Bytes;
 use futures::future::BoxFuture;
 
 use crate::cluster::{
-    FollowCall, GenerateCall, JournalBatch, JournalKey, JournalRecord, JournalRefusal, Peer, PeerStream, PeerTransport,
+    FollowCall, GenerateCall, JournalBatch, JournalRecord, JournalRefusal, Peer, PeerStream, PeerTransport,
 };
-use crate::types::{Failure, FailureKind};
+use crate::types::{Failure, FailureKind, JournalKey};
 
 pub(super) struct NoPeers;
 

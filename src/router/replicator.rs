@@ -14,11 +14,9 @@ use tokio::time::{Instant, MissedTickBehavior, interval, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::stream_log::StreamLog;
-use crate::cluster::{
-    ClusterView, JournalBatch, JournalEntry, JournalKey, JournalRefusal, Peer, PeerTransport, rendezvous,
-};
+use crate::cluster::{ClusterView, JournalBatch, JournalEntry, JournalRefusal, Peer, PeerTransport, rendezvous};
 use crate::observability::Metrics;
-use crate::types::{Failure, NodeId, NodeState, watch};
+use crate::types::{Failure, JournalKey, NodeId, NodeState, watch};
 
 /// Copies of a journal besides the entry node's own.
 const HOLDERS: usize = 2;
@@ -58,7 +56,7 @@ struct Holder {
 
 impl Holder {
     fn new(node: NodeId, log: &StreamLog) -> Self {
-        Self { node, sent: vec![(0, false); log.head.sampling.n as usize], needs_put: false }
+        Self { node, sent: vec![(0, false); log.envelope.sampling.n as usize], needs_put: false }
     }
 }
 
@@ -78,7 +76,8 @@ impl Replicator {
     /// Finds holders for the stream. Returns when they have it or do not answer in time. From then on they are kept up to date
     /// until [`Replicator::end`].
     pub async fn place(&self, log: Arc<StreamLog>) {
-        let candidates = self.candidates(&log.key(), |_| false);
+        let Some(key) = log.key() else { return };
+        let candidates = self.candidates(&key, |_| false);
         let wanted = candidates.len().min(HOLDERS);
         let mut holders = Vec::with_capacity(wanted);
         let mut lost = BTreeMap::new();
@@ -100,13 +99,14 @@ impl Replicator {
             self.metrics.journal_unreplicated.inc();
         }
         if !log.is_fenced() && !log.is_superseded() {
-            self.streams.lock().insert(log.key(), Replicated { log, holders, lost, has_ended: false });
+            self.streams.lock().insert(key, Replicated { log, holders, lost, has_ended: false });
         }
     }
 
     /// The stream gets no more tokens.
     pub fn end(&self, log: &Arc<StreamLog>) {
-        if let Some(stream) = self.streams.lock().get_mut(&log.key()).filter(|stream| Arc::ptr_eq(&stream.log, log)) {
+        let Some(key) = log.key() else { return };
+        if let Some(stream) = self.streams.lock().get_mut(&key).filter(|stream| Arc::ptr_eq(&stream.log, log)) {
             stream.has_ended = true;
         }
     }
@@ -114,10 +114,10 @@ impl Replicator {
     /// The stream has wrong tokens, so nobody may continue it. Returns when its holders have dropped it or do not answer in
     /// time.
     pub async fn forget(&self, log: &StreamLog) {
-        let Some(stream) = self.take(log) else { return };
+        let Some((key, stream)) = self.take(log) else { return };
         let view = self.view.borrow().clone();
         let tell = |holder: &Holder| {
-            let entries = vec![JournalEntry::Drop { key: log.key(), epoch: log.epoch() }];
+            let entries = vec![JournalEntry::Drop { key, epoch: log.epoch() }];
             let batch = JournalBatch { from: self.own.clone(), entries };
             view.peers.get(&holder.node).map(|peer| timeout(self.ack_timeout, self.transport.journal(peer, batch)))
         };
@@ -132,10 +132,10 @@ impl Replicator {
     }
 
     /// Removes the entry of exactly this stream: another one may have the same name.
-    fn take(&self, log: &StreamLog) -> Option<Replicated> {
-        let mut streams = self.streams.lock();
-        streams.get(&log.key()).filter(|stream| std::ptr::eq(Arc::as_ptr(&stream.log), log))?;
-        streams.remove(&log.key())
+    fn take(&self, log: &StreamLog) -> Option<(JournalKey, Replicated)> {
+        let (key, mut streams) = (log.key()?, self.streams.lock());
+        streams.get(&key).filter(|stream| std::ptr::eq(Arc::as_ptr(&stream.log), log))?;
+        streams.remove_entry(&key)
     }
 
     /// Sends updates until `shutdown`.
@@ -209,7 +209,7 @@ impl Replicator {
             for holder in stream.holders.iter_mut().filter(|holder| !busy.contains(&holder.node)) {
                 let (keys, entries) = batches.entry(holder.node.clone()).or_default();
                 if entries.iter().map(weight).sum::<usize>() < MAX_BATCH_BYTES
-                    && holder.gather(&stream.log, &self.own, entries)
+                    && holder.gather(*key, &stream.log, &self.own, entries)
                 {
                     keys.push(*key);
                 }
@@ -296,7 +296,7 @@ fn weight(entry: &JournalEntry) -> usize {
     match entry {
         JournalEntry::Put(record) => {
             let tokens: usize = record.choices.iter().map(|choice| choice.tokens.len()).sum();
-            1024 + 4 * (record.head.prompt.len() + tokens)
+            1024 + 4 * (record.envelope.prompt.len() + tokens)
         }
         JournalEntry::Append { tokens, .. } => 64 + 4 * tokens.len(),
         JournalEntry::Drop { .. } | JournalEntry::Unreadable(_) => 64,
@@ -312,7 +312,7 @@ impl Replicated {
 
 impl Holder {
     /// Adds what the holder lacks. Returns whether there was anything.
-    fn gather(&mut self, log: &StreamLog, own: &NodeId, entries: &mut Vec<JournalEntry>) -> bool {
+    fn gather(&mut self, key: JournalKey, log: &StreamLog, own: &NodeId, entries: &mut Vec<JournalEntry>) -> bool {
         if std::mem::take(&mut self.needs_put) {
             let record = log.record(own);
             let told = record.choices.iter().map(|choice| (choice.tokens.len(), choice.finished.is_some()));
@@ -325,7 +325,7 @@ impl Holder {
             let Some((tokens, finished)) = log.since(choice, *sent) else { continue };
             let start = sent.0 as u32;
             *sent = (sent.0 + tokens.len(), sent.1 || finished.is_some());
-            let (key, epoch, choice) = (log.key(), log.epoch(), choice as u32);
+            let (epoch, choice) = (log.epoch(), choice as u32);
             entries.push(JournalEntry::Append { key, epoch, choice, start, tokens, finished });
         }
         entries.len() > before

@@ -13,12 +13,11 @@ use super::hot_prefixes;
 use super::shared::{DepartureStage, RouterState};
 use super::source::{Sign, StreamSource};
 use super::stream_log::Cursor;
-use crate::admission::Demand;
 use crate::cluster::{
-    FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalKey, JournalRecord, JournalRefusal, PeerFrame,
-    PeerService, PeerStream,
+    FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalRecord, JournalRefusal, PeerFrame, PeerService,
+    PeerStream,
 };
-use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, tasks, watch};
+use crate::types::{Failure, FailureKind, GenerateRequest, GenerationEvent, JournalKey, tasks, watch};
 
 /// Heartbeats per stall timeout: several may be lost before the peer reacts.
 const HEARTBEATS_PER_TIMEOUT: u32 = 4;
@@ -35,27 +34,15 @@ impl PeerService for Router {
                 Failure::new(FailureKind::Unavailable, "The replica has another fingerprint.").with_code("no_replica")
             );
         }
-        let demand = Demand {
-            prompt_tokens: call.prompt.len() as u64,
-            choices: u32::try_from(call.choices.len()).unwrap_or(u32::MAX),
-            priority: call.priority,
+        let GenerateCall { mut envelope, choices, remaining, is_continuation, fingerprint: _ } = call;
+        if let Some(remaining) = remaining {
             // A time that no clock can hold is no deadline.
-            deadline: call.remaining.and_then(|remaining| now().checked_add(remaining)),
-        };
-        let prefixes = hot_prefixes::hashes(&call.prompt, call.extensions.cache_salt);
-        let unfinished = call.choices.len();
-        let request = GenerateRequest {
-            id: call.id,
-            prompt: call.prompt,
-            choices: call.choices,
-            sampling: call.sampling,
-            priority: call.priority,
-            deadline: demand.deadline,
-            bypass_prefix_cache: false,
-            is_probe: false,
-            extensions: call.extensions,
-        };
-        let source = shared.admit(local, demand, request, &prefixes, Cursor::fresh(0), call.is_continuation)?;
+            Arc::make_mut(&mut envelope).deadline = now().checked_add(remaining);
+        }
+        let prefixes = hot_prefixes::hashes(&envelope.prompt, envelope.extensions.cache_salt);
+        let unfinished = choices.len();
+        let request = GenerateRequest::new(envelope, choices);
+        let source = shared.admit(local, request, &prefixes, Cursor::fresh(0), is_continuation)?;
         let (frames, answer) = PeerStream::channel();
         let departure = shared.departure.subscribe();
         if shared.leaves() {
@@ -70,13 +57,13 @@ impl PeerService for Router {
         let gone = || Failure::new(FailureKind::PeerDisconnected, "The stream is not running on this node.");
         let log = self.shared.streams.lock().get(&call.key).cloned().ok_or_else(gone)?;
         // A stream resumed from a journal lacks the log-probabilities of earlier tokens.
-        if log.head.sampling.logprobs.is_some() && !log.has_logprobs_from(&call.have) {
+        if log.envelope.sampling.logprobs.is_some() && !log.has_logprobs_from(&call.have) {
             return Err(Failure::new(
                 FailureKind::PeerDisconnected,
                 "This node does not have the stream from that position on.",
             ));
         }
-        let mut left = log.head.sampling.n;
+        let mut left = log.envelope.sampling.n;
         let mut stream = log.listen(&call.have).ok_or_else(gone)?;
         let (frames, answer) = PeerStream::channel();
         let every = self.shared.heartbeat_interval();
@@ -108,9 +95,9 @@ impl PeerService for Router {
         let JournalBatch { from, entries } = batch;
         let take = |entry: JournalEntry| {
             if let JournalEntry::Put(record) = &entry
-                && !self.shared.yield_to(&record.head)
+                && !self.shared.yield_to(&record.envelope)
             {
-                return Some(JournalRefusal::Fenced { key: record.head.key, epoch: record.epoch.saturating_add(1) });
+                return Some(JournalRefusal::Fenced { key: record.name().key, epoch: record.epoch.saturating_add(1) });
             }
             self.shared.journals.lock().apply(entry, &from, now()).err()
         };

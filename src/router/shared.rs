@@ -28,13 +28,13 @@ use super::source::{Replica, StreamSource};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::admission::{AdmissionController, Demand};
 use crate::cluster::{
-    ClusterView, GenerateCall, JournalKey, JournalRecord, JournalStore, LoadReport, ModelReport, Peer, PeerStream,
-    PeerTransport,
+    ClusterView, GenerateCall, JournalRecord, JournalStore, LoadReport, ModelReport, Peer, PeerStream, PeerTransport,
 };
 use crate::health::Health;
 use crate::observability::Metrics;
 use crate::types::{
-    Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent, NodeId, watch,
+    Backend, ChoiceStart, Failure, FailureKind, FinishReason, GenerateRequest, GenerationEvent, JournalKey, NodeId,
+    watch,
 };
 
 /// However short the stall timeout, a peer has this long to accept a stream that has lost its replica.
@@ -303,7 +303,7 @@ impl RouterState {
     ) -> Result<StreamSource, Failure> {
         let local = self.local.get().filter(|_| self.can_serve_here()).ok_or_else(|| self.unavailable())?;
         let request = want.request(starts, is_continuation);
-        self.admit(local, want.demand(), request, &want.prefixes, cursor, is_continuation)
+        self.admit(local, request, &want.prefixes, cursor, is_continuation)
     }
 
     /// Admits a request to this node's engine, whoever sent it, and starts its generation. A stream that was accepted before is
@@ -311,13 +311,12 @@ impl RouterState {
     pub(super) fn admit(
         &self,
         local: &LocalReplica,
-        demand: Demand,
         request: GenerateRequest,
         prefixes: &[u32],
         cursor: Cursor,
         is_continuation: bool,
     ) -> Result<StreamSource, Failure> {
-        let engine = local.engine.clone();
+        let (engine, demand) = (local.engine.clone(), Demand::of(&request));
         let permit = match is_continuation {
             true => self.admission.admit_continuation(demand),
             false => {
@@ -357,7 +356,7 @@ impl RouterState {
 
     /// Counts a request as on its way to the peer.
     pub(super) fn send_to(&self, peer: &Peer, want: &Want) -> (Option<Attempt>, InFlight) {
-        self.ledger.send(peer, want.sampling.n, want.prompt.len() as u64, now())
+        self.ledger.send(peer, want.envelope.sampling.n, want.envelope.prompt.len() as u64, now())
     }
 
     /// The source has started to deliver.
@@ -386,7 +385,7 @@ impl RouterState {
         match log.take(cursor, event) {
             News::Contradiction { choice, position } => {
                 self.metrics.stream_contradictions.inc();
-                let request = &log.head.id;
+                let request = &log.envelope.id;
                 tracing::error!(%request, choice, position, "a replica contradicts the tokens sent so far");
                 Err(Failure::new(FailureKind::NumericsInvalid, "The replica computes different numbers."))
             }
@@ -411,14 +410,12 @@ impl RouterState {
 
     /// Registers the stream as running. Returns the stream that already runs under its name, if any.
     pub(super) fn register(&self, log: &Arc<StreamLog>) -> Option<Arc<StreamLog>> {
-        if !log.is_named {
-            return None;
-        }
+        let key = log.key()?;
         let mut streams = self.streams.lock();
-        if let Some(running) = streams.get(&log.key()).filter(|running| !running.is_closed()) {
+        if let Some(running) = streams.get(&key).filter(|running| !running.is_closed()) {
             return Some(running.clone());
         }
-        streams.insert(log.key(), log.clone());
+        streams.insert(key, log.clone());
         None
     }
 
@@ -445,17 +442,17 @@ impl RouterState {
 
     /// The stream has ended; keeps its journal for a while.
     pub(super) fn stream_ended(&self, log: &Arc<StreamLog>) {
-        if log.is_named {
+        if let Some(key) = log.key() {
             match (log.is_superseded(), log.is_spoiled()) {
                 // Its key belongs to another stream.
                 (true, _) => {}
-                (false, true) => self.journals.lock().remove(log.key()),
+                (false, true) => self.journals.lock().remove(key),
                 // A later epoch may already be stored.
                 (false, false) => _ = self.journals.lock().put(log.record(&self.own), now()),
             }
             let mut streams = self.streams.lock();
-            if streams.get(&log.key()).is_some_and(|running| Arc::ptr_eq(running, log)) {
-                streams.remove(&log.key());
+            if streams.get(&key).is_some_and(|running| Arc::ptr_eq(running, log)) {
+                streams.remove(&key);
             }
             drop(streams);
             self.replicator.end(log);

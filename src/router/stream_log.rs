@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::{Notify, mpsc};
 
-use crate::cluster::{ChoiceProgress, JournalHead, JournalKey, JournalRecord};
+use crate::cluster::{ChoiceProgress, JournalRecord};
 use crate::types::reaction::Elsewhere;
 use crate::types::{
-    ChoiceStart, Failure, Fingerprint, FinishReason, GenerationEvent, GenerationStream, NodeId, TokenId, TokenLogprobs,
+    ChoiceStart, Envelope, Failure, Fingerprint, FinishReason, GenerationEvent, GenerationStream, JournalKey, NodeId,
+    TokenId, TokenLogprobs,
 };
 
 /// The fingerprint of a stream, as its clients see it. Cheap to clone.
@@ -58,11 +59,9 @@ pub enum News {
 }
 
 pub struct StreamLog {
-    /// As when the stream was started; see [`StreamLog::record`].
-    pub head: Arc<JournalHead>,
+    /// If it has a name, the client chose it or was told it, and the stream's journal is replicated.
+    pub envelope: Arc<Envelope>,
     shown: StreamFingerprint,
-    /// The client named the stream or was told its name, so its journal is replicated.
-    pub is_named: bool,
     epoch: AtomicU64,
     /// The node that answers for the stream, if it is another one.
     followed: Mutex<Option<NodeId>>,
@@ -101,13 +100,19 @@ struct ChoiceLog {
 
 impl StreamLog {
     /// A stream with the tokens that are already known.
-    pub fn new(head: Arc<JournalHead>, epoch: u64, known: Vec<ChoiceProgress>, is_named: bool, is_gated: bool) -> Self {
+    pub fn new(
+        envelope: Arc<Envelope>,
+        fingerprint: Fingerprint,
+        epoch: u64,
+        known: Vec<ChoiceProgress>,
+        is_gated: bool,
+    ) -> Self {
         let choices =
             known.into_iter().map(|progress| ChoiceLog { logprobs: vec![None; progress.tokens.len()], progress });
         let mut choices: Vec<ChoiceLog> = choices.collect();
-        choices.resize_with(head.sampling.n as usize, ChoiceLog::default);
+        choices.resize_with(envelope.sampling.n as usize, ChoiceLog::default);
         let state = LogState {
-            fingerprint: head.fingerprint.clone(),
+            fingerprint: fingerprint.clone(),
             choices,
             scheduled: None,
             scores: Vec::new(),
@@ -117,22 +122,16 @@ impl StreamLog {
             is_closed: false,
         };
         Self {
-            shown: StreamFingerprint(Arc::new(RwLock::new(head.fingerprint.clone()))),
-            head,
-            is_named,
+            shown: StreamFingerprint(Arc::new(RwLock::new(fingerprint))),
+            num_scores: if envelope.scores_prompt() { envelope.prompt.len() - 1 } else { 0 },
+            envelope,
             epoch: epoch.into(),
             followed: Mutex::default(),
             is_fenced: false.into(),
             is_superseded: false.into(),
-            num_scores: 0,
             state: Mutex::new(state),
             departures: Notify::new(),
         }
-    }
-
-    /// Sets whether log-probabilities of the prompt are sent before any token.
-    pub fn scoring(self, is_scoring: bool) -> Self {
-        Self { num_scores: if is_scoring { self.head.prompt.len() - 1 } else { 0 }, ..self }
     }
 
     /// Whether who listens from the first token on hears how the prompt scored, and before any token. One that was taken up
@@ -150,8 +149,9 @@ impl StreamLog {
         self.state.lock().scores.len() == self.num_scores
     }
 
-    pub fn key(&self) -> JournalKey {
-        self.head.key
+    /// The key of its journal, if it has one.
+    pub fn key(&self) -> Option<JournalKey> {
+        self.envelope.name.map(|name| name.key)
     }
 
     pub fn epoch(&self) -> u64 {
@@ -347,15 +347,12 @@ impl StreamLog {
         true
     }
 
-    /// The journal record of the stream.
+    /// The journal record of a stream with a name.
     pub fn record(&self, own: &NodeId) -> JournalRecord {
         let state = self.state.lock();
-        let head = match state.fingerprint == self.head.fingerprint {
-            true => self.head.clone(),
-            false => Arc::new(JournalHead { fingerprint: state.fingerprint.clone(), ..(*self.head).clone() }),
-        };
         JournalRecord {
-            head,
+            envelope: self.envelope.clone(),
+            fingerprint: state.fingerprint.clone(),
             epoch: self.epoch(),
             entry: self.followed.lock().clone().unwrap_or_else(|| own.clone()),
             choices: state.choices.iter().map(|choice| choice.progress.lasting()).collect(),

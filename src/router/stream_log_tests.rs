@@ -1,20 +1,21 @@
 //! Listeners must see one consistent stream, whatever happens to the sources.
 
 use super::*;
-use crate::types::{Fingerprint, RequestId, SamplingParams};
+use crate::types::{Extensions, RequestId, SamplingParams};
 
 fn log(n: u32, is_gated: bool) -> Arc<StreamLog> {
-    let head = JournalHead {
-        key: JournalKey::new("tenant", "key", 0),
-        body: [0; 16],
-        id: RequestId::new("r"),
-        created: 1,
-        model: "m".into(),
-        fingerprint: Fingerprint::new("f"),
-        prompt: Arc::from([1]),
-        sampling: Arc::new(SamplingParams { n, ..SamplingParams::default() }),
+    let sampling = SamplingParams { n, ..SamplingParams::default() };
+    let envelope = Envelope::new(RequestId::new("r"), Arc::from([1]), sampling);
+    Arc::new(StreamLog::new(Arc::new(envelope), Fingerprint::new("f"), 1, Vec::new(), is_gated))
+}
+
+/// A stream of one choice whose prompt is to be scored, with the tokens that are known already.
+fn scoring_log(prompt: &[TokenId], known: Vec<ChoiceProgress>) -> Arc<StreamLog> {
+    let envelope = Envelope {
+        extensions: Extensions { prompt_logprobs: Some(0), cache_salt: None },
+        ..Envelope::new(RequestId::new("r"), prompt.into(), SamplingParams::default())
     };
-    Arc::new(StreamLog::new(Arc::new(head), 1, Vec::new(), true, is_gated))
+    Arc::new(StreamLog::new(Arc::new(envelope), Fingerprint::new("f"), 1, known, false))
 }
 
 fn token(choice: u32, token: TokenId) -> GenerationEvent {
@@ -73,8 +74,7 @@ fn scored(start: u32, values: &[f32]) -> GenerationEvent {
 
 #[test]
 fn a_prompt_is_scored_once_whoever_does_it_and_before_any_token() {
-    let head = JournalHead { prompt: Arc::from([1, 2, 3, 4]), ..(*log(1, false).head).clone() };
-    let log = Arc::new(StreamLog::new(Arc::new(head), 1, Vec::new(), true, false).scoring(true));
+    let log = scoring_log(&[1, 2, 3, 4], Vec::new());
     let mut listener = log.listen(&[]).expect("open");
     let (mut first, mut second) = (log.continuation().1, log.continuation().1);
     assert_eq!(log.take(&mut first, scored(0, &[-1.0])), News::Taken);
@@ -97,12 +97,9 @@ fn a_prompt_is_scored_once_whoever_does_it_and_before_any_token() {
 
 #[test]
 fn a_stream_that_knows_tokens_before_its_scores_is_not_for_those_who_want_both() {
-    let head = || Arc::new(JournalHead { prompt: Arc::from([1, 2]), ..(*log(1, false).head).clone() });
-    let fresh = StreamLog::new(head(), 1, Vec::new(), true, false);
-    assert!(!fresh.tells_scores_first(), "it tells none");
-    assert!(fresh.scoring(true).tells_scores_first());
-    let known = || vec![ChoiceProgress { tokens: vec![5], finished: None }];
-    let resumed = StreamLog::new(head(), 1, known(), true, false).scoring(true);
+    assert!(!log(1, false).tells_scores_first(), "it tells none");
+    assert!(scoring_log(&[1, 2], Vec::new()).tells_scores_first());
+    let resumed = scoring_log(&[1, 2], vec![ChoiceProgress { tokens: vec![5], finished: None }]);
     assert!(!resumed.tells_scores_first());
     let mut cursor = resumed.continuation().1;
     assert_eq!(resumed.take(&mut cursor, scored(0, &[-1.0])), News::Taken);

@@ -2,6 +2,7 @@
 
 pub mod backend;
 pub mod causes;
+pub mod envelope;
 pub mod failure;
 pub mod ids;
 mod panic;
@@ -13,9 +14,10 @@ pub mod watch;
 
 pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};
 pub use causes::with_causes;
+pub use envelope::{CacheSalt, Envelope, Extensions, StreamName};
 pub use failure::{Failure, FailureKind};
-pub use ids::{Fingerprint, NodeId, RequestId, TokenId};
+pub use ids::{Fingerprint, JournalKey, NodeId, RequestId, Tenant, TokenId};
 pub use panic::panic_message;
 pub use reaction::Reaction;
-pub use request::{CacheSalt, ChoiceStart, Extensions, GenerateRequest, SamplingDefaults, SamplingParams};
+pub use request::{ChoiceStart, GenerateRequest, SamplingDefaults, SamplingParams};
 pub use status::{EngineStatus, NodeState, Pace};

@@ -1,53 +1,34 @@
 //! A request to a backend: token ids and an explicit seed, never text.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-use super::ids::{RequestId, TokenId};
+use super::envelope::Envelope;
+use super::ids::TokenId;
 
-/// One generation with `sampling.n` choices. Together with the model's fingerprint it decides every token.
+/// One generation, as a backend takes it: the envelope, and where its choices begin.
 #[derive(Clone, Debug)]
 pub struct GenerateRequest {
-    pub id: RequestId,
-    /// Never empty.
-    pub prompt: Arc<[TokenId]>,
+    pub envelope: Arc<Envelope>,
     /// The choices to generate. A fresh request has `ChoiceStart::fresh(0..n)`; a continuation lists the unfinished
     /// choices with the tokens that were already emitted for each.
     pub choices: Vec<ChoiceStart>,
-    pub sampling: Arc<SamplingParams>,
-    /// Lower is served first; equal priorities are served in order of arrival.
-    pub priority: i32,
-    pub deadline: Option<Instant>,
     /// Neither reads nor fills the prefix cache (synthetic inference).
     pub bypass_prefix_cache: bool,
     /// A reserved slot outside `max_num_seqs` and the queue caps (synthetic inference).
     pub is_probe: bool,
-    pub extensions: Extensions,
 }
 
-/// What may be asked beside the sampling.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Extensions {
-    pub cache_salt: Option<CacheSalt>,
-    /// `Some(k)`: report the log-probability of every token of the prompt but the first, and the `k` most likely tokens at
-    /// its place, before the first token is generated. The prefix cache is bypassed then: it holds no logits.
-    pub prompt_logprobs: Option<u32>,
-}
-
-/// Digest of a client's salt: prompts of different salts share nothing in the prefix cache, so that nobody learns from the
-/// time of an answer what others have asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct CacheSalt([u8; 16]);
-
-impl CacheSalt {
-    pub fn new(digest: [u8; 16]) -> Self {
-        Self(digest)
+impl GenerateRequest {
+    pub fn new(envelope: Arc<Envelope>, choices: Vec<ChoiceStart>) -> Self {
+        Self { envelope, choices, bypass_prefix_cache: false, is_probe: false }
     }
 
-    pub fn bytes(&self) -> &[u8; 16] {
-        &self.0
+    /// All choices from their beginning.
+    pub fn fresh(envelope: Arc<Envelope>) -> Self {
+        let choices = ChoiceStart::fresh(envelope.sampling.n);
+        Self::new(envelope, choices)
     }
 }
 

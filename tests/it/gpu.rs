@@ -2,7 +2,6 @@
 //! otherwise on the emulator in builds that have it. If there is none, the tests are skipped with a message.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use outrigger::config::ComputeConfig;
 use outrigger::engine::model::gpu_weights::Quantization;
@@ -14,7 +13,7 @@ use outrigger_kernels::gpu::DeviceError;
 
 use crate::fixtures::{self, Golden, PROMPT_LENGTH, relative_error};
 use crate::invariance::{
-    ALONE, Setup, TOGETHER, assert_equal, engine_on, mixed_load, resumed, run_alone, run_together,
+    ALONE, Setup, TOGETHER, assert_equal, engine_on, mixed_load, resumed, run_alone, run_together, sampling_of,
 };
 use crate::paths::{Blocks, check_every_path, feed};
 
@@ -155,7 +154,7 @@ fn streams_are_the_same_in_any_company() {
         let prompt = Golden::load(name).ids[..100].to_vec();
         let mut requests = mixed_load(10, &[prompt], 128);
         for request in &mut requests {
-            let sampling = Arc::make_mut(&mut request.sampling);
+            let sampling = sampling_of(request);
             (sampling.max_tokens, sampling.min_tokens) = (sampling.max_tokens + 30, 30);
         }
         let alone = run_alone(&engine(&device, name, small), &requests);
@@ -168,7 +167,7 @@ fn streams_are_the_same_in_any_company() {
         assert_equal("from the cache", &requests, &run_together(&crowd, &requests), &alone);
         assert!(crowd.counters().prefix_cache_hits > 0, "{name}: the second round hits the prefix cache");
         for (request, whole) in requests.iter().zip(&alone).step_by(3) {
-            assert_eq!(&resumed(&crowd, request, whole, 2), whole, "{name}: {} resumed", request.id);
+            assert_eq!(&resumed(&crowd, request, whole, 2), whole, "{name}: {} resumed", request.envelope.id);
         }
     }
 }

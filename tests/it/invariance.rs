@@ -13,8 +13,7 @@ use outrigger::engine::model_runner::{CpuModelRunner, RunnerConfig};
 use outrigger::engine::{self, EngineHandle, EngineParts, HostSampling, ModelRunner};
 use outrigger::tokenizer::Tokenizer;
 use outrigger::types::{
-    Backend, ChoiceStart, Extensions, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, RequestId,
-    SamplingParams, TokenId,
+    Backend, Envelope, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, RequestId, SamplingParams, TokenId,
 };
 
 use crate::{fixtures, real_model};
@@ -121,22 +120,18 @@ impl Outcome {
 }
 
 fn request(index: usize, prompt: &[TokenId], sampling: SamplingParams) -> GenerateRequest {
-    GenerateRequest {
-        id: RequestId::new(format!("request-{index}")),
-        prompt: prompt.into(),
-        choices: ChoiceStart::fresh(sampling.n),
-        sampling: Arc::new(sampling),
-        priority: 0,
-        deadline: None,
-        bypass_prefix_cache: false,
-        is_probe: false,
-        extensions: Extensions::default(),
-    }
+    let id = RequestId::new(format!("request-{index}"));
+    GenerateRequest::fresh(Arc::new(Envelope::new(id, prompt.into(), sampling)))
+}
+
+/// To change how a request is sampled.
+pub fn sampling_of(request: &mut GenerateRequest) -> &mut SamplingParams {
+    Arc::make_mut(&mut Arc::make_mut(&mut request.envelope).sampling)
 }
 
 /// The outcome of each choice of a request.
 async fn outcomes(engine: &EngineHandle, request: GenerateRequest) -> Vec<Outcome> {
-    let mut outcomes = vec![Outcome::default(); request.sampling.n as usize];
+    let mut outcomes = vec![Outcome::default(); request.envelope.sampling.n as usize];
     let mut left = request.choices.len();
     let mut stream = engine.generate(request).unwrap();
     while left > 0 {
@@ -210,7 +205,7 @@ fn real_prompts() -> Vec<Vec<TokenId>> {
 
 pub fn assert_equal(what: &str, requests: &[GenerateRequest], actual: &[Vec<Outcome>], expected: &[Vec<Outcome>]) {
     for ((request, actual), expected) in requests.iter().zip(actual).zip(expected) {
-        assert_eq!(actual, expected, "{what}: {} with {:?}", request.id, request.sampling);
+        assert_eq!(actual, expected, "{what}: {} with {:?}", request.envelope.id, request.envelope.sampling);
     }
 }
 
@@ -231,7 +226,7 @@ fn a_mixed_load_on_the_real_model_equals_the_same_requests_alone() {
 fn a_pool_so_small_that_everything_preempts_changes_nothing() {
     let mut requests = mixed_load(24, &real_prompts(), 49_152);
     for request in &mut requests {
-        let sampling = Arc::make_mut(&mut request.sampling);
+        let sampling = sampling_of(request);
         (sampling.max_tokens, sampling.min_tokens) = (sampling.max_tokens + 40, 36);
     }
     let alone = run_alone(&engine(real_model::path(), ALONE), &requests);
@@ -273,8 +268,7 @@ fn streams_of_the_fixtures_resume_exactly_at_every_position() {
         let (first, second) = (engine(&path, setup), engine(&path, Setup { threads: 2, block_size: 16, ..setup }));
         let prompt = fixtures::Golden::load(name).ids[..fixtures::PROMPT_LENGTH].to_vec();
         for (i, mut request) in mixed_load(6, &[prompt], 128).into_iter().enumerate() {
-            let sampling = SamplingParams { ignore_eos: i % 2 == 0, ..(*request.sampling).clone() };
-            request.sampling = Arc::new(sampling);
+            sampling_of(&mut request).ignore_eos = i % 2 == 0;
             let whole = run_alone(&first, std::slice::from_ref(&request)).remove(0);
             let longest = whole.iter().map(|outcome| outcome.tokens.len()).max().unwrap_or(0);
             for cut in 0..=longest {

@@ -4,15 +4,15 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrigger::cluster::JournalKey;
-use outrigger::router::{Dispatch, Dispatched, StreamName};
+use outrigger::router::{Dispatch, Dispatched, EarlierAttempt};
 use outrigger::types::{
-    Extensions, Failure, FailureKind, FinishReason, GenerationEvent, RequestId, TokenId, TokenLogprobs,
+    Envelope, Extensions, Failure, FailureKind, FinishReason, GenerationEvent, JournalKey, RequestId, StreamName,
+    Tenant, TokenId, TokenLogprobs,
 };
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::net::Process;
-use crate::node::{MODEL, Node, TOKENIZER};
+use crate::node::Node;
 use crate::oracle::{Reference, Violation};
 use crate::plan::ClientPlan;
 use crate::random::Random;
@@ -301,32 +301,24 @@ impl Client {
     fn dispatch(&self) -> Dispatch {
         let plan = &self.plan;
         let have = self.received.iter().map(|received| received.tokens.len() as u32).collect();
-        let name = StreamName {
-            key: journal_key(&self.key),
-            body: [plan.request as u8; 16],
+        let earlier = EarlierAttempt {
             may_exist: plan.is_keyed || self.is_known(),
             // In reality, only the server knows the seed of a stream that it has named. Here the client knows it too, so
             // that it can compare.
             must_exist: self.is_known() && !plan.is_keyed,
             have: self.is_known().then_some(have),
         };
-        Dispatch {
-            id: RequestId::new(format!("{}-{}", self.name, self.attempts)),
+        let envelope = Envelope {
             created: 1,
-            model: MODEL.into(),
-            tokenizer: TOKENIZER.into(),
-            prompt: plan.prompt.clone(),
-            sampling: plan.sampling.clone(),
-            priority: 0,
+            name: Some(StreamName { key: journal_key(&self.key), body: [plan.request as u8; 16] }),
             deadline: self.deadline.map(Instant::into_std),
-            strategy: plan.strategy,
             extensions: Extensions {
                 prompt_logprobs: plan.extensions.prompt_logprobs.filter(|_| self.lacks_scores()),
                 ..plan.extensions
             },
-            allows_other_fingerprint: false,
-            name: Some(name),
-        }
+            ..plan.envelope(RequestId::new(format!("{}-{}", self.name, self.attempts)))
+        };
+        Dispatch { envelope: Arc::new(envelope), strategy: plan.strategy, allows_other_fingerprint: false, earlier }
     }
 
     /// Whether the prompt's scores are still missing. As in the API, they come before the first token of each choice.
@@ -353,5 +345,5 @@ impl Client {
 }
 
 fn journal_key(key: &str) -> JournalKey {
-    JournalKey::new("tenant", key, 0)
+    JournalKey::new(&Tenant::new("tenant"), key, 0)
 }

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use outrigger::app::life::Bounds;
-use outrigger::cluster::JournalKey;
-use outrigger::router::{Dispatch, Dispatched, StreamName};
-use outrigger::types::{Extensions, FailureKind, GenerationEvent, RequestId, SamplingParams, TokenId};
+use outrigger::router::{Dispatch, Dispatched, EarlierAttempt};
+use outrigger::types::{
+    Envelope, Extensions, FailureKind, GenerationEvent, JournalKey, RequestId, SamplingParams, StreamName, Tenant,
+    TokenId,
+};
 use tokio::time::{sleep, timeout};
 
 use crate::engine::{EngineSize, VOCABULARY};
 use crate::gossip::Gossip;
-use crate::node::{MODEL, NodeConfig, TOKENIZER};
+use crate::node::NodeConfig;
 use crate::oracle::{Reference, Violation};
 use crate::plan::{ClientPlan, Fault};
 use crate::random::Random;
@@ -61,26 +63,17 @@ impl Rival {
     }
 
     fn dispatch(&self, number: u32) -> Dispatch {
-        let name = StreamName {
-            key: JournalKey::new("tenant", "key", 0),
-            body: [self.body; 16],
-            may_exist: true,
-            must_exist: false,
-            have: None,
+        let key = JournalKey::new(&Tenant::new("tenant"), "key", 0);
+        let envelope = Envelope {
+            created: self.created,
+            name: Some(StreamName { key, body: [self.body; 16] }),
+            ..self.plan.envelope(RequestId::new(format!("rival-{}-{number}", self.body)))
         };
         Dispatch {
-            id: RequestId::new(format!("rival-{}-{number}", self.body)),
-            created: self.created,
-            model: MODEL.into(),
-            tokenizer: TOKENIZER.into(),
-            prompt: self.plan.prompt.clone(),
-            sampling: self.plan.sampling.clone(),
-            priority: 0,
-            deadline: None,
+            envelope: Arc::new(envelope),
             strategy: None,
-            extensions: self.plan.extensions,
             allows_other_fingerprint: false,
-            name: Some(name),
+            earlier: EarlierAttempt { may_exist: true, ..EarlierAttempt::default() },
         }
     }
 

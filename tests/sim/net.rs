@@ -8,11 +8,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use outrigger::cluster::{
-    FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalKey, JournalRecord, JournalRefusal, Peer, PeerFrame,
-    PeerService, PeerStream, PeerTransport,
+    FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalRecord, JournalRefusal, Peer, PeerFrame, PeerService,
+    PeerStream, PeerTransport,
 };
 use outrigger::router::Router;
-use outrigger::types::{Failure, FailureKind, GenerationEvent, NodeId, watch};
+use outrigger::types::{Failure, FailureKind, GenerationEvent, JournalKey, NodeId, watch};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout_at};
@@ -378,7 +378,7 @@ impl PeerTransport for SimTransport {
     fn journal(&self, peer: &Peer, batch: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {
         let (net, holder) = (self.net.clone(), Self::process(peer));
         let of = |entry: &JournalEntry| match entry {
-            JournalEntry::Put(record) => (record.head.key, record.epoch),
+            JournalEntry::Put(record) => (record.name().key, record.epoch),
             JournalEntry::Append { key, epoch, .. } | JournalEntry::Drop { key, epoch } => (*key, *epoch),
             JournalEntry::Unreadable(refusal) => (refusal.key(), 0),
         };

@@ -1,9 +1,9 @@
 //! The oracle: computes the reference for every stream with an undisturbed run of the same request on a separate engine.
 
+use std::sync::Arc;
+
 use outrigger::cluster::JournalRecord;
-use outrigger::types::{
-    ChoiceStart, FinishReason, GenerateRequest, GenerationEvent, RequestId, TokenId, TokenLogprobs,
-};
+use outrigger::types::{FinishReason, GenerateRequest, GenerationEvent, RequestId, TokenId, TokenLogprobs};
 
 use crate::engine::compute_alone;
 use crate::plan::ClientPlan;
@@ -25,17 +25,8 @@ pub struct ReferenceChoice {
 
 impl Reference {
     pub fn of(plan: &ClientPlan) -> Self {
-        let request = GenerateRequest {
-            id: RequestId::new("reference"),
-            prompt: plan.prompt.clone(),
-            choices: ChoiceStart::fresh(plan.sampling.n),
-            sampling: plan.sampling.clone(),
-            priority: 0,
-            deadline: None,
-            bypass_prefix_cache: true,
-            is_probe: false,
-            extensions: plan.extensions,
-        };
+        let envelope = plan.envelope(RequestId::new("reference"));
+        let request = GenerateRequest { bypass_prefix_cache: true, ..GenerateRequest::fresh(Arc::new(envelope)) };
         let mut stream = compute_alone(request);
         let mut scores = Vec::new();
         let mut tokens = vec![Vec::new(); plan.sampling.n as usize];

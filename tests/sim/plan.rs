@@ -6,10 +6,10 @@ use std::time::Duration;
 use outrigger::admission;
 use outrigger::app::life::Bounds;
 use outrigger::router::{self, Strategy};
-use outrigger::types::{CacheSalt, Extensions, SamplingParams, TokenId};
+use outrigger::types::{CacheSalt, Envelope, Extensions, RequestId, SamplingParams, TokenId};
 
 use crate::engine::{EngineSize, VOCABULARY};
-use crate::node::NodeConfig;
+use crate::node::{MODEL, NodeConfig, TOKENIZER};
 use crate::random::Random;
 
 /// No fault happens after this time.
@@ -44,6 +44,18 @@ pub struct ClientPlan {
     pub hang_ups: Vec<(usize, Duration)>,
     /// The client gives up a server that is silent for this long.
     pub patience: Duration,
+}
+
+impl ClientPlan {
+    /// The request, without a name and a deadline.
+    pub fn envelope(&self, id: RequestId) -> Envelope {
+        Envelope {
+            model: MODEL.into(),
+            tokenizer: TOKENIZER.into(),
+            extensions: self.extensions,
+            ..Envelope::new(id, self.prompt.clone(), (*self.sampling).clone())
+        }
+    }
 }
 
 #[derive(Clone, Debug)]

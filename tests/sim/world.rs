@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use outrigger::cluster::{JournalKey, PeerService};
+use outrigger::cluster::PeerService;
+use outrigger::types::JournalKey;
 use parking_lot::Mutex;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 

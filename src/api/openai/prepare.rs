@@ -15,8 +15,8 @@ use crate::api::config::Config;
 use crate::api::error::ApiError;
 use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::ApiState;
-use crate::router::{Dispatch, Dispatched, Strategy, StreamName};
-use crate::types::{Extensions, Failure, RequestId, SamplingParams, TokenId};
+use crate::router::{Dispatch, Dispatched, EarlierAttempt, Strategy};
+use crate::types::{Envelope, Extensions, Failure, RequestId, SamplingParams, TokenId};
 
 /// The request's deadline, in milliseconds from its arrival.
 pub const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
@@ -152,31 +152,34 @@ impl Start<'_> {
             // The client already has the prompt's log-probabilities: they came with the beginning of the stream.
             extensions.prompt_logprobs = None;
         }
-        let dispatched = self.state.router.dispatch(Dispatch {
+        let envelope = Envelope {
             id: if index == 0 { id.clone() } else { RequestId::new(format!("{id}-{index}")) },
             created: unix_seconds(),
+            name: self.is_named.then(|| self.resumption.stream_name(index)),
+            tenant: self.resumption.tenant.clone(),
             model: self
                 .body
                 .model
                 .as_deref()
                 .filter(|name| self.model.has_name(name))
                 .unwrap_or(self.model.name())
-                .to_owned(),
-            tokenizer: self.model.tokenizer_digest.clone(),
+                .into(),
+            tokenizer: self.model.tokenizer_digest.as_str().into(),
             prompt: prompt.tokens.clone(),
             sampling: sampling.clone(),
             priority: self.body.priority.unwrap_or(0),
             deadline: self.deadline,
-            strategy: self.strategy,
             extensions,
+        };
+        let dispatched = self.state.router.dispatch(Dispatch {
+            envelope: Arc::new(envelope),
+            strategy: self.strategy,
             allows_other_fingerprint: self.allows_other_fingerprint,
-            name: self.is_named.then(|| StreamName {
-                key: self.resumption.journal_key(index),
-                body: self.resumption.body,
+            earlier: EarlierAttempt {
                 may_exist: self.resumption.is_keyed(),
                 must_exist: self.must_exist,
                 have: self.resumption.tokens_of(first_choice as usize, sampling.n as usize),
-            }),
+            },
         });
         let dispatched = dispatched.await?;
         let prompt_tokens = prompt.tokens.len();

@@ -13,8 +13,7 @@ use uuid::Uuid;
 
 use super::sampling::Endpoint;
 use crate::api::state::ApiState;
-use crate::cluster::JournalKey;
-use crate::types::{Failure, RequestId};
+use crate::types::{Failure, JournalKey, RequestId, StreamName, Tenant};
 
 pub const KEY_HEADER: &str = "idempotency-key";
 pub const LAST_EVENT_HEADER: &str = "last-event-id";
@@ -46,7 +45,7 @@ pub struct Resumption {
     pub has: Option<Vec<ChoiceMark>>,
     /// Whether the client can resume this stream, and is told so.
     pub is_offered: bool,
-    tenant: String,
+    pub tenant: Tenant,
     key: Option<String>,
     node: HeaderValue,
 }
@@ -69,7 +68,7 @@ impl Resumption {
         // The seed is derived from key and body, so the request gives the same tokens on every node, even if no node knows of
         // an earlier attempt.
         let name: [u8; 16] = match &key {
-            Some(key) => digest(&[tenant.as_bytes(), key.as_bytes(), &body]),
+            Some(key) => digest(&[tenant.as_str().as_bytes(), key.as_bytes(), &body]),
             None => Uuid::new_v4().into_bytes(),
         };
         let id = match &key {
@@ -107,9 +106,10 @@ impl Resumption {
         self.key.is_some()
     }
 
-    /// The journal key of one prompt.
-    pub fn journal_key(&self, part: usize) -> JournalKey {
-        JournalKey::new(&self.tenant, self.key.as_deref().unwrap_or(self.id.as_str()), part)
+    /// The name of one prompt's stream.
+    pub fn stream_name(&self, part: usize) -> StreamName {
+        let key = JournalKey::new(&self.tenant, self.key.as_deref().unwrap_or(self.id.as_str()), part);
+        StreamName { key, body: self.body }
     }
 
     /// How many tokens the client has of each of these choices.

@@ -40,9 +40,9 @@ async fn a_whole_answer_has_openais_shape() {
     });
     assert_eq!(body, expected);
     let request = node.last_request();
-    assert_eq!(*request.prompt, *prompt_ids());
-    assert_eq!((request.sampling.seed, request.sampling.max_tokens), (7, 40));
-    assert_eq!(Some(request.id.as_str()), id.as_str());
+    assert_eq!(*request.envelope.prompt, *prompt_ids());
+    assert_eq!((request.envelope.sampling.seed, request.envelope.sampling.max_tokens), (7, 40));
+    assert_eq!(Some(request.envelope.id.as_str()), id.as_str());
 }
 
 #[tokio::test]
@@ -260,21 +260,21 @@ async fn templates_get_parts_kwargs_and_the_generation_prompt() {
     let node = Node::saying("x");
     let messages = json!([{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]);
     node.post_json(PATH, json!({"messages": messages, "add_generation_prompt": false})).await;
-    assert_eq!(*node.last_request().prompt, *ids("<|im_start|>user\na\nb<|im_end|>\n"));
+    assert_eq!(*node.last_request().envelope.prompt, *ids("<|im_start|>user\na\nb<|im_end|>\n"));
 }
 
 #[tokio::test]
 async fn without_max_tokens_the_rest_of_the_context_is_used() {
     let node = Node::saying("x");
     node.post_json(PATH, hello(json!({}))).await;
-    assert_eq!(node.last_request().sampling.max_tokens as usize, MAX_MODEL_LEN - prompt_ids().len());
+    assert_eq!(node.last_request().envelope.sampling.max_tokens as usize, MAX_MODEL_LEN - prompt_ids().len());
     let config = Config { max_output_tokens: Some(9), ..Config::default() };
     let node = Node::with_config(config, admission::Config::default(), |request, events| {
         play(&events, request, &[], FinishReason::Length);
         Ok(())
     });
     node.post_json(PATH, hello(json!({}))).await;
-    assert_eq!(node.last_request().sampling.max_tokens, 9);
+    assert_eq!(node.last_request().envelope.sampling.max_tokens, 9);
 }
 
 #[tokio::test]
@@ -284,8 +284,8 @@ async fn seeds_differ_when_the_client_gives_none() {
         node.post_json(PATH, hello(json!({}))).await;
     }
     let requests = node.requests.lock();
-    assert_ne!(requests[0].sampling.seed, requests[1].sampling.seed);
-    assert_ne!(requests[0].id, requests[1].id);
+    assert_ne!(requests[0].envelope.sampling.seed, requests[1].envelope.sampling.seed);
+    assert_ne!(requests[0].envelope.id, requests[1].envelope.id);
 }
 
 #[tokio::test]

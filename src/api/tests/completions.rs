@@ -9,7 +9,7 @@ const PATH: &str = "/v1/completions";
 /// Continues each prompt with its own last token.
 fn parrot() -> Node {
     Node::new(|request, events| {
-        let last = *request.prompt.last().expect("a prompt");
+        let last = *request.envelope.prompt.last().expect("a prompt");
         play(&events, request, &[last], FinishReason::Length);
         Ok(())
     })
@@ -22,13 +22,13 @@ async fn prompts_come_as_text_and_as_ids() {
     for prompt in [json!("water"), json!(["water"]), json!(water), json!([water])] {
         let answer = node.post_json(PATH, json!({"prompt": prompt, "add_special_tokens": false})).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
-        assert_eq!(*node.last_request().prompt, *water, "{prompt}");
+        assert_eq!(*node.last_request().envelope.prompt, *water, "{prompt}");
         let body = answer.json();
         assert_eq!(body["object"], "text_completion");
         assert_eq!(body["choices"][0]["finish_reason"], "length");
         assert!(body["id"].as_str().expect("a string").starts_with("cmpl-"));
     }
-    assert_eq!(node.last_request().sampling.max_tokens, 16);
+    assert_eq!(node.last_request().envelope.sampling.max_tokens, 16);
 }
 
 #[tokio::test]
@@ -41,7 +41,7 @@ async fn choices_of_several_prompts_are_numbered_through() {
     assert_eq!(texts, ["a", "a", "b", "b", "c", "c"]);
     assert_eq!(answer["choices"][5]["index"], 5);
     assert_eq!(answer["choices"][2]["token_ids"], json!(ids("b")));
-    assert_eq!(answer["choices"][2]["prompt_token_ids"], json!(*node.requests.lock()[1].prompt));
+    assert_eq!(answer["choices"][2]["prompt_token_ids"], json!(*node.requests.lock()[1].envelope.prompt));
     let counts = &answer["usage"];
     assert_eq!(counts["completion_tokens"], 6);
     assert_eq!(counts["prompt_tokens_details"]["cached_tokens"], 3);
@@ -65,10 +65,10 @@ async fn choices_of_several_prompts_are_numbered_through() {
 async fn a_deadline_leaves_what_has_been_computed_of_several_prompts() {
     let late = Arc::<[TokenId]>::from(ids("b"));
     let node = Node::new(move |request, events| {
-        if request.prompt == late {
+        if request.envelope.prompt == late {
             events.send(GenerationEvent::Failed(Failure::deadline_passed())).expect("somebody listens");
         } else {
-            play(&events, request, &request.prompt.clone(), FinishReason::Length);
+            play(&events, request, &request.envelope.prompt.clone(), FinishReason::Length);
         }
         Ok(())
     });
@@ -98,7 +98,12 @@ async fn echo_puts_the_prompt_before_the_text() {
 async fn echo_with_logprobs_scores_the_prompt() {
     let tokens = ids("!");
     let node = Node::new(move |request, events| {
-        play(&events, request, if request.sampling.max_tokens == 0 { &[] } else { &tokens }, FinishReason::Length);
+        play(
+            &events,
+            request,
+            if request.envelope.sampling.max_tokens == 0 { &[] } else { &tokens },
+            FinishReason::Length,
+        );
         Ok(())
     });
     let prompt = ids("a😀b");
@@ -109,8 +114,11 @@ async fn echo_with_logprobs_scores_the_prompt() {
         let whole = node.post_json(PATH, body.clone()).await;
         assert_eq!(whole.status, StatusCode::OK, "{}", whole.text);
         let request = node.last_request();
-        assert_eq!((*request.prompt).to_vec(), prompt);
-        assert_eq!((request.extensions.prompt_logprobs, request.sampling.logprobs), (Some(1), Some(1)));
+        assert_eq!((*request.envelope.prompt).to_vec(), prompt);
+        assert_eq!(
+            (request.envelope.extensions.prompt_logprobs, request.envelope.sampling.logprobs),
+            (Some(1), Some(1))
+        );
         let whole = whole.json();
         for index in 0..2 {
             let choice = &whole["choices"][index];
@@ -137,7 +145,7 @@ async fn echo_with_logprobs_scores_the_prompt() {
         let mut scoring = body;
         scoring["max_tokens"] = json!(0);
         let answer = node.post_json(PATH, scoring).await.json();
-        assert_eq!(node.last_request().sampling.max_tokens, 0);
+        assert_eq!(node.last_request().envelope.sampling.max_tokens, 0);
         let choice = &answer["choices"][1];
         assert_eq!((&choice["text"], &choice["finish_reason"]), (&json!("a😀b"), &json!("length")));
         assert_eq!(choice["logprobs"]["token_logprobs"], json!([null, -2.5, -2.5, -2.5, -2.5, -2.5]));
@@ -224,7 +232,7 @@ async fn a_salt_reaches_the_engine_and_says_nothing() {
     let node = parrot();
     let salt_of = async |body: serde_json::Value| {
         assert_eq!(node.post_json(PATH, body).await.status, StatusCode::OK);
-        node.last_request().extensions.cache_salt
+        node.last_request().envelope.extensions.cache_salt
     };
     assert_eq!(salt_of(json!({"prompt": "a"})).await, None);
     assert_eq!(salt_of(json!({"prompt": "a", "cache_salt": null})).await, None);
@@ -270,7 +278,7 @@ async fn a_log_probability_is_the_same_number_wherever_it_stands() {
             send(GenerationEvent::Token { choice, token, logprobs });
         }
         send(GenerationEvent::Finished { choice: 0, reason: FinishReason::Length });
-        assert_eq!(request.sampling.logprobs, Some(2));
+        assert_eq!(request.envelope.sampling.logprobs, Some(2));
         Ok(())
     });
     let completion = node.post_json(PATH, json!({"prompt": "x", "logprobs": 2, "max_tokens": 2})).await;

@@ -222,14 +222,15 @@ fn play(events: &Events, request: &GenerateRequest, tokens: &[TokenId], reason: 
     // A client that goes away closes the channel; then nobody listens.
     let send = |event| drop(events.send(event));
     send(GenerationEvent::Scheduled { cached_tokens: 1 });
-    if let Some(count) = request.extensions.prompt_logprobs {
-        let scored: Vec<TokenLogprobs> = request.prompt[1..].iter().map(|&token| scored(token, count)).collect();
+    if let Some(count) = request.envelope.extensions.prompt_logprobs {
+        let scored: Vec<TokenLogprobs> =
+            request.envelope.prompt[1..].iter().map(|&token| scored(token, count)).collect();
         // In two pieces, as chunks of a prefill.
         let (first, second) = scored.split_at(scored.len() / 2);
         send(GenerationEvent::PromptLogprobs { start: 0, logprobs: first.to_vec() });
         send(GenerationEvent::PromptLogprobs { start: first.len() as u32, logprobs: second.to_vec() });
     }
-    let n = request.sampling.n;
+    let n = request.envelope.sampling.n;
     let stop_token = match reason {
         FinishReason::Stop(StopCause::EndOfSequence(token) | StopCause::Token(token)) => Some(token),
         _ => None,
@@ -252,7 +253,7 @@ fn scored(token: TokenId, count: u32) -> TokenLogprobs {
 
 /// The sampled token at -0.5, followed by the next ids at -1, -2, …
 fn logprobs_of(request: &GenerateRequest, token: TokenId) -> Option<Box<TokenLogprobs>> {
-    let top = request.sampling.logprobs?;
+    let top = request.envelope.sampling.logprobs?;
     let rest = (1..top).map(|rank| (token + rank, -(rank as f32)));
     let top = [(token, -0.5)].into_iter().take(top as usize).chain(rest).collect();
     Some(Box::new(TokenLogprobs { logprob: -0.5, rank: 1, top }))

@@ -21,14 +21,13 @@ use crate::api::peer::serve;
 use crate::cluster::peer_client::HttpPeerTransport;
 use crate::cluster::tls::PeerTls;
 use crate::cluster::{
-    ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalHead, JournalKey, JournalRecord,
-    JournalRefusal, LoadReport, NodeDescription, PROTOCOL, Peer, PeerFrame, PeerService, PeerStream, PeerTransport,
-    Problems,
+    ClusterKey, ClusterView, FollowCall, GenerateCall, JournalBatch, JournalRecord, JournalRefusal, LoadReport,
+    NodeDescription, PROTOCOL, Peer, PeerFrame, PeerService, PeerStream, PeerTransport, Problems,
 };
 use crate::observability::Metrics;
 use crate::types::{
-    CacheSalt, ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId,
-    RequestId, SamplingParams, watch,
+    CacheSalt, ChoiceStart, Envelope, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent,
+    JournalKey, NodeId, RequestId, SamplingParams, StreamName, Tenant, watch,
 };
 
 /// Far more than a loopback needs, far less than any timeout of ours.
@@ -62,7 +61,7 @@ impl FakeService {
     /// Every stream has the tokens `0..max_tokens` and its end.
     fn counting() -> Arc<Self> {
         Self::new(|call, frames| {
-            (0..call.sampling.max_tokens).for_each(|token| send(&frames, token));
+            (0..call.envelope.sampling.max_tokens).for_each(|token| send(&frames, token));
             frames.send(finished()).expect("the stream is open");
             Ok(())
         })
@@ -84,11 +83,11 @@ impl PeerService for FakeService {
 
     fn journal(&self, batch: JournalBatch) -> Vec<JournalRefusal> {
         self.batches.lock().push(batch);
-        vec![JournalRefusal::Fenced { key: JournalKey::new("t", "k", 0), epoch: 9 }]
+        vec![JournalRefusal::Fenced { key: key("k"), epoch: 9 }]
     }
 
     fn lookup(&self, key: JournalKey) -> Option<JournalRecord> {
-        (key == record().head.key).then(record)
+        (key == record().name().key).then(record)
     }
 
     fn tokenizer(&self, digest: &str) -> Option<Bytes> {
@@ -97,18 +96,23 @@ impl PeerService for FakeService {
     }
 }
 
+fn key(key: &str) -> JournalKey {
+    JournalKey::new(&Tenant::new("t"), key, 0)
+}
+
+fn envelope(sampling: SamplingParams) -> Envelope {
+    Envelope::new(RequestId::new("cmpl-1"), Arc::from([1, 2, 3]), sampling)
+}
+
 fn record() -> JournalRecord {
-    let head = JournalHead {
-        key: JournalKey::new("t", "k", 0),
-        body: [1; 16],
-        id: RequestId::new("cmpl-1"),
-        created: 1,
-        model: "m".into(),
+    let envelope = envelope(SamplingParams::default());
+    JournalRecord {
+        envelope: envelope.with(|envelope| envelope.name = Some(StreamName { key: key("k"), body: [1; 16] })),
         fingerprint: Fingerprint::new("f00d"),
-        prompt: Arc::from([1, 2, 3]),
-        sampling: Arc::new(SamplingParams::default()),
-    };
-    JournalRecord { head: Arc::new(head), epoch: 1, entry: NodeId::new("a"), choices: Vec::new() }
+        epoch: 1,
+        entry: NodeId::new("a"),
+        choices: Vec::new(),
+    }
 }
 
 fn token(token: u32) -> PeerFrame {
@@ -125,15 +129,11 @@ fn send(frames: &Frames, number: u32) {
 
 fn call(max_tokens: u32) -> GenerateCall {
     GenerateCall {
-        id: RequestId::new("cmpl-1"),
+        envelope: Arc::new(envelope(SamplingParams { max_tokens, ..SamplingParams::default() })),
         fingerprint: Fingerprint::new("f00d"),
-        prompt: Arc::from([1, 2, 3]),
         choices: ChoiceStart::fresh(1),
-        sampling: Arc::new(SamplingParams { max_tokens, ..SamplingParams::default() }),
-        priority: 0,
         remaining: None,
         is_continuation: false,
-        extensions: Extensions::default(),
     }
 }
 
@@ -256,19 +256,19 @@ async fn every_call_has_its_answer() {
     let (caller, peer) = (Caller::new(1, &[&callee.peer(1)]), callee.peer(1));
     assert_counts(caller.accepted(&peer, call(3)).await, 3).await;
 
-    let follow = FollowCall { key: record().head.key, have: vec![5, 6] };
+    let follow = FollowCall { key: record().name().key, have: vec![5, 6] };
     let mut followed = in_time("an answer", caller.transport.follow(&peer, follow)).await.expect("accepted");
     assert_eq!((next(&mut followed).await, next(&mut followed).await), (token(5), token(6)));
     assert_eq!(failure_of(&mut followed).await, FailureKind::PeerDisconnected, "it ended without its last choice");
 
     let batch = JournalBatch { from: NodeId::new("a"), entries: Vec::new() };
     let refusals = in_time("an answer", caller.transport.journal(&peer, batch.clone())).await.expect("taken");
-    assert_eq!(refusals, [JournalRefusal::Fenced { key: record().head.key, epoch: 9 }]);
+    assert_eq!(refusals, [JournalRefusal::Fenced { key: record().name().key, epoch: 9 }]);
     assert_eq!(*service.batches.lock(), [batch]);
 
     let lookup = |key| in_time("an answer", caller.transport.lookup(&peer, key));
-    assert_eq!(lookup(record().head.key).await.expect("answered"), Some(record()));
-    assert_eq!(lookup(JournalKey::new("t", "other", 0)).await.expect("answered"), None);
+    assert_eq!(lookup(record().name().key).await.expect("answered"), Some(record()));
+    assert_eq!(lookup(key("other")).await.expect("answered"), None);
 
     let tokenizer = |digest: &str| in_time("an answer", caller.transport.tokenizer(&peer, digest.into()));
     assert_eq!(tokenizer("abc").await.expect("known"), vec![7; 5 << 20]);
@@ -281,14 +281,16 @@ async fn what_a_call_asks_for_arrives() {
     let asked = Extensions { cache_salt: Some(CacheSalt::new([3; 16])), prompt_logprobs: Some(2) };
     let scored = || PeerFrame::Event(GenerationEvent::PromptLogprobs { start: 0, logprobs: Vec::new() });
     let service = FakeService::new(move |call, frames| {
-        assert_eq!(call.extensions, asked);
+        assert_eq!(call.envelope.extensions, asked);
         frames.send(scored()).expect("the stream is open");
         Ok(())
     });
     let callee = Callee::start(1, service).await;
     let peer = callee.peer(1);
     let caller = Caller::new(1, &[&peer]);
-    let mut stream = caller.accepted(&peer, GenerateCall { extensions: asked, ..call(1) }).await;
+    let mut stream = caller
+        .accepted(&peer, GenerateCall { envelope: call(1).envelope.with(|it| it.extensions = asked), ..call(1) })
+        .await;
     assert_eq!(next(&mut stream).await, scored());
 }
 

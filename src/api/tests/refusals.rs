@@ -261,7 +261,7 @@ async fn bad_deadlines_are_refused_and_good_ones_passed_on() {
         assert_eq!(answer.error()["param"], "x-request-timeout-ms", "{timeout}");
     }
     assert_eq!(node.send(request("5000")).await.status, StatusCode::OK);
-    let deadline = node.last_request().deadline.expect("a deadline");
+    let deadline = node.last_request().envelope.deadline.expect("a deadline");
     let left = deadline - Instant::now();
     assert!(left > Duration::from_secs(3) && left <= Duration::from_secs(5), "{left:?}");
 }

@@ -91,7 +91,7 @@ async fn the_same_key_gives_the_same_answer_without_a_stream_too() {
     let other = send(&node, &[("idempotency-key", "l")], &ask).await;
     assert_ne!(first.json()["id"], other.json()["id"]);
     let requests = node.requests.lock();
-    assert_ne!(requests[0].sampling.seed, requests[1].sampling.seed, "keys have seeds of their own");
+    assert_ne!(requests[0].envelope.sampling.seed, requests[1].envelope.sampling.seed, "keys have seeds of their own");
 }
 
 #[tokio::test]
@@ -108,7 +108,7 @@ async fn a_key_stands_for_one_body() {
 async fn keyed_requests_are_the_same_on_nodes_that_never_met() {
     let seeds = [Node::saying("a"), Node::saying("a")].map(|node| async move {
         let answer = send(&node, &[("idempotency-key", "k")], &json!({"prompt": "the wave"})).await;
-        (node.last_request().sampling.seed, answer.json()["id"].clone())
+        (node.last_request().envelope.sampling.seed, answer.json()["id"].clone())
     });
     let [first, second] = seeds;
     assert_eq!(first.await, second.await);

@@ -197,7 +197,7 @@ async fn a_compressed_body_is_read_and_bounded_as_a_plain_one() {
     let body = json!({"prompt": [5], "max_tokens": 1}).to_string();
     let answer = send(COMPLETIONS, "gzip", gzip(body.as_bytes())).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text);
-    assert_eq!(node.last_request().prompt.to_vec(), [5]);
+    assert_eq!(node.last_request().envelope.prompt.to_vec(), [5]);
     let tokenize = send("/tokenize", "zstd", zstd::encode_all(&br#"{"prompt": "a"}"#[..], 1).expect("encoded")).await;
     assert_eq!(tokenize.status, StatusCode::OK, "{}", tokenize.text);
 

@@ -96,11 +96,11 @@ async fn what_the_authors_recommend_reaches_the_engine() {
     let node = Node::recommending(recommended);
     let messages = json!([{"role": "user", "content": "hi"}]);
     node.post_json(CHAT, json!({"messages": messages})).await;
-    let sampling = node.last_request().sampling.clone();
+    let sampling = node.last_request().envelope.sampling.clone();
     assert_eq!((sampling.temperature, sampling.top_k, sampling.max_tokens), (0.5, 3, 7));
     node.post_json("/v1/completions", json!({"prompt": "hi", "temperature": 0.9, "max_tokens": 9})).await;
-    let sampling = node.last_request().sampling.clone();
+    let sampling = node.last_request().envelope.sampling.clone();
     assert_eq!((sampling.temperature, sampling.top_k, sampling.max_tokens), (0.9, 3, 9), "the client's own value wins");
     node.post_json("/v1/completions", json!({"prompt": "hi"})).await;
-    assert_eq!(node.last_request().sampling.max_tokens, 7, "below the API's default of 16");
+    assert_eq!(node.last_request().envelope.sampling.max_tokens, 7, "below the API's default of 16");
 }

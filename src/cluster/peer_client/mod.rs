@@ -19,12 +19,12 @@ use tokio::time::timeout;
 
 use self::connections::{ConnectError, Connections, PeerAddress, SendError};
 use self::relay::relay;
-use super::journal::{JournalKey, JournalRecord, JournalRefusal};
+use super::journal::{JournalRecord, JournalRefusal};
 use super::tls::PeerTls;
 use super::transport::{FollowCall, GenerateCall, JournalBatch, PeerStream, PeerTransport};
 use super::view::{ClusterView, Peer};
 use super::wire::{self, CallKind, WireError, WireMessage};
-use crate::types::{Failure, FailureKind, tasks, watch};
+use crate::types::{Failure, FailureKind, JournalKey, tasks, watch};
 
 /// Time limit for a peer to begin its answer, and for pauses in an answer that is not a stream. A healthy peer answers at once,
 /// even on a busy machine.

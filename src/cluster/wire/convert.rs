@@ -6,11 +6,11 @@ use std::time;
 
 use super::schema::{self, WireEntryKind, WireFrameKind};
 use super::{CODES, MAX_FAILURE_TEXT_BYTES, WireError};
-use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};
+use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalRecord, JournalRefusal};
 use crate::cluster::transport::{FollowCall, GenerateCall, JournalBatch, PeerFrame};
 use crate::types::{
-    CacheSalt, ChoiceStart, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent, NodeId,
-    RequestId, SamplingParams, StopCause, TokenLogprobs,
+    CacheSalt, ChoiceStart, Envelope, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent,
+    JournalKey, NodeId, RequestId, SamplingParams, StopCause, StreamName, Tenant, TokenLogprobs,
 };
 
 /// A type that is sent between nodes.
@@ -80,18 +80,8 @@ impl WireMessage for GenerateCall {
 
     fn to_schema(&self) -> schema::WireGenerate {
         let choice = |start: &ChoiceStart| schema::WireChoice { index: start.index, emitted: start.emitted.clone() };
-        let envelope = schema::WireEnvelope {
-            id: self.id.as_str().to_owned(),
-            prompt: self.prompt.to_vec(),
-            sampling: Some(sampling(&self.sampling)),
-            priority: self.priority,
-            remaining: self.remaining.map(duration),
-            cache_salt: self.extensions.cache_salt.map(|salt| salt.bytes().to_vec()),
-            prompt_logprobs: self.extensions.prompt_logprobs,
-            ..schema::WireEnvelope::default()
-        };
         schema::WireGenerate {
-            envelope: Some(envelope),
+            envelope: Some(envelope(&self.envelope, self.remaining)),
             fingerprint: self.fingerprint.as_str().to_owned(),
             choices: self.choices.iter().map(choice).collect(),
             is_continuation: self.is_continuation,
@@ -99,30 +89,71 @@ impl WireMessage for GenerateCall {
     }
 
     fn from_schema(call: schema::WireGenerate) -> Result<Self, WireError> {
-        let envelope = from_envelope(call.envelope)?;
+        let (envelope, remaining) = from_envelope(call.envelope)?;
         let choice = |choice: schema::WireChoice| ChoiceStart { index: choice.index, emitted: choice.emitted };
-        let salt = envelope.cache_salt.as_deref().map(sixteen).transpose()?;
         Ok(Self {
-            id: RequestId::new(envelope.id),
+            envelope: Arc::new(envelope),
             fingerprint: Fingerprint::new(call.fingerprint),
-            prompt: prompt(envelope.prompt)?,
             choices: call.choices.into_iter().map(choice).collect(),
-            sampling: from_sampling(envelope.sampling)?,
-            priority: envelope.priority,
-            remaining: envelope.remaining.map(from_duration).transpose()?,
+            remaining,
             is_continuation: call.is_continuation,
-            extensions: Extensions { cache_salt: salt.map(CacheSalt::new), prompt_logprobs: envelope.prompt_logprobs },
         })
     }
 }
 
-/// The envelope, if it is there and needs nothing that this version does not know.
-fn from_envelope(envelope: Option<schema::WireEnvelope>) -> Result<schema::WireEnvelope, WireError> {
-    let envelope = envelope.ok_or(WireError::Invalid("no envelope"))?;
-    match envelope.needs.iter().find(|need| !KNOWN_NEEDS.contains(need)) {
-        Some(need) => Err(WireError::Needs(*need)),
-        None => Ok(envelope),
+/// All of the envelope but its name, which only journals need, and its deadline, in place of which stands the time left.
+fn envelope(envelope: &Envelope, remaining: Option<time::Duration>) -> schema::WireEnvelope {
+    let Envelope {
+        id,
+        created,
+        name: _,
+        tenant,
+        model,
+        tokenizer,
+        prompt,
+        sampling,
+        priority,
+        deadline: _,
+        extensions,
+    } = envelope;
+    schema::WireEnvelope {
+        id: id.as_str().to_owned(),
+        created: *created,
+        model: (**model).to_owned(),
+        prompt: prompt.to_vec(),
+        sampling: Some(self::sampling(sampling)),
+        priority: *priority,
+        remaining: remaining.map(duration),
+        cache_salt: extensions.cache_salt.map(|salt| salt.bytes().to_vec()),
+        prompt_logprobs: extensions.prompt_logprobs,
+        tokenizer: (**tokenizer).to_owned(),
+        tenant: tenant.as_str().to_owned(),
+        needs: Vec::new(),
     }
+}
+
+/// The envelope, without name and deadline, and the time left, if it is there and needs nothing that this version does not know.
+fn from_envelope(envelope: Option<schema::WireEnvelope>) -> Result<(Envelope, Option<time::Duration>), WireError> {
+    let envelope = envelope.ok_or(WireError::Invalid("no envelope"))?;
+    if let Some(need) = envelope.needs.iter().find(|need| !KNOWN_NEEDS.contains(need)) {
+        return Err(WireError::Needs(*need));
+    }
+    let salt = envelope.cache_salt.as_deref().map(sixteen).transpose()?;
+    let remaining = envelope.remaining.map(from_duration).transpose()?;
+    let envelope = Envelope {
+        id: RequestId::new(envelope.id),
+        created: envelope.created,
+        name: None,
+        tenant: Tenant::new(envelope.tenant),
+        model: envelope.model.into(),
+        tokenizer: envelope.tokenizer.into(),
+        prompt: prompt(envelope.prompt)?,
+        sampling: from_sampling(envelope.sampling)?,
+        priority: envelope.priority,
+        deadline: None,
+        extensions: Extensions { cache_salt: salt.map(CacheSalt::new), prompt_logprobs: envelope.prompt_logprobs },
+    };
+    Ok((envelope, remaining))
 }
 
 fn prompt(tokens: Vec<u32>) -> Result<Arc<[u32]>, WireError> {
@@ -205,7 +236,7 @@ impl WireMessage for JournalBatch {
 
 fn entry(entry: &JournalEntry) -> schema::WireEntry {
     let (key, epoch, kind) = match entry {
-        JournalEntry::Put(found) => (found.head.key, found.epoch, Some(WireEntryKind::Put(Box::new(record(found))))),
+        JournalEntry::Put(found) => (found.name().key, found.epoch, Some(WireEntryKind::Put(Box::new(record(found))))),
         JournalEntry::Append { key, epoch, choice, start, tokens, finished } => {
             let append = schema::WireAppend {
                 choice: *choice,
@@ -244,20 +275,13 @@ fn from_entry(entry: schema::WireEntry) -> Result<JournalEntry, WireError> {
 }
 
 fn record(record: &JournalRecord) -> schema::WireRecord {
-    let JournalHead { key, body, id, created, model, fingerprint, prompt, sampling: params } = &*record.head;
-    let envelope = schema::WireEnvelope {
-        id: id.as_str().to_owned(),
-        created: *created,
-        model: model.clone(),
-        prompt: prompt.to_vec(),
-        sampling: Some(sampling(params)),
-        ..schema::WireEnvelope::default()
-    };
+    let StreamName { key, body } = record.name();
     let head = schema::WireHead {
         key: key.bytes().to_vec(),
         body: body.to_vec(),
-        fingerprint: fingerprint.as_str().to_owned(),
-        envelope: Some(envelope),
+        fingerprint: record.fingerprint.as_str().to_owned(),
+        // A deadline belongs to one attempt; another one may have more time.
+        envelope: Some(envelope(&record.envelope, None)),
     };
     let progress = |choice: &ChoiceProgress| schema::WireProgress {
         tokens: choice.tokens.clone(),
@@ -273,23 +297,15 @@ fn record(record: &JournalRecord) -> schema::WireRecord {
 
 fn from_record(record: schema::WireRecord) -> Result<JournalRecord, WireError> {
     let head = record.head.ok_or(WireError::Invalid("a record without a head"))?;
-    let envelope = from_envelope(head.envelope)?;
-    let head = JournalHead {
-        key: key(&head.key)?,
-        body: sixteen(&head.body)?,
-        id: RequestId::new(envelope.id),
-        created: envelope.created,
-        model: envelope.model,
-        fingerprint: Fingerprint::new(head.fingerprint),
-        prompt: prompt(envelope.prompt)?,
-        sampling: from_sampling(envelope.sampling)?,
-    };
+    let (envelope, _) = from_envelope(head.envelope)?;
+    let name = Some(StreamName { key: key(&head.key)?, body: sixteen(&head.body)? });
     let progress = |choice: schema::WireProgress| ChoiceProgress {
         tokens: choice.tokens,
         finished: choice.finished.and_then(from_finish),
     };
     Ok(JournalRecord {
-        head: Arc::new(head),
+        envelope: Arc::new(Envelope { name, ..envelope }),
+        fingerprint: Fingerprint::new(head.fingerprint),
         epoch: record.epoch,
         entry: NodeId::new(record.entry),
         choices: record.choices.into_iter().map(progress).collect(),

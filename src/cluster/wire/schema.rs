@@ -25,7 +25,8 @@ pub struct WireDuration {
 pub struct WireEnvelope {
     #[prost(string, tag = "1")]
     pub id: String,
-    /// Only in journals, like `model`.
+    /// An earlier version sent `created` and `model` only in journals, and the fields from `priority` to `prompt_logprobs` only in
+    /// calls.
     #[prost(uint64, tag = "2")]
     pub created: u64,
     #[prost(string, tag = "3")]
@@ -34,10 +35,9 @@ pub struct WireEnvelope {
     pub prompt: Vec<u32>,
     #[prost(message, optional, tag = "5")]
     pub sampling: Option<WireSampling>,
-    /// Only in calls, like all fields below but `needs`.
     #[prost(sint32, tag = "6")]
     pub priority: i32,
-    /// Time left until the deadline. Nodes never exchange wall-clock times.
+    /// Only in calls: time left until the deadline. Nodes never exchange wall-clock times.
     #[prost(message, optional, tag = "7")]
     pub remaining: Option<WireDuration>,
     /// Sixteen bytes.
@@ -45,6 +45,12 @@ pub struct WireEnvelope {
     pub cache_salt: Option<Vec<u8>>,
     #[prost(uint32, optional, tag = "9")]
     pub prompt_logprobs: Option<u32>,
+    /// Digest of the tokenizer that made the prompt. Absent: not known, like an absent `model`.
+    #[prost(string, tag = "10")]
+    pub tokenizer: String,
+    /// A digest that stands for the client. Absent: the client is anonymous.
+    #[prost(string, tag = "11")]
+    pub tenant: String,
     #[prost(uint32, repeated, tag = "15")]
     pub needs: Vec<u32>,
 }
@@ -177,7 +183,7 @@ pub struct WireRecord {
     pub choices: Vec<WireProgress>,
 }
 
-/// `JournalHead`.
+/// The part of a `JournalRecord` that does not change while the stream runs.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct WireHead {
     #[prost(bytes = "vec", tag = "1")]

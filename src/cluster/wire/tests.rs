@@ -9,11 +9,11 @@ use proptest::option;
 use proptest::prelude::*;
 
 use super::*;
-use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalHead, JournalKey, JournalRecord, JournalRefusal};
+use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalRecord, JournalRefusal};
 use crate::cluster::transport::{FollowCall, GenerateCall, JournalBatch};
 use crate::types::{
-    CacheSalt, ChoiceStart, Extensions, Fingerprint, FinishReason, NodeId, RequestId, SamplingParams, StopCause,
-    TokenLogprobs,
+    CacheSalt, ChoiceStart, Envelope, Extensions, Fingerprint, FinishReason, JournalKey, NodeId, RequestId,
+    SamplingParams, StopCause, StreamName, Tenant, TokenLogprobs,
 };
 
 fn failures() -> impl Strategy<Value = Failure> {
@@ -133,49 +133,62 @@ proptest! {
 }
 
 fn generate_call() -> GenerateCall {
-    GenerateCall {
-        id: RequestId::new("cmpl-1"),
-        fingerprint: Fingerprint::new("f00d"),
-        prompt: Arc::from([1, 70_000, u32::MAX]),
-        choices: vec![ChoiceStart { index: 0, emitted: vec![7, 8] }, ChoiceStart { index: 3, emitted: Vec::new() }],
-        sampling: Arc::new(SamplingParams {
-            seed: u64::MAX,
-            temperature: 0.1,
-            logit_bias: vec![(3, -100.0)],
-            stop: vec!["\n\n".into()],
-            logprobs: Some(5),
-            ..SamplingParams::default()
-        }),
+    let sampling = SamplingParams {
+        seed: u64::MAX,
+        temperature: 0.1,
+        logit_bias: vec![(3, -100.0)],
+        stop: vec!["\n\n".into()],
+        logprobs: Some(5),
+        ..SamplingParams::default()
+    };
+    let envelope = Envelope {
         priority: -1,
+        ..Envelope::new(RequestId::new("cmpl-1"), Arc::from([1, 70_000, u32::MAX]), sampling)
+    };
+    GenerateCall {
+        envelope: Arc::new(envelope),
+        fingerprint: Fingerprint::new("f00d"),
+        choices: vec![ChoiceStart { index: 0, emitted: vec![7, 8] }, ChoiceStart { index: 3, emitted: Vec::new() }],
         remaining: Some(Duration::from_millis(1500)),
         is_continuation: true,
-        extensions: Extensions::default(),
     }
 }
 
+/// With everything that an envelope may hold.
 fn extended_call() -> GenerateCall {
-    let extensions = Extensions { cache_salt: Some(CacheSalt::new([7; 16])), prompt_logprobs: Some(3) };
-    GenerateCall { extensions, ..generate_call() }
+    let envelope = generate_call().envelope.with(extend);
+    GenerateCall { envelope, ..generate_call() }
+}
+
+fn extend(envelope: &mut Envelope) {
+    envelope.created = 1_700_000_000;
+    envelope.tenant = Tenant::new("0123");
+    envelope.model = "default".into();
+    envelope.tokenizer = "beef".into();
+    envelope.extensions = Extensions { cache_salt: Some(CacheSalt::new([7; 16])), prompt_logprobs: Some(3) };
+}
+
+fn key(key: &str) -> JournalKey {
+    JournalKey::new(&Tenant::new("tenant"), key, 1)
 }
 
 fn record() -> JournalRecord {
-    let key = JournalKey::new("tenant", "key", 1);
-    let head = JournalHead {
-        key,
-        body: [9; 16],
-        id: RequestId::new("chatcmpl-2"),
-        created: 1_700_000_000,
-        model: "default".into(),
-        fingerprint: Fingerprint::new("f00d"),
-        prompt: Arc::from([1, 2]),
-        sampling: Arc::new(SamplingParams::default()),
+    let mut envelope = Envelope {
+        name: Some(StreamName { key: key("key"), body: [9; 16] }),
+        ..Envelope::new(RequestId::new("chatcmpl-2"), Arc::from([1, 2]), SamplingParams::default())
     };
-    let choices = vec![ChoiceProgress { tokens: vec![5], finished: Some(FinishReason::Length) }];
-    JournalRecord { head: Arc::new(head), epoch: 2, entry: NodeId::new("a"), choices }
+    extend(&mut envelope);
+    JournalRecord {
+        envelope: Arc::new(envelope),
+        fingerprint: Fingerprint::new("f00d"),
+        epoch: 2,
+        entry: NodeId::new("a"),
+        choices: vec![ChoiceProgress { tokens: vec![5], finished: Some(FinishReason::Length) }],
+    }
 }
 
 fn journal_batch() -> JournalBatch {
-    let (record, key) = (record(), record().head.key);
+    let (record, key) = (record(), record().name().key);
     let append = JournalEntry::Append { key, epoch: 2, choice: 0, start: 1, tokens: vec![6], finished: None };
     let drop = JournalEntry::Drop { key, epoch: 3 };
     JournalBatch { from: NodeId::new("a"), entries: vec![JournalEntry::Put(record), append, drop] }
@@ -193,7 +206,7 @@ fn messages_come_back_as_they_were() {
     }
     let batch = journal_batch();
     assert_eq!(across(&batch).expect("our own"), batch);
-    let key = JournalKey::new("t", "k", 0);
+    let key = self::key("k");
     let follow = FollowCall { key, have: vec![0, 300] };
     assert_eq!(across(&follow).expect("our own"), follow);
     assert_eq!(across(&key).expect("our own"), key);
@@ -209,9 +222,9 @@ fn messages_come_back_as_they_were() {
 #[test]
 fn numbers_keep_their_bits() {
     let sampling = SamplingParams { presence_penalty: -0.0, temperature: 0.0, ..SamplingParams::default() };
-    let call = GenerateCall { sampling: Arc::new(sampling), ..generate_call() };
-    let back = across(&call).expect("our own");
-    assert_eq!(back.sampling.presence_penalty.to_bits(), (-0.0f32).to_bits());
+    let envelope = generate_call().envelope.with(|envelope| envelope.sampling = Arc::new(sampling));
+    let back = across(&GenerateCall { envelope, ..generate_call() }).expect("our own");
+    assert_eq!(back.envelope.sampling.presence_penalty.to_bits(), (-0.0f32).to_bits());
     let logprobs = Some(Box::new(TokenLogprobs { logprob: -0.0, rank: 1, top: vec![(5, -0.0), (6, 0.0)] }));
     let mut bytes = Vec::new();
     encode_frame(PeerFrame::Event(GenerationEvent::Token { choice: 0, token: 5, logprobs }), &mut bytes);
@@ -232,7 +245,7 @@ fn fields_of_a_later_version_are_skipped_in_every_message() {
         let bytes = [&encode_message(message).expect("small")[..], LATER_FIELD].concat();
         assert_eq!(&decode_message::<T>(&bytes).expect("skipped"), message);
     }
-    let key = JournalKey::new("t", "k", 0);
+    let key = self::key("k");
     check(&extended_call());
     check(&journal_batch());
     check(&FollowCall { key, have: vec![1] });
@@ -287,7 +300,7 @@ fn what_a_later_version_needs_is_refused_if_it_is_not_known() {
     call.envelope.as_mut().expect("given").needs = vec![4711];
     assert!(matches!(decode_message::<GenerateCall>(&call.encode_to_vec()), Err(WireError::Needs(4711))));
 
-    let (key, mut batch) = (record().head.key, journal_batch().to_schema());
+    let (key, mut batch) = (record().name().key, journal_batch().to_schema());
     let Some(schema::WireEntryKind::Put(record)) = &mut batch.entries[0].kind else { panic!("a record") };
     let head = record.head.as_mut().expect("given");
     head.envelope.as_mut().expect("given").needs = vec![4711];
@@ -301,6 +314,17 @@ fn what_a_later_version_needs_is_refused_if_it_is_not_known() {
         refusals: vec![schema::WireRefusal { key: key.bytes().to_vec(), reason: 99, epoch: 0 }],
     };
     assert_eq!(Vec::from_schema(refusals).expect("read"), [JournalRefusal::Full { key }]);
+}
+
+#[test]
+fn what_an_earlier_version_did_not_say_is_not_known() {
+    let mut call = extended_call().to_schema();
+    let said = call.envelope.take().expect("given");
+    let (created, tokenizer, tenant, model) = Default::default();
+    call.envelope = Some(schema::WireEnvelope { created, model, tokenizer, tenant, ..said });
+    let back: GenerateCall = decode_message(&call.encode_to_vec()).expect("read");
+    let extensions = extended_call().envelope.extensions;
+    assert_eq!(back.envelope, generate_call().envelope.with(|envelope| envelope.extensions = extensions));
 }
 
 #[test]
@@ -327,7 +351,8 @@ fn parts_that_make_no_sense_are_refused() {
 
 #[test]
 fn messages_are_bounded() {
-    let large = GenerateCall { prompt: vec![u32::MAX; MAX_MESSAGE_BYTES / 5 + 1].into(), ..generate_call() };
+    let prompt: Arc<[u32]> = vec![u32::MAX; MAX_MESSAGE_BYTES / 5 + 1].into();
+    let large = GenerateCall { envelope: generate_call().envelope.with(|it| it.prompt = prompt), ..generate_call() };
     assert!(matches!(encode_message(&large), Err(WireError::TooLarge { .. })));
     let large = vec![0u8; MAX_MESSAGE_BYTES + 1];
     assert!(matches!(decode_message::<GenerateCall>(&large), Err(WireError::TooLarge { .. })));

@@ -55,8 +55,8 @@ impl FailoverStream {
 
     /// The stream's tokens will have another fingerprint. Its holders are told before the first one.
     fn adopt(&mut self, fingerprint: Fingerprint) {
-        let is_gated = self.log.is_named && self.shared.has_peers();
-        info!(request = %self.log.head.id, %fingerprint, "restarting a stream without tokens on a replica with another fingerprint");
+        let is_gated = self.log.key().is_some() && self.shared.has_peers();
+        info!(request = %self.log.envelope.id, %fingerprint, "restarting a stream without tokens on a replica with another fingerprint");
         self.log.adopt(&fingerprint, is_gated);
         self.gate = is_gated.then(|| self.shared.clone().replicate(self.log.clone()));
         self.want.fingerprint = Some(fingerprint);
@@ -88,7 +88,7 @@ impl FailoverStream {
         let is_continuation = self.is_continuation();
         let (starts, cursor) = self.log.continuation();
         if self.log.is_scored() {
-            self.want.extensions.prompt_logprobs = None;
+            self.want.prompt_is_scored();
         }
         self.attempts += 1;
         match choice {

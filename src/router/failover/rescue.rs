@@ -27,7 +27,7 @@ impl FailoverStream {
             }
             return;
         }
-        debug!(request = %self.log.head.id, from = %primary.replica, "a stream is raced");
+        debug!(request = %self.log.envelope.id, from = %primary.replica, "a stream is raced");
         self.relief = Some(Relief::Slow);
         self.open_chosen(choice);
     }
@@ -61,8 +61,13 @@ impl FailoverStream {
         let speed = |replica: &Replica| Some(paces.get(replica)?.speed(self.shared.load_of(replica)?));
         let emitted = self.log.longest();
         let race = Race {
-            tokens_left: self.want.sampling.max_tokens.saturating_sub(u32::try_from(emitted).unwrap_or(u32::MAX)),
-            replay_tokens: self.want.prompt.len() + emitted,
+            tokens_left: self
+                .want
+                .envelope
+                .sampling
+                .max_tokens
+                .saturating_sub(u32::try_from(emitted).unwrap_or(u32::MAX)),
+            replay_tokens: self.want.envelope.prompt.len() + emitted,
             waited: primary.waited(now),
             here: speed(&primary.replica)?,
             there: speed(&chosen)?,
@@ -77,8 +82,9 @@ impl FailoverStream {
         is_well
             && self.shared.load_of(replica).is_some_and(|load| {
                 let sent = self.shared.sent_since_report(replica);
-                let occupied =
-                    [load.waiting, sent, self.want.sampling.n].into_iter().fold(load.running, u32::saturating_add);
+                let occupied = [load.waiting, sent, self.want.envelope.sampling.n]
+                    .into_iter()
+                    .fold(load.running, u32::saturating_add);
                 occupied <= load.seats
             })
     }

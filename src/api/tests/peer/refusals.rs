@@ -17,7 +17,10 @@ use crate::types::{Failure, FailureKind};
 async fn a_call_that_is_too_large_is_refused_on_either_side() {
     let callee = Callee::start(1, FakeService::counting()).await;
     let (caller, peer) = (Caller::new(1, &[&callee.peer(1)]), callee.peer(1));
-    let large = GenerateCall { prompt: vec![u32::MAX; wire::MAX_MESSAGE_BYTES / 5 + 1].into(), ..call(1) };
+    let large = GenerateCall {
+        envelope: call(1).envelope.with(|it| it.prompt = vec![u32::MAX; wire::MAX_MESSAGE_BYTES / 5 + 1].into()),
+        ..call(1)
+    };
     let refused = caller.generate(&peer, large).await.err().expect("refused");
     assert_eq!(refused.kind, FailureKind::InvalidRequest);
 
@@ -28,7 +31,8 @@ async fn a_call_that_is_too_large_is_refused_on_either_side() {
         let refused = post(&callee, &call.path(PROTOCOL.newest), vec![0; call.max_bytes() + 1].into()).await;
         assert_eq!((refused.0, refused.1.kind), (413, FailureKind::InvalidRequest), "{call:?}");
     }
-    let large = GenerateCall { prompt: vec![u32::MAX; 2_000_000].into(), ..call(2) };
+    let large =
+        GenerateCall { envelope: call(2).envelope.with(|it| it.prompt = vec![u32::MAX; 2_000_000].into()), ..call(2) };
     assert_counts(caller.accepted(&peer, large).await, 2).await;
 }
 
