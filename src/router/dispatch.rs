@@ -263,7 +263,8 @@ impl Router {
         let stream = log.listen(&[]).expect("the stream is new");
         let dispatched = dispatched(&log, stream);
         self.shared.stream_began();
-        tasks::spawn("forwards a stream", FailoverStream::new(self.shared.clone(), log, want, gate).run(beginning));
+        let stream_task = FailoverStream::new(self.shared.clone(), log, want, gate, beginning);
+        tasks::spawn("forwards a stream", stream_task.run());
         dispatched
     }
 }

@@ -2,95 +2,56 @@
 //! stream continues at another replica from the tokens so far. The client sees a pause, but no error and no lost or repeated
 //! token.
 //!
-//! A source that is only silent or slow, or that asks to be replaced, keeps running until its successor delivers. The first
-//! token to arrive counts; since a generation is a pure function, both are equal. If a source turns out to have computed wrong
-//! numbers, its tokens cannot be trusted, and the stream ends with an error.
+//! What becomes of the stream is decided by `machine`, whose head explains failover. This file waits for events, translates
+//! them for the machine, and does what it says; `opening` finds and asks replicas.
 
+mod machine;
 mod opening;
-mod rescue;
 
-use std::collections::BTreeMap;
 use std::future::pending;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures::future::BoxFuture;
 use tokio::time::{Sleep, sleep_until};
 use tracing::{info, warn};
 
-use super::breaker::Attempt;
 use super::dispatch::{Destination, Want};
-use super::shared::{DepartureStage, RouterState, has_left};
+use super::shared::{DepartureStage, RouterState};
 use super::source::{Replica, Sign, StreamSource};
 use super::stream_log::{News, StreamLog};
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
-use crate::types::reaction::{Avoid, Elsewhere, Loss};
+use crate::types::reaction::Loss;
 use crate::types::{Failure, FailureKind, FinishReason, GenerationEvent, NodeState, watch};
+use machine::{Action, Heard, Input, Note, Relief, Rules, Seen, Slot, SourceSeen, Start, StreamMachine};
 use opening::Opening;
-
-/// A replica that failed a stream is not used again by that stream for this long.
-const EXCLUSION: Duration = Duration::from_secs(1);
-/// Longer than any stream.
-const EXCLUSION_FOR_GOOD: Duration = Duration::from_secs(86_400);
-/// How often to look for a replica while there is none. It is also looked for whenever the cluster changes.
-const SEARCH_INTERVAL: Duration = Duration::from_millis(250);
-/// How often a stream on a leaving replica looks for another one.
-const HAND_OVER_INTERVAL: Duration = Duration::from_millis(500);
-/// How often a stream of a slow replica considers a race.
-const RACE_INTERVAL: Duration = Duration::from_millis(250);
 
 pub(super) struct FailoverStream {
     shared: Arc<RouterState>,
     log: Arc<StreamLog>,
     want: Want,
+    machine: StreamMachine,
     primary: Option<StreamSource>,
-    /// Takes over with its first token.
     successor: Option<StreamSource>,
     opening: Option<Opening>,
-    /// Why a successor is wanted while the primary is still alive.
-    relief: Option<Relief>,
-    excluded: BTreeMap<Replica, Instant>,
-    /// The primary is a stream of another entry node, which keeps the journal.
-    follows: bool,
-    /// Some replica has accepted the stream.
-    was_accepted: bool,
-    /// A fresh stream: no other node has tokens that we lack.
-    began_here: bool,
-    has_ended: bool,
-    /// Number of sources lost so far.
-    failovers: u32,
-    /// Number of races won.
-    rescues: u32,
-    attempts: u32,
-    last_failure: Option<Failure>,
-    /// Since when there is no source and none is being opened.
-    searching_since: Option<Instant>,
-    not_before: Option<Instant>,
-    alarm: Pin<Box<Sleep>>,
+    /// A place that was chosen before the machine asked for one.
+    chosen: Option<Destination>,
+    /// The work of the journal's holders that the stream waits for.
     gate: Option<BoxFuture<'static, ()>>,
-    /// The failure with which the stream ends when the gate opens.
-    spoiled_by: Option<Failure>,
+    alarm: Pin<Box<Sleep>>,
+    changes: Changes,
+    has_ended: bool,
+}
+
+/// What changes outside the stream.
+struct Changes {
     departure: watch::Receiver<DepartureStage>,
     is_cut: watch::Receiver<bool>,
     paces: watch::Receiver<()>,
-    /// The retry budget did not allow a race that was wanted.
-    lacked_budget: bool,
     view: watch::Receiver<Arc<ClusterView>>,
     phases: watch::Receiver<NodePhase>,
-    /// This node's failure has been noticed.
-    has_failed: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Relief {
-    /// The primary is silent.
-    Stall,
-    /// The primary is leaving.
-    HandOver,
-    /// The primary is slow: a race.
-    Slow,
 }
 
 /// The events for which the stream waits.
@@ -98,8 +59,7 @@ enum Step {
     Abandoned,
     Cut,
     GateOpened,
-    Primary(Sign),
-    Successor(Sign),
+    Heard(Slot, Sign),
     Opened(Result<PeerStream, Failure>),
     Alarm,
     Changed,
@@ -123,83 +83,60 @@ impl FailoverStream {
         log: Arc<StreamLog>,
         want: Want,
         gate: Option<BoxFuture<'static, ()>>,
+        beginning: Beginning,
     ) -> Self {
+        let (start, primary, chosen) = match beginning {
+            Beginning::Source(source) => (Start::Accepted(source.replica.clone()), Some(source), None),
+            Beginning::Follow(source) => (Start::Following(source.replica.clone()), Some(source), None),
+            Beginning::Place(choice) => (Start::New, None, Some(choice)),
+            Beginning::Anywhere => (Start::Resumed, None, None),
+        };
+        if let Start::Following(Replica::At(node)) = &start {
+            log.follow(Some(node.clone()));
+        }
+        let rules = Rules {
+            can_move: shared.can_move(),
+            peer_stall_timeout: shared.config.peer_stall_timeout,
+            failover_timeout: shared.config.failover_timeout,
+            max_failovers: shared.config.max_failovers,
+            deadline: want.envelope.deadline,
+        };
         Self {
-            departure: shared.departure.subscribe(),
-            is_cut: shared.is_cut.subscribe(),
-            paces: shared.pacing.changes.subscribe(),
-            lacked_budget: false,
-            view: shared.view.clone(),
-            phases: shared.health.lifecycle().subscribe(),
-            has_failed: false,
+            changes: Changes {
+                departure: shared.departure.subscribe(),
+                is_cut: shared.is_cut.subscribe(),
+                paces: shared.pacing.changes.subscribe(),
+                view: shared.view.clone(),
+                phases: shared.health.lifecycle().subscribe(),
+            },
+            machine: StreamMachine::new(rules, start),
             shared,
             log,
             want,
-            primary: None,
+            primary,
             successor: None,
             opening: None,
-            relief: None,
-            excluded: BTreeMap::new(),
-            follows: false,
-            was_accepted: false,
-            began_here: false,
-            has_ended: false,
-            failovers: 0,
-            rescues: 0,
-            attempts: 0,
-            last_failure: None,
-            searching_since: None,
-            not_before: None,
-            alarm: Box::pin(sleep_until(tokio::time::Instant::now())),
+            chosen,
             gate,
-            spoiled_by: None,
+            alarm: Box::pin(sleep_until(tokio::time::Instant::now())),
+            has_ended: false,
         }
     }
 
     /// Runs until every choice has ended, the stream has failed, or nobody listens.
-    pub(super) async fn run(mut self, beginning: Beginning) {
-        self.began_here = matches!(beginning, Beginning::Source(_) | Beginning::Place(_));
-        match beginning {
-            // The journal may contain the whole stream.
-            _ if self.log.is_complete() => {}
-            Beginning::Source(source) => self.primary = Some(source),
-            Beginning::Follow(source) => {
-                self.follows = true;
-                self.was_accepted = true;
-                self.log.follow(match &source.replica {
-                    Replica::At(node) => Some(node.clone()),
-                    Replica::Here => None,
-                });
-                self.primary = Some(source);
-            }
-            Beginning::Place(choice) => self.open_chosen(choice),
-            Beginning::Anywhere => self.open(),
-        }
+    pub(super) async fn run(mut self) {
+        // The journal may contain the whole stream.
         if !self.log.is_complete() {
+            self.tell(Input::Begin);
             // The node may have begun to leave just now, which is not reported a second time.
-            self.look_around();
+            self.tell(Input::Alarm);
+            self.set_alarm();
         }
         loop {
             while !(self.log.is_complete() && self.gate.is_none()) {
                 match self.step().await {
                     Step::Abandoned => break,
-                    Step::Cut => self.cut(),
-                    Step::GateOpened => {
-                        self.gate = None;
-                        match self.spoiled_by.take() {
-                            Some(failure) => self.log.fail(failure),
-                            None => self.log.open_gate(),
-                        }
-                    }
-                    Step::Primary(sign) => self.hear_primary(sign),
-                    Step::Successor(sign) => self.hear_successor(sign),
-                    Step::Opened(result) => self.opened(result),
-                    Step::Alarm => self.look_around(),
-                    Step::NodeFailed => self.node_failed(),
-                    Step::Changed => {
-                        self.not_before = None;
-                        self.look_around();
-                    }
+                    step => self.take(step),
                 }
             }
             // If a listener joined just now, the stream continues for it.
@@ -207,307 +144,234 @@ impl FailoverStream {
                 break;
             }
         }
-        self.give_up_race();
+        self.tell(Input::End);
         self.has_ended = true;
         self.shared.stream_ended(&self.log);
     }
 
     async fn step(&mut self) -> Step {
-        let is_searching = self.primary.is_none() && self.opening.is_none() && self.successor.is_none();
-        let wants_news = is_searching || self.relief.is_some();
-        // After the last token a source can only report its end, which is not a failure.
-        let is_complete = self.log.is_complete();
+        // After the last token a source can only report its end, which is not a failure, and no other is needed.
+        let is_open = !self.log.is_complete();
+        let wants_news = self.machine.wants_news();
+        let has_failed = self.machine.knows_node_failed();
+        let changes = &mut self.changes;
         tokio::select! {
             biased;
             () = self.log.abandoned() => Step::Abandoned,
-            () = cut(&mut self.is_cut) => Step::Cut,
-            Ok(()) = self.departure.changed() => Step::Changed,
+            () = cut(&mut changes.is_cut) => Step::Cut,
+            Ok(()) = changes.departure.changed(), if is_open => Step::Changed,
             () = optional(&mut self.gate) => Step::GateOpened,
-            sign = next(&mut self.primary), if !is_complete => Step::Primary(sign),
-            sign = next(&mut self.successor), if !is_complete => Step::Successor(sign),
-            result = opened(&mut self.opening) => Step::Opened(result),
-            () = self.alarm.as_mut() => Step::Alarm,
-            () = failure(&mut self.phases), if !self.has_failed => Step::NodeFailed,
-            Ok(()) = self.paces.changed() => Step::Changed,
-            Ok(()) = self.view.changed(), if wants_news => Step::Changed,
+            sign = next(&mut self.primary), if is_open => Step::Heard(Slot::Primary, sign),
+            sign = next(&mut self.successor), if is_open => Step::Heard(Slot::Successor, sign),
+            result = opened(&mut self.opening), if is_open => Step::Opened(result),
+            () = self.alarm.as_mut(), if is_open => Step::Alarm,
+            () = failure(&mut changes.phases), if is_open && !has_failed => Step::NodeFailed,
+            Ok(()) = changes.paces.changed(), if is_open => Step::Changed,
+            Ok(()) = changes.view.changed(), if is_open && wants_news => Step::Changed,
         }
     }
 
-    fn hear_primary(&mut self, sign: Sign) {
+    fn take(&mut self, step: Step) {
+        match step {
+            Step::Abandoned => return,
+            Step::GateOpened => {
+                self.gate = None;
+                return self.tell(Input::GateOpened);
+            }
+            Step::Heard(slot, sign) => return self.hear(slot, sign),
+            Step::Cut => self.tell(Input::Cut),
+            Step::Opened(result) => self.opened(result),
+            Step::Alarm => self.tell(Input::Alarm),
+            Step::Changed => self.tell(Input::Changed),
+            Step::NodeFailed => self.tell(Input::NodeFailed(self.shared.health.engine_failure())),
+        }
+        self.set_alarm();
+    }
+
+    /// Passes on what a source says, and all that it has said already.
+    fn hear(&mut self, slot: Slot, sign: Sign) {
         let mut next = Some(sign);
         while let Some(sign) = next {
-            let Some(primary) = &mut self.primary else { return };
-            if self.relief == Some(Relief::Stall) {
-                // The primary was only slow.
-                self.relief = None;
-                self.successor = None;
-                self.opening = None;
-            }
-            match sign {
-                Sign::Event(GenerationEvent::Finished { reason, .. })
-                    if self.follows && !reason.is_of_the_generation() =>
-                {
-                    // The deadline belonged to another client.
-                    return self.lose_primary(Failure::new(
-                        FailureKind::PeerDisconnected,
-                        "The stream has ended at the other node.",
-                    ));
-                }
-                Sign::Event(event) => match self.shared.judge(&self.log, &mut primary.cursor, event) {
-                    Ok(_) => self.shared.accepted(primary),
-                    Err(failure) => return self.lose_primary(failure),
-                },
-                Sign::Heartbeat => {}
+            let heard = match sign {
+                Sign::Event(event) => self.judge(slot, event),
+                Sign::Heartbeat => Ok(Heard::Life),
                 Sign::HandOver => {
-                    primary.is_leaving = true;
-                    return self.look_around();
+                    // It speaks, so it is not silent.
+                    self.heard(slot, Heard::Life);
+                    self.tell(Input::HandOver(slot));
+                    return self.set_alarm();
+                }
+            };
+            match heard {
+                Ok(heard) => self.heard(slot, heard),
+                Err(failure) => {
+                    self.heard(slot, Heard::Life);
+                    self.tell(Input::Lost(slot, failure));
+                    return self.set_alarm();
                 }
             }
-            next = self.primary.as_mut().and_then(StreamSource::try_next);
+            next = match slot {
+                Slot::Primary => self.primary.as_mut().and_then(StreamSource::try_next),
+                Slot::Asked | Slot::Successor => None,
+            };
         }
     }
 
-    fn hear_successor(&mut self, sign: Sign) {
-        let successor = self.successor.as_mut().expect("it spoke");
-        match sign {
-            Sign::Event(event) => {
-                let speaks = matches!(event, GenerationEvent::Token { .. } | GenerationEvent::Finished { .. });
-                match self.shared.judge(&self.log, &mut successor.cursor, event) {
-                    // In a race the successor is behind until it has brought a token that the stream did not have.
-                    Ok(News::Known) if self.relief == Some(Relief::Slow) => {}
-                    Ok(News::Taken | News::Known) if speaks => self.promote(),
-                    Ok(_) => {}
-                    Err(failure) => {
-                        let lost = self.successor.take().expect("it spoke");
-                        self.exclude(lost.replica, lost.attempt, &failure);
-                        self.set_alarm();
-                    }
-                }
-            }
-            Sign::Heartbeat => {}
-            Sign::HandOver => {
-                let replica = self.successor.take().expect("it spoke").replica;
-                self.excluded.insert(replica, now() + EXCLUSION);
+    fn heard(&mut self, slot: Slot, heard: Heard) {
+        let actions = self.machine.heard(slot, heard);
+        if !actions.is_empty() {
+            self.obey(actions);
+            // After a sign of the primary the alarm may be early, and the next look sets it.
+            if slot == Slot::Successor {
                 self.set_alarm();
             }
         }
     }
 
-    /// The other entry node is gone or silent, so this node now answers for the stream. Returns false if it already did.
-    fn take_over(&mut self) -> bool {
-        let followed = std::mem::take(&mut self.follows);
-        if followed {
-            self.log.follow(None);
-            self.log.set_epoch(self.log.epoch() + 1);
-            self.gate = self.shared.has_peers().then(|| self.shared.clone().replicate(self.log.clone()));
-        }
-        followed
-    }
-
-    /// Makes the successor the primary: it has delivered a token.
-    fn promote(&mut self) {
-        let relief = self.relief.take();
-        self.take_over();
-        let before = std::mem::replace(&mut self.primary, self.successor.take());
-        if let Some(before) = before {
-            let cause = match relief {
-                Some(Relief::Stall) => "its replica is silent",
-                Some(Relief::Slow) => "its replica is slow",
-                Some(Relief::HandOver) | None => "its replica is leaving",
-            };
-            info!(request = %self.log.envelope.id, from = %before.replica, to = %self.place_name(), cause, "a stream moved");
-            match relief {
-                Some(Relief::Stall) => {
-                    self.failovers += 1;
-                    self.shared.metrics.failovers.with([FailureKind::PeerStalled.label()]).inc();
-                }
-                Some(Relief::Slow) => {
-                    self.rescues += 1;
-                    self.shared.metrics.rescues.with(["won"]).inc();
-                }
-                Some(Relief::HandOver) | None => _ = self.shared.metrics.hand_overs.inc(),
-            }
-        }
-        self.set_alarm();
-    }
-
-    fn lose_primary(&mut self, failure: Failure) {
-        let lost = self.primary.take().expect("it was lost");
-        self.relief = None;
-        let reaction = failure.kind.reaction();
-        if reaction.elsewhere == Elsewhere::UnlessItSpoke && lost.has_spoken() {
-            return self.spoil(failure);
-        }
-        if self.take_over() {
-            self.excluded.insert(lost.replica, now() + EXCLUSION);
-            self.last_failure = Some(failure);
-            self.open();
-            return self.set_alarm();
-        }
-        if !reaction.elsewhere.allows(true) || !self.shared.can_move() {
-            return self.log.fail(failure);
-        }
-        self.exclude(lost.replica.clone(), lost.attempt, &failure);
-        self.was_accepted = true;
-        self.failovers += u32::from(reaction.loss == Loss::Failover);
-        if self.failovers > self.shared.config.max_failovers {
-            warn!(request = %self.log.envelope.id, failovers = self.failovers, "a stream lost too many replicas");
-            return self.log.fail(failure);
-        }
-        match reaction.loss {
-            Loss::HandOver => _ = self.shared.metrics.hand_overs.inc(),
-            Loss::Failover => _ = self.shared.metrics.failovers.with([reaction.label]).inc(),
-        }
-        info!(from = %lost.replica, cause = failure.shown_code(), "a stream lost its replica");
-        self.last_failure = Some(failure);
-        match self.successor.take() {
-            Some(successor) => self.primary = Some(successor),
-            None if self.opening.is_some() => {}
-            None => self.open(),
-        }
-        self.set_alarm();
-    }
-
-    /// The tokens may be wrong. The stream ends as soon as no replica can continue it.
-    fn spoil(&mut self, failure: Failure) {
-        self.successor = None;
-        self.opening = None;
-        self.spoiled_by = Some(failure);
-        self.gate = Some(self.shared.clone().forget(self.log.clone()));
-    }
-
-    /// Remembers that the replica failed, for this stream and in its breaker.
-    fn exclude(&mut self, replica: Replica, attempt: Option<Attempt>, failure: &Failure) {
-        self.shared.failed(&replica, attempt, failure.kind);
-        let until = match failure.kind.reaction().avoid {
-            Avoid::Briefly => now() + EXCLUSION,
-            Avoid::ByThisStream => now() + EXCLUSION_FOR_GOOD,
+    /// Passes an event to the journal. An error ends its source.
+    fn judge(&mut self, slot: Slot, event: GenerationEvent) -> Result<Heard, Failure> {
+        let source = match slot {
+            Slot::Primary => self.primary.as_mut(),
+            Slot::Asked | Slot::Successor => self.successor.as_mut(),
         };
-        self.excluded.insert(replica, until);
+        let source = source.expect("it spoke");
+        if let GenerationEvent::Finished { reason, .. } = &event
+            && slot == Slot::Primary
+            && self.machine.follows()
+            && !reason.is_of_the_generation()
+        {
+            // The deadline belonged to another client.
+            let message = "The stream has ended at the other node.";
+            return Err(Failure::new(FailureKind::PeerDisconnected, message));
+        }
+        let is_output = matches!(event, GenerationEvent::Token { .. } | GenerationEvent::Finished { .. });
+        let news = self.shared.judge(&self.log, &mut source.cursor, event)?;
+        if slot == Slot::Primary {
+            self.shared.accepted(source);
+        }
+        Ok(match is_output {
+            true => Heard::Output { is_new: news == News::Taken },
+            false => Heard::Life,
+        })
     }
 
-    /// Checks everything that may have changed with time.
-    fn look_around(&mut self) {
-        if self.spoiled_by.is_some() {
-            return self.set_alarm();
-        }
-        let (now, stall) = (now(), self.shared.config.peer_stall_timeout);
-        let is_silent = |source: &StreamSource| now.saturating_duration_since(source.last_sign()) >= stall;
-        let stalled = || Failure::new(FailureKind::PeerStalled, "The replica stopped answering.");
-        if self.successor.as_ref().is_some_and(is_silent) {
-            let lost = self.successor.take().expect("it is silent");
-            self.exclude(lost.replica, lost.attempt, &stalled());
-        }
-        let leaves =
-            |source: &StreamSource| source.is_leaving || (source.replica == Replica::Here && self.shared.leaves());
-        match &self.primary {
-            Some(primary) if primary.replica == Replica::Here && self.shared.only_relays() => {
-                match self.shared.has_peers() {
-                    true => self.lose_primary(has_left()),
-                    false => self.cut(),
+    /// Tells the machine, and does what it says until it has nothing more to say.
+    fn tell(&mut self, input: Input) {
+        let seen = self.seen();
+        let actions = self.machine.on(input, &seen);
+        self.obey(actions);
+    }
+
+    fn obey(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Open(terms) => {
+                    let choice = self.chosen.take().unwrap_or_else(|| self.choose(&terms));
+                    self.open(choice, &terms);
                 }
+                Action::SeekFaster { excluded } => {
+                    if let Some(choice) = self.faster_replica(&excluded) {
+                        self.chosen = Some(choice);
+                        self.tell(Input::Faster { is_allowed: self.shared.may_retry() });
+                    }
+                }
+                Action::OpenFaster(terms) => {
+                    let choice = self.chosen.take().expect("a faster one was found");
+                    self.open(choice, &terms);
+                }
+                Action::TakeRetry => self.tell(Input::Retry { is_allowed: self.shared.may_retry() }),
+                Action::Blame(slot, kind) => self.blame(slot, kind),
+                Action::Drop(Slot::Primary) => self.primary = None,
+                Action::Drop(Slot::Asked) => self.opening = None,
+                Action::Drop(Slot::Successor) => self.successor = None,
+                Action::Promote => self.primary = self.successor.take(),
+                Action::TakeOver => {
+                    self.log.follow(None);
+                    self.log.set_epoch(self.log.epoch() + 1);
+                    self.gate = self.shared.has_peers().then(|| self.shared.clone().replicate(self.log.clone()));
+                }
+                Action::Forget => self.gate = Some(self.shared.clone().forget(self.log.clone())),
+                Action::OpenGate => self.log.open_gate(),
+                Action::FinishLate => self.log.finish_all(&FinishReason::Deadline),
+                Action::Fail(failure) => self.log.fail(failure),
+                Action::Note(note) => self.note(note),
             }
-            Some(primary) if is_silent(primary) && self.relief != Some(Relief::Stall) => {
-                let (replica, attempt) = (primary.replica.clone(), primary.attempt);
-                self.relief = Some(Relief::Stall);
-                self.exclude(replica, attempt, &stalled());
-                self.last_failure = Some(stalled());
-                self.relieve();
-            }
-            Some(primary) if is_silent(primary) => self.relieve(),
-            Some(primary) if leaves(primary) => {
-                self.relief = Some(Relief::HandOver);
-                let replica = primary.replica.clone();
-                self.excluded.insert(replica, now + EXCLUSION);
-                self.relieve();
-            }
-            Some(_) => self.race_if_slow(),
-            None if self.opening.is_none() && self.successor.is_none() => self.search(now),
-            None => {}
         }
-        self.set_alarm();
     }
 
-    /// Opens a successor beside the primary, unless there is one.
-    fn relieve(&mut self) {
-        if self.shared.can_move() && self.successor.is_none() && self.opening.is_none() {
-            self.open();
+    fn blame(&self, slot: Slot, kind: FailureKind) {
+        let attempt = match slot {
+            Slot::Primary => self.primary.as_ref().and_then(|source| source.attempt),
+            Slot::Asked => self.opening.as_ref().and_then(|opening| opening.attempt),
+            Slot::Successor => self.successor.as_ref().and_then(|source| source.attempt),
+        };
+        if let Some(replica) = self.replica(slot) {
+            self.shared.failed(replica, attempt, kind);
         }
     }
 
-    fn search(&mut self, now: Instant) {
-        let since = *self.searching_since.get_or_insert(now);
-        if self.want.envelope.deadline.is_some_and(|deadline| deadline <= now) {
-            return match self.log.has_begun() {
-                true => self.log.finish_all(&FinishReason::Deadline),
-                false => self.log.fail(Failure::deadline_passed()),
-            };
-        }
-        if now.saturating_duration_since(since) >= self.shared.config.failover_timeout {
-            if self.shared.only_relays() {
-                return self.cut();
+    fn note(&self, note: Note) {
+        let (request, metrics) = (&self.log.envelope.id, &self.shared.metrics);
+        match note {
+            Note::Lost { from, failure } => {
+                match failure.kind.reaction().loss {
+                    Loss::HandOver => _ = metrics.hand_overs.inc(),
+                    Loss::Failover => _ = metrics.failovers.with([failure.kind.label()]).inc(),
+                }
+                info!(%request, %from, cause = failure.shown_code(), "a stream lost its replica");
             }
-            let nobody =
-                || Failure::new(FailureKind::EngineFailed, "No replica is left that could continue the stream.");
-            return self.log.fail(self.last_failure.take().unwrap_or_else(nobody));
+            Note::LostTooMany { failovers } => warn!(%request, failovers, "a stream lost too many replicas"),
+            Note::Moved { from, to, why } => {
+                let cause = match why {
+                    Relief::Stall => "its replica is silent",
+                    Relief::Slow => "its replica is slow",
+                    Relief::HandOver => "its replica is leaving",
+                };
+                match why {
+                    Relief::Stall => _ = metrics.failovers.with([FailureKind::PeerStalled.label()]).inc(),
+                    Relief::Slow => _ = metrics.rescues.with(["won"]).inc(),
+                    Relief::HandOver => _ = metrics.hand_overs.inc(),
+                }
+                info!(%request, %from, %to, cause, "a stream moved");
+            }
+            Note::Retried => _ = metrics.placement_retries.inc(),
+            Note::RaceLost => _ = metrics.rescues.with(["lost"]).inc(),
+            Note::RaceWithoutBudget => _ = metrics.rescues.with(["no_budget"]).inc(),
         }
-        self.open();
     }
 
-    /// Sets the time of the next check, if no event comes first.
+    fn seen(&self) -> Seen {
+        let see = |source: &StreamSource| SourceSeen { last_sign: source.last_sign(), has_spoken: source.has_spoken() };
+        let shared = &self.shared;
+        Seen {
+            now: now(),
+            primary: self.primary.as_ref().map(see),
+            successor: self.successor.as_ref().map(see),
+            is_slow: self.primary.as_ref().is_some_and(|primary| shared.pacing.is_slow(&primary.replica)),
+            has_begun: self.log.has_begun(),
+            has_peers: shared.has_peers(),
+            leaves: shared.leaves(),
+            only_relays: shared.only_relays(),
+        }
+    }
+
+    /// Sets the time of the next look, if no event comes first.
     fn set_alarm(&mut self) {
-        let now = now();
-        let stall = self.shared.config.peer_stall_timeout;
-        let silence = |source: &StreamSource| (source.last_sign() + stall).max(now + Duration::from_millis(1));
-        let mut alarm = now + Duration::from_secs(60);
-        if let Some(primary) = &self.primary {
-            alarm = alarm.min(match self.relief {
-                None => silence(primary),
-                // A refusal asks for a short pause before the next replica is tried.
-                Some(Relief::Stall) => self.not_before.filter(|at| *at > now).unwrap_or(now + SEARCH_INTERVAL),
-                Some(Relief::HandOver) => silence(primary).min(now + HAND_OVER_INTERVAL),
-                Some(Relief::Slow) => silence(primary).min(now + RACE_INTERVAL),
-            });
-            if self.relief.is_none() && self.shared.pacing.is_slow(&primary.replica) {
-                alarm = alarm.min(now + RACE_INTERVAL);
-            }
+        let Some(wake) = self.machine.wake(&self.seen()) else { return };
+        for slot in [Slot::Primary, Slot::Asked, Slot::Successor] {
+            assert_eq!(self.replica(slot), self.machine.replica(slot), "{slot:?}");
         }
-        if let Some(successor) = &self.successor {
-            alarm = alarm.min(silence(successor));
-        }
-        if self.primary.is_none() && self.successor.is_none() && self.opening.is_none() {
-            let next = self.not_before.unwrap_or(now + SEARCH_INTERVAL).max(now + Duration::from_millis(1));
-            alarm = alarm.min(next).min(self.want.envelope.deadline.map_or(next, |deadline| deadline.max(now)));
-        }
-        self.alarm.as_mut().reset(alarm.into());
+        self.alarm.as_mut().reset(wake.into());
     }
 
-    /// This node has failed. Its engine may hang forever, so do not wait for it.
-    fn node_failed(&mut self) {
-        self.has_failed = true;
-        if self.primary.as_ref().is_some_and(|primary| primary.replica == Replica::Here) {
-            self.lose_primary(self.shared.health.engine_failure());
+    fn replica(&self, slot: Slot) -> Option<&Replica> {
+        match slot {
+            Slot::Primary => self.primary.as_ref().map(|source| &source.replica),
+            Slot::Asked => self.opening.as_ref().map(|opening| &opening.replica),
+            Slot::Successor => self.successor.as_ref().map(|source| &source.replica),
         }
-    }
-
-    /// The node ends, and waits no longer or finds no replica: the client is told how to go on elsewhere.
-    fn cut(&mut self) {
-        self.primary = None;
-        self.successor = None;
-        self.opening = None;
-        let why = if self.has_failed { "The node's engine has failed." } else { "The node is shutting down." };
-        let message = format!(
-            "{why} Send the request again to another node, with the headers `idempotency-key` and `last-event-id`, to get \
-             the rest."
-        );
-        self.log.fail(Failure::new(FailureKind::EngineFailed, message).with_code("stream_interrupted"));
-    }
-
-    fn place_name(&self) -> String {
-        self.primary.as_ref().map_or_else(|| "nowhere".into(), |primary| primary.replica.to_string())
     }
 }
-
 impl Drop for FailoverStream {
     /// Makes sure that the stream has an end, however the task ends.
     fn drop(&mut self) {
@@ -518,7 +382,6 @@ impl Drop for FailoverStream {
         }
     }
 }
-
 pub(super) fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }

@@ -23,7 +23,7 @@ use super::meter::Meter;
 use super::no_peers::NoPeers;
 use super::pace::Pacing;
 use super::replicator::Replicator;
-use super::retry_budget::{self, RetryBudget};
+use super::retry_budget::RetryBudget;
 use super::source::{Replica, StreamSource};
 use super::stream_log::{Cursor, News, StreamLog};
 use crate::admission::{AdmissionController, Demand};
@@ -402,10 +402,6 @@ impl RouterState {
 
     pub(super) fn may_retry(&self) -> bool {
         self.retry_budget.lock().try_retry(now())
-    }
-
-    pub(super) fn backoff(&self, attempt: u32) -> Duration {
-        retry_budget::backoff(attempt, self.draw())
     }
 
     /// Registers the stream as running. Returns the stream that already runs under its name, if any.

@@ -34,8 +34,6 @@ pub struct StreamSource {
     pub cursor: Cursor,
     /// For reporting the outcome to the peer's breaker.
     pub attempt: Option<Attempt>,
-    /// The replica has asked to be replaced.
-    pub is_leaving: bool,
     /// Whether the attempt's success has been reported.
     is_reported: bool,
     opened_at: Instant,
@@ -101,7 +99,6 @@ impl StreamSource {
             replica,
             cursor,
             attempt,
-            is_leaving: false,
             is_reported: false,
             opened_at: now,
             last_sign: now,
