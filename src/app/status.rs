@@ -215,7 +215,7 @@ mod tests {
     use crate::cluster::problems::ProblemReason;
     use crate::cluster::{LoadReport, ModelReport};
     use crate::router::overview::PeerFailure;
-    use crate::types::{Fingerprint, NodeId};
+    use crate::types::{Fingerprint, NodeId, NodeReason};
 
     fn node(id: &str, state: NodeState, ready: bool) -> NodeOverview {
         let model = ModelReport {
@@ -228,7 +228,7 @@ mod tests {
         let report = LoadReport {
             state,
             ready,
-            reasons: if ready { Vec::new() } else { vec!["the memory is full".into()] },
+            reasons: if ready { Vec::new() } else { vec![NodeReason::MemoryFull.into()] },
             running: 64,
             waiting: 128,
             seats: 64,
@@ -309,7 +309,7 @@ mod tests {
             "dead: outrigger-3",
             "key 0a1b2c3d encrypts, ffffffff decrypts too",
             "  foreign_key: 10.0.0.9:7946 (40 times in 61.0s, the last 500ms ago)",
-            "outrigger-2: the memory is full",
+            "outrigger-2: memory",
             "outrigger-1: equal work takes 20.0 times as long",
             "outrigger-2: the last call failed 61.0s ago (peer_stalled)",
             "smol   0123456789ab     8192  outrigger-0, outrigger-1, outrigger-2",

@@ -58,7 +58,7 @@ pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
         sequence: sequence.into(),
         state: state as u32,
         ready: report.ready,
-        reasons: report.reasons.iter().take(MAX_REASONS).map(|reason| cut(reason, MAX_REASON_BYTES)).collect(),
+        reasons: report.reasons.iter().take(MAX_REASONS).map(|reason| cut(reason.code(), MAX_REASON_BYTES)).collect(),
         running: report.running,
         waiting: report.waiting,
         waiting_tokens: report.waiting_tokens,
@@ -66,6 +66,7 @@ pub fn encode_report(report: &LoadReport, sequence: u8) -> String {
         queue_saturation: ratio(report.queue_saturation),
         kv_usage: ratio(report.kv_usage),
         memory_pressure: ratio(report.memory_pressure),
+        memory_share: report.memory_share.map(ratio),
         time_to_first_token: steps(report.time_to_first_token, FIRST_TOKEN_STEP_SECONDS),
         inter_token_latency: steps(report.inter_token_latency, TOKEN_STEP_SECONDS),
         drain_tokens_per_second: steps(report.drain_tokens_per_second, RATE_STEP),
@@ -81,7 +82,7 @@ pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
     Ok(LoadReport {
         state: STATES.get(wire.state as usize).copied().unwrap_or(NodeState::Failed),
         ready: wire.ready && (wire.state as usize) < STATES.len(),
-        reasons: wire.reasons.iter().take(MAX_REASONS).map(|reason| cut(reason, MAX_REASON_BYTES)).collect(),
+        reasons: wire.reasons.iter().take(MAX_REASONS).map(|reason| cut(reason, MAX_REASON_BYTES).into()).collect(),
         running: wire.running,
         waiting: wire.waiting,
         waiting_tokens: wire.waiting_tokens,
@@ -89,6 +90,7 @@ pub fn decode_report(text: &str) -> Result<LoadReport, GossipError> {
         queue_saturation: ratio(wire.queue_saturation),
         kv_usage: ratio(wire.kv_usage),
         memory_pressure: ratio(wire.memory_pressure),
+        memory_share: wire.memory_share.map(ratio),
         time_to_first_token: wire.time_to_first_token as f32 * FIRST_TOKEN_STEP_SECONDS,
         inter_token_latency: wire.inter_token_latency as f32 * TOKEN_STEP_SECONDS,
         drain_tokens_per_second: wire.drain_tokens_per_second as f32 * RATE_STEP,
@@ -228,6 +230,7 @@ pub fn urgency(told: &LoadReport, next: &LoadReport) -> Urgency {
         (told.queue_saturation, next.queue_saturation),
         (told.kv_usage, next.kv_usage),
         (told.memory_pressure, next.memory_pressure),
+        (told.memory_share.unwrap_or(1.0), next.memory_share.unwrap_or(1.0)),
     ];
     let measures = [
         (told.time_to_first_token, next.time_to_first_token),
@@ -297,6 +300,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::types::{DegradedBy, NodeReason, ReportedReason};
 
     prop_compose! {
         fn reports()(
@@ -312,9 +316,9 @@ mod tests {
             hot_prefixes in prop::collection::vec(any::<u32>(), 0..100),
         ) -> LoadReport {
             LoadReport {
-                state, ready, reasons,
+                state, ready, reasons: reasons.into_iter().map(ReportedReason::from).collect(),
                 running: counts.0, waiting: counts.1, waiting_tokens: counts.2, seats: counts.3,
-                queue_saturation: ratios.0, kv_usage: ratios.1, memory_pressure: ratios.2,
+                queue_saturation: ratios.0, kv_usage: ratios.1, memory_pressure: ratios.2, memory_share: Some(ratios.0),
                 time_to_first_token: measures.0, inter_token_latency: measures.1, drain_tokens_per_second: measures.2,
                 free_token_budget: counts.4, pace: None, hot_prefixes,
             }
@@ -352,7 +356,7 @@ mod tests {
         let report = LoadReport {
             state: NodeState::Degraded,
             ready: true,
-            reasons: vec!["The probe is slow: 812 ms.".into()],
+            reasons: vec![NodeReason::Degraded(DegradedBy::SlowProbe).into(), "of_tomorrow".to_owned().into()],
             running: 12,
             waiting: 3,
             waiting_tokens: 4711,
@@ -360,6 +364,7 @@ mod tests {
             queue_saturation: 0.375,
             kv_usage: 0.5,
             memory_pressure: 0.125,
+            memory_share: Some(0.75),
             time_to_first_token: 0.25,
             inter_token_latency: 0.03125,
             drain_tokens_per_second: 512.5,
@@ -384,7 +389,7 @@ mod tests {
     #[test]
     fn the_largest_values_fit_their_bounds() {
         let huge = LoadReport {
-            reasons: vec!["ß".repeat(500); 20],
+            reasons: vec!["ß".repeat(500).into(); 20],
             running: u32::MAX,
             waiting: u32::MAX,
             waiting_tokens: u64::MAX,
@@ -402,7 +407,7 @@ mod tests {
         assert!(encode_report(&huge, 255).len() <= MAX_REPORT_BYTES);
         assert!(encode_prefixes(&huge.hot_prefixes).len() <= MAX_REPORT_BYTES);
         let back = through(&huge);
-        assert_eq!((back.reasons.len(), back.reasons[0].len()), (MAX_REASONS, MAX_REASON_BYTES));
+        assert_eq!((back.reasons.len(), back.reasons[0].code().len()), (MAX_REASONS, MAX_REASON_BYTES));
         assert_eq!((back.queue_saturation, back.kv_usage, back.memory_pressure), (1.0, 0.0, 0.0));
         assert_eq!(back.hot_prefixes.len(), MAX_HOT_PREFIXES);
 
@@ -445,6 +450,7 @@ mod tests {
         let unknown = schema::WireReport { state: 99, ready: true, running: 1, ..schema::WireReport::default() };
         let report = decode_report(&to_text(&unknown)).expect("read");
         assert_eq!((report.state, report.ready, report.running), (NodeState::Failed, false, 1));
+        assert_eq!(report.memory_share, None, "a node of an earlier version says nothing of it");
         let hashes: Vec<u8> = (0..=MAX_HOT_PREFIXES as u32).flat_map(u32::to_le_bytes).collect();
         assert_eq!(decode_prefixes(&pack(&hashes)).map(|hashes| hashes.len()), Ok(MAX_HOT_PREFIXES));
         assert_eq!(decode_prefixes(&pack(&[0; 5000])), Err(GossipError::Malformed), "much longer");
@@ -454,7 +460,7 @@ mod tests {
             ..schema::WireReport::default()
         };
         let report = decode_report(&to_text(&long)).expect("cut");
-        assert_eq!((report.reasons.len(), report.reasons[0].len()), (MAX_REASONS, MAX_REASON_BYTES));
+        assert_eq!((report.reasons.len(), report.reasons[0].code().len()), (MAX_REASONS, MAX_REASON_BYTES));
         assert_eq!(report.queue_saturation, 1.0);
         let crowded = schema::WireDescription {
             oldest_protocol: PROTOCOL.oldest.into(),
@@ -522,11 +528,12 @@ mod tests {
         assert_eq!(of(|next| next.waiting_tokens += 20), Urgency::None);
         assert_eq!(of(|next| next.kv_usage += 0.01), Urgency::None);
         assert_eq!(of(|next| next.kv_usage += 0.1), Urgency::Routine);
+        assert_eq!(of(|next| next.memory_share = Some(0.9)), Urgency::Routine);
         assert_eq!(of(|next| next.inter_token_latency = 0.021), Urgency::None);
         assert_eq!(of(|next| next.inter_token_latency = 0.03), Urgency::Routine);
         assert_eq!(of(|next| next.time_to_first_token = 0.1), Urgency::Routine);
         assert_eq!(of(|next| next.hot_prefixes.push(1)), Urgency::None);
-        assert_eq!(of(|next| next.reasons.push("memory".into())), Urgency::Routine);
+        assert_eq!(of(|next| next.reasons.push(NodeReason::MemoryFull.into())), Urgency::Routine);
         assert_eq!(of(|next| next.ready = false), Urgency::Urgent);
         assert_eq!(of(|next| next.state = NodeState::Draining), Urgency::Urgent);
     }
@@ -539,7 +546,7 @@ mod tests {
             prop_assert_eq!((back.state, back.ready, back.running, back.waiting), (report.state, report.ready, report.running, report.waiting));
             prop_assert_eq!((back.waiting_tokens, back.seats, back.free_token_budget), (report.waiting_tokens, report.seats, report.free_token_budget));
             prop_assert!(report.hot_prefixes.starts_with(&back.hot_prefixes));
-            prop_assert!(report.reasons.iter().zip(&back.reasons).all(|(whole, cut)| whole.starts_with(cut.as_str())));
+            prop_assert!(report.reasons.iter().zip(&back.reasons).all(|(whole, cut)| whole.code().starts_with(cut.code())));
             for ratio in [back.queue_saturation, back.kv_usage, back.memory_pressure] {
                 prop_assert!((0.0..=1.0).contains(&ratio));
             }

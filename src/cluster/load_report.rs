@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::protocol::ProtocolRange;
-use crate::types::{Fingerprint, NodeState};
+use crate::types::{Fingerprint, NodeState, ReportedReason};
 
 /// Reasons in a report, and bytes of each.
 pub const MAX_REASONS: usize = 4;
@@ -50,8 +50,8 @@ pub struct LoadReport {
     pub state: NodeState,
     /// Whether the node wants traffic: the answer of `/readyz`.
     pub ready: bool,
-    /// Why the node is not healthy; at most `MAX_REASONS`.
-    pub reasons: Vec<String>,
+    /// Why the node is not ready, or degraded; at most `MAX_REASONS`.
+    pub reasons: Vec<ReportedReason>,
     /// Sequences that are being computed, and sequences that wait.
     pub running: u32,
     pub waiting: u32,
@@ -65,6 +65,10 @@ pub struct LoadReport {
     pub kv_usage: f32,
     /// Fraction of memory in use, 0 to 1; 0 if unknown.
     pub memory_pressure: f32,
+    /// The fraction of its normal share of requests that this pressure leaves it, by its own marks; none from nodes of an earlier
+    /// version.
+    #[serde(default)]
+    pub memory_share: Option<f32>,
     /// Moving averages in seconds; 0 until measured.
     pub time_to_first_token: f32,
     pub inter_token_latency: f32,
@@ -93,6 +97,7 @@ impl Default for LoadReport {
             queue_saturation: 0.0,
             kv_usage: 0.0,
             memory_pressure: 0.0,
+            memory_share: None,
             time_to_first_token: 0.0,
             inter_token_latency: 0.0,
             drain_tokens_per_second: 0.0,

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
+use super::memory::MemoryMarks;
+
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -60,6 +62,15 @@ impl Default for Config {
 }
 
 impl Config {
+    pub(super) fn memory_marks(&self) -> MemoryMarks {
+        MemoryMarks { warn: self.memory_warn_mark, shrink: self.memory_shrink_mark, remove: self.memory_removal_mark }
+    }
+
+    /// The fraction of its normal share of requests that a node should get with that memory pressure, by the configured marks.
+    pub fn memory_share(&self, pressure: f64) -> f64 {
+        self.memory_marks().share(pressure)
+    }
+
     /// Adds a line for each problem, with the key's name.
     pub fn validate(&self, errors: &mut Vec<String>) {
         const MAX_TIME: Duration = Duration::from_secs(60 * 60);

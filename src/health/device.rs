@@ -9,8 +9,8 @@ use thiserror::Error;
 use tracing::{error, info, warn};
 
 use super::Health;
-use super::lifecycle::DegradedBy;
 use super::memory::{MemoryPlace, MemoryReading};
+use crate::types::DegradedBy;
 
 /// Value of the label `device` in metrics. A node computes on one device.
 const GPU: &str = "gpu";

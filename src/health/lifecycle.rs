@@ -14,38 +14,7 @@ use tracing::{error, info, warn};
 
 use crate::observability::Metrics;
 use crate::observability::metrics::state_label;
-use crate::types::{NodeState, watch};
-
-/// Why a node is degraded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum DegradedBy {
-    /// Equal work takes the node several times as long as other replicas.
-    Slow,
-    /// The synthetic inference is slower than the soft limit.
-    SlowProbe,
-    /// Memory is above `memory_shrink_mark`.
-    Memory,
-    /// Device memory is above `memory_shrink_mark`.
-    DeviceMemory,
-    /// The device is throttled, or close to its temperature limit.
-    Device,
-}
-
-impl DegradedBy {
-    pub const ALL: [DegradedBy; 5] =
-        [DegradedBy::Slow, DegradedBy::SlowProbe, DegradedBy::Memory, DegradedBy::DeviceMemory, DegradedBy::Device];
-
-    /// The code in `/readyz` and in gossip.
-    pub fn code(self) -> &'static str {
-        match self {
-            DegradedBy::Slow => "slow",
-            DegradedBy::SlowProbe => "slow_probe",
-            DegradedBy::Memory => "memory_high",
-            DegradedBy::DeviceMemory => "device_memory_high",
-            DegradedBy::Device => "device_throttled",
-        }
-    }
-}
+use crate::types::{DegradedBy, NodeState, watch};
 
 /// A state, and the reason why the node entered it.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -227,6 +227,16 @@ impl MemoryMarks {
     /// A level ends only this far below its mark, so that the node does not flap.
     const HYSTERESIS: f64 = 0.02;
 
+    /// The fraction of its normal share of requests that a node should get: all up to the shrink mark, none from the removal mark
+    /// on.
+    pub fn share(&self, pressure: f64) -> f64 {
+        if pressure >= self.remove {
+            return 0.0;
+        }
+        let above = (pressure - self.shrink).max(0.0);
+        if above == 0.0 { 1.0 } else { 1.0 - above / (self.remove - self.shrink) }
+    }
+
     pub fn level(&self, previous: MemoryLevel, pressure: f64) -> MemoryLevel {
         let levels =
             [(MemoryLevel::Remove, self.remove), (MemoryLevel::Shrink, self.shrink), (MemoryLevel::Warn, self.warn)];
@@ -243,6 +253,15 @@ mod tests {
     use super::*;
 
     const MARKS: MemoryMarks = MemoryMarks { warn: 0.8, shrink: 0.9, remove: 0.95 };
+
+    #[test]
+    fn the_share_falls_from_the_shrink_mark_to_the_removal_mark() {
+        for (pressure, share) in [(0.0, 1.0), (0.89, 1.0), (0.9, 1.0), (0.925, 0.5), (0.95, 0.0), (1.0, 0.0)] {
+            assert!((MARKS.share(pressure) - share).abs() < 1e-9, "{pressure}: {}", MARKS.share(pressure));
+        }
+        let one = MemoryMarks { warn: 0.8, shrink: 0.9, remove: 0.9 };
+        assert_eq!((one.share(0.899), one.share(0.9)), (1.0, 0.0), "marks at one place");
+    }
 
     struct Tree(tempfile::TempDir);
 

@@ -25,7 +25,7 @@ use thiserror::Error;
 use tracing::{info, warn};
 
 use crate::observability::Metrics;
-use crate::types::{Backend, Failure, FailureKind};
+use crate::types::{Backend, DegradedBy, Failure, FailureKind, NodeReason};
 
 pub use config::Config;
 use device::TroubleJudge;
@@ -33,9 +33,9 @@ pub use device::{DeviceProbe, DeviceReading};
 pub use gpu_probe::GpuProbe;
 use inference_probe::ProbeJudge;
 pub use inference_probe::{CalibrationError, InferenceProbe, ProbeOutcome};
-pub use lifecycle::{DegradedBy, InvalidTransition, Lifecycle, NodePhase};
+pub use lifecycle::{InvalidTransition, Lifecycle, NodePhase};
 pub use memory::{HostMemory, MemoryLimit, MemoryProbe, MemoryProbeError};
-use memory::{MemoryLevel, MemoryMarks, MemoryPlace, MemoryReading, MemoryState};
+use memory::{MemoryLevel, MemoryPlace, MemoryReading, MemoryState};
 pub use monitor::{watch_device, watch_engine, watch_memory};
 use stall_watch::StallWatch;
 use verdict::{EngineView, MemoryView, ProbeView, VerdictBounds};
@@ -136,7 +136,11 @@ impl Health {
         HealthSnapshot {
             state: phase.state,
             state_reason: phase.reason.into_owned(),
-            degraded: lifecycle.degraded_by().into_iter().map(|(by, why)| Reason::new(by.code(), why)).collect(),
+            degraded: lifecycle
+                .degraded_by()
+                .into_iter()
+                .map(|(by, why)| Reason::new(NodeReason::Degraded(by), why))
+                .collect(),
             has_started: lifecycle.has_started(),
             loading: observed.loading,
             engine,
@@ -207,7 +211,7 @@ impl Health {
     /// Fails the node if its engine has ended, or has hung for too long.
     fn judge_engine(&self) {
         let liveness = self.liveness();
-        let engine_reason = liveness.reasons.iter().find(|reason| reason.code.starts_with("engine_"));
+        let engine_reason = liveness.reasons.iter().find(|reason| reason.code.is_of_engine());
         if let Some(reason) = engine_reason {
             // This has no effect if the node has already failed or stopped.
             let _ = self.state.lifecycle.fail(reason.message.clone());
@@ -238,11 +242,7 @@ impl Health {
         };
         let pressure = reading.pressure(u64::from(free_blocks).saturating_mul(block_bytes));
         metrics.memory_pressure.with([source]).set(pressure);
-        let marks = MemoryMarks {
-            warn: config.memory_warn_mark,
-            shrink: config.memory_shrink_mark,
-            remove: config.memory_removal_mark,
-        };
+        let marks = config.memory_marks();
         let level = marks.level(state.level, pressure);
         if level != state.level {
             if level > MemoryLevel::Normal {

@@ -142,7 +142,7 @@ impl Node {
     }
 
     fn codes(&self) -> Vec<&'static str> {
-        self.health.readiness(QueueView::default()).reasons.iter().map(|reason| reason.code).collect()
+        self.health.readiness(QueueView::default()).reasons.iter().map(|reason| reason.code.code()).collect()
     }
 
     /// Waits for a condition; fails after ten seconds.
@@ -219,7 +219,7 @@ async fn an_idle_engine_that_hangs_is_found_by_the_probe() {
     assert!(node.codes().contains(&"engine_stalled"), "whoever gives up does not start the clock anew");
     node.until("failed", |node| state(node) == NodeState::Failed).await;
     assert!(node.engine.requests.lock().len() > 1);
-    assert_eq!(node.health.liveness().reasons[0].code, "failed");
+    assert_eq!(node.health.liveness().reasons[0].code, NodeReason::Failed);
 }
 
 #[tokio::test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use serde::{Serialize, Serializer};
 
 use crate::observability::metrics::state_label;
-use crate::types::NodeState;
+use crate::types::{NodeReason, NodeState};
 
 /// The input of the verdicts.
 #[derive(Clone, Debug, PartialEq)]
@@ -90,17 +90,16 @@ pub struct LoadProgress {
     pub fraction: f64,
 }
 
-/// One reason why the node is not ready or not alive.
+/// One reason why the node is not ready, not alive or degraded.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Reason {
-    /// A code for programs, from a closed set.
-    pub code: &'static str,
+    pub code: NodeReason,
     /// An explanation for people.
     pub message: String,
 }
 
 impl Reason {
-    pub(super) fn new(code: &'static str, message: impl Into<String>) -> Self {
+    pub(super) fn new(code: NodeReason, message: impl Into<String>) -> Self {
         Self { code, message: message.into() }
     }
 }
@@ -145,7 +144,7 @@ fn by_label<S: Serializer>(state: &NodeState, serializer: S) -> Result<S::Ok, S:
 pub fn liveness(snapshot: &HealthSnapshot) -> Liveness {
     let mut reasons = Vec::new();
     if snapshot.state == NodeState::Failed {
-        reasons.push(Reason::new("failed", &snapshot.state_reason));
+        reasons.push(Reason::new(NodeReason::Failed, &snapshot.state_reason));
     }
     // A stopped node has ended its engine on purpose.
     if snapshot.state != NodeState::Stopped {
@@ -159,16 +158,16 @@ pub fn readiness(snapshot: &HealthSnapshot) -> Readiness {
     let mut reasons = Vec::new();
     reasons.extend(state_trouble(snapshot));
     if snapshot.engine.is_none() && snapshot.state != NodeState::Starting {
-        reasons.push(Reason::new("engine_missing", "no engine runs"));
+        reasons.push(Reason::new(NodeReason::EngineMissing, "no engine runs"));
     }
     reasons.extend(engine_trouble(snapshot, snapshot.bounds.stall_timeout));
     if let Some(fault) = &snapshot.probe.fault {
-        reasons.push(Reason::new("probe_failed", fault));
+        reasons.push(Reason::new(NodeReason::ProbeFailed, fault));
     } else if !snapshot.probe.has_passed {
-        reasons.push(Reason::new("probe_pending", "the synthetic inference has not passed yet"));
+        reasons.push(Reason::new(NodeReason::ProbePending, "the synthetic inference has not passed yet"));
     }
     if let Some(fault) = &snapshot.memory.device_lost {
-        reasons.push(Reason::new("device_lost", fault));
+        reasons.push(Reason::new(NodeReason::DeviceLost, fault));
     }
     reasons.extend(memory_trouble(snapshot));
     reasons.extend(queue_trouble(snapshot));
@@ -200,11 +199,11 @@ pub fn startup(snapshot: &HealthSnapshot) -> Startup {
 fn state_trouble(snapshot: &HealthSnapshot) -> Option<Reason> {
     let code = match snapshot.state {
         NodeState::Ready | NodeState::Degraded => return None,
-        NodeState::Starting => "starting",
-        NodeState::Warming => "warming",
-        NodeState::Draining => "draining",
-        NodeState::Stopped => "stopped",
-        NodeState::Failed => "failed",
+        NodeState::Starting => NodeReason::Starting,
+        NodeState::Warming => NodeReason::Warming,
+        NodeState::Draining => NodeReason::Draining,
+        NodeState::Stopped => NodeReason::Stopped,
+        NodeState::Failed => NodeReason::Failed,
     };
     Some(Reason::new(code, &snapshot.state_reason))
 }
@@ -212,7 +211,7 @@ fn state_trouble(snapshot: &HealthSnapshot) -> Option<Reason> {
 fn engine_trouble(snapshot: &HealthSnapshot, bound: Duration) -> Option<Reason> {
     let engine = snapshot.engine?;
     if !engine.alive {
-        return Some(Reason::new("engine_dead", "the engine has ended"));
+        return Some(Reason::new(NodeReason::EngineDead, "the engine has ended"));
     }
     let stalled = engine.stalled_for.filter(|stalled| *stalled > bound)?;
     let message = format!(
@@ -220,13 +219,16 @@ fn engine_trouble(snapshot: &HealthSnapshot, bound: Duration) -> Option<Reason> 
         stalled.as_secs_f64(),
         bound.as_secs_f64()
     );
-    Some(Reason::new("engine_stalled", message))
+    Some(Reason::new(NodeReason::EngineStalled, message))
 }
 
 fn memory_trouble(snapshot: &HealthSnapshot) -> Option<Reason> {
     let pressure = snapshot.memory.pressure.filter(|_| snapshot.memory.above_removal_mark)?;
     let mark = snapshot.bounds.memory_removal_mark;
-    Some(Reason::new("memory", format!("memory at {:.1} % (mark {:.1} %)", pressure * 100.0, mark * 100.0)))
+    Some(Reason::new(
+        NodeReason::MemoryFull,
+        format!("memory at {:.1} % (mark {:.1} %)", pressure * 100.0, mark * 100.0),
+    ))
 }
 
 fn queue_trouble(snapshot: &HealthSnapshot) -> Option<Reason> {
@@ -234,13 +236,14 @@ fn queue_trouble(snapshot: &HealthSnapshot) -> Option<Reason> {
     let mark = snapshot.bounds.queue_saturation_mark;
     (saturation >= mark && other_ready_peer_below_mark).then(|| {
         let message = format!("the queue is {:.0} % full (mark {:.0} %)", saturation * 100.0, mark * 100.0);
-        Reason::new("saturated", message)
+        Reason::new(NodeReason::QueueFull, message)
     })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::DegradedBy;
 
     const STALL: Duration = Duration::from_secs(10);
     const HANG: Duration = Duration::from_secs(30);
@@ -274,7 +277,7 @@ mod tests {
     }
 
     fn codes(reasons: &[Reason]) -> Vec<&'static str> {
-        reasons.iter().map(|reason| reason.code).collect()
+        reasons.iter().map(|reason| reason.code.code()).collect()
     }
 
     #[test]
@@ -341,7 +344,7 @@ mod tests {
 
     #[test]
     fn a_degraded_node_is_ready_and_says_why_it_is_degraded() {
-        let degraded = vec![Reason::new("slow", "equal work takes 20 times as long")];
+        let degraded = vec![Reason::new(NodeReason::Degraded(DegradedBy::Slow), "equal work takes 20 times as long")];
         let snapshot = HealthSnapshot { degraded: degraded.clone(), ..in_state(NodeState::Degraded) };
         let readiness = readiness(&snapshot);
         assert!(readiness.ready && readiness.reasons.is_empty());

@@ -9,7 +9,7 @@ use super::pace::ReplicaPace;
 use super::placement::{Candidate, Placement, PlacementRequest, place};
 use super::shared::RouterState;
 use super::source::Replica;
-use crate::cluster::{ModelReport, Peer};
+use crate::cluster::{LoadReport, ModelReport, Peer};
 use crate::types::{Failure, FailureKind, NodeState};
 
 /// A peer's report is repeated every second. When it is older than this, the peer is out of reach, or this node is.
@@ -61,6 +61,7 @@ impl RouterState {
             sent_choices: 0,
             sent_tokens: 0,
             weight: 1.0,
+            memory_share: self.memory_share(report),
             slowness: slowness(&Replica::Here),
             is_silent: false,
             may_serve: self.may_serve_here() && is_free(&Replica::Here),
@@ -77,6 +78,7 @@ impl RouterState {
                 sent_choices: standing.sent_choices,
                 sent_tokens: standing.sent_tokens,
                 weight: standing.weight * peer.stability,
+                memory_share: self.memory_share(&peer.report),
                 slowness: slowness(&replica),
                 is_silent: age >= late_report
                     || standing.silence.is_some_and(|silence| silence >= self.silence_limit()),
@@ -118,6 +120,13 @@ impl RouterState {
     /// soon look for another replica.
     fn silence_limit(&self) -> Duration {
         self.config.peer_stall_timeout * 5 / 8
+    }
+
+    /// What memory pressure leaves of a replica's share: what the replica says, by its own marks. For one of an earlier version,
+    /// which says nothing, this node's marks count.
+    fn memory_share(&self, report: &LoadReport) -> f64 {
+        let by_our_marks = || self.health.config().memory_share(report.memory_pressure.into());
+        report.memory_share.map_or_else(by_our_marks, f64::from)
     }
 
     fn suits(&self, want: &Want, model: &ModelReport) -> bool {

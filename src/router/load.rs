@@ -141,11 +141,13 @@ impl RouterState {
             average.seconds(unit)
         };
         let reasons = readiness.reasons.iter().chain(&readiness.degraded);
+        let pressure = readiness.memory_pressure.unwrap_or(0.0);
         self.with_load(LoadReport {
             state: self.health.lifecycle().state(),
             ready: readiness.ready && !self.leaves(),
-            reasons: reasons.map(|reason| reason.code.to_string()).collect(),
-            memory_pressure: readiness.memory_pressure.unwrap_or(0.0) as f32,
+            reasons: reasons.map(|reason| reason.code.into()).collect(),
+            memory_pressure: pressure as f32,
+            memory_share: Some(self.health.config().memory_share(pressure) as f32),
             time_to_first_token: first_token as f32,
             inter_token_latency: pace.map_or(0.0, token_seconds) as f32,
             pace: pace

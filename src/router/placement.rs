@@ -11,24 +11,18 @@ use super::config::Strategy;
 use super::hot_prefixes::matched_tokens;
 use super::retry_budget::unit;
 use crate::cluster::LoadReport;
-use crate::health::DegradedBy;
-use crate::types::NodeState;
+use crate::types::{NodeReason, NodeState, ReportedReason};
 
 /// Nodes with older reports are not used for new requests.
 pub const MAX_REPORT_AGE: Duration = Duration::from_secs(15);
 /// A report of this age has half its weight.
 const REPORT_HALF_LIFE: Duration = Duration::from_secs(3);
 
-/// Memory use at which the weight starts to shrink, and at which a node gets nothing.
-const MEMORY_SHRINKS: f64 = 0.8;
-const MEMORY_FULL: f64 = 0.95;
 /// The minimum factor that a single problem leaves of a weight.
 const LEAST_FACTOR: f64 = 0.05;
 /// The factor for `Degraded`.
 const DEGRADED: f64 = 0.3;
 
-/// The code in the readiness verdict for a queue that is too full.
-const SATURATED: &str = "saturated";
 /// If a peer has at least this many more prompt tokens cached than this node, a hop pays off.
 const WORTH_A_HOP: usize = 512;
 /// Weight of a candidate that has the whole prompt cached, relative to one that has none of it.
@@ -68,6 +62,8 @@ pub struct Candidate<'a> {
     pub sent_tokens: u64,
     /// From breaker and stability, 0 to 1.
     pub weight: f64,
+    /// What its memory pressure leaves of its share, 0 to 1.
+    pub memory_share: f64,
     /// If it is slow: how many times as long as its siblings it takes for equal work.
     pub slowness: Option<f64>,
     /// Nothing has been heard from it for a while, although something was expected.
@@ -141,9 +137,9 @@ fn is_usable(candidate: &Candidate<'_>, is_continuation: bool) -> bool {
 
 /// Whether only its full queue makes it unready: it works, but others should be asked first.
 fn is_unready_by_queue(report: &LoadReport) -> bool {
-    let degrades = |reason: &str| DegradedBy::ALL.iter().any(|cause| cause.code() == reason);
-    report.reasons.iter().any(|reason| reason == SATURATED)
-        && report.reasons.iter().all(|reason| reason == SATURATED || degrades(reason))
+    const FULL: ReportedReason = ReportedReason::Known(NodeReason::QueueFull);
+    let degrades = |reason: &ReportedReason| matches!(reason, ReportedReason::Known(NodeReason::Degraded(_)));
+    report.reasons.contains(&FULL) && report.reasons.iter().all(|reason| *reason == FULL || degrades(reason))
 }
 
 /// A usable candidate, evaluated for this request.
@@ -278,9 +274,8 @@ fn health(candidate: &Candidate<'_>) -> f64 {
     let report = candidate.report;
     let by_state = if report.state == NodeState::Degraded { DEGRADED } else { 1.0 };
     let by_age = libm::exp2(-candidate.age.as_secs_f64() / REPORT_HALF_LIFE.as_secs_f64());
-    let pressure = sane(report.memory_pressure);
-    let by_memory = 1.0 - ((pressure - MEMORY_SHRINKS) / (MEMORY_FULL - MEMORY_SHRINKS)).clamp(0.0, 1.0);
-    let given = if candidate.weight.is_finite() { candidate.weight.min(1.0) } else { 0.0 };
+    let fraction = |value: f64| if value.is_finite() { value.min(1.0) } else { 0.0 };
+    let (by_memory, given) = (fraction(candidate.memory_share), fraction(candidate.weight));
     [by_state, by_age, by_memory, pace_weight(candidate.slowness), given]
         .into_iter()
         .map(|factor| factor.max(LEAST_FACTOR))

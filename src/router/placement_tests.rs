@@ -8,6 +8,7 @@ use proptest::strategy::Strategy as Generator;
 use super::*;
 use crate::router::config::Strategy;
 use crate::router::hot_prefixes::hashes;
+use crate::types::DegradedBy;
 
 fn idle() -> LoadReport {
     LoadReport {
@@ -41,6 +42,7 @@ fn peer(report: &LoadReport) -> Candidate<'_> {
         sent_choices: 0,
         sent_tokens: 0,
         weight: 1.0,
+        memory_share: 1.0,
         slowness: None,
         is_silent: false,
         may_serve: true,
@@ -88,8 +90,8 @@ fn a_node_that_is_not_well_does_not_keep_its_requests() {
     let fast = LoadReport { inter_token_latency: 0.05, ..idle() };
     let shares = shares(Strategy::Balanced, &REQUEST, &[here(&slow), peer(&fast)]);
     assert!((20..200).contains(&shares[0]), "less, not nothing: {shares:?}");
-    let pressed = LoadReport { memory_pressure: 0.94, ..idle() };
-    let shares = self::shares(Strategy::Balanced, &REQUEST, &[here(&pressed), peer(&free)]);
+    let pressed = Candidate { memory_share: 0.2, ..here(&free) };
+    let shares = self::shares(Strategy::Balanced, &REQUEST, &[pressed, peer(&free)]);
     assert!((10..200).contains(&shares[0]), "less, not nothing: {shares:?}");
     let degraded = LoadReport { state: NodeState::Degraded, ..idle() };
     let shares = self::shares(Strategy::Balanced, &REQUEST, &[here(&degraded), peer(&free)]);
@@ -208,7 +210,7 @@ fn who_cannot_serve_is_left_out() {
         LoadReport { state: NodeState::Draining, ..idle() },
         LoadReport { state: NodeState::Stopped, ..idle() },
         LoadReport { state: NodeState::Failed, ..idle() },
-        LoadReport { ready: false, reasons: vec!["device_lost".into()], ..queueing(0.9) },
+        LoadReport { ready: false, reasons: vec![NodeReason::DeviceLost.into()], ..queueing(0.9) },
         LoadReport { ready: false, ..queueing(0.9) },
     ];
     for strategy in Strategy::ALL {
@@ -227,8 +229,12 @@ fn who_cannot_serve_is_left_out() {
 #[test]
 fn a_full_queue_alone_makes_nobody_useless() {
     let free = idle();
-    for reasons in [vec!["saturated"], vec!["saturated", "slow"]] {
-        let reasons = reasons.into_iter().map(str::to_owned).collect();
+    let slow = NodeReason::Degraded(DegradedBy::Slow);
+    let later = ReportedReason::Unknown("of_tomorrow".to_owned());
+    let doubtful = LoadReport { ready: false, reasons: vec![NodeReason::QueueFull.into(), later], ..queueing(0.95) };
+    assert_eq!(place(Strategy::Balanced, &REQUEST, &[peer(&doubtful)], 3), Placement::Nowhere);
+    for reasons in [vec![NodeReason::QueueFull], vec![NodeReason::QueueFull, slow]] {
+        let reasons = reasons.into_iter().map(ReportedReason::from).collect();
         let saturated = LoadReport { ready: false, reasons, ..queueing(0.95) };
         for request in [REQUEST, CONTINUATION] {
             assert_eq!(only(Strategy::Balanced, &request, &[peer(&saturated), peer(&free)]), 1);
@@ -329,7 +335,13 @@ fn nonsense_from_the_wire_does_no_harm() {
         seats: 0,
         ..idle()
     };
-    let candidate = Candidate { sent_tokens: u64::MAX, sent_choices: u32::MAX, weight: f64::NAN, ..peer(&nonsense) };
+    let candidate = Candidate {
+        sent_tokens: u64::MAX,
+        sent_choices: u32::MAX,
+        weight: f64::NAN,
+        memory_share: f64::NAN,
+        ..peer(&nonsense)
+    };
     let free = idle();
     for strategy in Strategy::ALL {
         for random in [0, 1, u64::MAX] {
@@ -359,6 +371,7 @@ fn any_report() -> impl Generator<Value = LoadReport> {
             queue_saturation,
             kv_usage,
             memory_pressure,
+            memory_share: None,
             time_to_first_token,
             inter_token_latency,
             drain_tokens_per_second,
@@ -385,6 +398,7 @@ fn candidate<'a>(index: usize, report: &'a LoadReport, circumstances: &Circumsta
         sent_choices,
         sent_tokens: u64::from(sent_choices) * 100,
         weight,
+        memory_share: 1.0 - weight / 2.0,
         slowness: slowness.then_some(20.0),
         is_silent: slowness && weight < 0.5,
         may_serve,

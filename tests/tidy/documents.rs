@@ -4,7 +4,7 @@
 
 use std::fs;
 
-use outrigger::health::DegradedBy;
+use outrigger::types::DegradedBy;
 
 use super::{assert_none, links, root};
 

@@ -388,6 +388,7 @@ pub struct WireReport {
     pub state: u32,
     #[prost(bool, tag = "3")]
     pub ready: bool,
+    /// Codes of `NodeReason`.
     #[prost(string, repeated, tag = "4")]
     pub reasons: Vec<String>,
     #[prost(uint32, tag = "5")]
@@ -412,6 +413,8 @@ pub struct WireReport {
     pub drain_tokens_per_second: u32,
     #[prost(uint64, tag = "15")]
     pub free_token_budget: u64,
+    #[prost(uint32, optional, tag = "16")]
+    pub memory_share: Option<u32>,
 }
 
 /// `PaceReport`, in gossip.

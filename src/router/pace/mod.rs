@@ -30,8 +30,7 @@ use super::placement::sane;
 use super::shared::RouterState;
 use super::source::Replica;
 use crate::cluster::{LoadReport, Peer};
-use crate::health::DegradedBy;
-use crate::types::{NodeState, Pace, watch};
+use crate::types::{DegradedBy, NodeReason, NodeState, Pace, watch};
 
 pub(super) type Paces = Arc<BTreeMap<Replica, ReplicaPace>>;
 
@@ -125,7 +124,7 @@ impl RouterState {
                     measured_at: peer.measured_at,
                     reported_at: peer.reported_at,
                     has_queue: peer.report.waiting > 0,
-                    confesses: peer.report.reasons.iter().any(|reason| reason == DegradedBy::Slow.code()),
+                    confesses: peer.report.reasons.contains(&NodeReason::Degraded(DegradedBy::Slow).into()),
                     stands_still: false,
                 }),
                 progress: progress.as_deref(),
