@@ -6,48 +6,61 @@ use std::time::Duration;
 use super::dispatch::{Destination, Want};
 use super::failover::now;
 use super::pace::ReplicaPace;
+use super::peers::Peers;
 use super::placement::{Candidate, Placement, PlacementRequest, place};
-use super::shared::RouterState;
 use super::source::Replica;
-use crate::cluster::{LoadReport, ModelReport, Peer};
-use crate::types::{Failure, FailureKind, NodeState};
+use super::this_node::ThisNode;
+use crate::cluster::{ModelReport, Peer};
+use crate::types::{Failure, FailureKind};
 
 /// A peer's report is repeated every second. When it is older than this, the peer is out of reach, or this node is.
 const LATE_REPORT: Duration = Duration::from_secs(3);
 /// For a stream that has lost its replica. An idle peer repeats its report every second, and it is then passed on in rounds.
 const LATE_REPORT_IN_HURRY: Duration = Duration::from_millis(1800);
 
-impl RouterState {
+impl Peers {
     /// Chooses where the request goes, among the replicas for which `is_free` holds. A node that is shutting down serves a
     /// request itself only if no other node takes it.
-    pub(super) fn choose(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Destination {
-        let choice = self.choose_placed(want, is_free, is_continuation);
-        let is_last_resort = matches!(choice, Destination::Shed(_) | Destination::Nowhere(_)) && self.leaves();
-        let suits = || self.local().is_some_and(|local| self.suits(want, &local.model));
-        match is_last_resort && self.can_serve_here() && is_free(&Replica::Here) && suits() {
+    pub(super) fn choose(
+        &self,
+        node: &ThisNode,
+        want: &Want,
+        is_free: &dyn Fn(&Replica) -> bool,
+        is_continuation: bool,
+    ) -> Destination {
+        let choice = self.choose_placed(node, want, is_free, is_continuation);
+        let is_last_resort = matches!(choice, Destination::Shed(_) | Destination::Nowhere(_)) && node.leaves();
+        let suits = || node.local().is_some_and(|local| suits(want, &local.model));
+        match is_last_resort && node.can_serve() && is_free(&Replica::Here) && suits() {
             true => Destination::Here,
             false => choice,
         }
     }
 
-    fn choose_placed(&self, want: &Want, is_free: &dyn Fn(&Replica) -> bool, is_continuation: bool) -> Destination {
+    fn choose_placed(
+        &self,
+        node: &ThisNode,
+        want: &Want,
+        is_free: &dyn Fn(&Replica) -> bool,
+        is_continuation: bool,
+    ) -> Destination {
         let (view, now) = (self.view.borrow().clone(), now());
-        let here = self.local().filter(|local| self.suits(want, &local.model));
+        let here = node.local().filter(|local| suits(want, &local.model));
         let peers: Vec<(&Arc<Peer>, &ModelReport)> = view
             .peers
             .values()
             .filter_map(|peer| {
-                let mut models = peer.description.models.iter().filter(|model| self.suits(want, model));
+                let mut models = peer.description.models.iter().filter(|model| suits(want, model));
                 Some((peer, models.next()?))
             })
             .collect();
         if here.is_some() && peers.is_empty() {
-            return match self.may_serve_here() && is_free(&Replica::Here) {
+            return match node.may_serve() && is_free(&Replica::Here) {
                 true => Destination::Here,
-                false => Destination::Nowhere(self.unavailable()),
+                false => Destination::Nowhere(node.unavailable()),
             };
         }
-        let own_report = here.map(|_| self.own_report_now());
+        let own_report = here.map(|_| node.report_now());
         let paces = self.pacing.found();
         let slowness = |replica: &Replica| paces.get(replica).and_then(ReplicaPace::slowness);
         // A stream that has lost its replica is in a hurry, and what took one peer out of reach may have taken others.
@@ -61,10 +74,10 @@ impl RouterState {
             sent_choices: 0,
             sent_tokens: 0,
             weight: 1.0,
-            memory_share: self.memory_share(report),
+            memory_share: node.memory_share(report),
             slowness: slowness(&Replica::Here),
             is_silent: false,
-            may_serve: self.may_serve_here() && is_free(&Replica::Here),
+            may_serve: node.may_serve() && is_free(&Replica::Here),
         }));
         let num_here = candidates.len();
         candidates.extend(peers.iter().map(|(peer, _)| {
@@ -74,11 +87,11 @@ impl RouterState {
                 report: &peer.report,
                 age,
                 is_here: false,
-                is_same_zone: peer.description.zone == self.identity.zone,
+                is_same_zone: peer.description.zone == node.identity.zone,
                 sent_choices: standing.sent_choices,
                 sent_tokens: standing.sent_tokens,
                 weight: standing.weight * peer.stability,
-                memory_share: self.memory_share(&peer.report),
+                memory_share: node.memory_share(&peer.report),
                 slowness: slowness(&replica),
                 is_silent: age >= late_report
                     || standing.silence.is_some_and(|silence| silence >= self.silence_limit()),
@@ -112,60 +125,21 @@ impl RouterState {
                 let message = "Every node is busy: the queues of all replicas of the model are full.";
                 Destination::Shed(Failure::new(FailureKind::Overloaded, message).with_retry_after(retry_after))
             }
-            Placement::Nowhere => Destination::Nowhere(self.unavailable()),
+            Placement::Nowhere => Destination::Nowhere(node.unavailable()),
         }
     }
 
     /// A peer silent for this long is only chosen if there is no other: two signs of life are missing, and its streams will
     /// soon look for another replica.
     fn silence_limit(&self) -> Duration {
-        self.config.peer_stall_timeout * 5 / 8
+        self.stall_timeout * 5 / 8
     }
+}
 
-    /// What memory pressure leaves of a replica's share: what the replica says, by its own marks. For one of an earlier version,
-    /// which says nothing, this node's marks count.
-    fn memory_share(&self, report: &LoadReport) -> f64 {
-        let by_our_marks = || self.health.config().memory_share(report.memory_pressure.into());
-        report.memory_share.map_or_else(by_our_marks, f64::from)
-    }
-
-    fn suits(&self, want: &Want, model: &ModelReport) -> bool {
-        let has_same_numbers = want.fingerprint.as_ref() == Some(&model.fingerprint);
-        let may_differ = want.fingerprint.is_none() || want.allows_other_fingerprint;
-        *model.tokenizer == *want.envelope.tokenizer
-            && want.length() <= u64::from(model.max_model_len)
-            && (has_same_numbers || (may_differ && model.names.iter().any(|name| **name == *want.envelope.model)))
-    }
-
-    /// Whether requests may be placed on this node.
-    pub(super) fn may_serve_here(&self) -> bool {
-        self.can_serve_here() && !self.leaves()
-    }
-
-    /// Whether this node's engine would accept a request.
-    pub(super) fn can_serve_here(&self) -> bool {
-        let state = self.health.lifecycle().state();
-        let is_up = matches!(state, NodeState::Ready | NodeState::Degraded | NodeState::Draining);
-        // Requests given to a hanging engine would wait until the node fails.
-        is_up && self.local().is_some() && !self.only_relays() && !self.is_cut() && !self.health.engine_is_stalled()
-    }
-
-    pub(super) fn unavailable(&self) -> Failure {
-        let retry_after = Duration::from_secs(2);
-        let (message, code) = match self.health.lifecycle().state() {
-            NodeState::Ready | NodeState::Degraded if !self.leaves() => match self.health.engine_is_stalled() {
-                true => ("The engine makes no progress. See /readyz.", "engine_stalled"),
-                false => ("No replica of the model can take the request now.", "no_replica"),
-            },
-            NodeState::Starting | NodeState::Warming => ("The model is still loading. See /startupz.", "model_loading"),
-            NodeState::Failed => {
-                let failure = Failure::new(FailureKind::EngineFailed, "The engine has failed. See /livez.");
-                return failure.with_retry_after(retry_after);
-            }
-            NodeState::Ready | NodeState::Degraded | NodeState::Draining | NodeState::Stopped => {
-                ("The server is shutting down.", "shutting_down")
-            }
-        };
-        Failure::new(FailureKind::Unavailable, message).with_code(code).with_retry_after(retry_after)
-    }
+fn suits(want: &Want, model: &ModelReport) -> bool {
+    let has_same_numbers = want.fingerprint.as_ref() == Some(&model.fingerprint);
+    let may_differ = want.fingerprint.is_none() || want.allows_other_fingerprint;
+    *model.tokenizer == *want.envelope.tokenizer
+        && want.length() <= u64::from(model.max_model_len)
+        && (has_same_numbers || (may_differ && model.names.iter().any(|name| **name == *want.envelope.model)))
 }

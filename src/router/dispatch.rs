@@ -4,14 +4,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use super::RouterState;
 use super::failover::{Beginning, FailoverStream, now};
 use super::hot_prefixes::{self, PrefixHashes};
+use super::peers::bounded;
 use super::recall::Recalled;
-use super::shared::bounded;
 use super::source::{Replica, StreamSource};
 use super::stream_log::{Cursor, StreamFingerprint, StreamLog};
-use super::{Router, Strategy};
+use super::{Config, Router, Strategy};
 use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalRecord, Peer};
 use crate::types::{
     ChoiceStart, Envelope, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId, tasks,
@@ -70,12 +69,12 @@ pub(super) enum Destination {
 }
 
 impl Want {
-    fn new(envelope: Arc<Envelope>, dispatch: &Dispatch, shared: &RouterState) -> Self {
+    fn new(envelope: Arc<Envelope>, dispatch: &Dispatch, config: &Config) -> Self {
         Self {
             fingerprint: None,
             allows_other_fingerprint: dispatch.allows_other_fingerprint,
             prefixes: hot_prefixes::hashes(&envelope.prompt, envelope.extensions.cache_salt),
-            strategy: dispatch.strategy.unwrap_or(shared.config.placement),
+            strategy: dispatch.strategy.unwrap_or(config.placement),
             envelope,
         }
     }
@@ -129,14 +128,14 @@ impl Want {
 impl Router {
     /// Finds or starts the stream. A failure here has not started any work.
     pub async fn dispatch(&self, dispatch: Dispatch) -> Result<Dispatched, Failure> {
-        if self.shared.is_cut() {
-            return Err(self.shared.unavailable());
+        if self.node.is_cut() {
+            return Err(self.node.unavailable());
         }
         if let Some(name) = dispatch.envelope.name.filter(|_| dispatch.earlier.may_exist) {
             let must_exist = dispatch.earlier.must_exist;
             let mut hold = self.hold(dispatch.envelope.deadline);
             let recalled = loop {
-                let recalled = self.shared.recall(&name.key, must_exist).await;
+                let recalled = self.streams.recall(&self.peers, &name.key, must_exist).await;
                 // The stream cannot be computed without its tokens, and peers that are not known yet may have them.
                 if !(matches!(recalled, Recalled::Nothing) && must_exist && hold.waits().await) {
                     break recalled;
@@ -148,7 +147,7 @@ impl Router {
                     return match self.join(&log, &dispatch)? {
                         Some(joined) => Ok(joined),
                         // The stream has just ended.
-                        None => self.resume(log.record(&self.shared.own), &dispatch).await,
+                        None => self.resume(log.record(&self.node.id), &dispatch).await,
                     };
                 }
                 Recalled::Record(record) => return self.resume(record, &dispatch).await,
@@ -160,35 +159,34 @@ impl Router {
     }
 
     async fn start(&self, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
-        let shared = &self.shared;
-        let mut want = Want::new(dispatch.envelope.clone(), dispatch, shared);
+        let mut want = Want::new(dispatch.envelope.clone(), dispatch, &self.node.config);
         let mut hold = self.hold(dispatch.envelope.deadline);
-        let is_placeable = |want: &Want| !matches!(shared.choose(want, &|_| true, false), Destination::Nowhere(_));
+        let is_placeable =
+            |want: &Want| !matches!(self.peers.choose(&self.node, want, &|_| true, false), Destination::Nowhere(_));
         if hold.is_on() {
             while !is_placeable(&want) && hold.waits().await {}
             hold.check_deadline()?;
         }
         hold.succeeded();
-        shared.first_attempt();
-        let (beginning, fingerprint) = shared.begin(&want)?;
+        self.peers.first_attempt();
+        let (beginning, fingerprint) = self.begin(&want)?;
         want.fingerprint = Some(fingerprint.clone());
-        let is_gated = want.envelope.name.is_some() && shared.has_peers();
+        let is_gated = want.envelope.name.is_some() && self.peers.are_there();
         let log = Arc::new(StreamLog::new(want.envelope.clone(), fingerprint, 1, Vec::new(), is_gated));
-        if let Some(running) = shared.register(&log)
+        if let Some(running) = self.streams.register(&log)
             && let Some(joined) = self.join(&running, dispatch)?
         {
             return Ok(joined);
         }
-        let gate = is_gated.then(|| shared.clone().replicate(log.clone()));
+        let gate = is_gated.then(|| self.streams.replicate(log.clone()));
         Ok(self.launch(log, want, gate, beginning))
     }
 
     /// Continues a stream that this node does not run.
     async fn resume(&self, record: JournalRecord, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
-        let shared = &self.shared;
         check_body(&record.envelope, dispatch)?;
         let envelope = dispatch.envelope.resuming(&record.envelope);
-        let mut want = Want::new(envelope.clone(), dispatch, shared);
+        let mut want = Want::new(envelope.clone(), dispatch, &self.node.config);
         want.fingerprint = Some(record.fingerprint.clone());
         // The journal has the tokens but no log-probabilities, so these are computed again.
         let known = match envelope.sampling.logprobs.is_some() || envelope.scores_prompt() {
@@ -201,31 +199,30 @@ impl Router {
             false => self.follow(&record, &known).await,
         };
         let from = if source.is_some() { "follow" } else { "journal" };
-        shared.metrics.streams_resumed.with([from]).inc();
+        self.node.metrics.streams_resumed.with([from]).inc();
         let epoch = if source.is_some() { record.epoch } else { record.epoch.saturating_add(1) };
         let log = Arc::new(StreamLog::new(envelope, record.fingerprint, epoch, known, false));
-        if let Some(running) = shared.register(&log)
+        if let Some(running) = self.streams.register(&log)
             && let Some(joined) = self.join(&running, dispatch)?
         {
             return Ok(joined);
         }
-        let is_owed = source.is_none() && !log.is_complete() && shared.has_peers();
-        let gate = is_owed.then(|| shared.clone().replicate(log.clone()));
+        let is_owed = source.is_none() && !log.is_complete() && self.peers.are_there();
+        let gate = is_owed.then(|| self.streams.replicate(log.clone()));
         let beginning = source.map_or(Beginning::Anywhere, Beginning::Follow);
         Ok(self.launch(log, want, gate, beginning))
     }
 
     /// Follows the stream at its entry node, if it is still running there.
     async fn follow(&self, record: &JournalRecord, known: &[ChoiceProgress]) -> Option<StreamSource> {
-        let shared = &self.shared;
-        if record.is_finished() || record.entry == shared.own {
+        if record.is_finished() || record.entry == self.node.id {
             return None;
         }
-        let peer = shared.view.borrow().peers.get(&record.entry).cloned()?;
+        let peer = self.peers.view.borrow().peers.get(&record.entry).cloned()?;
         let have = known.iter().map(|choice| choice.tokens.len() as u32).collect();
         let call = FollowCall { key: record.name().key, have };
-        let call = shared.transport.follow(&peer, call);
-        let stream = bounded(call, shared.answer_limit(false)).await.ok()?;
+        let call = self.peers.transport.follow(&peer, call);
+        let stream = bounded(call, self.peers.answer_limit(false)).await.ok()?;
         let cursor = Cursor::behind(known.iter());
         Some(StreamSource::peer(peer.id.clone(), stream, None, (), cursor, None, now()))
     }
@@ -238,17 +235,17 @@ impl Router {
         if lacks_logprobs || (scores_prompt && !log.tells_scores_first()) {
             // The stream was resumed from a journal, at a position beyond this client's. The client gets its own generation,
             // which is identical. It has no journal of its own.
-            let record = log.record(&self.shared.own);
+            let record = log.record(&self.node.id);
             let known = truncated(&record.choices, have, scores_prompt);
             let twin = dispatch.envelope.resuming(&record.envelope).with(|envelope| envelope.name = None);
-            let mut want = Want::new(twin.clone(), dispatch, &self.shared);
+            let mut want = Want::new(twin.clone(), dispatch, &self.node.config);
             want.fingerprint = Some(record.fingerprint.clone());
             let twin = Arc::new(StreamLog::new(twin, record.fingerprint, log.epoch(), known, false));
             return Ok(Some(self.launch(twin, want, None, Beginning::Anywhere)));
         }
         let joined = log.listen(&[]).map(|stream| dispatched(log, stream));
         if joined.is_some() {
-            self.shared.metrics.streams_resumed.with(["running"]).inc();
+            self.node.metrics.streams_resumed.with(["running"]).inc();
         }
         Ok(joined)
     }
@@ -262,25 +259,23 @@ impl Router {
     ) -> Dispatched {
         let stream = log.listen(&[]).expect("the stream is new");
         let dispatched = dispatched(&log, stream);
-        self.shared.stream_began();
-        let stream_task = FailoverStream::new(self.shared.clone(), log, want, gate, beginning);
+        self.streams.began();
+        let stream_task = FailoverStream::new(self.clone(), log, want, gate, beginning);
         tasks::spawn("forwards a stream", stream_task.run());
         dispatched
     }
-}
 
-impl RouterState {
     /// Opens the first source or chooses a place for it, and returns its fingerprint.
     fn begin(&self, want: &Want) -> Result<(Beginning, Fingerprint), Failure> {
         let everywhere = |_: &Replica| true;
-        match self.choose(want, &everywhere, false) {
+        match self.peers.choose(&self.node, want, &everywhere, false) {
             Destination::Here => {
                 let starts = ChoiceStart::fresh(want.envelope.sampling.n);
                 let cursor = Cursor::fresh(want.envelope.sampling.n);
-                let refusal = match self.open_here(want, starts, cursor, false) {
+                let refusal = match self.node.open(want, starts, cursor, false) {
                     Ok(source) => {
-                        self.metrics.placements.with(["local"]).inc();
-                        let fingerprint = self.local().expect("it was chosen").model.fingerprint.clone();
+                        self.node.metrics.placements.with(["local"]).inc();
+                        let fingerprint = self.node.local().expect("it was chosen").model.fingerprint.clone();
                         return Ok((Beginning::Source(source), fingerprint));
                     }
                     Err(failure) => failure,
@@ -288,24 +283,24 @@ impl RouterState {
                 // Nothing was sent yet, so this is no retry.
                 let may_move = refusal.kind.reaction().elsewhere.allows(false);
                 let elsewhere = |replica: &Replica| *replica != Replica::Here;
-                match self.choose(want, &elsewhere, false) {
+                match self.peers.choose(&self.node, want, &elsewhere, false) {
                     Destination::Peer(peer, fingerprint) if may_move => Ok(self.begin_at(peer, fingerprint)),
                     Destination::Here | Destination::Peer(..) | Destination::Shed(_) | Destination::Nowhere(_) => {
-                        self.metrics.placements.with(["shed"]).inc();
+                        self.node.metrics.placements.with(["shed"]).inc();
                         Err(refusal)
                     }
                 }
             }
             Destination::Peer(peer, fingerprint) => Ok(self.begin_at(peer, fingerprint)),
             Destination::Shed(failure) | Destination::Nowhere(failure) => {
-                self.metrics.placements.with(["shed"]).inc();
+                self.node.metrics.placements.with(["shed"]).inc();
                 Err(failure)
             }
         }
     }
 
     fn begin_at(&self, peer: Arc<Peer>, fingerprint: Fingerprint) -> (Beginning, Fingerprint) {
-        self.metrics.placements.with(["peer"]).inc();
+        self.node.metrics.placements.with(["peer"]).inc();
         (Beginning::Place(Destination::Peer(peer, fingerprint.clone())), fingerprint)
     }
 }

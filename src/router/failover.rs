@@ -18,9 +18,12 @@ use tokio::time::{Sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::dispatch::{Destination, Want};
-use super::shared::{DepartureStage, RouterState};
+use super::handle::Router;
+use super::peers::Peers;
 use super::source::{Replica, Sign, StreamSource};
 use super::stream_log::{News, StreamLog};
+use super::streams::Streams;
+use super::this_node::{DepartureStage, ThisNode};
 use crate::cluster::{ClusterView, PeerStream};
 use crate::health::NodePhase;
 use crate::types::reaction::Loss;
@@ -29,7 +32,9 @@ use machine::{Action, Heard, Input, Note, Relief, Rules, Seen, Slot, SourceSeen,
 use opening::Opening;
 
 pub(super) struct FailoverStream {
-    shared: Arc<RouterState>,
+    node: Arc<ThisNode>,
+    peers: Arc<Peers>,
+    streams: Arc<Streams>,
     log: Arc<StreamLog>,
     want: Want,
     machine: StreamMachine,
@@ -79,38 +84,41 @@ pub(super) enum Beginning {
 
 impl FailoverStream {
     pub(super) fn new(
-        shared: Arc<RouterState>,
+        router: Router,
         log: Arc<StreamLog>,
         want: Want,
         gate: Option<BoxFuture<'static, ()>>,
         beginning: Beginning,
     ) -> Self {
+        let Router { node, peers, streams } = router;
         let (start, primary, chosen) = match beginning {
             Beginning::Source(source) => (Start::Accepted(source.replica.clone()), Some(source), None),
             Beginning::Follow(source) => (Start::Following(source.replica.clone()), Some(source), None),
             Beginning::Place(choice) => (Start::New, None, Some(choice)),
             Beginning::Anywhere => (Start::Resumed, None, None),
         };
-        if let Start::Following(Replica::At(node)) = &start {
-            log.follow(Some(node.clone()));
+        if let Start::Following(Replica::At(entry)) = &start {
+            log.follow(Some(entry.clone()));
         }
         let rules = Rules {
-            can_move: shared.can_move(),
-            peer_stall_timeout: shared.config.peer_stall_timeout,
-            failover_timeout: shared.config.failover_timeout,
-            max_failovers: shared.config.max_failovers,
+            can_move: node.is_clustered,
+            peer_stall_timeout: node.config.peer_stall_timeout,
+            failover_timeout: node.config.failover_timeout,
+            max_failovers: node.config.max_failovers,
             deadline: want.envelope.deadline,
         };
         Self {
             changes: Changes {
-                departure: shared.departure.subscribe(),
-                is_cut: shared.is_cut.subscribe(),
-                paces: shared.pacing.changes.subscribe(),
-                view: shared.view.clone(),
-                phases: shared.health.lifecycle().subscribe(),
+                departure: node.departure.subscribe(),
+                is_cut: node.is_cut.subscribe(),
+                paces: peers.pacing.changes.subscribe(),
+                view: peers.view.clone(),
+                phases: node.health.lifecycle().subscribe(),
             },
             machine: StreamMachine::new(rules, start),
-            shared,
+            node,
+            peers,
+            streams,
             log,
             want,
             primary,
@@ -146,7 +154,7 @@ impl FailoverStream {
         }
         self.tell(Input::End);
         self.has_ended = true;
-        self.shared.stream_ended(&self.log);
+        self.streams.ended(&self.log);
     }
 
     async fn step(&mut self) -> Step {
@@ -183,7 +191,7 @@ impl FailoverStream {
             Step::Opened(result) => self.opened(result),
             Step::Alarm => self.tell(Input::Alarm),
             Step::Changed => self.tell(Input::Changed),
-            Step::NodeFailed => self.tell(Input::NodeFailed(self.shared.health.engine_failure())),
+            Step::NodeFailed => self.tell(Input::NodeFailed(self.node.health.engine_failure())),
         }
         self.set_alarm();
     }
@@ -245,9 +253,9 @@ impl FailoverStream {
             return Err(Failure::new(FailureKind::PeerDisconnected, message));
         }
         let is_output = matches!(event, GenerationEvent::Token { .. } | GenerationEvent::Finished { .. });
-        let news = self.shared.judge(&self.log, &mut source.cursor, event)?;
+        let news = self.streams.judge(&self.log, &mut source.cursor, event, self.node.is_clustered)?;
         if slot == Slot::Primary {
-            self.shared.accepted(source);
+            self.peers.accepted(source);
         }
         Ok(match is_output {
             true => Heard::Output { is_new: news == News::Taken },
@@ -272,14 +280,14 @@ impl FailoverStream {
                 Action::SeekFaster { excluded } => {
                     if let Some(choice) = self.faster_replica(&excluded) {
                         self.chosen = Some(choice);
-                        self.tell(Input::Faster { is_allowed: self.shared.may_retry() });
+                        self.tell(Input::Faster { is_allowed: self.peers.may_retry() });
                     }
                 }
                 Action::OpenFaster(terms) => {
                     let choice = self.chosen.take().expect("a faster one was found");
                     self.open(choice, &terms);
                 }
-                Action::TakeRetry => self.tell(Input::Retry { is_allowed: self.shared.may_retry() }),
+                Action::TakeRetry => self.tell(Input::Retry { is_allowed: self.peers.may_retry() }),
                 Action::Blame(slot, kind) => self.blame(slot, kind),
                 Action::Drop(Slot::Primary) => self.primary = None,
                 Action::Drop(Slot::Asked) => self.opening = None,
@@ -288,9 +296,9 @@ impl FailoverStream {
                 Action::TakeOver => {
                     self.log.follow(None);
                     self.log.set_epoch(self.log.epoch() + 1);
-                    self.gate = self.shared.has_peers().then(|| self.shared.clone().replicate(self.log.clone()));
+                    self.gate = self.peers.are_there().then(|| self.streams.replicate(self.log.clone()));
                 }
-                Action::Forget => self.gate = Some(self.shared.clone().forget(self.log.clone())),
+                Action::Forget => self.gate = Some(self.streams.forget(self.log.clone())),
                 Action::OpenGate => self.log.open_gate(),
                 Action::FinishLate => self.log.finish_all(&FinishReason::Deadline),
                 Action::Fail(failure) => self.log.fail(failure),
@@ -306,12 +314,12 @@ impl FailoverStream {
             Slot::Successor => self.successor.as_ref().and_then(|source| source.attempt),
         };
         if let Some(replica) = self.replica(slot) {
-            self.shared.failed(replica, attempt, kind);
+            self.peers.failed(replica, attempt, kind);
         }
     }
 
     fn note(&self, note: Note) {
-        let (request, metrics) = (&self.log.envelope.id, &self.shared.metrics);
+        let (request, metrics) = (&self.log.envelope.id, &self.node.metrics);
         match note {
             Note::Lost { from, failure } => {
                 match failure.kind.reaction().loss {
@@ -342,16 +350,15 @@ impl FailoverStream {
 
     fn seen(&self) -> Seen {
         let see = |source: &StreamSource| SourceSeen { last_sign: source.last_sign(), has_spoken: source.has_spoken() };
-        let shared = &self.shared;
         Seen {
             now: now(),
             primary: self.primary.as_ref().map(see),
             successor: self.successor.as_ref().map(see),
-            is_slow: self.primary.as_ref().is_some_and(|primary| shared.pacing.is_slow(&primary.replica)),
+            is_slow: self.primary.as_ref().is_some_and(|primary| self.peers.pacing.is_slow(&primary.replica)),
             has_begun: self.log.has_begun(),
-            has_peers: shared.has_peers(),
-            leaves: shared.leaves(),
-            only_relays: shared.only_relays(),
+            has_peers: self.peers.are_there(),
+            leaves: self.node.leaves(),
+            only_relays: self.node.only_relays(),
         }
     }
 
@@ -378,7 +385,7 @@ impl Drop for FailoverStream {
         if !self.has_ended {
             self.log.fail(Failure::new(FailureKind::Internal, "Internal error while handling this stream."));
             self.log.close(false);
-            self.shared.stream_ended(&self.log);
+            self.streams.ended(&self.log);
         }
     }
 }

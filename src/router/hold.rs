@@ -9,17 +9,18 @@ use std::time::Instant;
 use tokio::time::timeout_at;
 
 use super::failover::now;
-use super::shared::{Router, RouterState};
+use super::handle::Router;
+use super::this_node::ThisNode;
 use crate::cluster::ClusterView;
 use crate::health::NodePhase;
-use crate::types::{Failure, NodeState, watch};
+use crate::types::{Failure, watch};
 
 /// Maximum number of held requests. Further ones are refused.
 const MAX_HELD: usize = 1024;
 
 /// The waiting of one request. Consulted after each failed attempt.
 pub struct Hold {
-    shared: Arc<RouterState>,
+    node: Arc<ThisNode>,
     /// Present while another node or the model may still become available; usually absent.
     news: Option<AwaitedChanges>,
     until: Instant,
@@ -37,19 +38,19 @@ struct AwaitedChanges {
 impl Router {
     /// For a request that may wait for `failover_timeout`, but not beyond its own deadline.
     pub fn hold(&self, deadline: Option<Instant>) -> Hold {
-        Hold::new(self.shared.clone(), deadline)
+        Hold::new(self.node.clone(), &self.peers.view, deadline)
     }
 }
 
 impl Hold {
-    pub(super) fn new(shared: Arc<RouterState>, deadline: Option<Instant>) -> Self {
-        let patience = now() + shared.config.failover_timeout;
+    fn new(node: Arc<ThisNode>, view: &watch::Receiver<Arc<ClusterView>>, deadline: Option<Instant>) -> Self {
+        let patience = now() + node.config.failover_timeout;
         Self {
-            news: shared.may_yet_serve().then(|| AwaitedChanges::of(&shared)),
+            news: node.may_yet_serve().then(|| AwaitedChanges::of(&node, view)),
             deadline,
             until: deadline.map_or(patience, |deadline| deadline.min(patience)),
             place: None,
-            shared,
+            node,
         }
     }
 
@@ -81,7 +82,7 @@ impl Hold {
             }
             news.note();
         }
-        if !self.shared.may_yet_serve() {
+        if !self.node.may_yet_serve() {
             self.news = None;
         }
         true
@@ -96,7 +97,7 @@ impl Hold {
 
     fn takes_place(&mut self) -> bool {
         if self.place.is_none() {
-            self.place = HeldPlace::take(&self.shared);
+            self.place = HeldPlace::take(&self.node);
         }
         self.place.is_some()
     }
@@ -110,12 +111,8 @@ impl Hold {
 }
 
 impl AwaitedChanges {
-    fn of(shared: &RouterState) -> Self {
-        Self {
-            view: shared.view.clone(),
-            phases: shared.health.lifecycle().subscribe(),
-            is_cut: shared.is_cut.subscribe(),
-        }
+    fn of(node: &ThisNode, view: &watch::Receiver<Arc<ClusterView>>) -> Self {
+        Self { view: view.clone(), phases: node.health.lifecycle().subscribe(), is_cut: node.is_cut.subscribe() }
     }
 
     fn has_come(&self) -> bool {
@@ -140,29 +137,21 @@ impl AwaitedChanges {
     }
 }
 
-impl RouterState {
-    /// Whether the model may soon be loaded or a peer found, even if the node has been asked to end before it was ready.
-    pub(super) fn may_yet_serve(&self) -> bool {
-        let is_loading = matches!(self.health.lifecycle().state(), NodeState::Starting | NodeState::Warming);
-        !self.is_cut() && (is_loading || (self.is_clustered() && self.local().is_none()))
-    }
-}
-
 /// Counts a request that waits.
 struct HeldPlace {
-    shared: Arc<RouterState>,
+    node: Arc<ThisNode>,
     outcome: &'static str,
 }
 
 impl HeldPlace {
-    fn take(shared: &Arc<RouterState>) -> Option<Self> {
-        let held = &shared.held;
+    fn take(node: &Arc<ThisNode>) -> Option<Self> {
+        let held = &node.held;
         if held.fetch_add(1, Ordering::Relaxed) >= MAX_HELD {
             held.fetch_sub(1, Ordering::Relaxed);
             return None;
         }
-        shared.metrics.requests_held.inc();
-        Some(Self { shared: shared.clone(), outcome: "abandoned" })
+        node.metrics.requests_held.inc();
+        Some(Self { node: node.clone(), outcome: "abandoned" })
     }
 
     fn leave(mut self, outcome: &'static str) {
@@ -172,8 +161,8 @@ impl HeldPlace {
 
 impl Drop for HeldPlace {
     fn drop(&mut self) {
-        self.shared.held.fetch_sub(1, Ordering::Relaxed);
-        self.shared.metrics.requests_held.dec();
-        self.shared.metrics.held_requests.with([self.outcome]).inc();
+        self.node.held.fetch_sub(1, Ordering::Relaxed);
+        self.node.metrics.requests_held.dec();
+        self.node.metrics.held_requests.with([self.outcome]).inc();
     }
 }

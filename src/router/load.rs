@@ -4,9 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::failover::now;
+use super::handle::Router;
 use super::pace::progress::FirstTokens;
-use super::shared::{Router, RouterState};
+use super::peers::Peers;
 use super::source::Replica;
+use super::this_node::ThisNode;
 use crate::cluster::{LoadReport, PaceReport, Peer};
 use crate::health::QueueView;
 use crate::types::Pace;
@@ -64,52 +66,47 @@ impl FirstTokenAverage {
 impl Router {
     /// Assesses this node anew and returns its report.
     pub fn refresh(&self) -> LoadReport {
-        let report = self.shared.assess();
-        *self.shared.own_report.lock() = report.clone();
-        self.shared.compare_paces(&report);
-        let mut journals = self.shared.journals.lock();
-        journals.expire(now());
-        self.shared.metrics.journals_held.set(journals.len() as i64);
-        self.shared.metrics.journal_bytes.set(i64::try_from(journals.bytes()).unwrap_or(i64::MAX));
+        let report = self.node.assess(self.queue());
+        *self.node.report.lock() = report.clone();
+        self.peers.compare_paces(&self.node, &report);
+        self.streams.expire_journals();
         report
     }
 
     /// This node's current report.
     pub fn report(&self) -> LoadReport {
-        self.shared.own_report_now()
+        self.node.report_now()
     }
 
     /// The state of the queue, for the readiness verdict.
     pub fn queue(&self) -> QueueView {
-        self.shared.queue()
+        let mark = self.node.health.config().queue_saturation_mark as f32;
+        let is_below = |peer: &Arc<Peer>| peer.report.ready && peer.report.queue_saturation < mark;
+        QueueView {
+            saturation: self.node.admission.status().saturation,
+            other_ready_peer_below_mark: self.peers.view.borrow().peers.values().any(is_below),
+        }
     }
 }
 
-impl RouterState {
-    pub(super) fn queue(&self) -> QueueView {
-        let mark = self.health.config().queue_saturation_mark as f32;
-        let is_below = |peer: &Arc<Peer>| peer.report.ready && peer.report.queue_saturation < mark;
-        QueueView {
-            saturation: self.admission.status().saturation,
-            other_ready_peer_below_mark: self.view.borrow().peers.values().any(is_below),
-        }
-    }
-
-    /// The last assessment, with current values for what changes with each request.
-    pub(super) fn own_report_now(&self) -> LoadReport {
-        let report = self.own_report.lock().clone();
-        let state = self.health.lifecycle().state();
-        // The state may have changed since the assessment.
-        let ready = if report.state == state { report.ready } else { self.may_serve_here() };
-        self.with_load(LoadReport { state, ready, ..report })
-    }
-
+impl Peers {
     /// The replica's load, if known. Copies no report: when a replica becomes slow, each of its streams asks for every sibling.
-    pub(super) fn load_of(&self, replica: &Replica) -> Option<ReplicaLoad> {
+    pub(super) fn load_of(&self, node: &ThisNode, replica: &Replica) -> Option<ReplicaLoad> {
         match replica {
-            Replica::Here => Some(ReplicaLoad::of(&self.with_load(LoadReport::default()))),
+            Replica::Here => Some(ReplicaLoad::of(&node.with_load(LoadReport::default()))),
             Replica::At(node) => self.view.borrow().peers.get(node).map(|peer| ReplicaLoad::of(&peer.report)),
         }
+    }
+}
+
+impl ThisNode {
+    /// The last assessment, with current values for what changes with each request.
+    pub(super) fn report_now(&self) -> LoadReport {
+        let report = self.report.lock().clone();
+        let state = self.health.lifecycle().state();
+        // The state may have changed since the assessment.
+        let ready = if report.state == state { report.ready } else { self.may_serve() };
+        self.with_load(LoadReport { state, ready, ..report })
     }
 
     fn with_load(&self, report: LoadReport) -> LoadReport {
@@ -129,15 +126,15 @@ impl RouterState {
         }
     }
 
-    fn assess(&self) -> LoadReport {
-        let readiness = self.health.readiness(self.queue());
+    fn assess(&self, queue: QueueView) -> LoadReport {
+        let readiness = self.health.readiness(queue);
         let measured = self.local().and_then(|local| local.engine.pace());
-        let pace = self.pacing.with_standstills(measured, now());
+        let pace = self.pace.with_standstills(measured, now());
         // An engine without a measured pace counts in seconds.
         let unit = pace.map_or(1.0, |pace| pace.unit_seconds);
         let first_token = {
-            let mut average = self.first_tokens.lock();
-            average.note(self.pacing.own.take_first_tokens(), unit, now());
+            let mut average = self.pace.first_tokens.lock();
+            average.note(self.pace.streams.take_first_tokens(), unit, now());
             average.seconds(unit)
         };
         let reasons = readiness.reasons.iter().chain(&readiness.degraded);

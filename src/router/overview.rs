@@ -12,8 +12,8 @@ use super::Router;
 use super::breaker::BreakerState;
 use super::failover::now;
 use super::pace::ReplicaPace;
+use super::peers::Peers;
 use super::placement::pace_weight;
-use super::shared::RouterState;
 use super::source::Replica;
 use crate::cluster::{LoadReport, ModelReport, Peer, Problem};
 use crate::types::{FailureKind, NodeId};
@@ -155,23 +155,23 @@ impl ClusterOverview {
 impl Router {
     /// The cluster as this node sees it now.
     pub fn overview(&self) -> ClusterOverview {
-        let shared = &self.shared;
-        let (view, now, identity) = (shared.view.borrow().clone(), now(), &shared.identity);
-        let paces = shared.pacing.found();
-        let overview = |peer: &Arc<Peer>| shared.peer_overview(peer, paces.get(&Replica::At(peer.id.clone())), now);
+        let Router { node, peers: others, streams } = self;
+        let (view, now, identity) = (others.view.borrow().clone(), now(), &node.identity);
+        let paces = others.pacing.found();
+        let overview = |peer: &Arc<Peer>| others.overview(peer, paces.get(&Replica::At(peer.id.clone())), now);
         let peers: Vec<PeerOverview> = view.peers.values().map(overview).collect();
-        let metrics = &shared.metrics;
+        let metrics = &node.metrics;
         let failovers = FailureKind::ALL.into_iter().map(|kind| {
             let label = kind.label();
             (label.to_owned(), metrics.failovers.with([label]).get())
         });
         let resumed = ["journal", "follow"].map(|from| metrics.streams_resumed.with([from]).get());
         let open = u64::from(self.open_streams());
-        let journals = shared.journals.lock();
+        let journals = streams.journals.lock();
         ClusterOverview {
             cluster_id: identity.cluster_id.clone(),
             node: NodeOverview {
-                id: shared.own.clone(),
+                id: node.id.clone(),
                 incarnation: identity.incarnation,
                 version: env!("CARGO_PKG_VERSION").to_owned(),
                 zone: identity.zone.clone(),
@@ -181,7 +181,7 @@ impl Router {
             },
             streams: StreamCounts {
                 open,
-                local: open.saturating_sub(shared.ledger.open()),
+                local: open.saturating_sub(others.ledger.open()),
                 for_peers: u64::try_from(metrics.streams_served.get()).unwrap_or(0),
                 failovers: failovers.filter(|(_, count)| *count > 0).collect(),
                 rescued: metrics.rescues.with(["won"]).get(),
@@ -200,8 +200,8 @@ impl Router {
     }
 }
 
-impl RouterState {
-    fn peer_overview(&self, peer: &Peer, pace: Option<&ReplicaPace>, now: Instant) -> PeerOverview {
+impl Peers {
+    fn overview(&self, peer: &Peer, pace: Option<&ReplicaPace>, now: Instant) -> PeerOverview {
         let standing = self.ledger.standing(peer, now);
         let description = &peer.description;
         PeerOverview {

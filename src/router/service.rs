@@ -10,9 +10,9 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::Router;
 use super::failover::now;
 use super::hot_prefixes;
-use super::shared::{DepartureStage, RouterState};
 use super::source::{Sign, StreamSource};
 use super::stream_log::Cursor;
+use super::this_node::{DepartureStage, ThisNode};
 use crate::cluster::{
     FollowCall, GenerateCall, JournalBatch, JournalEntry, JournalRecord, JournalRefusal, PeerFrame, PeerService,
     PeerStream,
@@ -26,8 +26,8 @@ const MAX_HEARTBEAT_INTERVAL: Duration = Duration::from_millis(500);
 
 impl PeerService for Router {
     fn generate(&self, call: GenerateCall) -> Result<PeerStream, Failure> {
-        let shared = &self.shared;
-        let local = shared.local().filter(|_| shared.may_serve_here());
+        let node = &self.node;
+        let local = node.local().filter(|_| node.may_serve());
         let local = local.ok_or_else(|| Failure::shutting_down("The replica is not ready, or is leaving."))?;
         if local.model.fingerprint != call.fingerprint {
             return Err(
@@ -42,20 +42,20 @@ impl PeerService for Router {
         let prefixes = hot_prefixes::hashes(&envelope.prompt, envelope.extensions.cache_salt);
         let unfinished = choices.len();
         let request = GenerateRequest::new(envelope, choices);
-        let source = shared.admit(local, request, &prefixes, Cursor::fresh(0), is_continuation)?;
+        let source = node.admit(local, request, &prefixes, Cursor::fresh(0), is_continuation)?;
         let (frames, answer) = PeerStream::channel();
-        let departure = shared.departure.subscribe();
-        if shared.leaves() {
+        let departure = node.departure.subscribe();
+        if node.leaves() {
             // The hand-over has just begun.
             let _ = frames.send(PeerFrame::HandOver);
         }
-        tasks::spawn("serves a peer", serve(shared.clone(), source, frames, unfinished, departure));
+        tasks::spawn("serves a peer", serve(node.clone(), source, frames, unfinished, departure));
         Ok(answer)
     }
 
     fn follow(&self, call: FollowCall) -> Result<PeerStream, Failure> {
         let gone = || Failure::new(FailureKind::PeerDisconnected, "The stream is not running on this node.");
-        let log = self.shared.streams.lock().get(&call.key).cloned().ok_or_else(gone)?;
+        let log = self.streams.running.lock().get(&call.key).cloned().ok_or_else(gone)?;
         // A stream resumed from a journal lacks the log-probabilities of earlier tokens.
         if log.envelope.sampling.logprobs.is_some() && !log.has_logprobs_from(&call.have) {
             return Err(Failure::new(
@@ -66,7 +66,7 @@ impl PeerService for Router {
         let mut left = log.envelope.sampling.n;
         let mut stream = log.listen(&call.have).ok_or_else(gone)?;
         let (frames, answer) = PeerStream::channel();
-        let every = self.shared.heartbeat_interval();
+        let every = self.node.heartbeat_interval();
         tasks::spawn("lets a peer follow a stream", async move {
             let mut ticks = interval(every);
             while left > 0 {
@@ -95,30 +95,30 @@ impl PeerService for Router {
         let JournalBatch { from, entries } = batch;
         let take = |entry: JournalEntry| {
             if let JournalEntry::Put(record) = &entry
-                && !self.shared.yield_to(&record.envelope)
+                && !self.streams.yield_to(&record.envelope)
             {
                 return Some(JournalRefusal::Fenced { key: record.name().key, epoch: record.epoch.saturating_add(1) });
             }
-            self.shared.journals.lock().apply(entry, &from, now()).err()
+            self.streams.journals.lock().apply(entry, &from, now()).err()
         };
         entries.into_iter().filter_map(take).collect()
     }
 
     fn lookup(&self, key: JournalKey) -> Option<JournalRecord> {
-        let running = self.shared.streams.lock().get(&key).cloned();
+        let running = self.streams.running.lock().get(&key).cloned();
         if let Some(log) = running {
-            return Some(log.record(&self.shared.own));
+            return Some(log.record(&self.node.id));
         }
-        self.shared.kept(&key)
+        self.streams.kept(&key)
     }
 
     fn tokenizer(&self, digest: &str) -> Option<Bytes> {
-        let local = self.shared.local()?;
+        let local = self.node.local()?;
         (local.model.tokenizer == digest).then(|| local.tokenizer.clone())
     }
 }
 
-impl RouterState {
+impl ThisNode {
     fn heartbeat_interval(&self) -> Duration {
         (self.config.peer_stall_timeout / HEARTBEATS_PER_TIMEOUT).min(MAX_HEARTBEAT_INTERVAL)
     }
@@ -127,14 +127,14 @@ impl RouterState {
 /// Forwards the engine's events. While there are none, sends heartbeats as long as its step loop makes progress; if the engine
 /// hangs, the stream goes silent.
 async fn serve(
-    shared: Arc<RouterState>,
+    node: Arc<ThisNode>,
     mut source: StreamSource,
     frames: UnboundedSender<PeerFrame>,
     mut unfinished: usize,
     mut departure: watch::Receiver<DepartureStage>,
 ) {
-    shared.metrics.streams_served.inc();
-    let mut ticks = interval(shared.heartbeat_interval());
+    node.metrics.streams_served.inc();
+    let mut ticks = interval(node.heartbeat_interval());
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut last_beat = now();
     while unfinished > 0 {
@@ -161,5 +161,5 @@ async fn serve(
             break;
         }
     }
-    shared.metrics.streams_served.dec();
+    node.metrics.streams_served.dec();
 }

@@ -52,8 +52,8 @@ pub(super) use messages::{Action, Heard, Input, Note, Relief, Rules, Seen, Slot,
 use state::{Asked, Second, Source, StreamState};
 
 use crate::router::retry_budget::backoff;
-use crate::router::shared::has_left;
 use crate::router::source::Replica;
+use crate::router::streams::has_left;
 use crate::types::reaction::{Avoid, Elsewhere, Loss, Retry};
 use crate::types::{Failure, FailureKind};
 

@@ -32,11 +32,11 @@ impl FailoverStream {
     /// If no replica with the stream's fingerprint is left, any replica of the model will do for a stream without tokens.
     pub(super) fn choose(&self, terms: &Terms) -> Destination {
         let is_free = |replica: &Replica| !terms.excluded.contains(replica);
-        let choice = self.shared.choose(&self.want, &is_free, terms.is_continuation);
+        let choice = self.peers.choose(&self.node, &self.want, &is_free, terms.is_continuation);
         if !terms.allows_other_numbers || !matches!(choice, Destination::Nowhere(_)) {
             return choice;
         }
-        match self.shared.choose(&self.want.without_fingerprint(), &is_free, terms.is_continuation) {
+        match self.peers.choose(&self.node, &self.want.without_fingerprint(), &is_free, terms.is_continuation) {
             Destination::Nowhere(_) | Destination::Shed(_) => choice,
             found => found,
         }
@@ -50,14 +50,14 @@ impl FailoverStream {
             self.want.prompt_is_scored();
         }
         match choice {
-            Destination::Here => match self.shared.open_here(&self.want, starts, cursor, terms.is_continuation) {
+            Destination::Here => match self.node.open(&self.want, starts, cursor, terms.is_continuation) {
                 Ok(source) => self.enter(source),
                 Err(failure) => self.refused(Replica::Here, failure),
             },
             Destination::Peer(peer, fingerprint) => self.ask(&peer, &fingerprint, starts, cursor, terms),
             Destination::Shed(failure) => self.tell(Input::Shed(failure)),
             Destination::Nowhere(failure) => {
-                self.tell(Input::Nowhere { failure, may_come: self.shared.may_yet_serve() });
+                self.tell(Input::Nowhere { failure, may_come: self.node.may_yet_serve() });
             }
         }
     }
@@ -65,8 +65,8 @@ impl FailoverStream {
     fn ask(&mut self, peer: &Peer, fingerprint: &Fingerprint, starts: Vec<ChoiceStart>, cursor: Cursor, terms: &Terms) {
         let now = now();
         let call = self.want.call(starts, fingerprint, terms.is_continuation, now);
-        let (attempt, in_flight) = self.shared.send_to(peer, &self.want);
-        let stream = self.shared.open_peer(peer, call, self.shared.answer_limit(terms.is_continuation));
+        let (attempt, in_flight) = self.peers.send_to(peer, &self.want);
+        let stream = self.peers.open(peer, call, self.peers.answer_limit(terms.is_continuation));
         let (node, replica) = (peer.id.clone(), Replica::At(peer.id.clone()));
         self.opening = Some(Opening { replica: replica.clone(), node, attempt, stream, cursor, since: now, in_flight });
         self.tell(Input::Asked(replica));
@@ -99,13 +99,13 @@ impl FailoverStream {
     }
 
     fn refused(&mut self, replica: Replica, failure: Failure) {
-        self.tell(Input::Refused { replica, failure, random: self.shared.draw() });
+        self.tell(Input::Refused { replica, failure, random: self.peers.draw() });
     }
 
     /// Notes the fingerprint of the chosen replica.
     fn note_numbers(&mut self, choice: &Destination, terms: &Terms) {
         let fingerprint = match choice {
-            Destination::Here => self.shared.local().map(|local| local.model.fingerprint.clone()),
+            Destination::Here => self.node.local().map(|local| local.model.fingerprint.clone()),
             Destination::Peer(_, fingerprint) => Some(fingerprint.clone()),
             Destination::Shed(_) | Destination::Nowhere(_) => None,
         };
@@ -120,26 +120,26 @@ impl FailoverStream {
 
     /// The stream's tokens will have another fingerprint. Its holders are told before the first one.
     fn adopt(&mut self, fingerprint: Fingerprint) {
-        let is_gated = self.log.key().is_some() && self.shared.has_peers();
+        let is_gated = self.log.key().is_some() && self.peers.are_there();
         info!(request = %self.log.envelope.id, %fingerprint, "restarting a stream without tokens on a replica with another fingerprint");
         self.log.adopt(&fingerprint, is_gated);
-        self.gate = is_gated.then(|| self.shared.clone().replicate(self.log.clone()));
+        self.gate = is_gated.then(|| self.streams.replicate(self.log.clone()));
         self.want.fingerprint = Some(fingerprint);
     }
 
     /// A replica from which the rest would come much sooner than from the primary, if there is one.
     pub(super) fn faster_replica(&self, excluded: &[Replica]) -> Option<Destination> {
-        let (primary, paces) = (self.primary.as_ref()?, self.shared.pacing.found());
+        let (primary, paces) = (self.primary.as_ref()?, self.peers.pacing.found());
         let is_free = |replica: &Replica| !excluded.contains(replica) && self.has_room(&paces, replica);
         // With another fingerprint, tokens would not be equal.
         let want = Want { allows_other_fingerprint: false, ..self.want.clone() };
-        let choice = self.shared.choose(&want, &is_free, true);
+        let choice = self.peers.choose(&self.node, &want, &is_free, true);
         let chosen = match &choice {
             Destination::Here => Replica::Here,
             Destination::Peer(peer, _) => Replica::At(peer.id.clone()),
             Destination::Shed(_) | Destination::Nowhere(_) => return None,
         };
-        let speed = |replica: &Replica| Some(paces.get(replica)?.speed(self.shared.load_of(replica)?));
+        let speed = |replica: &Replica| Some(paces.get(replica)?.speed(self.peers.load_of(&self.node, replica)?));
         let emitted = self.log.longest();
         let race = Race {
             tokens_left: self
@@ -165,8 +165,8 @@ impl FailoverStream {
     fn has_room(&self, paces: &Paces, replica: &Replica) -> bool {
         let is_well = paces.get(replica).is_some_and(|pace| pace.is_fresh && pace.slow_since.is_none());
         is_well
-            && self.shared.load_of(replica).is_some_and(|load| {
-                let sent = self.shared.sent_since_report(replica);
+            && self.peers.load_of(&self.node, replica).is_some_and(|load| {
+                let sent = self.peers.sent_since_report(replica);
                 let occupied = [load.waiting, sent, self.want.envelope.sampling.n]
                     .into_iter()
                     .fold(load.running, u32::saturating_add);

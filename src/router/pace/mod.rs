@@ -25,34 +25,37 @@ use rescue::Speed;
 use standstill::Standstills;
 
 use super::failover::now;
-use super::load::ReplicaLoad;
+use super::load::{FirstTokenAverage, ReplicaLoad};
+use super::peers::Peers;
 use super::placement::sane;
-use super::shared::RouterState;
 use super::source::Replica;
+use super::this_node::ThisNode;
 use crate::cluster::{LoadReport, Peer};
 use crate::types::{DegradedBy, NodeReason, NodeState, Pace, watch};
 
 pub(super) type Paces = Arc<BTreeMap<Replica, ReplicaPace>>;
 
+/// The pace of this node, from the streams that its engine computes.
+pub(super) struct OwnPace {
+    pub(super) streams: Arc<StreamProgress>,
+    pub(super) first_tokens: Mutex<FirstTokenAverage>,
+    standstills: Mutex<Standstills>,
+}
+
 /// What this node knows about the pace of all replicas.
 pub(super) struct Pacing {
-    /// For streams that this node's engine computes.
-    pub(super) own: Arc<StreamProgress>,
     board: Mutex<PaceBoard>,
-    standstills: Mutex<Standstills>,
     found: RwLock<Paces>,
     /// Notified when a replica becomes slow or recovers.
     pub(super) changes: watch::Sender<()>,
 }
 
-impl Pacing {
+impl OwnPace {
     pub(super) fn new(now: Instant) -> Self {
         Self {
-            own: Arc::new(StreamProgress::new(now)),
-            board: Mutex::default(),
+            streams: Arc::new(StreamProgress::new(now)),
+            first_tokens: Mutex::default(),
             standstills: Mutex::default(),
-            found: RwLock::default(),
-            changes: watch::Sender::new(()),
         }
     }
 
@@ -70,6 +73,12 @@ impl Pacing {
             },
             false => pace,
         })
+    }
+}
+
+impl Pacing {
+    pub(super) fn new() -> Self {
+        Self { board: Mutex::default(), found: RwLock::default(), changes: watch::Sender::new(()) }
     }
 
     pub(super) fn found(&self) -> Paces {
@@ -93,14 +102,14 @@ impl ReplicaPace {
     }
 }
 
-impl RouterState {
+impl Peers {
     /// Compares the replicas, and acts on changes. `own` is this node's new report.
-    pub(super) fn compare_paces(&self, own: &LoadReport) {
+    pub(super) fn compare_paces(&self, node: &ThisNode, own: &LoadReport) {
         let (view, now) = (self.view.borrow().clone(), now());
         let is_up = |peer: &&Arc<Peer>| matches!(peer.report.state, NodeState::Ready | NodeState::Degraded);
         let peers: Vec<(&Arc<Peer>, Option<Arc<StreamProgress>>)> =
             view.peers.values().filter(is_up).map(|peer| (peer, self.ledger.progress(&peer.id))).collect();
-        let here = self.local().map(|local| Sight {
+        let here = node.local().map(|local| Sight {
             replica: Replica::Here,
             fingerprint: &local.model.fingerprint,
             reported: own.pace.map(|pace| Reported {
@@ -110,7 +119,7 @@ impl RouterState {
                 reported_at: now,
                 has_queue: own.waiting > 0,
                 confesses: false,
-                stands_still: self.pacing.standstills.lock().is_mostly_still(),
+                stands_still: node.pace.standstills.lock().is_mostly_still(),
             }),
             progress: None,
         });
@@ -131,16 +140,16 @@ impl RouterState {
             })
         });
         let sights: Vec<Sight<'_>> = here.into_iter().chain(there).collect();
-        let findings = self.pacing.board.lock().look(&sights, self.config.slow_node_factor, now);
-        self.take_in(findings);
+        let findings = self.pacing.board.lock().look(&sights, node.config.slow_node_factor, now);
+        self.take_in(node, findings);
     }
 
-    fn take_in(&self, findings: Findings) {
+    fn take_in(&self, node: &ThisNode, findings: Findings) {
         let Findings { paces, changes, wants_probe } = findings;
-        self.health.want_probe(wants_probe);
+        node.health.want_probe(wants_probe);
         let own = paces.get(&Replica::Here);
-        self.metrics.pace_unit.set(own.map_or(0.0, |pace| pace.unit_seconds));
-        self.metrics.pace_ratio.set(own.and_then(ReplicaPace::ratio).unwrap_or(0.0));
+        node.metrics.pace_unit.set(own.map_or(0.0, |pace| pace.unit_seconds));
+        node.metrics.pace_ratio.set(own.and_then(ReplicaPace::ratio).unwrap_or(0.0));
         let paces = Arc::new(paces);
         *self.pacing.found.write() = paces.clone();
         for (replica, change) in &changes {
@@ -149,17 +158,17 @@ impl RouterState {
             match change {
                 Change::BecameSlow => {
                     warn!(%replica, reason, "a replica is slow");
-                    self.metrics.slow_changes.with([whose, "slow"]).inc();
+                    node.metrics.slow_changes.with([whose, "slow"]).inc();
                 }
                 Change::Recovered => {
                     info!(%replica, reason, "a slow replica has recovered");
-                    self.metrics.slow_changes.with([whose, "recovered"]).inc();
+                    node.metrics.slow_changes.with([whose, "recovered"]).inc();
                 }
             }
             if *replica == Replica::Here {
                 match change {
-                    Change::BecameSlow => self.health.lifecycle().degrade(DegradedBy::Slow, reason),
-                    Change::Recovered => self.health.lifecycle().recover(DegradedBy::Slow, reason),
+                    Change::BecameSlow => node.health.lifecycle().degrade(DegradedBy::Slow, reason),
+                    Change::Recovered => node.health.lifecycle().recover(DegradedBy::Slow, reason),
                 }
             }
         }
