@@ -3,11 +3,11 @@
 
 use std::env;
 use std::fmt::Write as _;
-use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{fs, io};
 
 use crate::sources::{self, Source};
 
@@ -97,7 +97,9 @@ impl Compiler {
             let (said, also) = (String::from_utf8_lossy(&output.stderr), String::from_utf8_lossy(&output.stdout));
             return Err(format!("{}: nvcc failed\n{also}{said}", source.path.display()));
         }
-        fs::rename(&unfinished, &image).map_err(|error| format!("{}: {error}", image.display()))
+        keep_as_old_as(&unfinished, &source.path)
+            .and_then(|()| fs::rename(&unfinished, &image))
+            .map_err(|error| format!("{}: {error}", image.display()))
     }
 
     fn image(&self, source: &Source) -> PathBuf {
@@ -120,6 +122,11 @@ impl Compiler {
         table.push(']');
         table
     }
+}
+
+/// Gives an output the age of its input: cargo would run this again for a file that has changed since this began.
+fn keep_as_old_as(output: &Path, input: &Path) -> io::Result<()> {
+    fs::File::options().write(true).open(output)?.set_modified(fs::metadata(input)?.modified()?)
 }
 
 fn targets(source: &Source) -> &'static [&'static str] {
