@@ -136,6 +136,13 @@ impl Cluster {
         Self::start_with(Folder::new(), nodes, flags, of_each).await
     }
 
+    /// As `start`, with the folder's model and a wrapper around each command line (`ClusterPlan::wrapper`).
+    pub async fn start_wrapped(folder: Folder, nodes: usize, flags: &[String], wrapper: Vec<String>) -> Self {
+        let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
+        let plan = ClusterPlan { wrapper, ..plan(folder.path().to_owned(), &flags) };
+        Self::start_planned(folder, nodes, &plan, |_, _| Vec::new()).await
+    }
+
     async fn start_in(folder: Folder, nodes: usize, flags: &[&str]) -> Self {
         Self::start_with(folder, nodes, flags, |_, _| Vec::new()).await
     }
@@ -146,9 +153,19 @@ impl Cluster {
         flags: &[&str],
         of_each: impl Fn(&Path, usize) -> Vec<String>,
     ) -> Self {
+        let plan = plan(folder.path().to_owned(), flags);
+        Self::start_planned(folder, nodes, &plan, of_each).await
+    }
+
+    async fn start_planned(
+        folder: Folder,
+        nodes: usize,
+        plan: &ClusterPlan,
+        of_each: impl Fn(&Path, usize) -> Vec<String>,
+    ) -> Self {
         let places = every_place().await;
         let addresses: Vec<_> = (0..nodes).map(|_| NodeAddresses::free().expect("free ports")).collect();
-        let nodes = plan_nodes(&plan(folder.path().to_owned(), flags), &addresses).expect("a plan");
+        let nodes = plan_nodes(plan, &addresses).expect("a plan");
         let nodes = nodes.into_iter().enumerate();
         let nodes = nodes.map(|(index, node)| ArenaNode::own(node.with_flags(of_each(folder.path(), index))));
         let client = DrillClient::new(None).expect("a client");
