@@ -138,9 +138,12 @@ async fn survives(bytes: &'static [u8]) {
     for stream in streams {
         assert!(stream.await.expect("no panic") > 0, "no stream ran to its end");
     }
-    // How many depends on the machine: those that are refused with 503 leave by themselves.
-    let recycled = crowded.server.metric("outrigger_http_connections_recycled_total").await;
-    assert!(recycled > 0.0, "newcomers were served, but no connection made room");
+    let mut made_room = crowded.server.metric("outrigger_http_connections_recycled_total").await;
+    if bytes == HALF_A_BODY {
+        // A request that is refused before its body has arrived ends its connection, so fewer others must make room.
+        made_room += crowded.server.metric("outrigger_http_connections_refused_total").await;
+    }
+    assert!(made_room > 100.0, "{made_room}");
     assert!(crowded.server.metric("process_open_fds").await < 1300.0);
 }
 
