@@ -125,7 +125,7 @@ async fn wrong_method(method: Method, uri: Uri) -> Response {
 
 fn over_capacity(state: &ApiState, message: String) -> Response {
     state.metrics.http_connections_refused.inc();
-    let failure = Failure::new(FailureKind::Unavailable, message).with_code("too_many_connections");
+    let failure = Failure::unavailable("too_many_connections", message);
     let error = ApiError::from(failure.with_retry_after(Duration::from_secs(1)));
     ([(header::CONNECTION, "close")], error).into_response()
 }

@@ -126,7 +126,7 @@ impl ApiState {
         match name {
             Some(name) if self.remote.knew(name) => {
                 let message = "No node that serves the model can be reached now.";
-                let failure = Failure::new(FailureKind::Unavailable, message).with_code("no_replica");
+                let failure = Failure::unavailable("no_replica", message);
                 Err(failure.with_retry_after(RETRY_AFTER).into())
             }
             Some(name) if self.model().is_some_and(|model| !model.has_name(name)) => {

@@ -379,6 +379,7 @@ impl FailoverStream {
         }
     }
 }
+
 impl Drop for FailoverStream {
     /// Makes sure that the stream has an end, however the task ends.
     fn drop(&mut self) {
@@ -389,6 +390,7 @@ impl Drop for FailoverStream {
         }
     }
 }
+
 pub(super) fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }

@@ -30,9 +30,7 @@ impl PeerService for Router {
         let local = node.local().filter(|_| node.may_serve());
         let local = local.ok_or_else(|| Failure::shutting_down("The replica is not ready, or is leaving."))?;
         if local.model.fingerprint != call.fingerprint {
-            return Err(
-                Failure::new(FailureKind::Unavailable, "The replica has another fingerprint.").with_code("no_replica")
-            );
+            return Err(Failure::unavailable("no_replica", "The replica has another fingerprint."));
         }
         let GenerateCall { mut envelope, choices, remaining, is_continuation, fingerprint: _ } = call;
         if let Some(remaining) = remaining {

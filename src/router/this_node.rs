@@ -160,7 +160,7 @@ impl ThisNode {
                 ("The server is shutting down.", "shutting_down")
             }
         };
-        Failure::new(FailureKind::Unavailable, message).with_code(code).with_retry_after(retry_after)
+        Failure::unavailable(code, message).with_retry_after(retry_after)
     }
 
     /// Starts the generation in this node's engine.

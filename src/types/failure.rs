@@ -95,9 +95,14 @@ impl Failure {
         Self::new(FailureKind::DeadlineExceeded, "The deadline passed before the first token.")
     }
 
+    /// `code` says why no request is taken now.
+    pub fn unavailable(code: &'static str, message: impl Into<String>) -> Self {
+        Self::new(FailureKind::Unavailable, message).with_code(code)
+    }
+
     /// The node is leaving, or has left.
     pub fn shutting_down(message: impl Into<String>) -> Self {
-        Self::new(FailureKind::Unavailable, message).with_code("shutting_down")
+        Self::unavailable("shutting_down", message)
     }
 
     /// The code that the client gets.

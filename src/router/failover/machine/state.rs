@@ -1,6 +1,6 @@
 //! The states of a stream, and the moves between them. When to move is decided by the machine.
 
-use std::mem::{replace, take};
+use std::mem::take;
 use std::time::Instant;
 
 use super::messages::{Relief, Slot};
@@ -113,18 +113,15 @@ impl StreamState {
 
     /// Returns who was asked, if anybody was.
     pub fn end_asking(&mut self) -> Option<Asked> {
-        match self {
-            StreamState::Asking { since, .. } => {
-                let searching = StreamState::Searching { since: *since };
-                let StreamState::Asking { asked, .. } = replace(self, searching) else { unreachable!() };
-                Some(asked)
+        let (next, asked) = match take(self) {
+            StreamState::Asking { asked, since } => (StreamState::Searching { since }, Some(asked)),
+            StreamState::Relieved { primary, why, second: Second::Asked(asked) } => {
+                (StreamState::Relieved { primary, why, second: Second::Wanted }, Some(asked))
             }
-            StreamState::Relieved { second: second @ Second::Asked(_), .. } => {
-                let Second::Asked(asked) = replace(second, Second::Wanted) else { unreachable!() };
-                Some(asked)
-            }
-            _ => None,
-        }
+            state => (state, None),
+        };
+        *self = next;
+        asked
     }
 
     pub fn accept(&mut self, replica: Replica) {
@@ -158,9 +155,14 @@ impl StreamState {
 
     /// Returns the successor's replica, if there is a successor.
     pub fn end_successor(&mut self) -> Option<Replica> {
-        let StreamState::Relieved { second: second @ Second::Computes(_), .. } = self else { return None };
-        let Second::Computes(source) = replace(second, Second::Wanted) else { unreachable!() };
-        Some(source.replica)
+        let (next, successor) = match take(self) {
+            StreamState::Relieved { primary, why, second: Second::Computes(source) } => {
+                (StreamState::Relieved { primary, why, second: Second::Wanted }, Some(source.replica))
+            }
+            state => (state, None),
+        };
+        *self = next;
+        successor
     }
 
     /// Ends the primary. Returns it with the second, if there was a primary; the next state is the caller's to set.
