@@ -23,6 +23,7 @@ mod remote_models;
 mod routes;
 pub mod server;
 mod state;
+mod trace;
 mod write_timeout;
 
 #[cfg(test)]

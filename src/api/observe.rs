@@ -1,17 +1,19 @@
-//! Middleware around every request: its id, its metrics, and handlers that panic.
+//! Middleware around every request: its ids, its metrics, and handlers that panic.
 
 use std::any::Any;
 use std::time::Instant;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, Version, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tracing::{debug, error};
+use tracing::field::Empty;
+use tracing::{Instrument, Span, debug, error, error_span};
 use uuid::Uuid;
 
 use super::error::ApiError;
 use super::state::ApiState;
+use super::trace;
 use crate::types::{Failure, FailureKind, panic_message};
 
 /// Returned to the client, so that it can correlate its requests. Generated if the client sends none.
@@ -19,7 +21,22 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longer ids are replaced.
 const MAX_REQUEST_ID_BYTES: usize = 128;
 
-pub async fn observe(State(state): State<ApiState>, request: Request, next: Next) -> Response {
+pub async fn observe(state: State<ApiState>, mut request: Request, next: Next) -> Response {
+    let span = match *request.method() {
+        Method::POST => {
+            let trace = trace::enter(request.headers());
+            // At the highest level, so that no filter takes the ids from a line that it lets through.
+            let span = error_span!("request", id = Empty, trace_id = %trace.trace_id());
+            request.extensions_mut().insert(trace);
+            span
+        }
+        // Nobody traces probes and scrapes.
+        _ => Span::none(),
+    };
+    answer(state, request, next).instrument(span).await
+}
+
+async fn answer(State(state): State<ApiState>, request: Request, next: Next) -> Response {
     let start = Instant::now();
     let route = route_label(request.uri().path());
     let id = request_id(request.headers());

@@ -18,6 +18,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use smallvec::SmallVec;
+use tracing::field::display;
 use tracing::{error, warn};
 
 use super::batch::{BatchEntry, RowResult, RunnerError, SampleSpec, ScoreSpec};
@@ -214,7 +215,9 @@ impl Engine {
     fn fail_numerics(&mut self, entry: Scheduled, invalid: NumericsInvalid) {
         let serial = self.choices[entry.id.index()].as_ref().expect("a sequence has a choice").serial;
         add(&self.board.counters.numerics_invalid, 1);
-        error!(request = %self.requests[&serial].request.envelope.id, %invalid, "the model computed NaN or infinity");
+        let envelope = &self.requests[&serial].request.envelope;
+        let trace_id = envelope.trace_id().map(display);
+        error!(request = %envelope.id, trace_id, %invalid, "the model computed NaN or infinity");
         let failure = Failure::new(FailureKind::NumericsInvalid, "The model computed NaN or infinity.");
         self.fail(serial, failure.with_source(invalid));
     }

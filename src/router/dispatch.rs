@@ -4,6 +4,8 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use tracing::{Instrument, debug, info};
+
 use super::failover::{Beginning, FailoverStream, now};
 use super::hot_prefixes::{self, PrefixHashes};
 use super::peers::bounded;
@@ -199,7 +201,7 @@ impl Router {
             false => self.follow(&record, &known).await,
         };
         let from = if source.is_some() { "follow" } else { "journal" };
-        self.node.metrics.streams_resumed.with([from]).inc();
+        self.resumed(&record.envelope, from);
         let epoch = if source.is_some() { record.epoch } else { record.epoch.saturating_add(1) };
         let log = Arc::new(StreamLog::new(envelope, record.fingerprint, epoch, known, false));
         if let Some(running) = self.streams.register(&log)
@@ -245,9 +247,15 @@ impl Router {
         }
         let joined = log.listen(&[]).map(|stream| dispatched(log, stream));
         if joined.is_some() {
-            self.node.metrics.streams_resumed.with(["running"]).inc();
+            self.resumed(&log.envelope, "running");
         }
         Ok(joined)
+    }
+
+    /// Counts it, and ties the trace of the client's request to the stream's own, under which the stream goes on.
+    fn resumed(&self, stream: &Envelope, from: &'static str) {
+        self.node.metrics.streams_resumed.with([from]).inc();
+        info!(request = %stream.id, stream_trace_id = stream.trace_id().map(display), from, "a stream is resumed");
     }
 
     fn launch(
@@ -260,8 +268,10 @@ impl Router {
         let stream = log.listen(&[]).expect("the stream is new");
         let dispatched = dispatched(&log, stream);
         self.streams.began();
+        let span = log.envelope.span();
+        span.in_scope(|| debug!("a stream begins"));
         let stream_task = FailoverStream::new(self.clone(), log, want, gate, beginning);
-        tasks::spawn("forwards a stream", stream_task.run());
+        tasks::spawn("forwards a stream", stream_task.run().instrument(span));
         dispatched
     }
 

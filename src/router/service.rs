@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::mpsc::UnboundedSender;
 use tokio::time::{MissedTickBehavior, interval};
+use tracing::{Instrument, debug, info};
 
 use super::Router;
 use super::failover::now;
@@ -38,16 +39,21 @@ impl PeerService for Router {
             Arc::make_mut(&mut envelope).deadline = now().checked_add(remaining);
         }
         let prefixes = hot_prefixes::hashes(&envelope.prompt, envelope.extensions.cache_salt);
-        let unfinished = choices.len();
+        let (unfinished, span) = (choices.len(), envelope.span());
         let request = GenerateRequest::new(envelope, choices);
         let source = node.admit(local, request, &prefixes, Cursor::fresh(0), is_continuation)?;
+        span.in_scope(|| match is_continuation {
+            true => info!("goes on with a stream for a peer"),
+            false => debug!("computes a stream for a peer"),
+        });
         let (frames, answer) = PeerStream::channel();
         let departure = node.departure.subscribe();
         if node.leaves() {
             // The hand-over has just begun.
             let _ = frames.send(PeerFrame::HandOver);
         }
-        tasks::spawn("serves a peer", serve(node.clone(), source, frames, unfinished, departure));
+        let work = serve(node.clone(), source, frames, unfinished, departure);
+        tasks::spawn("serves a peer", work.instrument(span));
         Ok(answer)
     }
 
@@ -65,6 +71,7 @@ impl PeerService for Router {
         let mut stream = log.listen(&call.have).ok_or_else(gone)?;
         let (frames, answer) = PeerStream::channel();
         let every = self.node.heartbeat_interval();
+        log.envelope.span().in_scope(|| debug!("lets a peer follow a stream"));
         tasks::spawn("lets a peer follow a stream", async move {
             let mut ticks = interval(every);
             while left > 0 {

@@ -6,9 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
+use tracing::{Span, error_span};
 
 use super::ids::{JournalKey, RequestId, Tenant, TokenId};
 use super::request::SamplingParams;
+use super::trace::{TraceContext, TraceId};
 
 /// A client's request for one prompt, as token ids. With the model's fingerprint it decides every token.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,6 +34,9 @@ pub struct Envelope {
     /// By this process's clock. Other nodes are told the time that is left; journals are not told.
     pub deadline: Option<Instant>,
     pub extensions: Extensions,
+    /// Under which the request is found in the logs of every node. `None` for what no client asked for, and from nodes of an
+    /// earlier version.
+    pub trace: Option<TraceContext>,
 }
 
 /// The name of a stream in the whole cluster.
@@ -81,6 +86,7 @@ impl Envelope {
             priority: 0,
             deadline: None,
             extensions: Extensions::default(),
+            trace: None,
         }
     }
 
@@ -92,12 +98,13 @@ impl Envelope {
     }
 
     /// This request as an attempt at a stream that exists. Its seed may be only in the journal, and the client knows it by its
-    /// first id and time.
+    /// first id and time. It stays in its trace, so that the whole life of the stream is found under one id.
     pub fn resuming(&self, stream: &Self) -> Arc<Self> {
         self.with(|envelope| {
             envelope.id = stream.id.clone();
             envelope.created = stream.created;
             envelope.sampling = stream.sampling.clone();
+            envelope.trace = stream.trace.clone().or(envelope.trace.take());
         })
     }
 
@@ -105,6 +112,16 @@ impl Envelope {
     /// differences may make the younger one win, but all nodes agree.
     pub fn seniority(&self) -> (u64, Option<[u8; 16]>) {
         (self.created, self.name.map(|name| name.body))
+    }
+
+    /// For the log lines of whoever works on the request.
+    pub fn span(&self) -> Span {
+        // At the highest level, so that no filter takes the ids from a line that it lets through.
+        error_span!(parent: None, "request", id = %self.id, trace_id = self.trace_id().map(display))
+    }
+
+    pub fn trace_id(&self) -> Option<TraceId> {
+        self.trace.as_ref().map(TraceContext::trace_id)
     }
 
     /// Whether the prompt's log-probabilities are wanted.

@@ -11,6 +11,7 @@ pub mod reaction;
 pub mod request;
 pub mod status;
 pub mod tasks;
+pub mod trace;
 pub mod watch;
 
 pub use backend::{Backend, FinishReason, GenerationEvent, GenerationStream, StopCause, TokenLogprobs};
@@ -23,3 +24,4 @@ pub use panic::panic_message;
 pub use reaction::Reaction;
 pub use request::{ChoiceStart, GenerateRequest, SamplingDefaults, SamplingParams};
 pub use status::{EngineStatus, NodeState, Pace};
+pub use trace::TraceContext;

@@ -14,6 +14,7 @@ mod cluster_members;
 mod cluster_network;
 mod cluster_numbers;
 mod cluster_resumption;
+mod cluster_traces;
 mod cluster_upgrades;
 mod completions;
 mod crowds;

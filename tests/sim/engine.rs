@@ -18,6 +18,8 @@ use tokio::sync::Notify;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
+use crate::plan;
+
 pub const EOS: TokenId = 0;
 pub const VOCABULARY: u32 = 32;
 pub const MAX_MODEL_LEN: usize = 128;
@@ -228,6 +230,9 @@ impl SimEngine {
 
 impl Backend for SimEngine {
     fn generate(&self, request: GenerateRequest) -> Result<GenerationStream, Failure> {
+        let envelope = &request.envelope;
+        let trace = (!request.is_probe).then(|| plan::trace(&envelope.prompt, envelope.sampling.seed));
+        assert_eq!(envelope.trace, trace, "{} has lost its trace", envelope.id);
         let stream = self.handle.generate(request)?;
         self.wake.notify_one();
         Ok(stream.guarded_by(WakeOnDrop(self.wake.clone())))

@@ -1,12 +1,13 @@
 //! Derives from a seed the plan of a run: the cluster, its clients, and the faults with their times.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
 use outrigger::admission;
 use outrigger::app::life::Bounds;
 use outrigger::router::{self, Strategy};
-use outrigger::types::{CacheSalt, Envelope, Extensions, RequestId, SamplingParams, TokenId};
+use outrigger::types::{CacheSalt, Envelope, Extensions, RequestId, SamplingParams, TokenId, TraceContext};
 
 use crate::engine::{EngineSize, VOCABULARY};
 use crate::node::{MODEL, NodeConfig, TOKENIZER};
@@ -53,9 +54,19 @@ impl ClientPlan {
             model: MODEL.into(),
             tokenizer: TOKENIZER.into(),
             extensions: self.extensions,
+            trace: Some(trace(&self.prompt, self.sampling.seed)),
             ..Envelope::new(id, self.prompt.clone(), (*self.sampling).clone())
         }
     }
+}
+
+/// The trace of a request, which every node that works on it has to know.
+pub fn trace(prompt: &[TokenId], seed: u64) -> TraceContext {
+    let mut hasher = DefaultHasher::new();
+    (prompt, seed).hash(&mut hasher);
+    let digest = hasher.finish().max(1).to_le_bytes();
+    let id: [u8; 16] = std::array::from_fn(|index| digest[index % 8]);
+    TraceContext::begin(id, digest).expect("not zero")
 }
 
 #[derive(Clone, Debug)]

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
+use axum::{Extension, Json};
 use serde::Serialize;
 
 use super::body::{RequestBody, StreamOptions};
@@ -23,9 +23,14 @@ use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{Failure, FinishReason, TokenId};
+use crate::types::{Failure, FinishReason, TokenId, TraceContext};
 
-pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Body) -> Result<Response, ApiError> {
+pub async fn handle(
+    State(state): State<ApiState>,
+    Extension(trace): Extension<TraceContext>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
     let mut hold = state.check_serving(&headers).await?;
     let bytes = read(&state.config, &headers, body).await?;
     let mut body: RequestBody = json::parse(&bytes)?;
@@ -35,7 +40,7 @@ pub async fn handle(State(state): State<ApiState>, headers: HeaderMap, body: Bod
             .with_code("unsupported_parameter")
             .into());
     }
-    let prepared = prepare(&state, model, &headers, &bytes, &mut body, Endpoint::Chat).await?;
+    let prepared = prepare(&state, model, &headers, &bytes, &mut body, trace, Endpoint::Chat).await?;
     if body.is_stream() {
         stream(prepared, &body, state.config.stream_keep_alive).await
     } else {

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
+use tracing::Span;
+use tracing::field::display;
 
 use super::body::{PromptInput, RequestBody};
 use super::conversation::Conversation;
@@ -16,7 +18,7 @@ use crate::api::error::ApiError;
 use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::ApiState;
 use crate::router::{Dispatch, Dispatched, EarlierAttempt, Strategy};
-use crate::types::{Envelope, Extensions, Failure, RequestId, SamplingParams, TokenId};
+use crate::types::{Envelope, Extensions, Failure, RequestId, SamplingParams, TokenId, TraceContext};
 
 /// The request's deadline, in milliseconds from its arrival.
 pub const TIMEOUT_HEADER: &str = "x-request-timeout-ms";
@@ -69,12 +71,14 @@ pub async fn prepare(
     headers: &HeaderMap,
     bytes: &[u8],
     body: &mut RequestBody,
+    trace: TraceContext,
     endpoint: Endpoint,
 ) -> Result<Prepared, ApiError> {
     let arrived = Instant::now();
     body.refuse_unsupported()?;
     let deadline = deadline(headers, arrived)?;
     let mut resumption = Resumption::read(state, headers, bytes, endpoint)?;
+    Span::current().record("id", display(&resumption.id));
     let (defaults, vocab) = (&model.sampling_defaults, model.tokenizer.vocab_size());
     let sampling = sampling::params(body, endpoint, defaults, vocab, resumption.seed)?;
     let prompts = match endpoint {
@@ -101,6 +105,7 @@ pub async fn prepare(
         resumption: &resumption,
         is_named,
         must_exist: resumption.is_given_name() && !is_derivable,
+        trace,
     };
     let mut first = None;
     let mut parts = Vec::with_capacity(prompts.len());
@@ -135,6 +140,7 @@ struct Start<'a> {
     is_named: bool,
     /// The stream must still exist somewhere, because its seed is not known and it cannot be computed again.
     must_exist: bool,
+    trace: TraceContext,
 }
 
 impl Start<'_> {
@@ -170,6 +176,7 @@ impl Start<'_> {
             priority: self.body.priority.unwrap_or(0),
             deadline: self.deadline,
             extensions,
+            trace: Some(self.trace.clone()),
         };
         let dispatched = self.state.router.dispatch(Dispatch {
             envelope: Arc::new(envelope),

@@ -13,6 +13,7 @@ use axum::response::Response;
 use bytes::{BufMut, Bytes, BytesMut};
 use serde::Serialize;
 use tokio::time::timeout;
+use tracing::Span;
 
 use super::generation::{ClientGeneration, Step, Update};
 use super::resumption::{Resumption, write_event_id};
@@ -108,7 +109,7 @@ fn events(
     ids: Ids,
     keep_alive: Duration,
 ) -> Body {
-    let metrics = generation.metrics();
+    let (metrics, span) = (generation.metrics(), Span::current());
     Body::from_stream(stream! {
         let mut out = EventBuffer::default();
         if !ids.is_opened {
@@ -141,7 +142,8 @@ fn events(
                 }
                 Step::Failed(failure) => {
                     metrics.failures.with([failure.kind.label()]).inc();
-                    out.push_raw(&ApiError::from(failure).to_json());
+                    // Logged with the ids of the request, whose handler has returned.
+                    out.push_raw(&span.in_scope(|| ApiError::from(failure)).to_json());
                     break;
                 }
                 Step::Done => {

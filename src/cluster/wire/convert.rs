@@ -10,7 +10,7 @@ use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalRecord, Journ
 use crate::cluster::transport::{FollowCall, GenerateCall, JournalBatch, PeerFrame};
 use crate::types::{
     CacheSalt, ChoiceStart, Envelope, Extensions, Failure, FailureKind, Fingerprint, FinishReason, GenerationEvent,
-    JournalKey, NodeId, RequestId, SamplingParams, StopCause, StreamName, Tenant, TokenLogprobs,
+    JournalKey, NodeId, RequestId, SamplingParams, StopCause, StreamName, Tenant, TokenLogprobs, TraceContext,
 };
 
 /// A type that is sent between nodes.
@@ -115,6 +115,7 @@ fn envelope(envelope: &Envelope, remaining: Option<time::Duration>) -> schema::W
         priority,
         deadline: _,
         extensions,
+        trace,
     } = envelope;
     schema::WireEnvelope {
         id: id.as_str().to_owned(),
@@ -128,6 +129,8 @@ fn envelope(envelope: &Envelope, remaining: Option<time::Duration>) -> schema::W
         prompt_logprobs: extensions.prompt_logprobs,
         tokenizer: (**tokenizer).to_owned(),
         tenant: tenant.as_str().to_owned(),
+        traceparent: trace.as_ref().map(TraceContext::parent).unwrap_or_default(),
+        tracestate: trace.as_ref().and_then(TraceContext::state).unwrap_or_default().to_owned(),
         needs: Vec::new(),
     }
 }
@@ -151,6 +154,7 @@ fn from_envelope(envelope: Option<schema::WireEnvelope>) -> Result<(Envelope, Op
         sampling: from_sampling(envelope.sampling)?,
         priority: envelope.priority,
         deadline: None,
+        trace: TraceContext::parse(&envelope.traceparent, Some(&envelope.tracestate)),
         extensions: Extensions { cache_salt: salt.map(CacheSalt::new), prompt_logprobs: envelope.prompt_logprobs },
     };
     Ok((envelope, remaining))

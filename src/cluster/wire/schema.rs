@@ -51,6 +51,12 @@ pub struct WireEnvelope {
     /// A digest that stands for the client. Absent: the client is anonymous.
     #[prost(string, tag = "11")]
     pub tenant: String,
+    /// The header `traceparent` of W3C Trace Context. Absent or not understood: no trace.
+    #[prost(string, tag = "12")]
+    pub traceparent: String,
+    /// The header `tracestate`.
+    #[prost(string, tag = "13")]
+    pub tracestate: String,
     #[prost(uint32, repeated, tag = "15")]
     pub needs: Vec<u32>,
 }

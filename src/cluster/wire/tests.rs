@@ -13,7 +13,7 @@ use crate::cluster::journal::{ChoiceProgress, JournalEntry, JournalRecord, Journ
 use crate::cluster::transport::{FollowCall, GenerateCall, JournalBatch};
 use crate::types::{
     CacheSalt, ChoiceStart, Envelope, Extensions, Fingerprint, FinishReason, JournalKey, NodeId, RequestId,
-    SamplingParams, StopCause, StreamName, Tenant, TokenLogprobs,
+    SamplingParams, StopCause, StreamName, Tenant, TokenLogprobs, TraceContext,
 };
 
 fn failures() -> impl Strategy<Value = Failure> {
@@ -165,6 +165,8 @@ fn extend(envelope: &mut Envelope) {
     envelope.tenant = Tenant::new("0123");
     envelope.model = "default".into();
     envelope.tokenizer = "beef".into();
+    let parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    envelope.trace = TraceContext::parse(parent, Some("rojo=00f067aa0ba902b7,congo=t61"));
     envelope.extensions = Extensions { cache_salt: Some(CacheSalt::new([7; 16])), prompt_logprobs: Some(3) };
 }
 
@@ -321,10 +323,18 @@ fn what_an_earlier_version_did_not_say_is_not_known() {
     let mut call = extended_call().to_schema();
     let said = call.envelope.take().expect("given");
     let (created, tokenizer, tenant, model) = Default::default();
-    call.envelope = Some(schema::WireEnvelope { created, model, tokenizer, tenant, ..said });
+    let (traceparent, tracestate) = Default::default();
+    call.envelope = Some(schema::WireEnvelope { created, model, tokenizer, tenant, traceparent, tracestate, ..said });
     let back: GenerateCall = decode_message(&call.encode_to_vec()).expect("read");
     let extensions = extended_call().envelope.extensions;
     assert_eq!(back.envelope, generate_call().envelope.with(|envelope| envelope.extensions = extensions));
+}
+
+#[test]
+fn a_trace_that_makes_no_sense_is_none() {
+    let mut call = extended_call().to_schema();
+    call.envelope.as_mut().expect("given").traceparent = "01".into();
+    assert_eq!(GenerateCall::from_schema(call).expect("read").envelope.trace, None);
 }
 
 #[test]
