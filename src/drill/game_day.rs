@@ -17,6 +17,7 @@ use super::moves::{Moves, Watch, total_of_others};
 use super::served_model::ServedModel;
 use super::transcript::Transcript;
 use super::workload::{COMPLETIONS, PlannedStream, RequestKind, Shape, plan, with_stop_string};
+use crate::router::ClusterOverview;
 use crate::types::{NodeId, with_causes};
 
 /// The node that clients connect to if they do not spread.
@@ -388,23 +389,39 @@ impl GameDay {
         for index in 0..self.arena.nodes.len() {
             sleep(BETWEEN_RESTARTS).await;
             let seen = self.arena.overview(index).await;
-            harvested.add(&seen.map(|overview| Moves::of(&overview)).unwrap_or_default());
-            let node = &mut self.arena.nodes[index];
-            node.act(NodeAction::Terminate).await?;
-            if let Some(process) = node.process() {
-                match process.exit(EXIT_PATIENCE).await {
-                    Some(status) if status.success() => {}
-                    Some(status) => outcome.problem(format!("{} ended with {status} after SIGTERM", process.name)),
-                    None => {
-                        outcome.problem(format!("{} did not end within {EXIT_PATIENCE:?} of SIGTERM", process.name));
-                        node.act(NodeAction::Kill).await?;
-                    }
-                }
-            }
+            self.arena.nodes[index].act(NodeAction::Terminate).await?;
+            harvested.add(&self.see_off(index, seen, outcome).await?);
             self.arena.nodes[index].act(NodeAction::Restart).await?;
             self.arena.wait_until_whole().await?;
         }
         Ok(harvested)
+    }
+
+    /// Waits until a node that leaves has ended. Returns its last counts, which include what it handed over on leaving.
+    async fn see_off(
+        &mut self,
+        index: usize,
+        mut seen: Option<ClusterOverview>,
+        outcome: &mut Outcome,
+    ) -> Result<Moves, DrillError> {
+        let deadline = Instant::now() + EXIT_PATIENCE;
+        while let Some(process) = self.arena.nodes[index].process() {
+            match process.exit(WATCH_POLL).await {
+                Some(status) if status.success() => break,
+                Some(status) => {
+                    outcome.problem(format!("{} ended with {status} after SIGTERM", process.name));
+                    break;
+                }
+                None if Instant::now() < deadline => {}
+                None => {
+                    outcome.problem(format!("{} did not end within {EXIT_PATIENCE:?} of SIGTERM", process.name));
+                    self.arena.nodes[index].act(NodeAction::Kill).await?;
+                    break;
+                }
+            }
+            seen = self.arena.overview(index).await.or(seen);
+        }
+        Ok(seen.as_ref().map(Moves::of).unwrap_or_default())
     }
 
     /// Restarts the victims and waits until the cluster is complete again. After an exercise with a slow node, waits until the
