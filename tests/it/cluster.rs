@@ -1,4 +1,5 @@
-//! A cluster of real processes for tests, started by the drill's own code. Only one such test runs at a time.
+//! A cluster of real processes for tests, started by the drill's own code. A cluster that computes much has the machine for
+//! itself; one with the small fixture takes a server's place.
 
 use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
@@ -13,7 +14,8 @@ use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::SemaphorePermit;
 
-use crate::real_server::{every_place, within};
+use crate::real_model;
+use crate::real_server::{a_place, every_place, within};
 use crate::server::fixture;
 
 /// A model with a chat template. It is so fast that its streams end before a test can disturb them.
@@ -112,10 +114,16 @@ impl Cluster {
     }
 
     pub async fn slow_with(nodes: usize, flags: &[&str]) -> Self {
+        Self::slow_each(nodes, flags, |_| Vec::new()).await
+    }
+
+    /// As `slow_with`, with the further flags that `of_each` returns for the node's index.
+    pub async fn slow_each(nodes: usize, flags: &[&str], of_each: impl Fn(usize) -> Vec<String>) -> Self {
         let folder = Folder::new();
         let model = slow_model(folder.path());
         let flags: Vec<&str> = model.iter().map(String::as_str).chain(flags.iter().copied()).collect();
-        Self::start_in(folder, nodes, &flags).await
+        let plan = plan(folder.path().to_owned(), &flags);
+        Self::start_planned(folder, nodes, &plan, |_, node| of_each(node), every_place().await).await
     }
 
     /// Prepares a node that joins later, with the folder's key and these flags.
@@ -126,35 +134,31 @@ impl Cluster {
         ArenaNode::own(NodeProcess::new(plan, name.to_owned(), addresses, vec![peer]).with_flags(flags.iter().cloned()))
     }
 
-    /// Starts nodes with these flags and waits until the cluster is complete.
+    /// Starts nodes with the fixture and these flags and waits until the cluster is complete.
     pub async fn start(nodes: usize, flags: &[&str]) -> Self {
-        Self::start_in(Folder::new(), nodes, flags).await
+        Self::start_each(nodes, flags, |_, _| Vec::new()).await
     }
 
     /// As `start`, with the further flags that `of_each` returns for the folder and the node's index.
     pub async fn start_each(nodes: usize, flags: &[&str], of_each: impl Fn(&Path, usize) -> Vec<String>) -> Self {
-        Self::start_with(Folder::new(), nodes, flags, of_each).await
+        let folder = Folder::new();
+        let plan = plan(folder.path().to_owned(), &[&[model_flag(FIXTURE).as_str()], flags].concat());
+        Self::start_planned(folder, nodes, &plan, of_each, a_place().await).await
+    }
+
+    /// Starts nodes with the real model.
+    pub async fn real(nodes: usize, flags: &[&str]) -> Self {
+        tokio::task::spawn_blocking(real_model::path).await.expect("the model is there");
+        let (folder, home) = (Folder::new(), format!("--home={}", real_model::home().display()));
+        let plan = plan(folder.path().to_owned(), &[&[home.as_str()], flags].concat());
+        Self::start_planned(folder, nodes, &plan, |_, _| Vec::new(), every_place().await).await
     }
 
     /// As `start`, with the folder's model and a wrapper around each command line (`ClusterPlan::wrapper`).
     pub async fn start_wrapped(folder: Folder, nodes: usize, flags: &[String], wrapper: Vec<String>) -> Self {
         let flags: Vec<&str> = flags.iter().map(String::as_str).collect();
         let plan = ClusterPlan { wrapper, ..plan(folder.path().to_owned(), &flags) };
-        Self::start_planned(folder, nodes, &plan, |_, _| Vec::new()).await
-    }
-
-    async fn start_in(folder: Folder, nodes: usize, flags: &[&str]) -> Self {
-        Self::start_with(folder, nodes, flags, |_, _| Vec::new()).await
-    }
-
-    async fn start_with(
-        folder: Folder,
-        nodes: usize,
-        flags: &[&str],
-        of_each: impl Fn(&Path, usize) -> Vec<String>,
-    ) -> Self {
-        let plan = plan(folder.path().to_owned(), flags);
-        Self::start_planned(folder, nodes, &plan, of_each).await
+        Self::start_planned(folder, nodes, &plan, |_, _| Vec::new(), every_place().await).await
     }
 
     async fn start_planned(
@@ -162,8 +166,8 @@ impl Cluster {
         nodes: usize,
         plan: &ClusterPlan,
         of_each: impl Fn(&Path, usize) -> Vec<String>,
+        places: SemaphorePermit<'static>,
     ) -> Self {
-        let places = every_place().await;
         let addresses: Vec<_> = (0..nodes).map(|_| NodeAddresses::free().expect("free ports")).collect();
         let nodes = plan_nodes(plan, &addresses).expect("a plan");
         let nodes = nodes.into_iter().enumerate();

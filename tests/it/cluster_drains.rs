@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 
-use crate::cluster::{Cluster, FIXTURE, model_flag};
+use crate::cluster::Cluster;
 use crate::real_server::COMPLETIONS;
 
 /// A refused connection is not a failure if another address answers within this time.
@@ -50,7 +50,7 @@ async fn ask(http: &reqwest::Client, urls: &[String], turn: usize, body: &Value)
 
 #[tokio::test]
 async fn nodes_that_restart_in_turn_and_in_pairs_fail_no_request() {
-    let mut cluster = Cluster::start(3, &[&model_flag(FIXTURE), "--drain-linger=300ms"]).await;
+    let mut cluster = Cluster::start(3, &["--drain-linger=300ms"]).await;
     let urls = cluster.urls();
     let http = reqwest::Client::new();
     let mut references = Vec::new();

@@ -9,7 +9,6 @@ use outrigger::drill::report;
 use serde_json::Value;
 
 use crate::cluster::{Cluster, slow_model};
-use crate::real_model;
 use crate::server::outrigger;
 
 const SLOW_LOAD: Load = Load { streams: 32, tokens: 160, prefill_words: 150 };
@@ -50,10 +49,7 @@ async fn every_exercise_keeps_every_stream() {
 
 #[tokio::test]
 async fn the_real_model_survives_what_ends_or_stops_a_process() {
-    let home = real_model::home();
-    tokio::task::spawn_blocking(real_model::path).await.expect("the model is there");
-    let home = format!("--home={}", home.display());
-    let cluster = Cluster::start(3, &[&home, "--enable-prefix-caching=false"]).await;
+    let cluster = Cluster::real(3, &["--enable-prefix-caching=false"]).await;
     // How an engine fails does not depend on its weights.
     let exercises = [
         Exercise::Calm,

@@ -15,7 +15,7 @@ use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use crate::cluster::{Cluster, FIXTURE, Reader, model_flag, post, whole};
+use crate::cluster::{Cluster, Reader, post, whole};
 use crate::real_server::COMPLETIONS;
 use crate::server::PATIENCE;
 
@@ -96,7 +96,7 @@ async fn ask(
 #[tokio::test]
 async fn the_key_changes_on_all_nodes_and_no_request_notices() {
     let (old, new) = (b"the old secret, with a newline at its end\n".as_slice(), [9u8; 48]);
-    let cluster = Cluster::start_each(NODES, &[&model_flag(FIXTURE)], |folder, node| {
+    let cluster = Cluster::start_each(NODES, &[], |folder, node| {
         std::fs::write(key_file(folder, node), old).expect("written");
         vec![format!("--cluster-key-file={}", key_file(folder, node).display())]
     })
@@ -180,7 +180,7 @@ async fn the_key_changes_on_all_nodes_and_no_request_notices() {
 #[tokio::test]
 async fn a_node_that_restarts_in_the_middle_of_a_change_finds_the_others() {
     let (old, new) = ([1u8; 32], [2u8; 32]);
-    let mut cluster = Cluster::start_each(NODES, &[&model_flag(FIXTURE)], |folder, node| {
+    let mut cluster = Cluster::start_each(NODES, &[], |folder, node| {
         // One node is a step ahead of the others.
         let contents = if node == 0 { list(&[&new, &old]) } else { list(&[&old, &new]) };
         std::fs::write(key_file(folder, node), contents).expect("written");

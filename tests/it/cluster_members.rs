@@ -33,7 +33,7 @@ async fn series(url: &str, name: &str) -> f64 {
 
 #[tokio::test]
 async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() {
-    let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE), "--served-model-name=alpha"]).await;
+    let mut cluster = Cluster::start(2, &["--served-model-name=alpha"]).await;
     let unknown = json!({"model": "beta", "prompt": "x", "max_tokens": 1});
     assert_eq!(post(cluster.url(0), COMPLETIONS, &unknown, &[]).await.status(), 404);
 
@@ -97,7 +97,7 @@ async fn a_node_with_another_model_joins_and_every_node_takes_requests_for_it() 
 async fn a_node_with_a_wrong_key_is_not_heard_and_all_say_so() {
     /// Many times as long as a node with the right key takes to join.
     const LONG_ENOUGH: Duration = Duration::from_secs(4);
-    let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE)]).await;
+    let mut cluster = Cluster::start(2, &[]).await;
     let wrong = cluster.folder().join("wrong.key");
     std::fs::write(&wrong, [7; 32]).expect("written");
     let flags = [model_flag(FIXTURE), format!("--cluster-key-file={}", wrong.display())];
@@ -144,7 +144,7 @@ async fn a_node_with_a_wrong_key_is_not_heard_and_all_say_so() {
 
 #[tokio::test]
 async fn a_node_of_another_cluster_and_peers_that_are_not_there_are_named() {
-    let mut cluster = Cluster::start(2, &[&model_flag(FIXTURE)]).await;
+    let mut cluster = Cluster::start(2, &[]).await;
     let nowhere = NodeAddresses::free().expect("a free port").peer.to_string();
     let flags = [
         model_flag(FIXTURE),
@@ -169,7 +169,7 @@ async fn a_node_of_another_cluster_and_peers_that_are_not_there_are_named() {
 async fn a_peer_that_gossips_and_cannot_be_called_is_named() {
     let nowhere = NodeAddresses::free().expect("a free port").peer;
     let (certificates, config) = (tempfile::tempdir().expect("a folder"), model_flag(FIXTURE));
-    let mut cluster = Cluster::start(2, &[&config]).await;
+    let mut cluster = Cluster::start(2, &[]).await;
     let flags = [config.clone(), format!("--peer-advertise-addr={nowhere}")];
     let mut unreachable = cluster.newcomer("unreachable", &flags);
     let files = own_certificates(certificates.path());
@@ -222,7 +222,7 @@ async fn outrigger_status(admin: &str) -> String {
 
 #[tokio::test]
 async fn operators_see_the_cluster_as_a_table_and_as_json() {
-    let cluster = Cluster::start(3, &[&model_flag(FIXTURE)]).await;
+    let cluster = Cluster::start(3, &[]).await;
     let status = async |arguments: &[&str]| {
         let mut command = outrigger();
         command.arg("status").args(arguments);

@@ -4,13 +4,13 @@ use outrigger::drill::transcript::Transcript;
 use outrigger::drill::workload::{PlannedStream, Shape, plan};
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, FIXTURE, Reader, model_flag, post, whole};
+use crate::cluster::{Cluster, Reader, post, whole};
 use crate::real_server::{CHAT, COMPLETIONS};
 
 const STREAMS: usize = 24;
 
 async fn cluster() -> Cluster {
-    Cluster::start(3, &[&model_flag(FIXTURE)]).await
+    Cluster::start(3, &[]).await
 }
 
 async fn model(cluster: &Cluster) -> String {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use tokio::time::sleep;
 
-use crate::cluster::{Cluster, Reader, slow_model};
+use crate::cluster::{Cluster, Reader};
 use crate::real_server::COMPLETIONS;
 use crate::server::PATIENCE;
 
@@ -31,9 +31,9 @@ async fn until_told(cluster: &Cluster, node: usize, text: &str) {
 #[tokio::test]
 async fn one_trace_id_shows_a_streams_life_on_all_nodes_also_when_one_dies() {
     // The first node has a place for one stream, so the others must go elsewhere, also when they lose their replica.
-    let mut cluster = Cluster::start_each(3, &["--log-level=info,outrigger=debug"], |folder, node| {
+    let mut cluster = Cluster::slow_each(3, &["--log-level=info,outrigger=debug"], |node| {
         let only_one = ["--max-num-seqs=1", "--max-num-queued-requests=0"].map(Into::into);
-        slow_model(folder).into_iter().chain(only_one.into_iter().filter(|_| node == 0)).collect()
+        only_one.into_iter().filter(|_| node == 0).collect()
     })
     .await;
     let parent = format!("00-{TRACE}-00f067aa0ba902b7-01");

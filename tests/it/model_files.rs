@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use outrigger::drill::arena::NodeAction;
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, FIXTURE, model_flag, post};
+use crate::cluster::{Cluster, FIXTURE, post};
 use crate::real_server::{CHAT, COMPLETIONS, RealServer};
 use crate::server::{Server, fixture};
 
@@ -117,7 +117,7 @@ async fn the_default_model_answers_as_its_authors_recommend() {
 
 #[tokio::test]
 async fn what_the_files_say_holds_at_every_node() {
-    let mut cluster = Cluster::start(1, &[&model_flag(FIXTURE), "--served-model-name=alpha"]).await;
+    let mut cluster = Cluster::start(1, &["--served-model-name=alpha"]).await;
     // Token 1 is only defined in `added_tokens.json`.
     let tokenizer = std::fs::read(fixture(FIXTURE).join("tokenizer.json")).expect("the fixture has one");
     let mut tokenizer: Value = serde_json::from_slice(&tokenizer).expect("JSON");
