@@ -44,7 +44,7 @@ async fn one_trace_id_shows_a_streams_life_on_all_nodes_also_when_one_dies() {
     let computes = |node| count(&cluster, node, "computes a stream for a peer");
     // Until each node computes one.
     while computes(1) == 0 || computes(2) == 0 || computes(1) + computes(2) >= streams.len() {
-        assert!(streams.len() < MAX_STREAMS, "nothing is placed on one of the nodes");
+        assert!(streams.len() < MAX_STREAMS, "not every node says that it computes a stream");
         let mut stream = Reader::open(cluster.url(0), COMPLETIONS, &body, &headers).await;
         stream.next().await.expect("a token");
         streams.push(stream);
