@@ -68,7 +68,7 @@ fn device() -> Option<ComputeDevice> {
 fn config(kv_cache_dtype: KvCacheDType) -> RunnerConfig {
     RunnerConfig {
         kv_cache_dtype,
-        kv_cache_memory: Some(16 << 20),
+        kv_cache_memory: Some(2 << 20),
         block_size: 16,
         max_model_len: Some(512),
         max_num_seqs: 8,
