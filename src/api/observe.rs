@@ -7,14 +7,13 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use tracing::field::Empty;
-use tracing::{Instrument, Span, debug, error, error_span};
+use tracing::{Instrument, Span, debug, error};
 use uuid::Uuid;
 
 use super::error::ApiError;
 use super::state::ApiState;
 use super::trace;
-use crate::types::{Failure, FailureKind, panic_message};
+use crate::types::{Failure, FailureKind, panic_message, request_span};
 
 /// Returned to the client, so that it can correlate its requests. Generated if the client sends none.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -25,8 +24,7 @@ pub async fn observe(state: State<ApiState>, mut request: Request, next: Next) -
     let span = match *request.method() {
         Method::POST => {
             let trace = trace::enter(request.headers());
-            // At the highest level, so that no filter takes the ids from a line that it lets through.
-            let span = error_span!("request", id = Empty, trace_id = %trace.trace_id());
+            let span = request_span(None, Some(trace.trace_id()));
             request.extensions_mut().insert(trace);
             span
         }

@@ -6,11 +6,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
-use tracing::{Span, error_span};
+use tracing::Span;
 
 use super::ids::{JournalKey, RequestId, Tenant, TokenId};
 use super::request::SamplingParams;
-use super::trace::{TraceContext, TraceId};
+use super::trace::{TraceContext, TraceId, request_span};
 
 /// A client's request for one prompt, as token ids. With the model's fingerprint it decides every token.
 #[derive(Clone, Debug, PartialEq)]
@@ -116,8 +116,7 @@ impl Envelope {
 
     /// For the log lines of whoever works on the request.
     pub fn span(&self) -> Span {
-        // At the highest level, so that no filter takes the ids from a line that it lets through.
-        error_span!(parent: None, "request", id = %self.id, trace_id = self.trace_id().map(display))
+        request_span(Some(&self.id), self.trace_id())
     }
 
     pub fn trace_id(&self) -> Option<TraceId> {

@@ -24,4 +24,4 @@ pub use panic::panic_message;
 pub use reaction::Reaction;
 pub use request::{ChoiceStart, GenerateRequest, SamplingDefaults, SamplingParams};
 pub use status::{EngineStatus, NodeState, Pace};
-pub use trace::TraceContext;
+pub use trace::{TraceContext, request_span};

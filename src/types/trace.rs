@@ -4,6 +4,10 @@
 use std::fmt;
 use std::sync::Arc;
 
+use tracing::{Span, error_span};
+
+use super::ids::RequestId;
+
 /// The most characters of a trace state that are passed on; the standard asks for at least 512.
 const MAX_STATE_BYTES: usize = 512;
 const MAX_STATE_MEMBERS: usize = 32;
@@ -29,6 +33,12 @@ pub struct HexId<const N: usize>([u8; N]);
 
 pub type TraceId = HexId<16>;
 pub type SpanId = HexId<8>;
+
+/// For the log lines of whoever works on a request. An id that is not known yet may be recorded later.
+pub fn request_span(id: Option<&RequestId>, trace_id: Option<TraceId>) -> Span {
+    // At the highest level, so that no filter takes the ids from a line that it lets through.
+    error_span!(parent: None, "request", id = id.map(display), trace_id = trace_id.map(display))
+}
 
 impl TraceContext {
     /// Begins a trace that nobody records. None if an id is zero.

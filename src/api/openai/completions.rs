@@ -2,11 +2,9 @@
 
 use std::time::Duration;
 
-use axum::body::Body;
-use axum::extract::State;
-use axum::http::HeaderMap;
+use axum::Json;
+use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
-use axum::{Extension, Json};
 use serde::Serialize;
 
 use super::body::{LogprobsInput, RequestBody, StreamOptions};
@@ -18,24 +16,13 @@ use super::prepare::{Prepared, Prompt, prepare};
 use super::sampling::Endpoint;
 use super::stream::{ChunkFormat, EventBuffer, respond};
 use super::usage::{TokenCounts, Usage};
-use crate::api::body::read;
 use crate::api::error::ApiError;
-use crate::api::json;
 use crate::api::model::ServedModel;
 use crate::api::state::ApiState;
-use crate::types::{FinishReason, TokenId, TokenLogprobs, TraceContext};
+use crate::types::{FinishReason, TokenId, TokenLogprobs};
 
-pub async fn handle(
-    State(state): State<ApiState>,
-    Extension(trace): Extension<TraceContext>,
-    headers: HeaderMap,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let mut hold = state.check_serving(&headers).await?;
-    let bytes = read(&state.config, &headers, body).await?;
-    let mut body: RequestBody = json::parse(&bytes)?;
-    let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
-    let prepared = prepare(&state, model, &headers, &bytes, &mut body, trace, Endpoint::Completions).await?;
+pub async fn handle(State(state): State<ApiState>, request: Request) -> Result<Response, ApiError> {
+    let (body, prepared) = prepare(&state, request, Endpoint::Completions).await?;
     let shape = Shape {
         echoes: body.echo.unwrap_or(false),
         wants_ids: body.return_token_ids.unwrap_or(false),

@@ -1,8 +1,9 @@
-//! From a request body to a running generation: tokenization, limits, admission, dispatch.
+//! From a request to a running generation: its body, tokenization, limits, admission, dispatch.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use axum::extract::Request;
 use axum::http::HeaderMap;
 use tracing::Span;
 use tracing::field::display;
@@ -13,8 +14,10 @@ use super::generation::{ClientGeneration, Part};
 use super::head::Head;
 use super::resumption::Resumption;
 use super::sampling::{self, Endpoint, MAX_CHOICES};
+use crate::api::body::read;
 use crate::api::config::Config;
 use crate::api::error::ApiError;
+use crate::api::json;
 use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::ApiState;
 use crate::router::{Dispatch, Dispatched, EarlierAttempt, Strategy};
@@ -64,30 +67,36 @@ pub fn deadline(headers: &HeaderMap, arrived: Instant) -> Result<Option<Instant>
     }
 }
 
-/// Checks everything, then admits and starts all prompts of the request, or none.
+/// Reads the request and checks everything, then admits and starts all its prompts, or none.
 pub async fn prepare(
     state: &ApiState,
-    model: Arc<ServedModel>,
-    headers: &HeaderMap,
-    bytes: &[u8],
-    body: &mut RequestBody,
-    trace: TraceContext,
+    request: Request,
     endpoint: Endpoint,
-) -> Result<Prepared, ApiError> {
+) -> Result<(RequestBody, Prepared), ApiError> {
+    let (request, body) = request.into_parts();
+    let headers = &request.headers;
+    let mut hold = state.check_serving(headers).await?;
+    let bytes = read(&state.config, headers, body).await?;
+    let mut body: RequestBody = json::parse(&bytes)?;
+    let model = state.serving_model(&mut hold, body.model.as_deref()).await?;
+    if endpoint == Endpoint::Chat && body.echo == Some(true) {
+        let refusal = Failure::invalid("echo", "`echo` is not supported in chat.");
+        return Err(refusal.with_code("unsupported_parameter").into());
+    }
     let arrived = Instant::now();
     body.refuse_unsupported()?;
     let deadline = deadline(headers, arrived)?;
-    let mut resumption = Resumption::read(state, headers, bytes, endpoint)?;
+    let mut resumption = Resumption::read(state, headers, &bytes, endpoint)?;
     Span::current().record("id", display(&resumption.id));
     let (defaults, vocab) = (&model.sampling_defaults, model.tokenizer.vocab_size());
-    let sampling = sampling::params(body, endpoint, defaults, vocab, resumption.seed)?;
+    let sampling = sampling::params(&body, endpoint, defaults, vocab, resumption.seed)?;
     let prompts = match endpoint {
-        Endpoint::Chat => vec![chat_prompt(state, &model, body).await?],
-        Endpoint::Completions => completion_prompts(state, &model, body).await?,
+        Endpoint::Chat => vec![chat_prompt(state, &model, &mut body).await?],
+        Endpoint::Completions => completion_prompts(state, &model, &mut body).await?,
     };
     check_choices(state, prompts.len(), sampling.n)?;
-    let extensions = sampling::extensions(body, endpoint)?;
-    let requested = sampling::requested_max_tokens(body, endpoint)?;
+    let extensions = sampling::extensions(&body, endpoint)?;
+    let requested = sampling::requested_max_tokens(&body, endpoint)?;
     resumption.fit(body.is_stream(), prompts.len() * sampling.n as usize)?;
     let is_derivable = body.seed.is_some() || sampling.temperature == 0.0;
     let strategy = strategy(headers)?;
@@ -96,7 +105,7 @@ pub async fn prepare(
     let start = Start {
         state,
         model: &model,
-        body,
+        body: &body,
         deadline,
         arrived,
         strategy,
@@ -105,7 +114,7 @@ pub async fn prepare(
         resumption: &resumption,
         is_named,
         must_exist: resumption.is_given_name() && !is_derivable,
-        trace,
+        trace: request.extensions.get().cloned(),
     };
     let mut first = None;
     let mut parts = Vec::with_capacity(prompts.len());
@@ -123,7 +132,8 @@ pub async fn prepare(
         generation.skip(marks);
     }
     resumption.is_offered = is_named;
-    Ok(Prepared { head, n: sampling.n, prompts, generation, resumption })
+    let n = sampling.n;
+    Ok((body, Prepared { head, prompts, n, generation, resumption }))
 }
 
 struct Start<'a> {
@@ -140,7 +150,7 @@ struct Start<'a> {
     is_named: bool,
     /// The stream must still exist somewhere, because its seed is not known and it cannot be computed again.
     must_exist: bool,
-    trace: TraceContext,
+    trace: Option<TraceContext>,
 }
 
 impl Start<'_> {
@@ -176,7 +186,7 @@ impl Start<'_> {
             priority: self.body.priority.unwrap_or(0),
             deadline: self.deadline,
             extensions,
-            trace: Some(self.trace.clone()),
+            trace: self.trace.clone(),
         };
         let dispatched = self.state.router.dispatch(Dispatch {
             envelope: Arc::new(envelope),
