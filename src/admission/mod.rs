@@ -1,5 +1,8 @@
 //! Decides whether a request may wait for the engine, and tells a refused one when to retry.
 //!
+//! There are two steps. At the entry node, before the prompt is tokenized, [`AdmissionController::check`] tells whether the least
+//! that the request can demand would be refused. Where the request is computed, `try_admit` decides with its token count.
+//!
 //! An admitted request holds a [`Permit`] until its response ends. Until the engine has scheduled it, it counts against the
 //! queue caps. Nothing here waits or spawns: the engine's queue orders the requests; this module counts them.
 
@@ -59,6 +62,11 @@ pub struct Demand {
 }
 
 impl Demand {
+    /// What a request demands at least: its prompt, not tokenized yet, has a token.
+    pub fn least(choices: u32, priority: i32, deadline: Option<Instant>) -> Self {
+        Self { prompt_tokens: 1, choices, priority, deadline }
+    }
+
     pub fn of(request: &GenerateRequest) -> Self {
         let envelope = &request.envelope;
         Self {
@@ -154,11 +162,27 @@ struct AdmissionState {
     metrics: Arc<Metrics>,
 }
 
+impl AdmissionState {
+    fn count(&self, rejection: Rejection, step: &'static str) {
+        self.metrics.rejections.with([rejection.reason.label(), step]).inc();
+    }
+}
+
 impl AdmissionController {
     /// `max_num_seqs` is the number of choices that the engine runs at once.
     pub fn new(config: Config, max_num_seqs: u32, metrics: Arc<Metrics>) -> Self {
         let queue = Mutex::new(AdmissionQueue::new(config, max_num_seqs, now()));
         Self { shared: Arc::new(AdmissionState { queue, metrics }) }
+    }
+
+    /// Whether `try_admit` would admit the request now. Takes no place and counts nothing.
+    pub fn check(&self, demand: Demand, engine_tokens_per_second: f64) -> Result<(), Rejection> {
+        self.shared.queue.lock().check(demand, engine_tokens_per_second, now())
+    }
+
+    /// Counts a request that was refused before its prompt was tokenized.
+    pub fn count_refusal_at_entry(&self, rejection: Rejection) {
+        self.shared.count(rejection, "entry");
     }
 
     /// Admits or refuses the request at once. `engine_tokens_per_second` is the engine's own measurement
@@ -168,7 +192,7 @@ impl AdmissionController {
         match admitted {
             Ok(()) => Ok(Permit { shared: self.shared.clone(), demand, scheduled: false }),
             Err(rejection) => {
-                self.shared.metrics.rejections.with([rejection.reason.label()]).inc();
+                self.shared.count(rejection, "queue");
                 Err(rejection)
             }
         }
@@ -254,7 +278,8 @@ mod tests {
         let queued = controller.try_admit(demand(10), 0.0).ok().unwrap();
         assert_eq!(refusal(&controller, demand(10)), RejectionReason::QueuedRequests { limit: 1 });
         let text = controller.shared.metrics.prometheus_text();
-        assert!(text.contains("outrigger_admission_rejections_total{reason=\"queued_requests\"} 1\n"), "{text}");
+        let counted = "outrigger_admission_rejections_total{reason=\"queued_requests\",step=\"queue\"} 1\n";
+        assert!(text.contains(counted), "{text}");
         drop(queued);
         let queued = controller.try_admit(demand(10), 0.0).ok().unwrap();
         drop((running, queued));

@@ -34,11 +34,18 @@ impl AdmissionQueue {
         }
     }
 
-    pub fn admit(&mut self, demand: Demand, engine_tokens_per_second: f64, now: Instant) -> Result<(), Rejection> {
+    /// Whether the request would be admitted now. A demand that is larger in tokens or choices is not admitted where a smaller
+    /// one is refused.
+    pub fn check(&mut self, demand: Demand, engine_tokens_per_second: f64, now: Instant) -> Result<(), Rejection> {
         self.advance(now);
-        if let Some(reason) = self.objection(demand, now) {
-            return Err(Rejection { reason, retry_after: self.retry_after(engine_tokens_per_second) });
+        match self.objection(demand, now) {
+            Some(reason) => Err(Rejection { reason, retry_after: self.retry_after(engine_tokens_per_second) }),
+            None => Ok(()),
         }
+    }
+
+    pub fn admit(&mut self, demand: Demand, engine_tokens_per_second: f64, now: Instant) -> Result<(), Rejection> {
+        self.check(demand, engine_tokens_per_second, now)?;
         self.enter_queue(demand);
         Ok(())
     }
@@ -295,6 +302,15 @@ mod tests {
         assert!(matches!(passed.reason, RejectionReason::Deadline { .. }));
     }
 
+    #[test]
+    fn a_check_takes_no_place() {
+        let (mut queue, now) = queue(0, 1000, 1);
+        (0..3).for_each(|_| queue.check(demand(1), 0.0, now).unwrap());
+        queue.admit(demand(1), 0.0, now).unwrap();
+        let refused = queue.check(demand(1), 0.0, now).unwrap_err();
+        assert_eq!(queue.admit(demand(1), 0.0, now).unwrap_err(), refused);
+    }
+
     #[derive(Clone, Debug)]
     enum Step {
         Admit { tokens: u64, choices: u32, deadline_ms: Option<u64> },
@@ -329,8 +345,12 @@ mod tests {
                         let deadline = deadline_ms.map(|millis| now + Duration::from_millis(millis));
                         let demand = Demand { prompt_tokens: tokens, choices, priority: 0, deadline };
                         let before = queue.status();
+                        // The step before tokenizing knows less, and refuses nothing that the second one admits.
+                        let least = Demand::least(choices, 0, deadline);
+                        let is_refused_early = tokens > 0 && queue.check(least, 50.0, now).is_err();
                         match queue.admit(demand, 50.0, now) {
                             Ok(()) => {
+                                prop_assert!(!is_refused_early);
                                 prop_assert!(before.queued_tokens == 0 || before.queued_tokens + tokens <= max_tokens);
                                 admitted.push((demand, false));
                             }

@@ -32,7 +32,7 @@ impl RemoteModels {
     pub async fn find(&self, router: &Router, name: &str) -> Result<Option<Arc<ServedModel>>, Failure> {
         let mut served = router.peer_models();
         self.remember(&served);
-        served.retain(|(_, model)| model.names.iter().any(|known| known == name));
+        served.retain(|(_, model)| model.has_name(name));
         served.sort_by_key(|(peer, _)| !peer.report.ready);
         let Some((_, report)) = served.first() else { return Ok(None) };
         if let Some(model) = self.kept(report) {

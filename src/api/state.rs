@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use axum::http::HeaderMap;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::auth::{ApiKeyError, ApiKeys};
 use super::config::Config;
@@ -160,16 +160,28 @@ impl ApiState {
         Ok(hold)
     }
 
-    /// Runs the work here, or on a blocking thread if it is long. Only a few long ones run at once.
-    pub async fn off_thread_if<T, F>(&self, long: bool, work: F) -> Result<T, Failure>
+    /// Waits for its turn if the work will be long: only a few long ones run at once.
+    pub async fn worker(&self, is_long: bool) -> Result<Worker<'_>, Failure> {
+        if !is_long {
+            return Ok(Worker(None));
+        }
+        Ok(Worker(Some(self.tokenize_workers.acquire().await.map_err(|_| worker_failed())?)))
+    }
+}
+
+/// A turn to render or tokenize a prompt.
+pub struct Worker<'a>(Option<SemaphorePermit<'a>>);
+
+impl Worker<'_> {
+    /// Does the work here, or on a blocking thread if it is long.
+    pub async fn run<T, F>(self, work: F) -> Result<T, Failure>
     where
         T: Send + 'static,
         F: FnOnce() -> Result<T, Failure> + Send + 'static,
     {
-        if !long {
+        if self.0.is_none() {
             return work();
         }
-        let _permit = self.tokenize_workers.acquire().await.map_err(|_| worker_failed())?;
         tokio::task::spawn_blocking(work).await.map_err(|_| worker_failed())?
     }
 }

@@ -44,6 +44,17 @@ pub struct ModelReport {
     pub created: u64,
 }
 
+impl ModelReport {
+    pub fn has_name(&self, name: &str) -> bool {
+        self.names.iter().any(|known| known == name)
+    }
+
+    /// Whether it serves requests for a model of this name whose prompts this tokenizer makes.
+    pub fn serves(&self, name: &str, tokenizer: &str) -> bool {
+        self.tokenizer == tokenizer && self.has_name(name)
+    }
+}
+
 /// The load of a node. Changes constantly. Its age is measured by the receiver.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LoadReport {

@@ -40,6 +40,6 @@ impl Peer {
     }
 
     pub fn model(&self, name: &str) -> Option<&ModelReport> {
-        self.description.models.iter().find(|model| model.names.iter().any(|known| known == name))
+        self.description.models.iter().find(|model| model.has_name(name))
     }
 }

@@ -226,8 +226,8 @@ metrics! {
         "Seconds per engine step that had work";
     failures: CounterVec<1> = Counter "outrigger_request_failures_total" ["kind"] []
         "Requests that ended in a failure, by its kind";
-    rejections: CounterVec<1> = Counter "outrigger_admission_rejections_total" ["reason"] []
-        "Requests refused at the door, by reason";
+    rejections: CounterVec<2> = Counter "outrigger_admission_rejections_total" ["reason", "step"] []
+        "Requests that this node's queue refused, by reason and step (entry: before the prompt was tokenized; queue: with its token count, and a peer may have taken it)";
     http_requests: CounterVec<2> = Counter "outrigger_http_requests_total" ["route", "status"] []
         "HTTP responses, by route and status";
     http_request_duration: HistogramVec<1> = Histogram "outrigger_http_request_duration_seconds" ["route"] (*HTTP_SECONDS)

@@ -45,7 +45,7 @@ fn the_classic_text_declares_every_row_under_its_own_name() {
     metrics.http_requests.with(["/v1/models", "200"]).inc();
     metrics.http_request_duration.with(["/v1/models"]).observe(0.002);
     metrics.node_state_transitions.with(["ready"]).inc();
-    metrics.rejections.with(["queue_full"]).inc();
+    metrics.rejections.with(["queue_full", "entry"]).inc();
     metrics.probe_results.with(["ok"]).inc();
     for gauge in [
         &metrics.memory_pressure,

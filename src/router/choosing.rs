@@ -95,7 +95,7 @@ impl Peers {
                 slowness: slowness(&replica),
                 is_silent: age >= late_report
                     || standing.silence.is_some_and(|silence| silence >= self.silence_limit()),
-                may_serve: standing.allows && is_free(&replica),
+                may_serve: (standing.allows || (want.is_least && standing.is_trusted)) && is_free(&replica),
             }
         }));
         let request = PlacementRequest {
@@ -141,5 +141,5 @@ fn suits(want: &Want, model: &ModelReport) -> bool {
     let may_differ = want.fingerprint.is_none() || want.allows_other_fingerprint;
     *model.tokenizer == *want.envelope.tokenizer
         && want.length() <= u64::from(model.max_model_len)
-        && (has_same_numbers || (may_differ && model.names.iter().any(|name| **name == *want.envelope.model)))
+        && (has_same_numbers || (may_differ && model.has_name(&want.envelope.model)))
 }

@@ -13,9 +13,11 @@ use super::recall::Recalled;
 use super::source::{Replica, StreamSource};
 use super::stream_log::{Cursor, StreamFingerprint, StreamLog};
 use super::{Config, Router, Strategy};
+use crate::admission::Demand;
 use crate::cluster::{ChoiceProgress, FollowCall, GenerateCall, JournalRecord, Peer};
 use crate::types::{
-    ChoiceStart, Envelope, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId, tasks,
+    ChoiceStart, Envelope, Failure, FailureKind, Fingerprint, GenerateRequest, GenerationStream, RequestId,
+    SamplingParams, tasks,
 };
 
 /// A client's request, ready to be served by any replica of its model.
@@ -58,6 +60,9 @@ pub(super) struct Want {
     pub(super) allows_other_fingerprint: bool,
     pub(super) prefixes: PrefixHashes,
     pub(super) strategy: Strategy,
+    /// Stands for requests that demand more. Some of these may be sent to a peer that may not be called now, because no other
+    /// suits them.
+    pub(super) is_least: bool,
 }
 
 /// The result of choosing a replica.
@@ -71,12 +76,33 @@ pub(super) enum Destination {
 }
 
 impl Want {
+    /// The least that a new request for this model can turn out to be. Its prompt is not known yet, and any token stands for it.
+    pub(super) fn least(model: &str, tokenizer: &str, demand: Demand, config: &Config) -> Self {
+        let sampling = SamplingParams { n: demand.choices, max_tokens: 0, ..SamplingParams::default() };
+        let envelope = Envelope {
+            model: model.into(),
+            tokenizer: tokenizer.into(),
+            priority: demand.priority,
+            deadline: demand.deadline,
+            ..Envelope::new(RequestId::new(""), vec![0; demand.prompt_tokens as usize].into(), sampling)
+        };
+        Self {
+            envelope: Arc::new(envelope),
+            fingerprint: None,
+            allows_other_fingerprint: false,
+            prefixes: PrefixHashes::default(),
+            strategy: config.placement,
+            is_least: true,
+        }
+    }
+
     fn new(envelope: Arc<Envelope>, dispatch: &Dispatch, config: &Config) -> Self {
         Self {
             fingerprint: None,
             allows_other_fingerprint: dispatch.allows_other_fingerprint,
             prefixes: hot_prefixes::hashes(&envelope.prompt, envelope.extensions.cache_salt),
             strategy: dispatch.strategy.unwrap_or(config.placement),
+            is_least: false,
             envelope,
         }
     }
@@ -163,10 +189,8 @@ impl Router {
     async fn start(&self, dispatch: &Dispatch) -> Result<Dispatched, Failure> {
         let mut want = Want::new(dispatch.envelope.clone(), dispatch, &self.node.config);
         let mut hold = self.hold(dispatch.envelope.deadline);
-        let is_placeable =
-            |want: &Want| !matches!(self.peers.choose(&self.node, want, &|_| true, false), Destination::Nowhere(_));
         if hold.is_on() {
-            while !is_placeable(&want) && hold.waits().await {}
+            while !self.is_placeable(&want) && hold.waits().await {}
             hold.check_deadline()?;
         }
         hold.succeeded();
@@ -277,36 +301,49 @@ impl Router {
 
     /// Opens the first source or chooses a place for it, and returns its fingerprint.
     fn begin(&self, want: &Want) -> Result<(Beginning, Fingerprint), Failure> {
-        let everywhere = |_: &Replica| true;
-        match self.peers.choose(&self.node, want, &everywhere, false) {
-            Destination::Here => {
-                let starts = ChoiceStart::fresh(want.envelope.sampling.n);
-                let cursor = Cursor::fresh(want.envelope.sampling.n);
-                let refusal = match self.node.open(want, starts, cursor, false) {
-                    Ok(source) => {
-                        self.node.metrics.placements.with(["local"]).inc();
-                        let fingerprint = self.node.local().expect("it was chosen").model.fingerprint.clone();
-                        return Ok((Beginning::Source(source), fingerprint));
+        let here = || {
+            let choices = want.envelope.sampling.n;
+            let source = self.node.open(want, ChoiceStart::fresh(choices), Cursor::fresh(choices), false)?;
+            self.node.metrics.placements.with(["local"]).inc();
+            let fingerprint = self.node.local().expect("it was chosen").model.fingerprint.clone();
+            Ok((Beginning::Source(source), fingerprint))
+        };
+        // Nothing was sent yet, so this is no retry.
+        let may_move = |refusal: &Failure| refusal.kind.reaction().elsewhere.allows(false);
+        self.place(want, here, |peer, fingerprint| self.begin_at(peer, fingerprint), may_move)
+    }
+
+    pub(super) fn is_placeable(&self, want: &Want) -> bool {
+        !matches!(self.peers.choose(&self.node, want, &|_| true, false), Destination::Nowhere(_))
+    }
+
+    /// Places a new request here, or at a peer. What is refused here may move to a peer.
+    pub(super) fn place<T>(
+        &self,
+        want: &Want,
+        here: impl FnOnce() -> Result<T, Failure>,
+        there: impl Fn(Arc<Peer>, Fingerprint) -> T,
+        may_move: impl Fn(&Failure) -> bool,
+    ) -> Result<T, Failure> {
+        let refusal = match self.peers.choose(&self.node, want, &|_| true, false) {
+            Destination::Here => match here() {
+                Ok(placed) => return Ok(placed),
+                Err(refusal) => {
+                    let elsewhere = |replica: &Replica| *replica != Replica::Here;
+                    if may_move(&refusal)
+                        && let Destination::Peer(peer, fingerprint) =
+                            self.peers.choose(&self.node, want, &elsewhere, false)
+                    {
+                        return Ok(there(peer, fingerprint));
                     }
-                    Err(failure) => failure,
-                };
-                // Nothing was sent yet, so this is no retry.
-                let may_move = refusal.kind.reaction().elsewhere.allows(false);
-                let elsewhere = |replica: &Replica| *replica != Replica::Here;
-                match self.peers.choose(&self.node, want, &elsewhere, false) {
-                    Destination::Peer(peer, fingerprint) if may_move => Ok(self.begin_at(peer, fingerprint)),
-                    Destination::Here | Destination::Peer(..) | Destination::Shed(_) | Destination::Nowhere(_) => {
-                        self.node.metrics.placements.with(["shed"]).inc();
-                        Err(refusal)
-                    }
+                    refusal
                 }
-            }
-            Destination::Peer(peer, fingerprint) => Ok(self.begin_at(peer, fingerprint)),
-            Destination::Shed(failure) | Destination::Nowhere(failure) => {
-                self.node.metrics.placements.with(["shed"]).inc();
-                Err(failure)
-            }
-        }
+            },
+            Destination::Peer(peer, fingerprint) => return Ok(there(peer, fingerprint)),
+            Destination::Shed(failure) | Destination::Nowhere(failure) => failure,
+        };
+        self.node.metrics.placements.with(["shed"]).inc();
+        Err(refusal)
     }
 
     fn begin_at(&self, peer: Arc<Peer>, fingerprint: Fingerprint) -> (Beginning, Fingerprint) {

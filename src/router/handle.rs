@@ -130,7 +130,7 @@ impl Router {
 
     /// Whether a peer could take a request for this model now.
     pub fn serves_elsewhere(&self, name: &str, tokenizer: &str) -> bool {
-        let is_it = |model: &ModelReport| model.tokenizer == tokenizer && model.names.iter().any(|known| known == name);
+        let is_it = |model: &ModelReport| model.serves(name, tokenizer);
         let peers = &self.peers.view.borrow().peers;
         peers.values().any(|peer| peer.report.ready && peer.description.models.iter().any(is_it))
     }

@@ -1,14 +1,15 @@
 //! Decides which replica serves a request, and what happens when it dies.
 //!
-//! The `Router` receives every request of the API. It places the request on this node or a peer (`placement`), runs its stream
-//! independently of single replicas (`failover`), replicates the stream's journal to two other nodes (`replicator`), and
-//! answers peers' calls (`service`). Knows the engine as a `Backend` and other nodes through `cluster`; knows no HTTP and no
-//! text.
+//! The `Router` receives every request of the API. It refuses a request for which no replica has room before it is tokenized
+//! (`entry`), places it on this node or a peer (`placement`), runs its stream independently of single replicas (`failover`),
+//! replicates the stream's journal to two other nodes (`replicator`), and answers peers' calls (`service`). Knows the engine as
+//! a `Backend` and other nodes through `cluster`; knows no HTTP and no text.
 
 pub mod breaker;
 mod choosing;
 pub mod config;
 pub mod dispatch;
+mod entry;
 mod failover;
 mod handle;
 mod hold;

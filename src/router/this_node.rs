@@ -34,6 +34,13 @@ pub struct LocalReplica {
     pub tokenizer: Bytes,
 }
 
+impl LocalReplica {
+    /// The tokens per second that the engine has measured; 0 if it has not.
+    pub(super) fn drain_rate(&self) -> f64 {
+        self.engine.status().drain_tokens_per_second
+    }
+}
+
 /// This node's identity, for other nodes and operators.
 #[derive(Clone, Debug)]
 pub struct NodeIdentity {
@@ -189,10 +196,7 @@ impl ThisNode {
         let (engine, demand) = (local.engine.clone(), Demand::of(&request));
         let permit = match is_continuation {
             true => self.admission.admit_continuation(demand),
-            false => {
-                let rate = engine.status().drain_tokens_per_second;
-                self.admission.try_admit(demand, rate).map_err(Failure::from)?
-            }
+            false => self.admission.try_admit(demand, local.drain_rate()).map_err(Failure::from)?,
         };
         let progress = self.pace.streams.part(now());
         let meter = Meter::new(self.metrics.clone(), &request, now());

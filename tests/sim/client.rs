@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use outrigger::admission::Demand;
 use outrigger::router::{Dispatch, Dispatched, EarlierAttempt};
 use outrigger::types::{
     Envelope, Extensions, Failure, FailureKind, FinishReason, GenerationEvent, JournalKey, RequestId, StreamName,
@@ -12,7 +13,7 @@ use outrigger::types::{
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::net::Process;
-use crate::node::Node;
+use crate::node::{MODEL, Node, TOKENIZER};
 use crate::oracle::{Reference, Violation};
 use crate::plan::ClientPlan;
 use crate::random::Random;
@@ -134,7 +135,9 @@ impl Client {
         let dispatch = self.dispatch();
         let answer = async {
             self.world.net.resumed(node.process.node).await;
-            node.router.dispatch(dispatch).await
+            let refusal = entry_refusal(node, &dispatch);
+            let answer = node.router.dispatch(dispatch).await;
+            (refusal, answer)
         };
         let answer = tokio::select! {
             biased;
@@ -143,8 +146,13 @@ impl Client {
         };
         let mut dispatched = match answer {
             Err(_) => return Ok(Ending::Broken),
-            Ok(Err(failure)) => return Ok(Ending::Refused(failure)),
-            Ok(Ok(dispatched)) => dispatched,
+            Ok((None, Err(failure))) => return Ok(Ending::Refused(failure)),
+            Ok((Some(refusal), Err(failure))) if refusal.kind == failure.kind => return Ok(Ending::Refused(failure)),
+            Ok((Some(refusal), answer)) => {
+                let answer = answer.map(|_| "was accepted");
+                return Err(self.violation(format!("{refusal} at the entry, but a dispatch there gave {answer:?}")));
+            }
+            Ok((None, Ok(dispatched))) => dispatched,
         };
         self.known_since.get_or_insert_with(Instant::now);
         let ending = self.listen(node, &mut dispatched).await;
@@ -342,6 +350,14 @@ impl Client {
     fn violation(&self, what: String) -> Violation {
         Violation(format!("{} ({:?}): {what}", self.name, self.plan.sampling))
     }
+}
+
+/// What the API would say before it tokenizes the prompt. With a key, it says nothing.
+fn entry_refusal(node: &Node, dispatch: &Dispatch) -> Option<Failure> {
+    let Envelope { sampling, priority, deadline, .. } = &*dispatch.envelope;
+    let least = Demand::least(sampling.n, *priority, *deadline);
+    let is_new = !dispatch.earlier.may_exist;
+    is_new.then(|| node.router.check_room(MODEL, TOKENIZER, least).err()).flatten()
 }
 
 fn journal_key(key: &str) -> JournalKey {

@@ -117,6 +117,12 @@ impl Net {
         });
     }
 
+    /// Lets go of all processes, which hold the network as well.
+    pub fn close(&self) {
+        let endpoints = std::mem::take(&mut self.state.lock().endpoints);
+        drop(endpoints);
+    }
+
     pub fn pause(&self, node: usize, is_paused: bool) {
         self.change(|state| if is_paused { state.paused.insert(node) } else { state.paused.remove(&node) });
     }

@@ -50,6 +50,12 @@ struct Weather {
     broken_links: BTreeMap<(usize, usize), Instant>,
 }
 
+impl Drop for World {
+    fn drop(&mut self) {
+        self.net.close();
+    }
+}
+
 impl World {
     pub fn new(nodes: usize, config: NodeConfig, mut random: Random, trace: Arc<Trace>) -> Arc<Self> {
         let now = Instant::now();

@@ -14,12 +14,13 @@ use super::generation::{ClientGeneration, Part};
 use super::head::Head;
 use super::resumption::Resumption;
 use super::sampling::{self, Endpoint, MAX_CHOICES};
+use crate::admission::Demand;
 use crate::api::body::read;
 use crate::api::config::Config;
 use crate::api::error::ApiError;
 use crate::api::json;
 use crate::api::model::{ServedModel, unix_seconds};
-use crate::api::state::ApiState;
+use crate::api::state::{ApiState, Worker};
 use crate::router::{Dispatch, Dispatched, EarlierAttempt, Strategy};
 use crate::types::{Envelope, Extensions, Failure, RequestId, SamplingParams, TokenId, TraceContext};
 
@@ -67,7 +68,14 @@ pub fn deadline(headers: &HeaderMap, arrived: Instant) -> Result<Option<Instant>
     }
 }
 
-/// Reads the request and checks everything, then admits and starts all its prompts, or none.
+/// The prompts of a request as the client sent them.
+enum PromptSource {
+    Chat(Conversation),
+    Completion { input: PromptInput, add_special_tokens: bool },
+}
+
+/// Reads the request and checks everything, then admits and starts all its prompts, or none. What can be refused without the
+/// prompts' tokens is refused before they are tokenized.
 pub async fn prepare(
     state: &ApiState,
     request: Request,
@@ -90,22 +98,31 @@ pub async fn prepare(
     Span::current().record("id", display(&resumption.id));
     let (defaults, vocab) = (&model.sampling_defaults, model.tokenizer.vocab_size());
     let sampling = sampling::params(&body, endpoint, defaults, vocab, resumption.seed)?;
-    let prompts = match endpoint {
-        Endpoint::Chat => vec![chat_prompt(state, &model, &mut body).await?],
-        Endpoint::Completions => completion_prompts(state, &model, &mut body).await?,
-    };
-    check_choices(state, prompts.len(), sampling.n)?;
+    let source = PromptSource::take(&mut body, endpoint)?;
+    check_choices(state, source.count(), sampling.n)?;
     let extensions = sampling::extensions(&body, endpoint)?;
     let requested = sampling::requested_max_tokens(&body, endpoint)?;
-    resumption.fit(body.is_stream(), prompts.len() * sampling.n as usize)?;
+    check_requested(&state.config, &sampling, requested)?;
+    resumption.fit(body.is_stream(), source.count() * sampling.n as usize)?;
     let is_derivable = body.seed.is_some() || sampling.temperature == 0.0;
     let strategy = strategy(headers)?;
     let allows_other_fingerprint = allows_other_fingerprint(headers)?;
+    let name = body.model.as_deref().filter(|name| model.has_name(name)).unwrap_or(model.name());
+    let priority = body.priority.unwrap_or(0);
+    let worker = state.worker(source.text_bytes() > INLINE_TEXT_BYTES).await?;
+    // With a key, the stream may exist already, and is then not refused because of load. Prompts are admitted one by one, and
+    // places may become free between them, so the first prompt's choices are what is certain.
+    if !resumption.is_keyed() {
+        let least = Demand::least(sampling.n, priority, deadline);
+        state.router.check_room(name, &model.tokenizer_digest, least)?;
+    }
+    let prompts = source.tokenize(worker, &model).await?;
     let is_named = resumption.is_keyed() || (body.is_stream() && state.router.is_clustered());
     let start = Start {
         state,
         model: &model,
-        body: &body,
+        name,
+        priority,
         deadline,
         arrived,
         strategy,
@@ -139,7 +156,9 @@ pub async fn prepare(
 struct Start<'a> {
     state: &'a ApiState,
     model: &'a Arc<ServedModel>,
-    body: &'a RequestBody,
+    /// The name by which the client called the model.
+    name: &'a str,
+    priority: i32,
     deadline: Option<Instant>,
     arrived: Instant,
     strategy: Option<Strategy>,
@@ -173,17 +192,11 @@ impl Start<'_> {
             created: unix_seconds(),
             name: self.is_named.then(|| self.resumption.stream_name(index)),
             tenant: self.resumption.tenant.clone(),
-            model: self
-                .body
-                .model
-                .as_deref()
-                .filter(|name| self.model.has_name(name))
-                .unwrap_or(self.model.name())
-                .into(),
+            model: self.name.into(),
             tokenizer: self.model.tokenizer_digest.as_str().into(),
             prompt: prompt.tokens.clone(),
             sampling: sampling.clone(),
-            priority: self.body.priority.unwrap_or(0),
+            priority: self.priority,
             deadline: self.deadline,
             extensions,
             trace: self.trace.clone(),
@@ -243,50 +256,66 @@ fn allows_other_fingerprint(headers: &HeaderMap) -> Result<bool, Failure> {
     }
 }
 
-async fn chat_prompt(state: &ApiState, model: &Arc<ServedModel>, body: &mut RequestBody) -> Result<Prompt, Failure> {
-    let conversation = Conversation::take(body)?;
-    let is_long = conversation.text_bytes() > INLINE_TEXT_BYTES;
-    let model = model.clone();
-    let tokens = state.off_thread_if(is_long, move || conversation.encode(&model)).await?;
-    Ok(Prompt { tokens: check_prompt(tokens, "messages")?, text: None })
-}
+impl PromptSource {
+    /// Takes the fields out of the body, and checks what can be checked without the model.
+    fn take(body: &mut RequestBody, endpoint: Endpoint) -> Result<Self, Failure> {
+        if endpoint == Endpoint::Chat {
+            return Conversation::take(body).map(Self::Chat);
+        }
+        let input = body.prompt.take().ok_or_else(|| Failure::invalid("prompt", "`prompt` is required."))?;
+        let source = Self::Completion { input, add_special_tokens: body.add_special_tokens.unwrap_or(true) };
+        check_prompt_count(source.count())?;
+        Ok(source)
+    }
 
-async fn completion_prompts(
-    state: &ApiState,
-    model: &Arc<ServedModel>,
-    body: &mut RequestBody,
-) -> Result<Vec<Prompt>, Failure> {
-    let input = body.prompt.take().ok_or_else(|| Failure::invalid("prompt", "`prompt` is required."))?;
-    let add_special_tokens = body.add_special_tokens.unwrap_or(true);
-    match input {
-        PromptInput::Text(text) => encode_prompts(state, model, vec![text], add_special_tokens).await,
-        PromptInput::Texts(texts) => encode_prompts(state, model, texts, add_special_tokens).await,
-        PromptInput::Tokens(tokens) => id_prompts(model, vec![tokens]),
-        PromptInput::TokenLists(lists) => id_prompts(model, lists),
+    /// The number of prompts.
+    fn count(&self) -> usize {
+        match self {
+            Self::Chat(_) => 1,
+            Self::Completion { input: PromptInput::Text(_) | PromptInput::Tokens(_), .. } => 1,
+            Self::Completion { input: PromptInput::Texts(texts), .. } => texts.len(),
+            Self::Completion { input: PromptInput::TokenLists(lists), .. } => lists.len(),
+        }
+    }
+
+    fn text_bytes(&self) -> usize {
+        match self {
+            Self::Chat(conversation) => conversation.text_bytes(),
+            Self::Completion { input: PromptInput::Text(text), .. } => text.len(),
+            Self::Completion { input: PromptInput::Texts(texts), .. } => texts.iter().map(String::len).sum(),
+            Self::Completion { input: PromptInput::Tokens(_) | PromptInput::TokenLists(_), .. } => 0,
+        }
+    }
+
+    async fn tokenize(self, worker: Worker<'_>, model: &Arc<ServedModel>) -> Result<Vec<Prompt>, Failure> {
+        let served = model.clone();
+        match self {
+            Self::Chat(conversation) => {
+                let tokens = worker.run(move || conversation.encode(&served)).await?;
+                Ok(vec![Prompt { tokens: check_prompt(tokens, "messages")?, text: None }])
+            }
+            Self::Completion { input, add_special_tokens } => {
+                let texts = match input {
+                    PromptInput::Text(text) => vec![text],
+                    PromptInput::Texts(texts) => texts,
+                    PromptInput::Tokens(tokens) => return id_prompts(model, vec![tokens]),
+                    PromptInput::TokenLists(lists) => return id_prompts(model, lists),
+                };
+                worker.run(move || text_prompts(&served, texts, add_special_tokens)).await
+            }
+        }
     }
 }
 
-async fn encode_prompts(
-    state: &ApiState,
-    model: &Arc<ServedModel>,
-    texts: Vec<String>,
-    add_special_tokens: bool,
-) -> Result<Vec<Prompt>, Failure> {
-    check_prompt_count(texts.len())?;
-    let bytes: usize = texts.iter().map(String::len).sum();
-    let model = model.clone();
-    let encode_all = move || {
-        let prompt = |text: String| {
-            let tokens = check_prompt(encode(&model, &text, add_special_tokens, "prompt")?, "prompt")?;
-            Ok(Prompt { tokens, text: Some(text) })
-        };
-        texts.into_iter().map(prompt).collect()
+fn text_prompts(model: &ServedModel, texts: Vec<String>, add_special_tokens: bool) -> Result<Vec<Prompt>, Failure> {
+    let prompt = |text: String| {
+        let tokens = check_prompt(encode(model, &text, add_special_tokens, "prompt")?, "prompt")?;
+        Ok(Prompt { tokens, text: Some(text) })
     };
-    state.off_thread_if(bytes > INLINE_TEXT_BYTES, encode_all).await
+    texts.into_iter().map(prompt).collect()
 }
 
 fn id_prompts(model: &ServedModel, lists: Vec<Vec<TokenId>>) -> Result<Vec<Prompt>, Failure> {
-    check_prompt_count(lists.len())?;
     let vocab = model.tokenizer.vocab_size();
     let prompt = |tokens: Vec<TokenId>| {
         for &token in &tokens {
@@ -355,13 +384,9 @@ fn max_tokens(
         return Err(too_long(field, message));
     }
     let left = u32::try_from(context - prompt_tokens).unwrap_or(u32::MAX);
-    let cap = config.max_output_tokens.unwrap_or(u32::MAX);
+    let cap = output_cap(config);
     let recommended = model.sampling_defaults.max_new_tokens.unwrap_or(u32::MAX);
     match requested {
-        Some((name, value)) if value > cap => {
-            let message = format!("`{name}` is {value}; at most {cap} are allowed (max_output_tokens).");
-            Err(Failure::invalid(name, message).with_code("out_of_range"))
-        }
         Some((name, value)) if value > left => {
             let total = prompt_tokens as u64 + u64::from(value);
             let message = format!(
@@ -375,6 +400,25 @@ fn max_tokens(
         None if endpoint == Endpoint::Completions => Ok(DEFAULT_COMPLETION_TOKENS.min(recommended).min(left).min(cap)),
         None => Ok(recommended.min(left).min(cap)),
     }
+}
+
+fn output_cap(config: &Config) -> u32 {
+    config.max_output_tokens.unwrap_or(u32::MAX)
+}
+
+/// What the client asked for must be allowed, however short the prompt is.
+fn check_requested(
+    config: &Config,
+    sampling: &SamplingParams,
+    requested: Option<(&'static str, u32)>,
+) -> Result<(), Failure> {
+    let Some((name, value)) = requested else { return Ok(()) };
+    let cap = output_cap(config);
+    if value > cap {
+        let message = format!("`{name}` is {value}; at most {cap} are allowed (max_output_tokens).");
+        return Err(Failure::invalid(name, message).with_code("out_of_range"));
+    }
+    check_min_tokens(sampling, value)
 }
 
 fn check_min_tokens(sampling: &SamplingParams, max_tokens: u32) -> Result<(), Failure> {

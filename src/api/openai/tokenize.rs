@@ -48,7 +48,7 @@ pub async fn tokenize(
     let wants_strings = body.return_token_strs.unwrap_or(false);
     // Unlike in a generation, only the body's size limits this text, so it is always tokenized on a blocking thread.
     let worker = model.clone();
-    let tokens = state.off_thread_if(true, move || match (body.prompt.take(), body.messages.is_some()) {
+    let tokens = state.worker(true).await?.run(move || match (body.prompt.take(), body.messages.is_some()) {
         (Some(PromptInput::Text(prompt)), false) => {
             encode(&worker, &prompt, body.add_special_tokens.unwrap_or(true), "prompt")
         }

@@ -178,19 +178,7 @@ async fn keys_guard_the_api_and_not_the_probes() {
 #[tokio::test]
 async fn a_full_queue_is_429_with_a_time_to_come_back() {
     let admission = admission::Config { max_num_queued_requests: 0, ..Default::default() };
-    let node = Node::with_config(Config::default(), admission, |_, events| {
-        // Never answers: the place stays taken.
-        tokio::spawn(async move { events.closed().await });
-        Ok(())
-    });
-    let router = node.router();
-    let occupant = tokio::spawn(async move {
-        let body = json!({"prompt": [5]}).to_string();
-        router.oneshot(Request::post(COMPLETIONS).body(Body::from(body)).expect("a request")).await
-    });
-    while node.requests.lock().is_empty() {
-        tokio::task::yield_now().await;
-    }
+    let (node, occupant) = occupied(admission).await;
     let refused = node.post_json(COMPLETIONS, json!({"prompt": [5]})).await;
     assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS, "{}", refused.text);
     let seconds: u64 = refused.headers["retry-after"].to_str().expect("text").parse().expect("seconds");
@@ -199,12 +187,135 @@ async fn a_full_queue_is_429_with_a_time_to_come_back() {
         node.state
             .metrics
             .prometheus_text()
-            .contains("outrigger_admission_rejections_total{reason=\"queued_requests\"} 1")
+            .contains("outrigger_admission_rejections_total{reason=\"queued_requests\",step=\"entry\"} 1")
     );
     // Dropping the first request frees its place.
     occupant.abort();
     assert!(occupant.await.is_err());
     assert_eq!(node.state.admission.status().admitted_requests, 0);
+}
+
+/// A node whose only place is taken by a request that never ends.
+async fn occupied(admission: admission::Config) -> (Node, tokio::task::JoinHandle<()>) {
+    let config = Config { max_output_tokens: Some(999), ..Config::default() };
+    let node = Node::with_config(config, admission, |_, events| {
+        tokio::spawn(async move { events.closed().await });
+        Ok(())
+    });
+    let router = node.router();
+    let occupant = tokio::spawn(async move {
+        let body = json!({"prompt": [5]}).to_string();
+        drop(router.oneshot(Request::post(COMPLETIONS).body(Body::from(body)).expect("a request")).await);
+    });
+    while node.requests.lock().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    (node, occupant)
+}
+
+/// Each of these prompts is at fault, which is found out when it is rendered or tokenized.
+#[tokio::test]
+async fn a_request_for_which_there_is_no_room_is_not_tokenized() {
+    let faulty = [
+        (CHAT, json!({"messages": []})),
+        (CHAT, json!({"messages": [{"role": "nobody", "content": "hi"}]})),
+        (CHAT, json!({"messages": [{"role": "user", "content": "wave ".repeat(400)}], "stream": true})),
+        (COMPLETIONS, json!({"prompt": ""})),
+        (COMPLETIONS, json!({"prompt": ["a", ""], "n": 2})),
+        (COMPLETIONS, json!({"prompt": [999_999]})),
+    ];
+    let full = admission::Config { max_num_queued_requests: 0, ..Default::default() };
+    let (node, occupant) = occupied(full).await;
+    let send = async |path: &str, body: &Value, key: Option<&str>| {
+        let mut request = Request::post(path);
+        if let Some(key) = key {
+            request = request.header("idempotency-key", key);
+        }
+        node.send(request.body(Body::from(body.to_string())).expect("a request")).await
+    };
+    for (path, body) in &faulty {
+        let refused = send(path, body, None).await;
+        assert_eq!(refused.status, StatusCode::TOO_MANY_REQUESTS, "{body}: {}", refused.text);
+        // It may belong to a stream that runs already.
+        assert_eq!(send(path, body, Some("mine")).await.status, StatusCode::BAD_REQUEST, "{body}");
+    }
+    // What is at fault whatever the prompt says is told at once, so that the client does not come back with it.
+    for body in [
+        json!({}),
+        json!({"prompt": []}),
+        json!({"prompt": "", "max_tokens": -1}),
+        json!({"prompt": "", "n": 129}),
+        json!({"prompt": "", "max_tokens": 1000}),
+        json!({"prompt": "", "max_tokens": 2, "min_tokens": 3}),
+    ] {
+        assert_eq!(send(COMPLETIONS, &body, None).await.status, StatusCode::BAD_REQUEST, "{body}");
+    }
+    occupant.abort();
+    assert!(occupant.await.is_err());
+    for (path, body) in &faulty {
+        assert_eq!(send(path, body, None).await.status, StatusCode::BAD_REQUEST, "{body}");
+    }
+    assert_eq!(node.requests.lock().len(), 1);
+}
+
+/// Many long prompts may arrive at once, and each waits for its turn to be tokenized.
+#[tokio::test]
+async fn a_long_prompt_is_refused_when_its_turn_has_come_and_there_is_no_room_any_more() {
+    let full = admission::Config { max_num_queued_requests: 0, ..Default::default() };
+    let (node, occupant) = occupied(full).await;
+    occupant.abort();
+    assert!(occupant.await.is_err());
+    let turns = [node.state.worker(true).await, node.state.worker(true).await];
+    let router = node.router();
+    let body = json!({"prompt": "wave ".repeat(10_000)}).to_string();
+    let long = Request::post(COMPLETIONS).body(Body::from(body)).expect("a request");
+    let waiting = tokio::spawn(router.oneshot(long));
+    for _ in 0..100 {
+        tokio::task::yield_now().await;
+    }
+    let _place = node.state.admission.try_admit(admission::Demand::least(1, 0, None), 0.0).expect("there is room");
+    assert!(!waiting.is_finished());
+    drop(turns);
+    let refused = waiting.await.expect("no panic").expect("a response");
+    assert_eq!(refused.status(), StatusCode::TOO_MANY_REQUESTS);
+    let counted = "outrigger_admission_rejections_total{reason=\"queued_requests\",step=\"entry\"} 1\n";
+    assert!(node.state.metrics.prometheus_text().contains(counted));
+}
+
+/// A queue that lets a request through every four seconds, for four minutes so far, and nine wait.
+#[tokio::test(start_paused = true)]
+async fn a_hopeless_deadline_is_refused_early_unless_the_request_overtakes_the_queue() {
+    const TURN: Duration = Duration::from_secs(4);
+    const TURNS: u32 = 60;
+    let node = quiet();
+    let demand = admission::Demand::least(1, 0, None);
+    let enter = || node.state.admission.try_admit(demand, 0.0).expect("there is room");
+    let mut waiting: std::collections::VecDeque<_> = (0..10).map(|_| enter()).collect();
+    let mut running = None;
+    for _ in 0..TURNS {
+        tokio::time::advance(TURN).await;
+        let mut next = waiting.pop_front().expect("ten wait");
+        next.scheduled();
+        drop(running.replace(next));
+        waiting.push_back(enter());
+    }
+    drop(waiting.pop_back());
+    let ask = async |priority: i32, left: Duration| {
+        let body = json!({"prompt": [5], "priority": priority}).to_string();
+        // The API reads the machine's clock, which has not advanced.
+        let timeout = (TURN * TURNS + left).as_millis().to_string();
+        let request = Request::post(COMPLETIONS).header("x-request-timeout-ms", timeout);
+        node.send(request.body(Body::from(body)).expect("a request")).await
+    };
+    let refused = ask(0, Duration::from_secs(10)).await;
+    assert_eq!(refused.status, StatusCode::GATEWAY_TIMEOUT, "{}", refused.text);
+    assert!(refused.headers.contains_key("retry-after"));
+    for (priority, left) in [(-1, Duration::from_secs(10)), (0, Duration::from_secs(3600))] {
+        let served = ask(priority, left).await;
+        assert_eq!(served.status, StatusCode::OK, "{}", served.text);
+    }
+    let counted = "outrigger_admission_rejections_total{reason=\"deadline\",step=\"entry\"} 1\n";
+    assert!(node.state.metrics.prometheus_text().contains(counted));
 }
 
 #[tokio::test]
