@@ -52,6 +52,14 @@ pub struct Net {
     trace: Arc<Trace>,
 }
 
+/// What an entry of a batch does to a holder's journal.
+#[derive(Clone, Copy)]
+struct JournalChange {
+    key: JournalKey,
+    epoch: u64,
+    forgets: bool,
+}
+
 struct State {
     endpoints: BTreeMap<usize, Endpoint>,
     /// Processes whose machine died with them: their connections hang instead of breaking.
@@ -281,14 +289,22 @@ impl SimTransport {
 }
 
 impl Net {
-    /// Asserts that a holder does not accept entries of an earlier epoch than it has already accepted.
-    fn check_fence(&self, holder: &Process, entries: &[(JournalKey, u64)], refusals: &[JournalRefusal]) {
-        let is_refused = |key: &JournalKey| refusals.iter().any(|refusal| refusal.key() == *key);
+    /// Asserts that a holder does not accept entries of an earlier epoch than it has already accepted. Once it has forgotten the
+    /// stream, because its tokens were wrong, the client's next attempt begins with the first epoch.
+    fn check_fence(&self, holder: &Process, changes: &[JournalChange], refusals: &[JournalRefusal]) {
+        let is_refused = |key: JournalKey| refusals.iter().any(|refusal| refusal.key() == key);
         let mut epochs = self.epochs.lock();
-        for (key, epoch) in entries.iter().filter(|(key, _)| !is_refused(key)) {
-            let latest = epochs.entry((holder.clone(), *key)).or_default();
-            assert!(*latest <= *epoch, "n{} takes an entry of epoch {epoch} after one of {latest}", holder.node);
-            *latest = *epoch;
+        for JournalChange { key, epoch, forgets } in changes.iter().copied().filter(|change| !is_refused(change.key)) {
+            let latest = epochs.entry((holder.clone(), key)).or_default();
+            match forgets {
+                true if *latest <= epoch => *latest = 0,
+                // It is not for the stream that the holder has.
+                true => {}
+                false => {
+                    assert!(*latest <= epoch, "n{} takes an entry of epoch {epoch} after one of {latest}", holder.node);
+                    *latest = epoch;
+                }
+            }
         }
     }
 
@@ -384,17 +400,18 @@ impl PeerTransport for SimTransport {
     fn journal(&self, peer: &Peer, batch: JournalBatch) -> BoxFuture<'static, Result<Vec<JournalRefusal>, Failure>> {
         let (net, holder) = (self.net.clone(), Self::process(peer));
         let of = |entry: &JournalEntry| match entry {
-            JournalEntry::Put(record) => (record.name().key, record.epoch),
-            JournalEntry::Append { key, epoch, .. } | JournalEntry::Drop { key, epoch } => (*key, *epoch),
-            JournalEntry::Unreadable(refusal) => (refusal.key(), 0),
+            JournalEntry::Put(record) => JournalChange { key: record.name().key, epoch: record.epoch, forgets: false },
+            JournalEntry::Append { key, epoch, .. } => JournalChange { key: *key, epoch: *epoch, forgets: false },
+            JournalEntry::Drop { key, epoch } => JournalChange { key: *key, epoch: *epoch, forgets: true },
+            JournalEntry::Unreadable(refusal) => JournalChange { key: refusal.key(), epoch: 0, forgets: false },
         };
         let batch = Dialect::of(&self.own).message(&batch);
         let dialect = Dialect::of(&holder);
-        let entries: Vec<_> = batch.entries.iter().map(of).collect();
+        let changes: Vec<_> = batch.entries.iter().map(of).collect();
         self.call("journal", peer, move |router| {
             let refusals = PeerService::journal(router, batch);
             if net.keeps_all_journals {
-                net.check_fence(&holder, &entries, &refusals);
+                net.check_fence(&holder, &changes, &refusals);
             }
             dialect.message(&refusals)
         })
