@@ -112,6 +112,7 @@ async fn start(network: &Network, number: usize) -> Node {
             max_model_len: 8192,
             created: 1_700_000_000,
         }],
+        tenants: None,
     });
     membership.publish(report(number as u64));
     Node { membership, metrics }

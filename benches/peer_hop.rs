@@ -124,6 +124,7 @@ fn peer(peer_addr: SocketAddr) -> Peer {
         peer_addr,
         zone: String::new(),
         models: Vec::new(),
+        tenants: None,
     };
     let report = LoadReport::default();
     Peer {

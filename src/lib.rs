@@ -9,7 +9,7 @@
 //! config          gathers each module's Config: TOML < environment < flags
 //! api             HTTP (axum): OpenAI wire types, SSE, health, the endpoint that peers call, admin
 //! router          which replica serves this request, and what happens when it dies
-//! admission │ cluster │ engine │ health │ hub
+//! admission │ cluster │ engine │ health │ hub │ tenancy
 //! tokenizer       text <-> token ids, chat templates, incremental detokenizer, stop strings
 //! observability   every metric in one table
 //! types           the shared nouns, the Backend trait, Failure
@@ -31,5 +31,6 @@ pub mod health;
 pub mod hub;
 pub mod observability;
 pub mod router;
+pub mod tenancy;
 pub mod tokenizer;
 pub mod types;

@@ -43,6 +43,10 @@ fn run(invocation: Invocation) -> anyhow::Result<ExitCode> {
             };
             print!("{}", app::status::run(address, api.plain_key(), *as_json)?);
         }
+        Command::NewKey { organization, user } => {
+            print!("{}", app::keys::new(organization, user, api.tenants_file.as_deref())?);
+        }
+        Command::ListKeys => print!("{}", app::keys::list(api.tenants_file.as_deref())?),
         Command::Drill(arguments) => {
             return match drill::run(arguments, api.plain_key()) {
                 Err(unknown @ DrillError::UnknownExercise { .. }) => Ok(misused(unknown)),

@@ -27,7 +27,7 @@ const LAYERS: &[&[&str]] = &[
     &["config"],
     &["api"],
     &["router"],
-    &["admission", "cluster", "engine", "health", "hub"],
+    &["admission", "cluster", "engine", "health", "hub", "tenancy"],
     &["tokenizer"],
     &["formats"],
     &["observability"],

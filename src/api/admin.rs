@@ -3,7 +3,7 @@
 //!
 //! Its connection limit is separate from the main port's, so probes are answered here however many clients the main port has.
 //!
-//! `/cluster` shows node names and addresses, so it requires an API key if the API does. This module knows nothing of routing:
+//! `/cluster` shows node names and addresses, so it requires a key of `api_keys` if the API requires keys. This module knows nothing of routing:
 //! a function passed to it supplies the overview.
 
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::connection::Routes;
 use super::places::PlaceLimits;
-use super::routes::{finish, overflow_router, require_key, unknown_route};
+use super::routes::{finish, overflow_router, require_operator, unknown_route};
 use super::server::serve_routes;
 use super::state::ApiState;
 use crate::router::ClusterOverview;
@@ -41,7 +41,7 @@ pub async fn serve(listener: TcpListener, state: ApiState, overview: OverviewSou
 pub fn admin_router(state: ApiState, overview: OverviewSource) -> Router {
     let guarded = Router::new()
         .route("/cluster", get(cluster))
-        .route_layer(from_fn_with_state(state.clone(), require_key))
+        .route_layer(from_fn_with_state(state.clone(), require_operator))
         .layer(Extension(Overview(overview)));
     finish(guarded.fallback(unknown_route), state)
 }
@@ -67,6 +67,7 @@ mod tests {
     use crate::health::{self, Health};
     use crate::observability::Metrics;
     use crate::router::{self, NodeOverview, StreamCounts};
+    use crate::tenancy::{Directory, KeyDigest, Tenants, TenantsFile};
     use crate::types::NodeId;
 
     fn overview() -> ClusterOverview {
@@ -91,13 +92,18 @@ mod tests {
     }
 
     fn router(api_keys: &[&str]) -> Router {
+        router_with(api_keys, None)
+    }
+
+    fn router_with(api_keys: &[&str], file: Option<&TenantsFile>) -> Router {
         let metrics = Arc::new(Metrics::new("tiny"));
         let health = Health::new(health::Config::default(), metrics.clone());
         let admission = AdmissionController::new(admission::Config::default(), 1, metrics.clone());
         let config = Config { api_keys: api_keys.iter().map(ToString::to_string).collect(), ..Config::default() };
         let router =
             router::Router::alone(router::Config::default(), admission.clone(), health.clone(), metrics.clone());
-        let state = ApiState::new(config, metrics, admission, health, router).expect("a valid configuration");
+        let tenants = Tenants::new(Directory::new(&config.api_keys, file).expect("valid keys"));
+        let state = ApiState::new(config, tenants, metrics, admission, health, router);
         admin_router(state, Arc::new(overview))
     }
 
@@ -136,5 +142,19 @@ mod tests {
         assert_eq!(get(router(&["k"]), "/cluster", Some("other")).await.0, StatusCode::UNAUTHORIZED);
         assert_eq!(get(router(&["k"]), "/cluster", Some("k")).await.0, StatusCode::OK);
         assert_eq!(get(router(&["k"]), "/livez", None).await.0, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn the_cluster_is_not_for_tenants() {
+        let file = format!(
+            "[[organization]]\nid = \"acme\"\n[[organization.user]]\nid = \"ana\"\n[[organization.user.key]]\nsha256 = \"{}\"",
+            KeyDigest::of("hers")
+        );
+        let file = TenantsFile::parse(&file).expect("valid");
+        let cluster = async |key: &str| get(router_with(&["k"], Some(&file)), "/cluster", Some(key)).await;
+        let (status, body) = cluster("hers").await;
+        assert_eq!(status, StatusCode::UNAUTHORIZED);
+        assert!(body.contains("only keys of `api_keys`"), "{body}");
+        assert_eq!(cluster("k").await.0, StatusCode::OK);
     }
 }

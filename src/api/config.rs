@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
 
-use super::auth::ApiKeys;
 use super::cors;
+use crate::tenancy::{check_keys, is_digest};
 
 #[derive(Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -38,6 +39,10 @@ pub struct Config {
     /// API keys, sent by clients as `Authorization: Bearer …`. Each is plain, or `sha256:` and 64 hexadecimal digits. Default:
     /// none, which admits everybody.
     pub api_keys: Vec<String>,
+    /// Organizations, users and their keys. Default: none.
+    pub tenants_file: Option<PathBuf>,
+    /// Whether prompts of different tenants never share cached blocks. Default: false.
+    pub isolate_prefix_cache: bool,
     /// Origins of web pages that may call the API. `*` allows all; an empty list disables CORS. Default: `*`, as in vLLM.
     pub allowed_origins: Vec<String>,
     /// HTTP methods that web pages may use. Default: `*`.
@@ -64,6 +69,8 @@ impl fmt::Debug for Config {
             max_output_tokens,
             admin_addr,
             api_keys,
+            tenants_file,
+            isolate_prefix_cache,
             allowed_origins,
             allowed_methods,
             allowed_headers,
@@ -82,6 +89,8 @@ impl fmt::Debug for Config {
             .field("max_output_tokens", max_output_tokens)
             .field("admin_addr", admin_addr)
             .field("api_keys", &format_args!("{} redacted", api_keys.len()))
+            .field("tenants_file", tenants_file)
+            .field("isolate_prefix_cache", isolate_prefix_cache)
             .field("allowed_origins", allowed_origins)
             .field("allowed_methods", allowed_methods)
             .field("allowed_headers", allowed_headers)
@@ -105,6 +114,8 @@ impl Default for Config {
             max_output_tokens: None,
             admin_addr: None,
             api_keys: Vec::new(),
+            tenants_file: None,
+            isolate_prefix_cache: false,
             allowed_origins: vec!["*".into()],
             allowed_methods: vec!["*".into()],
             allowed_headers: vec!["*".into()],
@@ -116,7 +127,12 @@ impl Default for Config {
 impl Config {
     /// A key that this process can send to a node with the same configuration. Keys given as digests cannot be sent.
     pub fn plain_key(&self) -> Option<&str> {
-        self.api_keys.iter().map(String::as_str).find(|key| !ApiKeys::is_digest(key))
+        self.api_keys.iter().map(String::as_str).find(|key| !is_digest(key))
+    }
+
+    /// Whether a request needs a key.
+    pub fn asks_for_keys(&self) -> bool {
+        !self.api_keys.is_empty() || self.tenants_file.is_some()
     }
 
     /// Reports every problem, each with the key's name.
@@ -135,7 +151,7 @@ impl Config {
         if self.host.is_empty() {
             errors.push("host must be an address or a name".into());
         }
-        if let Err(error) = ApiKeys::new(&self.api_keys) {
+        if let Err(error) = check_keys(&self.api_keys) {
             errors.push(error.to_string());
         }
         cors::validate(self, errors);

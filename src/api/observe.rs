@@ -24,7 +24,7 @@ pub async fn observe(state: State<ApiState>, mut request: Request, next: Next) -
     let span = match *request.method() {
         Method::POST => {
             let trace = trace::enter(request.headers());
-            let span = request_span(None, Some(trace.trace_id()));
+            let span = request_span(None, None, Some(trace.trace_id()));
             request.extensions_mut().insert(trace);
             span
         }

@@ -12,7 +12,10 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
+use tracing::Span;
+use tracing::field::display;
 
+use super::auth::identify;
 use super::cors::{Cors, cors};
 use super::error::ApiError;
 use super::health;
@@ -94,12 +97,22 @@ fn without_trailing_slash(mut request: Request) -> Request {
     request
 }
 
-pub(super) async fn require_key(
+/// Finds out who sends the request.
+async fn require_key(State(state): State<ApiState>, mut request: Request, next: Next) -> Result<Response, ApiError> {
+    let caller = identify(&state.tenants.get(), request.headers())?;
+    if caller.tenant.is_known() {
+        Span::current().record("tenant", display(&caller.tenant));
+    }
+    request.extensions_mut().insert(caller);
+    Ok(next.run(request).await)
+}
+
+pub(super) async fn require_operator(
     State(state): State<ApiState>,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    state.keys.check(request.headers())?;
+    state.check_operator(request.headers())?;
     Ok(next.run(request).await)
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use axum::http::HeaderMap;
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use super::auth::{ApiKeyError, ApiKeys};
+use super::auth::check_operator;
 use super::config::Config;
 use super::error::ApiError;
 use super::model::{DEFAULT_ALIAS, ServedModel};
@@ -17,6 +17,7 @@ use crate::admission::AdmissionController;
 use crate::health::Health;
 use crate::observability::Metrics;
 use crate::router::{Hold, Router};
+use crate::tenancy::Tenants;
 use crate::types::{Failure, FailureKind, NodeState};
 
 /// Long texts that are tokenized at the same time, on threads other than the engine's.
@@ -30,7 +31,7 @@ pub struct ApiState(Arc<ApiParts>);
 
 pub struct ApiParts {
     pub config: Config,
-    pub keys: ApiKeys,
+    pub tenants: Tenants,
     pub metrics: Arc<Metrics>,
     pub admission: AdmissionController,
     pub health: Health,
@@ -54,19 +55,19 @@ impl ApiState {
     /// The state while the model loads: health is answered, generation is refused.
     pub fn new(
         config: Config,
+        tenants: Tenants,
         metrics: Arc<Metrics>,
         admission: AdmissionController,
         health: Health,
         router: Router,
-    ) -> Result<Self, ApiKeyError> {
-        let keys = ApiKeys::new(&config.api_keys)?;
+    ) -> Self {
         let tokenize_workers = Arc::new(Semaphore::new(TOKENIZE_WORKERS));
         let model = OnceLock::new();
         let remote = RemoteModels::default();
         let expected_name = OnceLock::new();
         let shared = ApiParts {
             config,
-            keys,
+            tenants,
             metrics,
             admission,
             health,
@@ -76,7 +77,7 @@ impl ApiState {
             expected_name,
             tokenize_workers,
         };
-        Ok(Self(Arc::new(shared)))
+        Self(Arc::new(shared))
     }
 
     /// Sets the name of the model that is loading, so that requests for it are forwarded to peers that serve it.
@@ -142,6 +143,11 @@ impl ApiState {
             NodeState::Starting | NodeState::Warming | NodeState::Ready | NodeState::Degraded => false,
             NodeState::Draining | NodeState::Stopped | NodeState::Failed => true,
         }
+    }
+
+    /// Refuses a request that is not an operator's.
+    pub fn check_operator(&self, headers: &HeaderMap) -> Result<(), Failure> {
+        check_operator(&self.tenants.get(), headers)
     }
 
     /// Refuses a request before its body is read, if no node can serve it. While this node starts, the request waits for a

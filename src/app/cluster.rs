@@ -7,16 +7,18 @@ use std::time::Duration;
 
 use anyhow::Context;
 use tokio::net::TcpListener;
-use tokio::time::{MissedTickBehavior, interval};
+use tokio::time::{Instant, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use super::tenants::Comparison;
 use crate::admission::AdmissionController;
 use crate::api;
 use crate::api::admin::OverviewSource;
 use crate::api::listener::listen;
 use crate::cluster::membership::Membership;
 use crate::cluster::peer_client::HttpPeerTransport;
+use crate::cluster::problems::ProblemReason;
 use crate::cluster::reach::Reach;
 use crate::cluster::reload::{CurrentKeys, Reload, check_permissions};
 use crate::cluster::tls::PeerTls;
@@ -25,16 +27,20 @@ use crate::config::Config;
 use crate::health::Health;
 use crate::observability::Metrics;
 use crate::router::{ClusterOverview, NodeIdentity, Router, RouterParts};
+use crate::tenancy::Tenants;
 use crate::types::tasks;
 
 /// How often this node's load report is renewed.
 const ASSESSMENT_INTERVAL: Duration = Duration::from_millis(100);
+/// How often this node's tenants are compared with its peers'.
+const COMPARISON_INTERVAL: Duration = Duration::from_secs(1);
 
 pub struct Cluster {
     membership: Arc<Membership>,
     /// None in a cluster of one node.
     network: Option<Network>,
     zone: String,
+    tenants: Tenants,
     shutdown: CancellationToken,
 }
 
@@ -52,11 +58,12 @@ struct Network {
 
 impl Cluster {
     /// Binds the ports for other nodes and starts to gossip. Peers send no requests until the node reports a model.
-    pub async fn join(config: &Config, metrics: &Arc<Metrics>) -> anyhow::Result<Self> {
+    pub async fn join(config: &Config, tenants: &Tenants, metrics: &Arc<Metrics>) -> anyhow::Result<Self> {
         let (config, shutdown) = (&config.cluster, CancellationToken::new());
         let zone = config.zone.clone();
         let Some(key_file) = config.cluster_key_file.as_deref().filter(|_| config.is_clustered()) else {
-            return Ok(Self { membership: Arc::new(Membership::alone(config)), network: None, zone, shutdown });
+            let membership = Arc::new(Membership::alone(config));
+            return Ok(Self { membership, network: None, zone, tenants: tenants.clone(), shutdown });
         };
         let keys = KeyRing::from_file(key_file)?;
         check_permissions(key_file);
@@ -78,7 +85,8 @@ impl Cluster {
             transport: Arc::new(transport),
             peer_addr,
         };
-        Ok(Self { membership: Arc::new(membership), network: Some(network), zone, shutdown })
+        let (membership, network) = (Arc::new(membership), Some(network));
+        Ok(Self { membership, network, zone, tenants: tenants.clone(), shutdown })
     }
 
     /// Creates the router, with connections to the peers.
@@ -122,6 +130,8 @@ impl Cluster {
         health.supervise("watches the gossip", fail_without_gossip(self.membership.clone(), health.clone()));
         health.supervise("reads the keys again", network.reload(&self.membership).run(self.shutdown.clone()));
         tasks::spawn("tries whether peers are reached", network.reach(&self.membership).run(self.shutdown.clone()));
+        let comparison = compare(self.membership.clone(), self.tenants.clone(), self.shutdown.clone());
+        health.supervise("compares the tenants", comparison);
         let problems = self.membership.problems().clone();
         let (listener, tls, service) = (network.listener.take(), network.tls.clone(), Arc::new(router.clone()));
         let (metrics, shutdown) = (metrics.clone(), self.shutdown.clone());
@@ -152,6 +162,7 @@ impl Cluster {
             peer_addr: network.peer_addr,
             zone: self.zone.clone(),
             models,
+            tenants: self.tenants.get().digest(),
         });
     }
 
@@ -192,6 +203,24 @@ impl Network {
             view: membership.view(),
             problems: membership.problems().clone(),
         }
+    }
+}
+
+/// Tells the other nodes which tenants this one knows, and reports peers that know others.
+async fn compare(membership: Arc<Membership>, tenants: Tenants, shutdown: CancellationToken) {
+    let mut ticks = interval(COMPARISON_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut comparison = Comparison::default();
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            _ = ticks.tick() => {}
+        }
+        let own = tenants.get().digest();
+        membership.describe_anew(|description| description.tenants = own);
+        let view = membership.view().borrow().clone();
+        let peers = view.peers.iter().map(|(id, peer)| (id.clone(), peer.description.tenants)).collect();
+        membership.problems().state(ProblemReason::OtherTenants, comparison.found(own, &peers, Instant::now()));
     }
 }
 

@@ -1,6 +1,6 @@
 //! Fault injection for drills and tests: `POST /debug/fault {"fault": "hang" | "panic" | "corrupt_weights" | "nan_logits" |
-//! "device" | "hang_front" | "panic_task"}`. The route exists only if `fault_injection` is configured, and requires an API key
-//! like the rest of the API.
+//! "device" | "hang_front" | "panic_task"}`. The route exists only if `fault_injection` is configured, and is for operators:
+//! if the API requires keys, it requires one of `api_keys`.
 
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -86,7 +86,7 @@ async fn inject(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    api.keys.check(&headers)?;
+    api.check_operator(&headers)?;
     let request: FaultRequest = read_json(&api.config, &headers, body).await?;
     let Some(engine) = target.get() else {
         return Ok((StatusCode::SERVICE_UNAVAILABLE, "There is no engine yet.\n").into_response());

@@ -9,6 +9,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use super::announce;
 use super::cluster::Cluster;
 use super::fault_injection::{FaultTarget, fault_routes};
+use super::tenants;
 use crate::admission::AdmissionController;
 use crate::api::listener::listen;
 use crate::api::{self, ApiState};
@@ -44,6 +45,7 @@ impl Front {
     pub async fn open(config: &Config) -> anyhow::Result<Self> {
         // Configuration errors are reported before anything listens.
         let model = ModelReference::parse(&config.process.model, &Catalog::embedded())?.name();
+        let tenants = tenants::read(&config.api)?;
         let (host, port) = (config.api.host.as_str(), config.api.port);
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let listener = listen((host, port)).await.with_context(|| format!("cannot listen on {host}:{port}"))?;
@@ -53,11 +55,12 @@ impl Front {
         let max_num_seqs = u32::try_from(config.engine.max_num_seqs).unwrap_or(u32::MAX);
         let admission = AdmissionController::new(config.admission, max_num_seqs, metrics.clone());
         let health = Health::new(config.health.clone(), metrics.clone());
-        let mut cluster = Cluster::join(config, &metrics).await?;
+        let mut cluster = Cluster::join(config, &tenants, &metrics).await?;
         let router = cluster.router(config, admission.clone(), health.clone(), metrics.clone());
         cluster.run(&router, &health, &metrics);
-        let api_config = config.api.clone();
-        let api = ApiState::new(api_config, metrics.clone(), admission.clone(), health.clone(), router.clone())?;
+        tenants::watch(&config.api, &tenants, &health, &metrics)?;
+        let (api_config, health_of_api) = (config.api.clone(), health.clone());
+        let api = ApiState::new(api_config, tenants, metrics.clone(), admission.clone(), health_of_api, router.clone());
         api.expect_model(config.process.served_names(&model).swap_remove(0));
         let fault_target = config.process.fault_injection.then(FaultTarget::default);
         let extra = fault_target.as_ref().map(|target| fault_routes(target.clone(), api.clone())).unwrap_or_default();

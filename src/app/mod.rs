@@ -10,12 +10,14 @@ mod driver;
 mod fault_injection;
 mod front;
 pub mod healthcheck;
+pub mod keys;
 pub mod life;
 mod load;
 mod memory;
 mod open_files;
 mod signals;
 pub mod status;
+mod tenants;
 mod watchdog;
 
 use std::process::ExitCode;
@@ -72,8 +74,10 @@ async fn run(config: Config, started: Instant, terminal: &Output) -> anyhow::Res
     let front = Front::open(&config).await?;
     watchdog::start(&config, front.health.lifecycle().clone())?;
     terminal.say(&format!("Listening on {}", front.base_url));
-    if config.api.api_keys.is_empty() && !front.is_local {
-        tracing::warn!("no api_keys are configured: anybody who can reach this address can use the model");
+    if !config.api.asks_for_keys() && !front.is_local {
+        tracing::warn!(
+            "neither api_keys nor tenants_file is configured: anybody who can reach this address can use the model"
+        );
     }
     let loading = load::load(&config, device, &front);
     let welcome = |model: &LoadedModel| welcome(&config, &front, model, started.elapsed(), terminal);
@@ -104,6 +108,6 @@ fn welcome(config: &Config, front: &Front, model: &LoadedModel, elapsed: Duratio
         seconds = elapsed.as_secs_f64(),
         "ready"
     );
-    let line = announce::curl_line(&front.base_url, model.has_chat_template, !config.api.api_keys.is_empty());
+    let line = announce::curl_line(&front.base_url, model.has_chat_template, config.api.asks_for_keys());
     terminal.say(&format!("Serving {} after {:.2} s. Try it:\n\n{line}\n", model.name, elapsed.as_secs_f64()));
 }

@@ -156,6 +156,7 @@ pub fn encode_description(description: &NodeDescription) -> String {
         peer_addr: description.peer_addr.to_string(),
         zone: cut(&description.zone, MAX_NAME_BYTES),
         models: models.collect(),
+        tenants: description.tenants,
     };
     loop {
         let text = to_text(&wire);
@@ -197,6 +198,7 @@ pub fn decode_description(text: &str) -> Result<NodeDescription, GossipError> {
         peer_addr: wire.peer_addr.parse().map_err(|_| GossipError::Malformed)?,
         zone: cut(&wire.zone, MAX_NAME_BYTES),
         models: wire.models.into_iter().filter_map(model).take(MAX_MODELS).collect(),
+        tenants: wire.tenants,
     };
     let can_be_called = description.peer_addr.port() != 0 && !description.peer_addr.ip().is_unspecified();
     if can_be_called { Ok(description) } else { Err(GossipError::Malformed) }
@@ -332,6 +334,7 @@ mod tests {
             peer_addr: "10.0.0.1:7947".parse().expect("an address"),
             zone: "a".into(),
             models,
+            tenants: None,
         }
     }
 
@@ -559,9 +562,9 @@ mod tests {
         }
 
         #[test]
-        fn descriptions_come_back(zone in "\\PC{0,20}", names in prop::collection::vec("[a-z/.-]{1,40}", 1..5), models in 0usize..4) {
+        fn descriptions_come_back(zone in "\\PC{0,20}", names in prop::collection::vec("[a-z/.-]{1,40}", 1..5), models in 0usize..4, tenants: Option<u64>) {
             let models = (0..models).map(|_| model(names.clone())).collect();
-            let description = NodeDescription { zone, ..description(models) };
+            let description = NodeDescription { zone, tenants, ..description(models) };
             prop_assert_eq!(decode_description(&encode_description(&description)), Ok(description));
         }
 

@@ -27,6 +27,8 @@ pub struct NodeDescription {
     pub zone: String,
     /// Empty while the model loads.
     pub models: Vec<ModelReport>,
+    /// Digest of the tenants file; none without one, or from a node of an earlier version.
+    pub tenants: Option<u64>,
 }
 
 /// A model that a node serves.

@@ -53,10 +53,12 @@ pub enum ProblemReason {
     RefusedFile,
     /// A later process uses this node's name.
     NameTaken,
+    /// A peer knows other tenants.
+    OtherTenants,
 }
 
 impl ProblemReason {
-    pub const ALL: [ProblemReason; 14] = [
+    pub const ALL: [ProblemReason; 15] = [
         ProblemReason::Alone,
         ProblemReason::Unheard,
         ProblemReason::Unresolved,
@@ -71,6 +73,7 @@ impl ProblemReason {
         ProblemReason::Untrusted,
         ProblemReason::RefusedFile,
         ProblemReason::NameTaken,
+        ProblemReason::OtherTenants,
     ];
 
     /// The name in metric labels, logs and JSON.
@@ -90,6 +93,7 @@ impl ProblemReason {
             ProblemReason::Untrusted => "untrusted",
             ProblemReason::RefusedFile => "refused_file",
             ProblemReason::NameTaken => "name_taken",
+            ProblemReason::OtherTenants => "other_tenants",
         }
     }
 
@@ -121,6 +125,7 @@ impl ProblemReason {
             }
             ProblemReason::RefusedFile => "files have changed and are invalid: the previous contents stay in use",
             ProblemReason::NameTaken => "a later process uses this node's node_id: the others no longer see this one",
+            ProblemReason::OtherTenants => "peers know other tenants: give all nodes the same tenants_file",
         }
     }
 
@@ -139,7 +144,8 @@ impl ProblemReason {
             | ProblemReason::Unreachable
             | ProblemReason::Untrusted
             | ProblemReason::RefusedFile
-            | ProblemReason::NameTaken => (1, Duration::ZERO),
+            | ProblemReason::NameTaken
+            | ProblemReason::OtherTenants => (1, Duration::ZERO),
         }
     }
 

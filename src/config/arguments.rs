@@ -19,6 +19,7 @@ pub(super) fn read(arguments: impl IntoIterator<Item = String>) -> Result<Argume
     let arguments = join_switches(arguments)?;
     let matches = command().try_get_matches_from(std::iter::once("outrigger".to_owned()).chain(arguments))?;
     let (name, matches) = matches.subcommand().unwrap_or(("serve", &matches));
+    let (name, matches) = matches.subcommand().unwrap_or((name, matches));
     let file = matches.get_one("config").cloned();
     let mut assignments: Vec<Assignment> = KEYS.iter().filter_map(|key| assignment(key, matches)).collect();
     if let Some(model) = matches.try_get_one::<String>("MODEL").ok().flatten() {
@@ -28,6 +29,11 @@ pub(super) fn read(arguments: impl IntoIterator<Item = String>) -> Result<Argume
         "config" => Command::ShowConfig,
         "healthcheck" => Command::CheckHealth,
         "status" => Command::ShowStatus { as_json: matches.get_flag("json") },
+        "new" => {
+            let id = |name: &str| matches.get_one::<String>(name).cloned().unwrap_or_default();
+            Command::NewKey { organization: id("org"), user: id("user") }
+        }
+        "list" => Command::ListKeys,
         "drill" => Command::Drill(drill::read(matches, file.as_ref(), &assignments)?),
         _ => Command::Serve,
     };
@@ -99,6 +105,7 @@ fn command() -> clap::Command {
                 .arg(json_flag())
                 .args(flags()),
         )
+        .subcommand(keys_command())
         .subcommand(
             clap::Command::new("drill")
                 .about("Runs game days: starts a cluster, or takes a live one, kills nodes under load and compares every token")
@@ -110,6 +117,33 @@ fn command() -> clap::Command {
                 )
                 .args(drill::flags())
                 .arg(Arg::new("MODEL").help("The same as --model").value_parser(NonEmptyStringValueParser::new()))
+                .args(flags()),
+        )
+}
+
+fn keys_command() -> clap::Command {
+    let id = |name: &'static str, help: &'static str| {
+        Arg::new(name)
+            .long(name)
+            .value_name("ID")
+            .help(help)
+            .required(true)
+            .value_parser(NonEmptyStringValueParser::new())
+    };
+    clap::Command::new("keys")
+        .about("Makes API keys for users, and lists those of --tenants-file")
+        .subcommand_required(true)
+        .disable_help_subcommand(true)
+        .subcommand(
+            clap::Command::new("new")
+                .about("Prints a new key, and its digest for the tenants file")
+                .arg(id("org", "The organization"))
+                .arg(id("user", "The user"))
+                .args(flags()),
+        )
+        .subcommand(
+            clap::Command::new("list")
+                .about("Prints the users of the tenants file and the beginnings of their keys' digests")
                 .args(flags()),
         )
 }

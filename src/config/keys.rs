@@ -177,6 +177,10 @@ keys! {
             "Port to listen on; 0 picks a free port.";
         api_keys | api_key: Secrets => api.api_keys,
             "API keys that clients may present, in plain text or as `sha256:` and 64 hexadecimal digits. Without any, no key is asked for.";
+        tenants_file: Auto<Location> => api.tenants_file,
+            "TOML file with organizations, their users and the digests of their API keys; read again when it changes and on SIGHUP.";
+        isolate_prefix_cache: Switch => api.isolate_prefix_cache,
+            "Let different tenants never share cached prompts, so that nobody can tell from the time of an answer what others have asked.";
         max_connections: Count => api.max_connections,
             "Most connections served at once. When all are taken, the connection that has been idle longest is closed for a new one; when none is idle, new ones get 503, except for health and metrics.";
         max_body_bytes: Size => api.max_body_bytes,

@@ -147,6 +147,10 @@ pub enum Command {
     CheckHealth,
     /// Print the cluster as the node of this configuration sees it.
     ShowStatus { as_json: bool },
+    /// Make an API key for a user.
+    NewKey { organization: String, user: String },
+    /// List the keys of the tenants file.
+    ListKeys,
     /// Run game days.
     Drill(DrillArguments),
 }

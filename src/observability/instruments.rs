@@ -1,9 +1,12 @@
 //! The instruments that the table in `metrics` declares. Label values are `&'static str` wherever a client could otherwise
 //! choose them, so the number of series is bounded.
 
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use parking_lot::RwLock;
 use prometheus_client::metrics::counter::Counter as PrometheusCounter;
 use prometheus_client::metrics::family::{Family, MetricConstructor};
 use prometheus_client::metrics::gauge::Gauge as PrometheusGauge;
@@ -116,6 +119,52 @@ impl<const N: usize> Instrument for CounterVec<N> {
         let family = Family::default();
         registry.register(spec.family(), spec.help, family.clone());
         Self { names: spec.labels, family }
+    }
+}
+
+/// Counters by a name that an operator has chosen, and by more labels. The number of names is limited.
+#[derive(Clone, Debug)]
+pub struct NamedCounterVec<const N: usize> {
+    names: &'static [&'static str],
+    family: Family<Vec<(&'static str, String)>, Counter>,
+    /// The counters that exist, so that a look-up allocates nothing.
+    known: Arc<RwLock<BTreeMap<String, KnownCounters<N>>>>,
+}
+
+/// By the values of the other labels.
+type KnownCounters<const N: usize> = Vec<([&'static str; N], Counter)>;
+
+/// Further names are counted together, as [`OTHER_NAMES`].
+const MAX_NAMES: usize = 100;
+const OTHER_NAMES: &str = "other";
+
+impl<const N: usize> NamedCounterVec<N> {
+    /// The counter of this name and these values of the other labels, in the order in which the table declares the labels.
+    pub fn with(&self, name: &str, values: [&'static str; N]) -> Counter {
+        let known = self.known.read();
+        let name = if known.contains_key(name) || known.len() < MAX_NAMES { name } else { OTHER_NAMES };
+        let counter = known.get(name).and_then(|counters| counters.iter().find(|(of, _)| *of == values));
+        if let Some((_, counter)) = counter {
+            return counter.clone();
+        }
+        drop(known);
+        self.create(name, values)
+    }
+
+    fn create(&self, name: &str, values: [&'static str; N]) -> Counter {
+        assert_eq!(self.names.len(), N + 1, "the table declares as many labels as the instrument has");
+        let all = std::iter::once(name).chain(values).map(str::to_owned);
+        let counter = self.family.get_or_create_owned(&self.names.iter().copied().zip(all).collect());
+        self.known.write().entry(name.to_owned()).or_default().push((values, counter.clone()));
+        counter
+    }
+}
+
+impl<const N: usize> Instrument for NamedCounterVec<N> {
+    fn register(spec: &'static MetricSpec, registry: &mut Registry) -> Self {
+        let family = Family::default();
+        registry.register(spec.family(), spec.help, family.clone());
+        Self { names: spec.labels, family, known: Arc::default() }
     }
 }
 

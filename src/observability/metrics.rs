@@ -14,7 +14,7 @@ use prometheus_client::registry::Registry;
 
 use super::instruments::{
     Aliased, Counter, CounterF64, CounterVec, Gauge, GaugeF64, GaugeVec, Histogram, HistogramVec, Instrument,
-    LabelledValue, store_counter, store_seconds,
+    LabelledValue, NamedCounterVec, store_counter, store_seconds,
 };
 use super::{process, trace};
 use crate::types::{EngineStatus, FailureKind, NodeState};
@@ -228,6 +228,12 @@ metrics! {
         "Requests that ended in a failure, by its kind";
     rejections: CounterVec<2> = Counter "outrigger_admission_rejections_total" ["reason", "step"] []
         "Requests that this node's queue refused, by reason and step (entry: before the prompt was tokenized; queue: with its token count, and a peer may have taken it)";
+    organization_requests: NamedCounterVec<0> = Counter "outrigger_organization_requests_total" ["organization"] []
+        "Generations that were admitted, by the organization that asked (default: keys of api_keys, or no key; other: beyond the first 100)";
+    organization_tokens: NamedCounterVec<1> = Counter "outrigger_organization_tokens_total" ["organization", "kind"] []
+        "Tokens of requests that got any, by the organization that asked and kind (prompt, generation)";
+    tenants_file_refused: Gauge = Gauge "outrigger_tenants_file_refused" [] []
+        "1 while the tenants file is invalid and the one before it stays in use";
     http_requests: CounterVec<2> = Counter "outrigger_http_requests_total" ["route", "status"] []
         "HTTP responses, by route and status";
     http_request_duration: HistogramVec<1> = Histogram "outrigger_http_request_duration_seconds" ["route"] (*HTTP_SECONDS)

@@ -46,6 +46,8 @@ fn the_classic_text_declares_every_row_under_its_own_name() {
     metrics.http_request_duration.with(["/v1/models"]).observe(0.002);
     metrics.node_state_transitions.with(["ready"]).inc();
     metrics.rejections.with(["queue_full", "entry"]).inc();
+    metrics.organization_requests.with("acme", []).inc();
+    metrics.organization_tokens.with("acme", ["prompt"]).inc();
     metrics.probe_results.with(["ok"]).inc();
     for gauge in [
         &metrics.memory_pressure,
@@ -149,4 +151,23 @@ fn a_node_is_in_one_state() {
 fn the_process_is_measured() {
     let process = process::read().expect("Linux tells");
     assert!(process.resident_bytes > 1 << 20 && process.open_fds > 2 && process.start_time_seconds > 1e9);
+}
+
+#[test]
+fn the_number_of_organizations_in_the_series_is_limited() {
+    let metrics = Metrics::new("m");
+    for round in 0..2 {
+        for organization in 0..150 {
+            metrics.organization_tokens.with(&format!("o{organization}"), ["prompt"]).inc_by(round + 1);
+        }
+    }
+    let text = metrics.prometheus_text();
+    let series: Vec<&str> =
+        text.lines().filter(|line| line.starts_with("outrigger_organization_tokens_total{")).collect();
+    assert_eq!(series.len(), 101);
+    for (organization, tokens) in [("o0", 3), ("o99", 3), ("other", 150)] {
+        let line =
+            format!("outrigger_organization_tokens_total{{organization=\"{organization}\",kind=\"prompt\"}} {tokens}");
+        assert!(series.contains(&line.as_str()), "{line}: {series:?}");
+    }
 }

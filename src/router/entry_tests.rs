@@ -60,6 +60,7 @@ fn peer(model: ModelReport, is_full: bool) -> Peer {
             peer_addr: ([127, 0, 0, 1], 1).into(),
             zone: String::new(),
             models: vec![model],
+            tenants: None,
         },
         protocol: PROTOCOL.newest,
         report,

@@ -208,6 +208,7 @@ mod tests {
                 peer_addr: "127.0.0.1:7000".parse().expect("an address"),
                 zone: String::new(),
                 models: Vec::new(),
+                tenants: None,
             },
             report: LoadReport::default(),
             reported_at: now,

@@ -116,7 +116,7 @@ impl Envelope {
 
     /// For the log lines of whoever works on the request.
     pub fn span(&self) -> Span {
-        request_span(Some(&self.id), self.trace_id())
+        request_span(Some(&self.id), Some(&self.tenant), self.trace_id())
     }
 
     pub fn trace_id(&self) -> Option<TraceId> {

@@ -71,8 +71,8 @@ impl fmt::Display for NodeId {
     }
 }
 
-/// Who a request comes from, to keep clients apart: a digest from which the API key cannot be derived. Empty where the server
-/// asks for no keys, and everybody is one.
+/// Who a request comes from, to keep clients apart: `organization/user`, or a digest from which the API key cannot be derived.
+/// Empty where the server asks for no keys, and everybody is one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Tenant(Arc<str>);
 
@@ -83,6 +83,22 @@ impl Tenant {
 
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Whether it stands for somebody in particular.
+    pub fn is_known(&self) -> bool {
+        !self.0.is_empty()
+    }
+}
+
+impl fmt::Display for Tenant {
+    /// For logs: a digest is cut, so that nobody can try keys on it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const SHOWN: usize = 8;
+        match (self.0.contains('/'), self.0.get(..SHOWN)) {
+            (false, Some(beginning)) => write!(f, "key-{beginning}"),
+            _ => f.write_str(&self.0),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use tracing::{Span, error_span};
 
-use super::ids::RequestId;
+use super::ids::{RequestId, Tenant};
 
 /// The most characters of a trace state that are passed on; the standard asks for at least 512.
 const MAX_STATE_BYTES: usize = 512;
@@ -34,10 +34,17 @@ pub struct HexId<const N: usize>([u8; N]);
 pub type TraceId = HexId<16>;
 pub type SpanId = HexId<8>;
 
-/// For the log lines of whoever works on a request. An id that is not known yet may be recorded later.
-pub fn request_span(id: Option<&RequestId>, trace_id: Option<TraceId>) -> Span {
+/// For the log lines of whoever works on a request. What is not known yet may be recorded later.
+pub fn request_span(id: Option<&RequestId>, tenant: Option<&Tenant>, trace_id: Option<TraceId>) -> Span {
+    let tenant = tenant.filter(|tenant| tenant.is_known());
     // At the highest level, so that no filter takes the ids from a line that it lets through.
-    error_span!(parent: None, "request", id = id.map(display), trace_id = trace_id.map(display))
+    error_span!(
+        parent: None,
+        "request",
+        id = id.map(display),
+        tenant = tenant.map(display),
+        trace_id = trace_id.map(display)
+    )
 }
 
 impl TraceContext {

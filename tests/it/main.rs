@@ -39,4 +39,5 @@ mod real_server;
 mod runners;
 mod server;
 mod small_tokenizers;
+mod tenants;
 mod tokenizer;

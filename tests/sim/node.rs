@@ -275,6 +275,7 @@ impl Node {
             peer_addr: ([127, 0, 0, 1], 1).into(),
             zone: self.zone.clone(),
             models: is_loaded.then(model).into_iter().collect(),
+            tenants: None,
         }
     }
 

@@ -10,7 +10,7 @@ use super::{assert_none, code_files, links};
 
 /// Flags of the program that are not configuration keys.
 const OTHER_FLAGS: &[&str] =
-    &["config", "json", "help", "version", "exercise", "nodes", "streams", "tokens", "target", "hook"];
+    &["config", "json", "help", "version", "exercise", "nodes", "streams", "tokens", "target", "hook", "org", "user"];
 /// Other programs in the examples, whose flags are not ours.
 const OTHER_PROGRAMS: &[&str] = &["cargo ", "docker ", "kubectl ", "curl ", "pip ", "SIM_SEED"];
 

@@ -60,6 +60,8 @@ pub struct ClientGeneration {
     turn: usize,
     deadline: Option<Instant>,
     ended: bool,
+    /// Whose tokens these are.
+    organization: Arc<str>,
     metrics: Arc<Metrics>,
 }
 
@@ -248,9 +250,9 @@ impl Part {
 }
 
 impl ClientGeneration {
-    pub fn new(parts: Vec<Part>, deadline: Option<Instant>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(parts: Vec<Part>, deadline: Option<Instant>, organization: Arc<str>, metrics: Arc<Metrics>) -> Self {
         assert!(!parts.is_empty(), "a request has a prompt");
-        Self { parts, turn: 0, deadline, ended: false, metrics }
+        Self { parts, turn: 0, deadline, ended: false, organization, metrics }
     }
 
     /// Waits for the next step. Cancel-safe.
@@ -373,6 +375,14 @@ async fn overdue(deadline: Option<Instant>) {
 
 impl Drop for ClientGeneration {
     fn drop(&mut self) {
+        // What a client had before it came back was counted then.
+        let is_new = |part: &&Part| part.has_tokens && part.choices.iter().all(|choice| choice.has.tokens == 0);
+        let prompts = self.parts.iter().filter(is_new).map(|part| part.prompt_tokens).sum();
+        let choices = self.parts.iter().flat_map(|part| &part.choices);
+        let generated = choices.map(|choice| u64::from(choice.tokens.saturating_sub(choice.has.tokens))).sum();
+        for (kind, tokens) in [("prompt", prompts), ("generation", generated)] {
+            self.metrics.organization_tokens.with(&self.organization, [kind]).inc_by(tokens);
+        }
         if self.ended {
             return;
         }

@@ -22,6 +22,7 @@ use crate::api::json;
 use crate::api::model::{ServedModel, unix_seconds};
 use crate::api::state::{ApiState, Worker};
 use crate::router::{Dispatch, Dispatched, EarlierAttempt, Strategy};
+use crate::tenancy::Caller;
 use crate::types::{Envelope, Extensions, Failure, RequestId, SamplingParams, TokenId, TraceContext};
 
 /// The request's deadline, in milliseconds from its arrival.
@@ -94,13 +95,15 @@ pub async fn prepare(
     let arrived = Instant::now();
     body.refuse_unsupported()?;
     let deadline = deadline(headers, arrived)?;
-    let mut resumption = Resumption::read(state, headers, &bytes, endpoint)?;
+    let caller: &Caller = request.extensions.get().expect("the route asks for a key");
+    let mut resumption = Resumption::read(state, caller.tenant.clone(), headers, &bytes, endpoint)?;
     Span::current().record("id", display(&resumption.id));
     let (defaults, vocab) = (&model.sampling_defaults, model.tokenizer.vocab_size());
     let sampling = sampling::params(&body, endpoint, defaults, vocab, resumption.seed)?;
     let source = PromptSource::take(&mut body, endpoint)?;
     check_choices(state, source.count(), sampling.n)?;
-    let extensions = sampling::extensions(&body, endpoint)?;
+    let isolated = Some(&caller.tenant).filter(|tenant| state.config.isolate_prefix_cache && tenant.is_known());
+    let extensions = sampling::extensions(&body, endpoint, isolated)?;
     let requested = sampling::requested_max_tokens(&body, endpoint)?;
     check_requested(&state.config, &sampling, requested)?;
     resumption.fit(body.is_stream(), source.count() * sampling.n as usize)?;
@@ -144,7 +147,8 @@ pub async fn prepare(
         first.get_or_insert(head);
     }
     let head = first.expect("a request has a prompt");
-    let mut generation = ClientGeneration::new(parts, deadline, state.metrics.clone());
+    state.metrics.organization_requests.with(&caller.organization, []).inc();
+    let mut generation = ClientGeneration::new(parts, deadline, caller.organization.clone(), state.metrics.clone());
     if let Some(marks) = &resumption.has {
         generation.skip(marks);
     }

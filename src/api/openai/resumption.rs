@@ -51,7 +51,13 @@ pub struct Resumption {
 }
 
 impl Resumption {
-    pub fn read(state: &ApiState, headers: &HeaderMap, body: &[u8], endpoint: Endpoint) -> Result<Self, Failure> {
+    pub fn read(
+        state: &ApiState,
+        tenant: Tenant,
+        headers: &HeaderMap,
+        body: &[u8],
+        endpoint: Endpoint,
+    ) -> Result<Self, Failure> {
         let (key, has) = (key(headers)?, last_event(headers)?);
         if has.is_some() && key.is_none() {
             let message = format!(
@@ -63,7 +69,6 @@ impl Resumption {
             Endpoint::Chat => "chatcmpl-",
             Endpoint::Completions => "cmpl-",
         };
-        let tenant = state.keys.tenant(headers);
         let body = digest(&[body]);
         // The seed is derived from key and body, so the request gives the same tokens on every node, even if no node knows of
         // an earlier attempt.

@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 
 use super::body::{LogprobsInput, RequestBody};
 use super::numbers;
-use crate::types::{CacheSalt, Extensions, Failure, SamplingDefaults, SamplingParams, TokenId};
+use crate::types::{CacheSalt, Extensions, Failure, SamplingDefaults, SamplingParams, Tenant, TokenId};
 
 /// OpenAI's limit on `n`.
 pub const MAX_CHOICES: u32 = 128;
@@ -72,21 +72,32 @@ pub fn params(
 }
 
 /// Options other than sampling parameters.
-pub fn extensions(body: &RequestBody, endpoint: Endpoint) -> Result<Extensions, Failure> {
+/// `isolated`: shares no cached prompts with others.
+pub fn extensions(body: &RequestBody, endpoint: Endpoint, isolated: Option<&Tenant>) -> Result<Extensions, Failure> {
     let asked = body.prompt_logprobs.map(|count| whole("prompt_logprobs", count, 0..=MAX_LOGPROBS)).transpose()?;
     // `echo` with `logprobs` includes the prompt's log-probabilities.
     let echoed = logprobs(body, endpoint)?.filter(|_| body.echo == Some(true));
-    Ok(Extensions { cache_salt: cache_salt(body)?, prompt_logprobs: asked.max(echoed) })
+    Ok(Extensions { cache_salt: cache_salt(body, isolated)?, prompt_logprobs: asked.max(echoed) })
 }
 
-fn cache_salt(body: &RequestBody) -> Result<Option<CacheSalt>, Failure> {
-    let Some(salt) = &body.cache_salt else { return Ok(None) };
-    if !(1..=MAX_CACHE_SALT_BYTES).contains(&salt.len()) {
+fn cache_salt(body: &RequestBody, isolated: Option<&Tenant>) -> Result<Option<CacheSalt>, Failure> {
+    if let Some(salt) = &body.cache_salt
+        && !(1..=MAX_CACHE_SALT_BYTES).contains(&salt.len())
+    {
         let message = format!("`cache_salt` must have from 1 to {MAX_CACHE_SALT_BYTES} bytes, not {}.", salt.len());
         return Err(Failure::invalid("cache_salt", message).with_code("out_of_range"));
     }
+    let mut digest = Sha256::new();
     // Peers get only a digest, which does not reveal the salt.
-    let digest = Sha256::new().chain_update("outrigger cache salt").chain_update(salt).finalize();
+    match (&body.cache_salt, isolated) {
+        (None, None) => return Ok(None),
+        (Some(salt), None) => digest.update(["outrigger cache salt", salt].concat()),
+        (salt, Some(tenant)) => {
+            let salt = salt.as_deref().unwrap_or_default();
+            digest.update(["outrigger cache salt of a tenant", tenant.as_str(), "\n", salt].concat());
+        }
+    }
+    let digest = digest.finalize();
     Ok(Some(CacheSalt::new(std::array::from_fn(|index| digest[index]))))
 }
 
@@ -219,6 +230,8 @@ fn at_most(field: &'static str, len: usize, limit: usize) -> Result<(), Failure>
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
     use crate::api::json::parse;
 
@@ -364,7 +377,16 @@ mod tests {
 
     #[test]
     fn a_salt_is_a_text_and_tells_nothing() {
-        let salt = |json: &str| extensions(&parse(json.as_bytes())?, Endpoint::Chat).map(|asked| asked.cache_salt);
+        let salt_of = |json: &str, isolated: Option<&Tenant>| {
+            extensions(&parse(json.as_bytes())?, Endpoint::Chat, isolated).map(|asked| asked.cache_salt)
+        };
+        let salt = |json: &str| salt_of(json, None);
+        let (ana, bob) = (Tenant::new("acme/ana"), Tenant::new("acme/bob"));
+        let salts = [("{}", &ana), ("{}", &bob), (r#"{"cache_salt": "a"}"#, &ana), (r#"{"cache_salt": "a"}"#, &bob)];
+        let salts: BTreeSet<_> =
+            salts.map(|(json, tenant)| salt_of(json, Some(tenant)).expect(json).map(|salt| *salt.bytes())).into();
+        assert_eq!(salts.len(), 4, "isolated tenants share nothing, with a salt of their own or without");
+        assert!(!salts.contains(&None));
         assert_eq!(salt("{}"), Ok(None));
         assert_eq!(salt(r#"{"cache_salt": "a"}"#), salt(r#"{"cache_salt": "a"}"#));
         assert_ne!(salt(r#"{"cache_salt": "a"}"#), salt(r#"{"cache_salt": "b"}"#));
@@ -377,7 +399,7 @@ mod tests {
     #[test]
     fn a_prompt_is_scored_when_it_is_asked_for_or_echoed_with_logprobs() {
         let asked = |json: &str, endpoint| {
-            extensions(&parse(json.as_bytes()).expect(json), endpoint).map(|asked| asked.prompt_logprobs)
+            extensions(&parse(json.as_bytes()).expect(json), endpoint, None).map(|asked| asked.prompt_logprobs)
         };
         for (json, expected) in [
             ("{}", None),

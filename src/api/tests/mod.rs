@@ -29,6 +29,7 @@ use crate::cluster::ModelReport;
 use crate::health::{self, Health};
 use crate::observability::Metrics;
 use crate::router::{self, LocalReplica, Router};
+use crate::tenancy::Tenants;
 use crate::tokenizer::Tokenizer;
 use crate::types::{
     Backend, EngineStatus, Failure, Fingerprint, FinishReason, GenerateRequest, GenerationEvent, GenerationStream,
@@ -161,7 +162,8 @@ impl Node {
         let admission = AdmissionController::new(admission, 1, metrics.clone());
         let routing = router::Config { failover_timeout, ..router::Config::default() };
         let router = Router::alone(routing, admission.clone(), health.clone(), metrics.clone());
-        let state = ApiState::new(config, metrics, admission, health, router).expect("a valid configuration");
+        let tenants = Tenants::of_keys(&config.api_keys).expect("valid keys");
+        let state = ApiState::new(config, tenants, metrics, admission, health, router);
         Self { state, requests: Arc::default() }
     }
 

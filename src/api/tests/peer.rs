@@ -183,6 +183,7 @@ fn peer(addr: SocketAddr, incarnation: u64) -> Peer {
         peer_addr: addr,
         zone: "".into(),
         models: Vec::new(),
+        tenants: None,
     };
     let report = LoadReport::default();
     Peer {

@@ -178,6 +178,16 @@ impl Membership {
         });
     }
 
+    /// Changes the description, once there is one.
+    pub fn describe_anew(&self, change: impl FnOnce(&mut NodeDescription)) {
+        self.own.send_if_modified(|own| {
+            let Some(description) = &mut own.description else { return false };
+            let before = description.clone();
+            change(description);
+            *description != before
+        });
+    }
+
     /// Returns if gossip ends unexpectedly.
     pub async fn broke(&self) {
         if let Some(leave) = &self.leave {

@@ -27,6 +27,7 @@ fn description(port: u16) -> NodeDescription {
         peer_addr: SocketAddr::from(([10, 0, 0, 1], port)),
         zone: String::new(),
         models: Vec::new(),
+        tenants: None,
     }
 }
 

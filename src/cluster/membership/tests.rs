@@ -39,6 +39,7 @@ async fn start_with(config: &Config, secret: u8) -> Node {
         peer_addr,
         zone: "z".into(),
         models: Vec::new(),
+        tenants: None,
     });
     Node { membership, metrics }
 }

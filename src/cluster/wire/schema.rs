@@ -366,6 +366,8 @@ pub struct WireDescription {
     pub zone: String,
     #[prost(message, repeated, tag = "6")]
     pub models: Vec<WireModel>,
+    #[prost(fixed64, optional, tag = "7")]
+    pub tenants: Option<u64>,
 }
 
 /// `ModelReport`.

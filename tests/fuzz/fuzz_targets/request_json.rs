@@ -16,6 +16,7 @@ use outrigger::engine::null::NullEngine;
 use outrigger::health::{self, Health};
 use outrigger::observability::Metrics;
 use outrigger::router::{self, LocalReplica, Router};
+use outrigger::tenancy::{Directory, Tenants};
 use outrigger::tokenizer::Tokenizer;
 use outrigger::types::Backend;
 use serde_json::Value;
@@ -44,8 +45,8 @@ fn state() -> ApiState {
     let admission = AdmissionController::new(admission::Config::default(), 64, metrics.clone());
     let health = Health::new(health::Config::default(), metrics.clone());
     let router = Router::alone(router::Config::default(), admission.clone(), health.clone(), metrics.clone());
-    let state =
-        ApiState::new(api::Config::default(), metrics, admission, health.clone(), router.clone()).expect("valid");
+    let tenants = Tenants::new(Directory::default());
+    let state = ApiState::new(api::Config::default(), tenants, metrics, admission, health.clone(), router.clone());
     let backend = Arc::new(NullEngine::new(tokenizer.vocab_size() as u32));
     let model = ModelReport {
         names: vec!["null".into()],
